@@ -1,0 +1,105 @@
+from protos import embeddings_pb2 as _embeddings_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class VisionDescription(_message.Message):
+    __slots__ = ("checkpoint", "device", "dtype")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: _embeddings_pb2.CheckpointDescription
+    device: str
+    dtype: _embeddings_pb2.Dtype
+    def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ...) -> None: ...
+
+class Image(_message.Message):
+    __slots__ = ("key", "data")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    data: bytes
+    def __init__(self, key: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Tiling(_message.Message):
+    __slots__ = ("min_tiles", "max_tiles")
+    MIN_TILES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TILES_FIELD_NUMBER: _ClassVar[int]
+    min_tiles: int
+    max_tiles: int
+    def __init__(self, min_tiles: _Optional[int] = ..., max_tiles: _Optional[int] = ...) -> None: ...
+
+class Router(_message.Message):
+    __slots__ = ("mode", "relative_threshold", "absolute_threshold")
+    class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        AUTO: _ClassVar[Router.Mode]
+        OFF: _ClassVar[Router.Mode]
+        ALL: _ClassVar[Router.Mode]
+    AUTO: Router.Mode
+    OFF: Router.Mode
+    ALL: Router.Mode
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    ABSOLUTE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    mode: Router.Mode
+    relative_threshold: float
+    absolute_threshold: float
+    def __init__(self, mode: _Optional[_Union[Router.Mode, str]] = ..., relative_threshold: _Optional[float] = ..., absolute_threshold: _Optional[float] = ...) -> None: ...
+
+class EncodeRequest(_message.Message):
+    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    TILING_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DELIVER_TO_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedCompositeFieldContainer[Image]
+    tiling: Tiling
+    router: Router
+    dtype: _embeddings_pb2.Dtype
+    deliver_to: str
+    fingerprint: str
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class EncodeReply(_message.Message):
+    __slots__ = ("images", "timings")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedCompositeFieldContainer[EncodedImage]
+    timings: Timings
+    def __init__(self, images: _Optional[_Iterable[_Union[EncodedImage, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+
+class EncodedImage(_message.Message):
+    __slots__ = ("key", "tokens", "columns", "rows", "compressed", "scores")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSED_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    tokens: int
+    columns: int
+    rows: int
+    compressed: _containers.RepeatedScalarFieldContainer[bool]
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, key: _Optional[str] = ..., tokens: _Optional[int] = ..., columns: _Optional[int] = ..., rows: _Optional[int] = ..., compressed: _Optional[_Iterable[bool]] = ..., scores: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Timings(_message.Message):
+    __slots__ = ("prepare", "queue", "encode", "deliver")
+    PREPARE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_FIELD_NUMBER: _ClassVar[int]
+    DELIVER_FIELD_NUMBER: _ClassVar[int]
+    prepare: float
+    queue: float
+    encode: float
+    deliver: float
+    def __init__(self, prepare: _Optional[float] = ..., queue: _Optional[float] = ..., encode: _Optional[float] = ..., deliver: _Optional[float] = ...) -> None: ...

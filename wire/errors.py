@@ -1,0 +1,132 @@
+"""Every error of this system, with its gRPC code, HTTP status and OpenAI `type` and `code`.
+
+DvdError
+├── InvalidRequest            the caller's fault
+│   ├── InvalidImage          bytes that are not an image we decode
+│   ├── ImageTooLarge         bytes or pixels over the limit
+│   ├── TooManyImages
+│   ├── ImageFetchFailed      the URL cannot be had, or may not be fetched
+│   └── ContextLengthExceeded
+├── Unauthorized
+├── ModelNotFound
+├── Overloaded                no permit left; try again later
+├── DeadlineExceeded          the request's time is up
+├── Unavailable               a worker is not there
+│   ├── CheckpointMismatch    two workers serve different checkpoints
+│   ├── SinkFull              no room for an embedding that would not be evicted again
+│   └── EmbeddingLost         evicted before it was used
+└── InternalError             ours
+"""
+
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+import grpc
+
+Grpc = grpc.StatusCode
+
+
+class DvdError(Exception):
+    """Base of all errors that may leave a process. `str(error)` is for the caller: it names the value and offers a hint."""
+
+    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    grpc_code: ClassVar[grpc.StatusCode] = Grpc.INTERNAL
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The error object of OpenAI's API."""
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(DvdError):
+    status = HTTPStatus.BAD_REQUEST
+    grpc_code = Grpc.INVALID_ARGUMENT
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidImage(InvalidRequest):
+    code = "invalid_image"
+
+
+class ImageTooLarge(InvalidRequest):
+    code = "image_too_large"
+
+
+class TooManyImages(InvalidRequest):
+    code = "too_many_images"
+
+
+class ImageFetchFailed(InvalidRequest):
+    code = "image_fetch_failed"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class Unauthorized(DvdError):
+    status = HTTPStatus.UNAUTHORIZED
+    grpc_code = Grpc.UNAUTHENTICATED
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ModelNotFound(DvdError):
+    status = HTTPStatus.NOT_FOUND
+    grpc_code = Grpc.NOT_FOUND
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class Overloaded(DvdError):
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    grpc_code = Grpc.RESOURCE_EXHAUSTED
+    type = "rate_limit_error"
+    code = "overloaded"
+
+
+class DeadlineExceeded(DvdError):
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    grpc_code = Grpc.DEADLINE_EXCEEDED
+    code = "deadline_exceeded"
+
+
+class Unavailable(DvdError):
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    grpc_code = Grpc.UNAVAILABLE
+    code = "unavailable"
+
+
+class CheckpointMismatch(Unavailable):
+    grpc_code = Grpc.FAILED_PRECONDITION
+    code = "checkpoint_mismatch"
+
+
+class SinkFull(Unavailable):
+    code = "sink_full"
+
+
+class EmbeddingLost(Unavailable):
+    grpc_code = Grpc.ABORTED
+    code = "embedding_lost"
+
+
+class InternalError(DvdError):
+    pass
+
+
+def all_errors(root: type[DvdError] = DvdError) -> list[type[DvdError]]:
+    """Every class of the tree, the root first."""
+    return [root] + [c for child in root.__subclasses__() for c in all_errors(child)]
+
+
+def by_code(code: str) -> type[DvdError] | None:
+    """The class with this `code`, or None: a newer peer may know more."""
+    return next((cls for cls in all_errors() if cls.code == code), None)
