@@ -5,6 +5,7 @@ from __future__ import annotations  # grpc.aio is generic for type checkers only
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -51,17 +52,23 @@ def server(*addresses: str) -> grpc.aio.Server:
     """A server bound to each address, not started. Raises `OSError` naming an address that cannot be bound."""
     made = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
     for address in addresses:
-        path = address.removeprefix("unix:")
-        if path != address:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        free_socket(address)
         try:
-            bound = made.add_insecure_port(address)
+            made.add_insecure_port(address)
         except RuntimeError:
-            bound = 0
-        if bound == 0 and path == address:
-            raise OSError(f"cannot listen on {address}: is another process there? choose another address")
+            raise OSError(f"cannot listen on {address}: is another process there? choose another address") from None
     return made
+
+
+def free_socket(address: str) -> None:
+    """Remove the file of a `unix:` address that a killed process left. Raises `OSError` where somebody listens there."""
+    path = address.removeprefix("unix:")
+    if path == address or not os.path.exists(path):
+        return
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
+        probe.connect(path)
+        raise OSError(f"cannot listen on {address}: another process does")
+    os.unlink(path)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,150 @@
+"""The sink: receives embeddings over gRPC into shared memory. A process of its own, so that gigabytes arriving never share
+an interpreter with vLLM's HTTP server. Ends when its standard input does, which is when its language worker is gone."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_worker.store import Store, checked_key, default_budget
+from protos import embeddings_pb2 as pb
+from protos import embeddings_pb2_grpc
+from wire import errors, rpc, tensors
+from wire.describe import describe
+from wire.checkpoint import open_checkpoint
+from wire.tensors import Header
+
+log = logging.getLogger(__name__)
+
+GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class SinkOptions:
+    """What the language worker tells its sink. `dtype` is the language model's; `http` is vLLM's address."""
+
+    model: str
+    listen: str
+    http: str
+    dtype: str
+    folder: str
+    budget: int
+    lease: float
+
+    def arguments(self) -> list[str]:
+        """To start the sink with."""
+        return ["-m", "lm_worker.sink", json.dumps(asdict(self))]
+
+
+class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
+    """Serves `EmbeddingSink` for one language worker."""
+
+    def __init__(self, options: SinkOptions, store: Store) -> None:
+        checkpoint = open_checkpoint(options.model)
+        self._store = store
+        self._dtype = options.dtype
+        self._width = checkpoint.description.width
+        self._fingerprint = checkpoint.fingerprint
+        self._max_rows = checkpoint.description.context
+        self._http = options.http
+        self._checkpoint = describe(checkpoint)
+        self._arriving: dict[str, asyncio.Future[None]] = {}
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.LanguageDescription:  # noqa: N802
+        return pb.LanguageDescription(
+            checkpoint=self._checkpoint, dtype=pb.Dtype.Value(self._dtype.upper()), http=self._http,
+            used_bytes=self._store.used, budget_bytes=self._store.budget,
+        )  # fmt: skip
+
+    async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
+        return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
+
+    async def Deliver(self, request: AsyncIterator[pb.DeliverChunk], context: Any) -> pb.DeliverReply:  # noqa: N802
+        first = await anext(aiter(request), None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise errors.InvalidRequest("a delivery begins with a header")
+        header = self._checked(first.header)
+        while (other := self._arriving.get(header.key)) is not None:
+            await asyncio.wait([other])
+        if self._store.rows(header.key):
+            return pb.DeliverReply(already_here=True)
+        self._arriving[header.key] = done = asyncio.get_running_loop().create_future()
+        try:
+            await self._receive(header, request)
+        finally:
+            del self._arriving[header.key]
+            done.set_result(None)
+        return pb.DeliverReply()
+
+    def _checked(self, said: pb.EmbeddingHeader) -> Header:
+        """The header, if its embedding is one that this language model can read. Raises `InvalidRequest` or
+        `CheckpointMismatch`: vLLM trusts shapes, so nothing wrong may become visible."""
+        key = checked_key(said.key)
+        if said.fingerprint != self._fingerprint:
+            raise errors.CheckpointMismatch(f"embedding of checkpoint {said.fingerprint[:12]}, this worker has {self._fingerprint[:12]}")
+        if said.dtype != pb.Dtype.Value(self._dtype.upper()):
+            got = pb.Dtype.Name(said.dtype).lower() if said.dtype in pb.Dtype.values() else said.dtype
+            raise errors.InvalidRequest(f"embedding in {got}, the language model computes in {self._dtype}")
+        if said.width != self._width or not 0 < said.rows <= self._max_rows:
+            raise errors.InvalidRequest(
+                f"embedding of {said.rows} × {said.width}, expected 1 to {self._max_rows} rows × {self._width}"
+            )
+        header = Header(key, said.fingerprint, self._dtype, said.rows, said.width)
+        if said.length != header.length:
+            raise errors.InvalidRequest(f"embedding of {said.length} bytes, {said.rows} × {said.width} {self._dtype} has {header.length}")
+        return header
+
+    async def _receive(self, header: Header, chunks: AsyncIterator[pb.DeliverChunk]) -> None:
+        with self._store.writing(header) as values:
+            at = 0
+            async for chunk in chunks:
+                end = at + len(chunk.data)
+                if end > header.length:
+                    raise errors.InvalidRequest(f"more than the {header.length} bytes that the header promised")
+                values[at:end] = chunk.data
+                at = end
+            if at != header.length:
+                raise errors.InvalidRequest(f"{at} bytes arrived of {header.length} that the header promised")
+            await asyncio.to_thread(tensors.check_finite, values, header.dtype)
+
+
+async def serve(options: SinkOptions) -> None:
+    """Serve until standard input ends or a signal arrives."""
+    folder = Path(options.folder)
+    store = Store(folder, options.budget or default_budget(folder), options.lease)
+    server = rpc.server(options.listen)
+    embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(Sink(options, store), server)
+    await server.start()
+    log.info("sink ready on %s, %.1f GiB", options.listen, store.budget / 2**30)
+    await _parent_gone()
+    await server.stop(GRACE)
+
+
+async def _parent_gone() -> None:
+    loop = asyncio.get_running_loop()
+    # a terminal's Ctrl-C reaches every process of its group; only the end of the language worker ends the sink
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    gone = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, gone.set)
+    loop.add_reader(sys.stdin, gone.set)
+    await gone.wait()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = SinkOptions(**json.loads(sys.argv[1]))
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            asyncio.run(serve(options))
+        except OSError as error:
+            sys.exit(f"dvd language: {error}")
+
+
+if __name__ == "__main__":
+    main()
