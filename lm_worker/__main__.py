@@ -1,6 +1,5 @@
 """`python -m lm_worker MODEL [options] [-- vllm serve flags]`: one language worker."""
 
-import asyncio
 import contextlib
 import hashlib
 import json
@@ -82,7 +81,7 @@ def _vllm_arguments(options: config.Language, folder: Path, flags: Sequence[str]
         "ec_connector_extra_config": {"folder": str(folder), "wait": options.wait_for_embeddings},
     }
     parser = make_arg_parser(FlexibleArgumentParser(prog="dvd language … --"))
-    args = parser.parse_args([
+    args: Namespace = parser.parse_args([
         f"--model={options.model}",
         f"--served-model-name={options.model.resolve().name}",
         f"--load-format={options.load_format}",

@@ -4,7 +4,7 @@ An image is only a number of visual tokens; its embedding reaches vLLM's encoder
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -147,7 +147,7 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
                 hf_config=config.get_text_config(),
                 prefix=maybe_prefix(prefix, "language_model"),
             )
-        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.make_empty_intermediate_tensors: Any = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         raise RuntimeError("an image was scheduled before its embedding arrived")
@@ -172,9 +172,9 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits `[tokens, vocabulary]`."""
-        return self.language_model.compute_logits(hidden_states)
+        return cast(torch.Tensor | None, self.language_model.compute_logits(hidden_states))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the language model's tensors; the vision worker's are passed over unread (they are mapped lazily)."""
         mapper = WeightsMapper(orig_to_new_prefix=dict(self._layout.language_prefixes))
-        return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
+        return cast(set[str], AutoWeightsLoader(self).load_weights(weights, mapper=mapper))

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_worker.store import Store, checked_key, default_budget
+from lm_worker.store import Store, checked_key, default_budget, remove_folder
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 from wire import errors, rpc, tensors
-from wire.describe import describe
 from wire.checkpoint import open_checkpoint
+from wire.messages import describe, from_dtype, to_dtype
 from wire.tensors import Header
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._dtype = options.dtype
         self._width = checkpoint.description.width
         self._fingerprint = checkpoint.fingerprint
-        self._max_rows = checkpoint.description.context
+        self._context = checkpoint.description.context
         self._http = options.http
         self._checkpoint = describe(checkpoint)
         self._arriving: dict[str, asyncio.Future[None]] = {}
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.LanguageDescription:  # noqa: N802
         return pb.LanguageDescription(
-            checkpoint=self._checkpoint, dtype=pb.Dtype.Value(self._dtype.upper()), http=self._http,
+            checkpoint=self._checkpoint, dtype=to_dtype(self._dtype), http=self._http,
             used_bytes=self._store.used, budget_bytes=self._store.budget,
         )  # fmt: skip
 
@@ -87,17 +87,22 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         `CheckpointMismatch`: vLLM trusts shapes, so nothing wrong may become visible."""
         key = checked_key(said.key)
         if said.fingerprint != self._fingerprint:
-            raise errors.CheckpointMismatch(f"embedding of checkpoint {said.fingerprint[:12]}, this worker has {self._fingerprint[:12]}")
-        if said.dtype != pb.Dtype.Value(self._dtype.upper()):
-            got = pb.Dtype.Name(said.dtype).lower() if said.dtype in pb.Dtype.values() else said.dtype
+            raise errors.CheckpointMismatch(
+                f"embedding of checkpoint {said.fingerprint[:12]}, this worker has {self._fingerprint[:12]}"
+            )
+        if (got := from_dtype(said.dtype)) != self._dtype:
             raise errors.InvalidRequest(f"embedding in {got}, the language model computes in {self._dtype}")
-        if said.width != self._width or not 0 < said.rows <= self._max_rows:
-            raise errors.InvalidRequest(
-                f"embedding of {said.rows} × {said.width}, expected 1 to {self._max_rows} rows × {self._width}"
+        if said.width != self._width or not said.rows:
+            raise errors.InvalidRequest(f"embedding of {said.rows} × {said.width}, expected 1 or more × {self._width}")
+        if said.rows > self._context:
+            raise errors.ContextLengthExceeded(
+                f"an image of {said.rows} visual tokens does not fit a context of {self._context}: send a smaller one"
             )
         header = Header(key, said.fingerprint, self._dtype, said.rows, said.width)
         if said.length != header.length:
-            raise errors.InvalidRequest(f"embedding of {said.length} bytes, {said.rows} × {said.width} {self._dtype} has {header.length}")
+            raise errors.InvalidRequest(
+                f"embedding of {said.length} bytes, {said.rows} × {said.width} {self._dtype} has {header.length}"
+            )
         return header
 
     async def _receive(self, header: Header, chunks: AsyncIterator[pb.DeliverChunk]) -> None:
@@ -124,6 +129,7 @@ async def serve(options: SinkOptions) -> None:
     log.info("sink ready on %s, %.1f GiB", options.listen, store.budget / 2**30)
     await _parent_gone()
     await server.stop(GRACE)
+    remove_folder(folder)  # the language worker may have been killed before it could
 
 
 async def _parent_gone() -> None:

@@ -67,9 +67,7 @@ class Gateway(Serving):
     """`dvd gateway`: the HTTP door in front of workers that run elsewhere."""
 
     vision_workers: list[Address] = Field(min_length=1, description="addresses of vision workers, comma-separated")
-    language_workers: list[Address] = Field(
-        min_length=1, description="addresses of language workers' sinks, comma-separated"
-    )
+    language_workers: list[Address] = Field(min_length=1, description="addresses of language workers' sinks, comma-separated")
 
 
 class Encoding(Options):
@@ -122,7 +120,7 @@ class Describe(Options):
     model: Path = Field(description="folder of the checkpoint")
 
 
-O = TypeVar("O", bound=Options)
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 COMMANDS: dict[str, type[Options]] = {
     "up": Up,
@@ -135,7 +133,7 @@ _KNOWN = frozenset(name for options in COMMANDS.values() for name in options.mod
 _RESERVED = frozenset({"config"})
 
 
-def read(options: type[O], arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> O:
+def read(options: type[OptionsT], arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> OptionsT:
     """The options of one command, from its arguments, the environment and a file. Exits 2 on unknown flags (argparse)."""
     environment = os.environ if environment is None else environment
     flags = {k: v for k, v in vars(_parser(options).parse_args(arguments)).items() if v is not None}

@@ -72,22 +72,22 @@ def free_socket(address: str) -> None:
 
 
 @contextlib.contextmanager
-def translated(peer: str) -> Iterator[None]:
-    """Raise our own errors for gRPC's. `peer` names the other side in the message ("vision worker")."""
+def translated(peer: str, quiet: bool = False) -> Iterator[None]:
+    """Raise our own errors for gRPC's. `peer` names the other side in the message ("vision worker"); `quiet`: not logged."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        raise _ours(error, peer) from None
+        raise _ours(error, peer, quiet) from None
 
 
-def _ours(error: grpc.aio.AioRpcError, peer: str) -> errors.DvdError:
-    trailers = {k: v for k, v in error.trailing_metadata() or ()}
+def _ours(error: grpc.aio.AioRpcError, peer: str, quiet: bool) -> errors.DvdError:
+    trailers = dict(error.trailing_metadata() or ())
     known = errors.by_code(str(trailers.get(_CODE_KEY, "")))
     if known is not None:
         return known(error.details() or known.code)
     kind = _FALLBACK.get(error.code(), errors.InternalError)
     # gRPC's own details name addresses and paths, which are nobody's business outside: log them, send a plain sentence
-    log.warning("%s failed: %s: %s", peer, error.code().name, error.details())
+    log.log(logging.DEBUG if quiet else logging.WARNING, "%s failed: %s: %s", peer, error.code().name, error.details())
     return kind(f"the {peer} did not answer ({error.code().name.lower()}); try again")
 
 
@@ -96,7 +96,7 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler: Any = await continuation(handler_call_details)
@@ -112,7 +112,7 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
                 return await behaviour(request, context)
 
         return wrap(
-            guarded,  # type: ignore[arg-type]
+            guarded,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )

@@ -1,6 +1,9 @@
-"""A checkpoint's description as it goes over the wire; both kinds of worker give it, the gateway compares the two."""
+"""Terms of this system and the messages that carry them, both ways."""
+
+from typing import cast
 
 from protos import embeddings_pb2 as pb
+from wire import errors
 from wire.checkpoint import Checkpoint
 
 
@@ -21,3 +24,15 @@ def describe(checkpoint: Checkpoint) -> pb.CheckpointDescription:
         relative_threshold=thresholds.relative if thresholds else 0.0,
         absolute_threshold=thresholds.absolute if thresholds else 0.0,
     )
+
+
+def to_dtype(name: str) -> pb.Dtype:
+    """`bfloat16` → the message's number."""
+    return cast(pb.Dtype, pb.Dtype.Value(name.upper()))
+
+
+def from_dtype(number: int) -> str:
+    """The message's number → `bfloat16`. Raises `InvalidRequest` where it is none we know."""
+    if number not in pb.Dtype.values() or number == pb.DTYPE_UNSPECIFIED:
+        raise errors.InvalidRequest(f"unknown dtype number {number}: 1 is bfloat16, 2 float16, 3 float32")
+    return pb.Dtype.Name(cast(pb.Dtype, number)).lower()

@@ -1,0 +1,62 @@
+# install, check, fix, test, serve: the five words of this project.
+# PYTHON: interpreter to build .venv with; DEVICE: cpu or cuda; MODEL, PORT, ARGS: for serve.
+PYTHON ?= python3
+DEVICE ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
+MODEL ?= demo/checkpoint
+PORT ?= 8000
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS_cpu := gateway,vision,language-cpu
+EXTRAS_cuda := gateway,vision,language
+# a folder or page of wheels that pip was told of; uv has to be told again. Without one, uv finds the right build of torch
+FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+TORCH := $(if $(FIND_LINKS),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend=$(if $(filter cpu,$(DEVICE)),cpu,auto))
+
+.PHONY: help install dev check fix test serve protos
+
+help:
+	@echo "make serve    install and serve MODEL=$(MODEL) on PORT=$(PORT)"
+	@echo "make test     install and run every test"
+	@echo "make install | check | fix | protos"
+
+install: $(VENV)/installed-$(DEVICE)
+
+dev: $(VENV)/installed-$(DEVICE)-dev
+
+$(BIN)/uv:
+	@echo "[1/3] creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/installed-$(DEVICE): pyproject.toml | $(BIN)/uv
+	@echo "[2/3] installing for $(DEVICE): torch, vLLM and the rest, a few minutes at most"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) -e '.[$(EXTRAS_$(DEVICE))]'
+	@touch $@
+	@echo "[3/3] installed"
+
+$(VENV)/installed-$(DEVICE)-dev: $(VENV)/installed-$(DEVICE)
+	@echo "installing what tests and checks need"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) -e '.[$(EXTRAS_$(DEVICE)),dev]'
+	@touch $@
+
+check: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_boundaries.py
+
+fix: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: dev
+	$(BIN)/python -m pytest
+
+serve: install
+	@$(BIN)/dvd up $(MODEL) --port $(PORT) $(ARGS)
+
+protos: dev
+	$(BIN)/python -m grpc_tools.protoc -Iprotos=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

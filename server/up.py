@@ -1,0 +1,252 @@
+"""`dvd up`: every process of one machine, in the foreground.
+
+Workers talk over Unix sockets in a private folder, so nothing but the gateway listens on the network and no port can clash.
+Whatever ends this process ends its children: an orderly stop asks them, `kill -9` leaves it to the kernel.
+"""
+
+import asyncio
+import base64
+import ctypes
+import io
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+from protos import embeddings_pb2 as pb
+from protos import embeddings_pb2_grpc, vision_pb2_grpc
+from server.devices import Devices, assign
+from wire import config, errors, rpc
+from wire.checkpoint import CheckpointError, open_checkpoint
+
+STOP_GRACE = 20.0
+_PROBE_EVERY = 0.5
+_REMIND_EVERY = 15.0
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+Ready = Callable[[], Awaitable[bool]]
+
+
+@dataclass
+class Child:
+    """One process: what starts it, and how to ask whether it is ready."""
+
+    name: str
+    arguments: list[str]
+    ready: Ready
+    environment: dict[str, str] = field(default_factory=dict)
+    process: asyncio.subprocess.Process | None = None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run until a signal comes or a process ends. Exits 2 on a bad option, 1 where a process fails."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    try:
+        options = config.read(config.Up, arguments[:at])
+        checkpoint = open_checkpoint(options.model)
+    except config.ConfigError as error:
+        print(f"dvd up: {error}", file=sys.stderr)
+        sys.exit(2)
+    except CheckpointError as error:
+        sys.exit(f"dvd up: {error}")
+    said = checkpoint.description
+    _say(f"{options.model}: {said.family}, {said.language_model}, {said.tower.layers}-layer InternViT")
+    with tempfile.TemporaryDirectory(prefix="dvd-") as folder:
+        children = plan(options, list(arguments[at + 1 :]), Path(folder))
+        failed = asyncio.run(_supervise(children, options))
+    if failed:
+        sys.exit(f"dvd up: {failed}")
+
+
+def plan(options: config.Up, vllm_flags: list[str], folder: Path) -> list[Child]:
+    """The processes to run, sockets in `folder`; vision first, the gateway last."""
+    devices = assign(options.vision_workers, options.language_workers)
+    vision = [_vision(options, i, folder, devices) for i in range(options.vision_workers)]
+    language = [_language(options, i, folder, devices, vllm_flags) for i in range(options.language_workers)]
+    return [*vision, *language, _gateway(options, folder)]
+
+
+def _vision(options: config.Up, number: int, folder: Path, devices: Devices) -> Child:
+    listen = f"unix:{folder}/vision-{number}"
+    arguments = config.as_arguments(options, config.Vision, listen=listen)
+    return Child(
+        f"vision-{number}",
+        ["-m", "vision_worker", *arguments],
+        lambda: _described(vision_pb2_grpc.VisionStub, listen),
+        devices.environment(devices.vision[number]),
+    )
+
+
+def _language(options: config.Up, number: int, folder: Path, devices: Devices, vllm_flags: list[str]) -> Child:
+    listen = f"unix:{folder}/language-{number}"
+    arguments = config.as_arguments(options, config.Language, listen=listen, http=f"unix:{folder}/vllm-{number}")
+    quiet = {} if options.log_level == "debug" else {"VLLM_LOGGING_LEVEL": "WARNING"}
+    return Child(
+        f"language-{number}",
+        ["-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
+        lambda: _described(embeddings_pb2_grpc.EmbeddingSinkStub, listen),
+        {**quiet, **devices.environment(devices.language[number])},
+    )
+
+
+def _gateway(options: config.Up, folder: Path) -> Child:
+    arguments = config.as_arguments(
+        options,
+        config.Gateway,
+        vision_workers=[f"unix:{folder}/vision-{i}" for i in range(options.vision_workers)],
+        language_workers=[f"unix:{folder}/language-{i}" for i in range(options.language_workers)],
+    )
+    secret = {"DVD_API_KEY": options.api_key.get_secret_value()} if options.api_key else {}
+    return Child("gateway", ["-m", "server", *arguments], lambda: _http_ready(options), secret)
+
+
+async def _described(stub: Callable[..., object], address: str) -> bool:
+    channel = rpc.channel(address)
+    try:
+        service: vision_pb2_grpc.VisionStub = stub(channel)  # type: ignore[assignment]  # both services have Describe
+        with rpc.translated("worker", quiet=True):
+            await service.Describe(pb.DescribeRequest(), timeout=2)
+        return True
+    except errors.DvdError:
+        return False
+    finally:
+        await channel.close()
+
+
+async def _http_ready(options: config.Up) -> bool:
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session,
+            session.get(f"{_url(options)}/health/ready") as answer,
+        ):
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+
+
+def _url(options: config.Up) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
+    return f"http://{host}:{options.port}"
+
+
+async def _supervise(children: list[Child], options: config.Up) -> str | None:
+    """Start all, announce readiness, wait for the end of any, stop all. What failed, or None after a signal."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    watchers: list[asyncio.Task[str]] = []
+    tasks: set[asyncio.Task[object]] = {asyncio.create_task(stop.wait())}
+    try:
+        for child in children:
+            await _start(child)
+            watchers.append(asyncio.create_task(_watch(child)))
+        announcing = asyncio.create_task(_announce(children, options))
+        done, _ = await asyncio.wait([*tasks, *watchers], return_when=asyncio.FIRST_COMPLETED)
+        announcing.cancel()
+        return next((task.result() for task in watchers if task in done), None)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await _stop(children)
+
+
+async def _start(child: Child) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(config.PREFIX)}
+    child.process = await asyncio.create_subprocess_exec(
+        sys.executable, *child.arguments,
+        env={**environment, **child.environment},
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        # a session of its own: Ctrl-C reaches only us, and the whole family can be killed by its group
+        start_new_session=True, preexec_fn=_die_with_parent, limit=1 << 20,
+    )  # fmt: skip
+    _say(f"{child.name}: starting")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+
+
+async def _watch(child: Child) -> str:
+    """Print what the process says until it ends; how it ended."""
+    assert child.process is not None
+    assert child.process.stdout is not None
+    async for line in child.process.stdout:
+        print(f"{child.name:>12} | {line.decode(errors='replace').rstrip()}", file=sys.stderr, flush=True)
+    return f"{child.name} ended with {await child.process.wait()}; see its last lines above"
+
+
+async def _announce(children: list[Child], options: config.Up) -> None:
+    began = time.monotonic()
+    await asyncio.gather(*(_until_ready(child) for child in children))
+    _say(f"ready in {time.monotonic() - began:.0f} s: {_url(options)}  (Ctrl-C stops everything)\n\n{_example(options)}\n")
+
+
+async def _until_ready(child: Child) -> None:
+    began = reminded = time.monotonic()
+    while not await child.ready():
+        await asyncio.sleep(_PROBE_EVERY)
+        if time.monotonic() - reminded > _REMIND_EVERY:
+            reminded = time.monotonic()
+            _say(f"{child.name}: still starting, {reminded - began:.0f} s")
+    _say(f"{child.name}: ready in {time.monotonic() - began:.1f} s")
+
+
+def _example(options: config.Up) -> str:
+    """A request to paste, its picture inside."""
+    body = (
+        '{"model": "' + options.model.resolve().name + '", "max_tokens": 16, "messages": [{"role": "user", "content": ['
+        '{"type": "image_url", "image_url": {"url": "data:image/png;base64,' + _red_disc() + '"}}, '
+        '{"type": "text", "text": "What colour is the circle?"}]}]}'
+    )
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if options.api_key else ""
+    return f"curl {_url(options)}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def _red_disc() -> str:
+    from PIL import Image, ImageDraw
+
+    image = Image.new("P", (448, 448))
+    image.putpalette([255, 255, 255, 220, 30, 30])
+    ImageDraw.Draw(image).ellipse((124, 124, 324, 324), fill=1)
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+async def _stop(children: list[Child]) -> None:
+    """Ask each process to end, the gateway first so that what it holds is answered; then make sure."""
+    for child in reversed(children):
+        if child.process is None or child.process.returncode is not None:
+            continue
+        child.process.terminate()
+        if child.name == "gateway":
+            await _wait(child.process)
+    await asyncio.gather(*(_wait(child.process) for child in children if child.process))
+    for child in children:
+        if child.process:
+            _kill_group(child.process.pid)
+
+
+async def _wait(process: asyncio.subprocess.Process) -> None:
+    try:
+        await asyncio.wait_for(process.wait(), STOP_GRACE)
+    except TimeoutError:
+        process.kill()
+
+
+def _kill_group(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _say(text: str) -> None:
+    print(f"dvd: {text}", file=sys.stderr, flush=True)
