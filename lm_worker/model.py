@@ -141,7 +141,8 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
         super().__init__()
         config = vllm_config.model_config.hf_config
         self._layout = LAYOUTS[config.model_type]
-        with self._mark_language_model(vllm_config):
+        mark: Any = self._mark_language_model  # nn.Module claims that every attribute may be a Tensor
+        with mark(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=config.get_text_config(),

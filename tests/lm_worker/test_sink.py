@@ -1,0 +1,156 @@
+"""The sink as a process, over a real socket: what it takes, what it refuses, when it ends."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm_worker.sink import SinkOptions
+from lm_worker.store import create_folder, map_payload
+from protos import embeddings_pb2 as pb
+from protos import embeddings_pb2_grpc
+from wire import errors, rpc
+from wire.checkpoint import open_checkpoint
+from wire.tensors import HEADER_SIZE
+
+CHECKPOINT = Path(__file__).parents[1] / "data/golden/flash-qwen3/checkpoint"
+FINGERPRINT = open_checkpoint(CHECKPOINT).fingerprint
+WIDTH, ROWS = 128, 256
+LENGTH = ROWS * WIDTH * 4
+
+
+@dataclass
+class RunningSink:
+    options: SinkOptions
+    process: "subprocess.Popen[bytes]"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
+    folder = tmp_path_factory.mktemp("sink")
+    create_folder(folder / "store")
+    options = SinkOptions(
+        model=str(CHECKPOINT),
+        listen=f"unix:{folder}/sink",
+        http="unix:/nowhere",
+        dtype="float32",
+        folder=str(folder / "store"),
+        budget=8 << 20,
+        lease=0.0,
+    )
+    process = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE)
+    yield RunningSink(options, process)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(20) == 0, "a sink ends with its language worker"
+    assert not (folder / "store").exists(), "and gives its memory back"
+
+
+@pytest.fixture
+async def sink(running: RunningSink) -> AsyncIterator[embeddings_pb2_grpc.EmbeddingSinkStub]:
+    channel = rpc.channel(running.options.listen)
+    await asyncio.wait_for(channel.channel_ready(), 30)
+    yield embeddings_pb2_grpc.EmbeddingSinkStub(channel)
+    await channel.close()
+
+
+def header(key: str, **changed: object) -> pb.EmbeddingHeader:
+    right = {"key": key, "fingerprint": FINGERPRINT, "dtype": pb.FLOAT32, "rows": ROWS, "width": WIDTH, "length": LENGTH}
+    return pb.EmbeddingHeader(**{**right, **changed})
+
+
+async def deliver(
+    sink: embeddings_pb2_grpc.EmbeddingSinkStub, said: pb.EmbeddingHeader | None, data: bytes, chunk: int = 50_000
+) -> pb.DeliverReply:
+    async def parts() -> AsyncIterator[pb.DeliverChunk]:
+        if said is not None:
+            yield pb.DeliverChunk(header=said)
+        for at in range(0, len(data), chunk):
+            yield pb.DeliverChunk(data=data[at : at + chunk])
+
+    with rpc.translated("sink"):
+        return await sink.Deliver(parts())
+
+
+async def test_describe_says_what_the_language_model_reads(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    said = await sink.Describe(pb.DescribeRequest())
+    assert (said.checkpoint.fingerprint, said.checkpoint.width, said.dtype) == (FINGERPRINT, WIDTH, pb.FLOAT32)
+    assert (said.http, said.budget_bytes) == ("unix:/nowhere", 8 << 20)
+
+
+async def test_a_delivery_is_visible_whole(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    data = np.random.default_rng(0).standard_normal(ROWS * WIDTH).astype("float32").tobytes()
+    assert not (await deliver(sink, header("whole"), data)).already_here
+    assert (await sink.Has(pb.HasRequest(keys=["whole", "absent"]))).tokens == [ROWS, 0]
+    _, mapped = map_payload(Path(running.options.folder) / "whole")
+    assert mapped[HEADER_SIZE:] == data
+    assert (await deliver(sink, header("whole"), data)).already_here
+
+
+async def test_one_of_many_equal_deliveries_is_taken(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    replies = await asyncio.gather(*(deliver(sink, header("equal"), bytes(LENGTH)) for _ in range(8)))
+    assert sorted(reply.already_here for reply in replies) == [False] + 7 * [True]
+
+
+NAN = np.full(ROWS * WIDTH, np.nan, "float32").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "data", "error", "says"),
+    [
+        ({}, bytes(LENGTH - 1), errors.InvalidRequest, f"{LENGTH - 1} bytes arrived of {LENGTH}"),
+        ({}, bytes(LENGTH + 1), errors.InvalidRequest, f"more than the {LENGTH} bytes"),
+        ({}, b"", errors.InvalidRequest, "0 bytes arrived"),
+        ({}, NAN, errors.InvalidRequest, "infinite or undefined"),
+        ({"width": 127}, bytes(LENGTH), errors.InvalidRequest, r"256 × 127, expected 1 or more × 128"),
+        ({"rows": 0, "length": 0}, b"", errors.InvalidRequest, "expected 1 or more"),
+        ({"rows": 2**32 - 1}, b"", errors.ContextLengthExceeded, "4294967295 visual tokens"),
+        ({"dtype": pb.BFLOAT16}, bytes(LENGTH), errors.InvalidRequest, "in bfloat16, the language model computes in float32"),
+        ({"dtype": 0}, bytes(LENGTH), errors.InvalidRequest, "unknown dtype number 0"),
+        ({"length": LENGTH + 4}, bytes(LENGTH + 4), errors.InvalidRequest, f"has {LENGTH}"),
+        ({"fingerprint": "0" * 64}, bytes(LENGTH), errors.CheckpointMismatch, "000000000000"),
+        ({"key": "../../etc/passwd"}, bytes(LENGTH), errors.InvalidRequest, "no key of an embedding"),
+    ],
+)
+async def test_a_bad_delivery_is_refused_and_leaves_nothing(
+    sink: embeddings_pb2_grpc.EmbeddingSinkStub, changed: dict[str, object], data: bytes, error: type[Exception], says: str
+) -> None:
+    before = (await sink.Describe(pb.DescribeRequest())).used_bytes
+    with pytest.raises(error, match=says):
+        await deliver(sink, header(**{"key": "bad", **changed}), data)
+    assert (await sink.Describe(pb.DescribeRequest())).used_bytes == before
+    assert (await sink.Has(pb.HasRequest(keys=["bad"]))).tokens == [0]
+
+
+async def test_bytes_without_a_header_are_refused(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    with pytest.raises(errors.InvalidRequest, match="begins with a header"):
+        await deliver(sink, None, b"pickle")
+
+
+async def test_a_sender_that_leaves_midway_leaves_nothing(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    async def half() -> AsyncIterator[pb.DeliverChunk]:
+        yield pb.DeliverChunk(header=header("left"))
+        yield pb.DeliverChunk(data=bytes(1000))
+        await asyncio.sleep(60)
+
+    before = (await sink.Describe(pb.DescribeRequest())).used_bytes
+    call = sink.Deliver(half())
+    await asyncio.sleep(0.3)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await deliver(sink, header("left"), bytes(LENGTH))
+    assert (await sink.Describe(pb.DescribeRequest())).used_bytes <= before + LENGTH + HEADER_SIZE
+
+
+async def test_a_full_sink_evicts_and_goes_on(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    for i in range(80):
+        await deliver(sink, header(f"many-{i}"), bytes(LENGTH))
+    said = await sink.Describe(pb.DescribeRequest())
+    assert said.budget_bytes - LENGTH - HEADER_SIZE < said.used_bytes <= said.budget_bytes
+    assert (await sink.Has(pb.HasRequest(keys=["many-0", "many-79"]))).tokens == [0, ROWS]

@@ -1,0 +1,83 @@
+"""Options: three sources, one schema, errors that name what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from wire import config
+
+MINE = ["--vision-workers=a:1,unix:/b", "--language-workers=c:3"]
+
+
+def test_a_flag_wins_over_a_variable_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "dvd.yaml"
+    file.write_text("port: 1\nhost: h\nmax_images: 3\nvision_dtype: float32\n")  # the last is another command's
+    variables = {"DVD_CONFIG": str(file), "DVD_PORT": "2", "DVD_MAX_IMAGES": "4", "HOME": "/"}
+    got = config.read(config.Gateway, [*MINE, "--port", "5"], variables)
+    assert (got.port, got.max_images, got.host) == (5, 4, "h")
+    assert (got.vision_workers, got.language_workers) == (["a:1", "unix:/b"], ["c:3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "says"),
+    [
+        (["--port=x"], {}, r"--port = 'x'"),
+        (["--port=70000"], {}, "70000"),
+        ([], {"DVD_PROT": "1"}, "unknown variable DVD_PROT: did you mean DVD_PORT"),
+        (["--router-scope=tile"], {}, "--router-scope = 'tile'"),
+        (["--vision-workers=nowhere"], {}, "--vision-workers"),
+        (["--config=/nowhere.yaml"], {}, "cannot read --config /nowhere.yaml"),
+    ],
+)
+def test_a_bad_option_is_named(arguments: list[str], variables: dict[str, str], says: str) -> None:
+    with pytest.raises(config.ConfigError, match=says) as caught:
+        config.read(config.Gateway, [*MINE, *arguments], variables)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("prot: 1", "unknown key 'prot'.*did you mean port"), ("- 1", "mapping"), ("{", "cannot")]
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(config.ConfigError, match=says):
+        config.read(config.Gateway, [*MINE, f"--config={tmp_path / 'f.yaml'}"], {})
+
+
+def test_a_missing_model_is_asked_for() -> None:
+    with pytest.raises(config.ConfigError, match="missing MODEL"):
+        config.read(config.Vision, [], {})
+
+
+def test_secrets_are_masked_and_never_become_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    secret = {"DVD_API_KEY": "hunter2"}
+    with pytest.raises(SystemExit):
+        config.read(config.Gateway, [*MINE, "--print-config"], secret)
+    assert "hunter2" not in capsys.readouterr().out
+    got = config.read(config.Gateway, MINE, secret)
+    assert got.api_key is not None
+    assert got.api_key.get_secret_value() == "hunter2"
+    assert "hunter2" not in str(config.as_arguments(got, config.Gateway)) + repr(got)
+
+
+def test_a_bad_secret_is_not_printed() -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        config.read(config.Gateway, ["--port=x"], {"DVD_API_KEY": "hunter2"})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_arguments_carry_a_configuration_to_a_child() -> None:
+    up = config.read(config.Up, ["m", "--max-batch-tiles=3", "--allow-private-images", "--sink-lease=2"], {})
+    vision = config.read(config.Vision, config.as_arguments(up, config.Vision, listen="unix:/v"), {})
+    assert (vision.model, vision.max_batch_tiles, vision.listen) == (Path("m"), 3, "unix:/v")
+    gateway = config.as_arguments(up, config.Gateway, vision_workers=["a:1"], language_workers=["b:1"])
+    assert config.read(config.Gateway, gateway, {}).allow_private_images
+
+
+@pytest.mark.parametrize("command", sorted(config.COMMANDS))
+def test_help_lists_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = config.COMMANDS[command]
+    with pytest.raises(SystemExit):
+        config.read(options, ["--help"], {})
+    text = capsys.readouterr().out
+    assert all(name == "model" or f"--{name.replace('_', '-')}" in text for name in options.model_fields)
