@@ -42,7 +42,13 @@ class Model(Options):
     load_format: LoadFormat = Field("auto", description="dummy: random weights of the checkpoint's true shapes")
 
 
-class Serving(Options):
+class Limits(Options):
+    """What both the door and the decoder hold to."""
+
+    max_image_pixels: int = Field(64_000_000, ge=1, description="pixels of one image")
+
+
+class Serving(Limits):
     """The gateway's door and its limits."""
 
     host: str = Field("127.0.0.1", description="address the gateway listens on")
@@ -53,7 +59,6 @@ class Serving(Options):
     )
     max_images: int = Field(32, ge=1, description="images in one request")
     max_image_bytes: int = Field(32 << 20, ge=1, description="bytes of one encoded image")
-    max_image_pixels: int = Field(64_000_000, ge=1, description="pixels of one image")
     max_body_bytes: int = Field(128 << 20, ge=1, description="bytes of one request's body")
     max_in_flight: int = Field(512, ge=1, description="requests at once; one more is answered 429")
     fetch_timeout: float = Field(20.0, gt=0, description="seconds to fetch one image")
@@ -70,7 +75,7 @@ class Gateway(Serving):
     language_workers: list[Address] = Field(min_length=1, description="addresses of language workers' sinks, comma-separated")
 
 
-class Encoding(Options):
+class Encoding(Limits):
     """How a vision worker computes."""
 
     vision_dtype: Dtype = Field("auto", description="dtype the vision tower computes in; auto: the checkpoint's")

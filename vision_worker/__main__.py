@@ -1,0 +1,87 @@
+"""`python -m vision_worker MODEL`: one vision worker. The wiring, and nothing else."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from protos import vision_pb2_grpc
+from vision_worker import encoder as encoders
+from vision_worker.batcher import Batcher
+from vision_worker.delivery import Sinks
+from vision_worker.encoder import Encoder
+from vision_worker.service import Service
+from wire import config, rpc
+from wire.checkpoint import CheckpointError, open_checkpoint
+
+log = logging.getLogger("dvd.vision")
+
+_GRACE = 10.0
+"""Seconds that calls in flight have to end after a signal."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 2 for a bad option, 1 where the worker cannot serve, 0 after a signal."""
+    try:
+        options = config.read(config.Vision, sys.argv[1:] if arguments is None else arguments)
+        _log_to_stderr(options.log_level)
+        asyncio.run(_serve(options))
+    except config.ConfigError as error:
+        return _failed(error, 2)
+    except (CheckpointError, OSError) as error:
+        return _failed(error, 1)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _failed(error: Exception, status: int) -> int:
+    print(f"dvd vision: {error}", file=sys.stderr)
+    return status
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("PIL").setLevel(logging.INFO)
+
+
+async def _serve(options: config.Vision) -> None:
+    begin = time.monotonic()
+    checkpoint = open_checkpoint(options.model)
+    log.info("loading %s from %s", checkpoint.description.family, checkpoint.path)
+    encoder = encoders.load(options, checkpoint)
+    log.info("warming %d tiles on %s after %.1f s", options.max_batch_tiles, encoder.place.device, time.monotonic() - begin)
+    async with Batcher(encoder, options.max_batch_tiles) as batcher:
+        await batcher.warm()
+        await _answer(options, encoder, batcher, begin)
+
+
+async def _answer(options: config.Vision, encoder: Encoder, batcher: Batcher, begin: float) -> None:
+    sinks, server = Sinks(), rpc.server(options.listen)
+    preparing = ThreadPoolExecutor(options.prepare_threads or os.cpu_count() or 1, "prepare")
+    service = Service(encoder, batcher, sinks, preparing, options.max_image_pixels)
+    vision_pb2_grpc.add_VisionServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    stop = _on_signal()
+    await server.start()
+    log.info("ready on %s after %.1f s", options.listen, time.monotonic() - begin)
+    await stop.wait()
+    log.info("stopping: %.0f s for calls in flight", _GRACE)
+    await server.stop(_GRACE)
+    await sinks.close()
+    preparing.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_signal() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

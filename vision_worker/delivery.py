@@ -1,0 +1,37 @@
+"""Embeddings on their way to the sinks of language workers."""
+
+from __future__ import annotations  # grpc.aio is generic for type checkers only
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from protos import embeddings_pb2 as pb
+from protos.embeddings_pb2_grpc import EmbeddingSinkStub
+from wire import rpc
+
+if TYPE_CHECKING:
+    import grpc.aio
+
+
+class Sinks:
+    """One long-lived channel to each address that was ever asked for."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def deliver(self, address: str, header: pb.EmbeddingHeader, data: memoryview, seconds: float | None) -> None:
+        """Return once the sink has it all. Raises what the sink raised, or `Unavailable` where none answers."""
+        if address not in self._channels:
+            self._channels[address] = rpc.channel(address)
+        with rpc.translated("language worker's sink"):
+            await EmbeddingSinkStub(self._channels[address]).Deliver(_chunks(header, data), timeout=seconds)
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+
+async def _chunks(header: pb.EmbeddingHeader, data: memoryview) -> AsyncIterator[pb.DeliverChunk]:
+    yield pb.DeliverChunk(header=header)
+    for start in range(0, len(data), rpc.CHUNK):
+        yield pb.DeliverChunk(data=bytes(data[start : start + rpc.CHUNK]))

@@ -1,0 +1,76 @@
+"""The seam to a vision family. A new one is a file in `models/` with a `load` and a line in `FAMILIES`."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vision_worker.models.vir import Policy
+from vision_worker.tiling import Tiles, Tiling
+from vision_worker.weights import DTYPES
+from wire.checkpoint import Checkpoint, CheckpointError
+from wire.config import ConfigError, Vision
+
+FAMILIES = {"internvl": "vision_worker.models.internvl", "fake": "vision_worker.models.fake"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in what a family computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A group's visual tokens, tile after tile. `scores` is empty where the policy asked for none."""
+
+    blocks: list[Tensor]  # one a tile, [tokens, width] each
+    compressed: list[bool]
+    scores: list[float]
+
+
+class Encoder(Protocol):
+    """One checkpoint, loaded."""
+
+    checkpoint: Checkpoint
+    place: Place
+
+    def prepare(self, data: bytes, tiling: Tiling) -> Tiles:
+        """Any thread. Raises `InvalidImage` or `ImageTooLarge`."""
+
+    def look(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
+        """Device thread: tiles [n, side, side, 3], of any groups, to features [n, …], each from its tile alone."""
+
+    def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
+        """Device thread: one whole group. `features` are of its distinct tiles; tile i of the group is `copies[i]`."""
+
+
+def load(options: Vision, checkpoint: Checkpoint) -> Encoder:
+    """Raises `CheckpointError` or `ConfigError`."""
+    family = importlib.import_module(FAMILIES[options.vision_backend])
+    place = Place(_device(options.device), _dtype(options.vision_dtype, checkpoint))
+    return cast(Encoder, family.load(checkpoint, place, dummy=options.load_format == "dummy"))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    chosen = checkpoint.description.dtype if name == "auto" else name
+    if chosen not in DTYPES:
+        raise CheckpointError(f"config.json has dtype {chosen!r}: choose one with --vision-dtype")
+    return DTYPES[chosen]

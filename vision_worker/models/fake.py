@@ -1,0 +1,53 @@
+"""A family without a tower: embeddings from a hash of each tile, to price everything else of a deployment.
+
+Deterministic, of true shapes and routed like true ones; means nothing to a language model.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vision_worker import tiling
+from vision_worker.encoder import Embedded, Place
+from vision_worker.models.vir import Policy
+from wire.checkpoint import Checkpoint
+
+_SCORES = 1 << 16
+
+
+class Fake:
+    def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
+        self.checkpoint, self.place = checkpoint, place
+        said = checkpoint.description
+        generator = torch.Generator().manual_seed(0)
+        table = torch.randn(4 * said.tokens_per_tile, said.width, generator=generator)
+        self._table = table.to(place.device, place.dtype)
+
+    def prepare(self, data: bytes, options: tiling.Tiling) -> tiling.Tiles:
+        return tiling.cut(data, options)
+
+    def look(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
+        """A number of 32 bits a tile, int64 [n]."""
+        digests = (hashlib.blake2b(tile.tobytes(), digest_size=4).digest() for tile in pixels)
+        return torch.tensor([int.from_bytes(digest) for digest in digests])
+
+    def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
+        numbers = features[list(copies)]
+        scores = (numbers % _SCORES).float() / _SCORES
+        compressed = policy.route(scores).tolist()
+        blocks = [self._block(n, small) for n, small in zip(numbers.tolist(), compressed, strict=True)]
+        return Embedded(blocks, compressed, scores.tolist() if policy.needs_scores else [])
+
+    def _block(self, number: int, compressed: bool) -> Tensor:
+        said = self.checkpoint.description
+        rows = said.compressed_tokens_per_tile if compressed else said.tokens_per_tile
+        first = number % (len(self._table) - rows)
+        return self._table[first : first + rows]
+
+
+def load(checkpoint: Checkpoint, place: Place, dummy: bool = False) -> Fake:
+    return Fake(checkpoint, place)

@@ -1,0 +1,158 @@
+"""What a vision worker can be asked over gRPC: `Describe` and `Encode` of `protos/vision.proto`."""
+
+from __future__ import annotations  # grpc.aio is generic for type checkers only
+
+import asyncio
+import math
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from protos import embeddings_pb2, vision_pb2_grpc
+from protos import vision_pb2 as pb
+from vision_worker.batcher import Batcher, Encoded
+from vision_worker.delivery import Sinks
+from vision_worker.encoder import Encoder
+from vision_worker.models import vir
+from vision_worker.tiling import Tiles, Tiling
+from wire import errors, messages
+from wire.layouts.base import Description, Thresholds
+
+if TYPE_CHECKING:
+    import grpc.aio
+
+T = TypeVar("T")
+
+MOST_TILES = 40
+"""Largest grid of one image: what InternVL 1.5 was evaluated with."""
+
+_DTYPES = {
+    embeddings_pb2.BFLOAT16: torch.bfloat16,
+    embeddings_pb2.FLOAT16: torch.float16,
+    embeddings_pb2.FLOAT32: torch.float32,
+}
+_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An Encode call, checked."""
+
+    images: Sequence[pb.Image]
+    tiling: Tiling
+    policy: vir.Policy
+    dtype: torch.dtype
+    deliver_to: str
+
+
+class Service(vision_pb2_grpc.VisionServicer):
+    def __init__(
+        self, encoder: Encoder, batcher: Batcher, sinks: Sinks, preparing: ThreadPoolExecutor, max_pixels: int
+    ) -> None:
+        self._encoder, self._batcher, self._sinks = encoder, batcher, sinks
+        self._preparing, self._max_pixels = preparing, max_pixels
+        self._checkpoint = messages.describe(encoder.checkpoint)
+
+    async def Describe(  # type: ignore[override]  # noqa: N802
+        self, request: embeddings_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.VisionDescription:
+        place = self._encoder.place
+        return pb.VisionDescription(checkpoint=self._checkpoint, device=str(place.device), dtype=_NUMBERS[place.dtype])
+
+    async def Encode(  # type: ignore[override]  # noqa: N802
+        self, request: pb.EncodeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.EncodeReply:
+        """gRPC cancels this task when the caller leaves or the deadline passes; every stage below drops its work then."""
+        asked = self._check(request)
+        begin = time.monotonic()
+        tiles = await _together([self._prepare(image.data, asked.tiling) for image in asked.images])
+        prepared = time.monotonic()
+        answer = await self._batcher.encode(tiles, asked.policy, asked.dtype)
+        encoded = time.monotonic()
+        keys = [image.key for image in asked.images]
+        await _together([
+            self._sinks.deliver(asked.deliver_to, self._header(key, asked.dtype, image), image.data, context.time_remaining())
+            for key, image in dict(zip(keys, answer.images, strict=True)).items()
+        ])  # fmt: skip
+        return pb.EncodeReply(
+            images=map(_reported, keys, tiles, answer.images),
+            timings=pb.Timings(
+                prepare=prepared - begin, queue=answer.queue, encode=answer.encode, deliver=time.monotonic() - encoded
+            ),
+        )
+
+    def _check(self, request: pb.EncodeRequest) -> _Asked:
+        said = self._encoder.checkpoint.description
+        ours = self._checkpoint.fingerprint
+        if request.fingerprint and request.fingerprint != ours:
+            raise errors.CheckpointMismatch(
+                f"the caller expects checkpoint {request.fingerprint}, this vision worker serves {ours}: "
+                "start all workers from the same checkpoint"
+            )
+        if not request.images or not request.deliver_to or not all(image.key for image in request.images):
+            raise errors.InvalidRequest("Encode needs at least one image, a key for each and deliver_to")
+        if request.dtype not in _DTYPES:
+            raise errors.InvalidRequest(f"dtype {request.dtype} of the embeddings; known: {sorted(_DTYPES)}")
+        return _Asked(
+            images=request.images,
+            tiling=_tiling(request.tiling, said, self._max_pixels),
+            policy=_policy(request.router, said.thresholds),
+            dtype=_DTYPES[request.dtype],
+            deliver_to=request.deliver_to,
+        )
+
+    async def _prepare(self, data: bytes, tiling: Tiling) -> Tiles:
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, self._encoder.prepare, data, tiling)
+
+    def _header(self, key: str, dtype: torch.dtype, image: Encoded) -> embeddings_pb2.EmbeddingHeader:
+        return embeddings_pb2.EmbeddingHeader(
+            key=key, fingerprint=self._checkpoint.fingerprint, dtype=_NUMBERS[dtype],
+            rows=image.rows, width=self._checkpoint.width, length=len(image.data),
+        )  # fmt: skip
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; where one fails the others are cancelled."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _tiling(asked: pb.Tiling, said: Description, max_pixels: int) -> Tiling:
+    """A bound that is not given gives way to the one that is."""
+    most = asked.max_tiles or max(said.max_tiles, asked.min_tiles)
+    least = asked.min_tiles or min(said.min_tiles, most)
+    if least > most or most > MOST_TILES:
+        raise errors.InvalidRequest(f"min_tiles {least} and max_tiles {most} must be ordered and at most {MOST_TILES}")
+    return Tiling(least, most, said.thumbnail, said.tower.image_size, max_pixels)
+
+
+def _policy(asked: pb.Router, own: Thresholds | None) -> vir.Policy:
+    if asked.mode not in pb.Router.Mode.values():
+        raise errors.InvalidRequest(f"router mode {asked.mode}; known: {', '.join(pb.Router.Mode.keys())}")
+    if own is None:
+        if asked.mode == pb.Router.ALL:
+            raise errors.InvalidRequest("this checkpoint has no router and cannot compress: use a Flash checkpoint, or off")
+        return vir.policy(asked.mode, None)
+    thresholds = Thresholds(
+        relative=asked.relative_threshold if asked.HasField("relative_threshold") else own.relative,
+        absolute=asked.absolute_threshold if asked.HasField("absolute_threshold") else own.absolute,
+    )
+    for name, value in (("relative_threshold", thresholds.relative), ("absolute_threshold", thresholds.absolute)):
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            raise errors.InvalidRequest(f"{name} {value} is not between 0 and 1")
+    return vir.policy(asked.mode, thresholds)
+
+
+def _reported(key: str, tiles: Tiles, image: Encoded) -> pb.EncodedImage:
+    return pb.EncodedImage(
+        key=key, tokens=image.rows, columns=tiles.columns, rows=tiles.rows,
+        compressed=image.compressed, scores=image.scores,
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""An image file's bytes cut into tiles, exactly as the official implementation cuts them.
+
+No EXIF rotation, alpha is dropped and not blended, Pillow's bicubic filter. Runs in any thread, before the device.
+"""
+
+import functools
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from wire import errors
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard only warns up to twice its limit; `_open` checks ours from the header
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images are cut: bounds of the grid (thumbnail not counted), side of a tile and largest image, in pixels."""
+
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+    side: int = 448
+    max_pixels: int = 64_000_000
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One image: `pixels` uint8 [n, side, side, 3] row by row, thumbnail last; `digests` tell equal tiles, one a tile."""
+
+    pixels: npt.NDArray[np.uint8]
+    columns: int
+    rows: int
+    digests: tuple[bytes, ...]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def cut(data: bytes, tiling: Tiling) -> Tiles:
+    """Decode, resize and cut. Raises `InvalidImage` or `ImageTooLarge`."""
+    image = _decode(data, tiling.max_pixels)
+    columns, rows = grid(image.width, image.height, tiling)
+    side = tiling.side
+    whole = np.asarray(_resized(image, side * columns, side * rows))
+    pixels = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    if tiling.thumbnail and len(pixels) > 1:
+        pixels = np.concatenate([pixels, np.asarray(_resized(image, side, side))[None]])
+    return Tiles(pixels, columns, rows, tuple(hashlib.blake2b(t.tobytes(), digest_size=16).digest() for t in pixels))
+
+
+def grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
+    """(columns, rows) whose ratio is nearest to the image's.
+
+    On an exact tie the later candidate wins if the image has more than half of that grid's pixels.
+    """
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in _candidates(tiling.min_tiles, tiling.max_tiles):
+        distance = abs(width / height - columns / rows)
+        large = width * height > 0.5 * tiling.side**2 * columns * rows
+        if distance < best_distance or (distance == best_distance and large):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+@functools.cache
+def _candidates(least: int, most: int) -> list[tuple[int, int]]:
+    # sorted is stable, so among grids of equal size the order is that of the set: built as the official code builds it
+    found = {(i, j) for n in range(least, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if least <= i * j <= most}
+    return sorted(found, key=lambda grid: grid[0] * grid[1])
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise errors.InvalidImage("the image is empty: 0 bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height, max_pixels)
+            return image.convert("RGB")
+    except errors.DvdError:
+        raise
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise errors.InvalidImage(f"{len(data)} bytes that are not an image in a format served here: {known}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a decoder raises on damaged bytes: OSError, SyntaxError, struct.error, …
+        raise errors.InvalidImage(f"the image cannot be decoded ({error}); is the file whole?") from None
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise errors.ImageTooLarge(f"image of {width} × {height} pixels; at most {max_pixels} are accepted: shrink it")
+    if width * height == 0:
+        raise errors.InvalidImage(f"image of {width} × {height} pixels")
