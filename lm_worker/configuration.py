@@ -11,6 +11,12 @@ class InternLM2Config(PretrainedConfig):
     model_type = "internlm2"
 
 
+class InternLM3Config(PretrainedConfig):
+    """The language model of InternVL 3 (9B)."""
+
+    model_type = "internlm3"
+
+
 class InternVLChatConfig(PretrainedConfig):
     """OpenGVLab's layout. `text_config` is what the checkpoint calls `llm_config`."""
 
@@ -32,10 +38,13 @@ def _text_config(values: dict[str, Any]) -> PretrainedConfig:
     # an export names files beside the checkpoint; vLLM and transformers know every one of these architectures
     values = {k: v for k, v in values.items() if k != "auto_map"}
     model_type = values.pop("model_type")
+    scaling = values.get("rope_scaling") or {}
+    if scaling.get("type") == "su":  # Phi-3's first name for longrope; transformers 5 renames it too late for itself
+        values["rope_scaling"] = {**scaling, "type": "longrope"}
     return AutoConfig.for_model(model_type, **values)
 
 
 def register_configurations() -> None:
     """Make `AutoConfig` know them. May run several times."""
-    for config in (InternLM2Config, InternVLChatConfig):
+    for config in (InternLM2Config, InternLM3Config, InternVLChatConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -64,7 +64,7 @@ async def _answer(options: config.Vision, encoder: Encoder, batcher: Batcher, be
     sinks, server = Sinks(), rpc.server(options.listen)
     preparing = ThreadPoolExecutor(options.prepare_threads or os.cpu_count() or 1, "prepare")
     service = Service(encoder, batcher, sinks, preparing, options.max_image_pixels)
-    vision_pb2_grpc.add_VisionServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    vision_pb2_grpc.add_VisionServicer_to_server(service, server)
     stop = _on_signal()
     await server.start()
     log.info("ready on %s after %.1f s", options.listen, time.monotonic() - begin)

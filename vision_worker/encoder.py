@@ -26,6 +26,10 @@ class Place:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class Embedded:

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from protos import embeddings_pb2, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from vision_worker.batcher import Batcher, Encoded
@@ -19,6 +17,7 @@ from vision_worker.delivery import Sinks
 from vision_worker.encoder import Encoder
 from vision_worker.models import vir
 from vision_worker.tiling import Tiles, Tiling
+from vision_worker.weights import DTYPES
 from wire import errors, messages
 from wire.layouts.base import Description, Thresholds
 
@@ -30,13 +29,6 @@ T = TypeVar("T")
 MOST_TILES = 40
 """Largest grid of one image: what InternVL 1.5 was evaluated with."""
 
-_DTYPES = {
-    embeddings_pb2.BFLOAT16: torch.bfloat16,
-    embeddings_pb2.FLOAT16: torch.float16,
-    embeddings_pb2.FLOAT32: torch.float32,
-}
-_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
-
 
 @dataclass(frozen=True)
 class _Asked:
@@ -45,7 +37,7 @@ class _Asked:
     images: Sequence[pb.Image]
     tiling: Tiling
     policy: vir.Policy
-    dtype: torch.dtype
+    dtype: str
     deliver_to: str
 
 
@@ -57,13 +49,15 @@ class Service(vision_pb2_grpc.VisionServicer):
         self._preparing, self._max_pixels = preparing, max_pixels
         self._checkpoint = messages.describe(encoder.checkpoint)
 
-    async def Describe(  # type: ignore[override]  # noqa: N802
+    async def Describe(  # noqa: N802
         self, request: embeddings_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.VisionDescription:
         place = self._encoder.place
-        return pb.VisionDescription(checkpoint=self._checkpoint, device=str(place.device), dtype=_NUMBERS[place.dtype])
+        return pb.VisionDescription(
+            checkpoint=self._checkpoint, device=str(place.device), dtype=messages.to_dtype(place.dtype_name)
+        )
 
-    async def Encode(  # type: ignore[override]  # noqa: N802
+    async def Encode(  # noqa: N802
         self, request: pb.EncodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.EncodeReply:
         """gRPC cancels this task when the caller leaves or the deadline passes; every stage below drops its work then."""
@@ -71,7 +65,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         begin = time.monotonic()
         tiles = await _together([self._prepare(image.data, asked.tiling) for image in asked.images])
         prepared = time.monotonic()
-        answer = await self._batcher.encode(tiles, asked.policy, asked.dtype)
+        answer = await self._batcher.encode(tiles, asked.policy, DTYPES[asked.dtype])
         encoded = time.monotonic()
         keys = [image.key for image in asked.images]
         await _together([
@@ -95,22 +89,20 @@ class Service(vision_pb2_grpc.VisionServicer):
             )
         if not request.images or not request.deliver_to or not all(image.key for image in request.images):
             raise errors.InvalidRequest("Encode needs at least one image, a key for each and deliver_to")
-        if request.dtype not in _DTYPES:
-            raise errors.InvalidRequest(f"dtype {request.dtype} of the embeddings; known: {sorted(_DTYPES)}")
         return _Asked(
             images=request.images,
             tiling=_tiling(request.tiling, said, self._max_pixels),
             policy=_policy(request.router, said.thresholds),
-            dtype=_DTYPES[request.dtype],
+            dtype=messages.from_dtype(request.dtype),
             deliver_to=request.deliver_to,
         )
 
     async def _prepare(self, data: bytes, tiling: Tiling) -> Tiles:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, self._encoder.prepare, data, tiling)
 
-    def _header(self, key: str, dtype: torch.dtype, image: Encoded) -> embeddings_pb2.EmbeddingHeader:
+    def _header(self, key: str, dtype: str, image: Encoded) -> embeddings_pb2.EmbeddingHeader:
         return embeddings_pb2.EmbeddingHeader(
-            key=key, fingerprint=self._checkpoint.fingerprint, dtype=_NUMBERS[dtype],
+            key=key, fingerprint=self._checkpoint.fingerprint, dtype=messages.to_dtype(dtype),
             rows=image.rows, width=self._checkpoint.width, length=len(image.data),
         )  # fmt: skip
 

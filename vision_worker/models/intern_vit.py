@@ -108,7 +108,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1 * self.attn(self.norm1(x))
-        return x + self.ls2 * self.mlp(self.norm2(x))
+        return cast(Tensor, x + self.ls2 * self.mlp(self.norm2(x)))
 
 
 class Encoder(nn.Module):

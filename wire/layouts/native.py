@@ -1,7 +1,7 @@
 """transformers' layout: `model_type` internvl, names as in its `modeling_internvl.py`.
 
-Two spellings are in the wild: the hub's files (`vision_tower.…`, `language_model.model.…`) and what transformers 5 saves
-(`model.vision_tower.…`, `model.language_model.…`, `lm_head.…`).
+Two spellings are in the wild: the hub's files (`vision_tower.…`, `language_model.model.…`) and the modules' own names
+(`model.vision_tower.…`, `model.language_model.…`, `lm_head.…`), which transformers 5 writes on request.
 """
 
 import re
