@@ -20,6 +20,7 @@ from wire.checkpoint import CheckpointError, open_checkpoint
 
 _SHARED_MEMORY = Path("/dev/shm")
 _CPU_KV_CACHE = 4 << 30
+_MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 _OURS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--enable-mm-embeds", "--limit-mm-per-prompt")
 
 
@@ -88,7 +89,7 @@ def _vllm_arguments(options: config.Language, folder: Path, flags: Sequence[str]
         "--enable-prompt-tokens-details",
         "--interleave-mm-strings",
         "--disable-uvicorn-access-log",
-        *_cpu_flags(),
+        *_cpu_flags(flags),
         *flags,
         "--enable-mm-embeds",
         '--limit-mm-per-prompt={"image":0}',
@@ -99,7 +100,7 @@ def _vllm_arguments(options: config.Language, folder: Path, flags: Sequence[str]
     return args
 
 
-def _cpu_flags() -> list[str]:
+def _cpu_flags(given: Sequence[str]) -> list[str]:
     """Defaults on a CPU, where vLLM's own would take nine tenths of the memory that it shares with everything else."""
     from vllm.platforms import current_platform
 
@@ -108,7 +109,8 @@ def _cpu_flags() -> list[str]:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # compiled kernels want a C++ compiler at run time
     eager = [] if shutil.which("g++") else ["--enforce-eager"]
-    return [f"--kv-cache-memory-bytes={min(_CPU_KV_CACHE, free // 4)}", *eager]
+    sized = any(flag.startswith(_MEMORY_FLAGS) for flag in given)
+    return eager if sized else [f"--kv-cache-memory-bytes={min(_CPU_KV_CACHE, free // 4)}", *eager]
 
 
 def _http_flags(address: str) -> list[str]:

@@ -5,6 +5,7 @@ DvdError
 │   ├── InvalidImage          bytes that are not an image we decode
 │   ├── ImageTooLarge         bytes or pixels over the limit
 │   ├── TooManyImages
+│   ├── BodyTooLarge
 │   ├── ImageFetchFailed      the URL cannot be had, or may not be fetched
 │   └── ContextLengthExceeded
 ├── Unauthorized
@@ -61,6 +62,11 @@ class ImageTooLarge(InvalidRequest):
 
 class TooManyImages(InvalidRequest):
     code = "too_many_images"
+
+
+class BodyTooLarge(InvalidRequest):
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "body_too_large"
 
 
 class ImageFetchFailed(InvalidRequest):

@@ -1,0 +1,102 @@
+"""The gateway's application: routes, and errors in OpenAI's shape."""
+
+import logging
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.metrics import Metrics
+from server.routes import Routes, identity
+from wire import errors
+from wire.config import Gateway
+
+log = logging.getLogger(__name__)
+
+_GONE = 499
+"""What nobody receives: the caller has left. nginx's number, for the metrics."""
+
+
+def create_app(options: Gateway) -> FastAPI:
+    """The ASGI application. Its workers are found and asked for when it starts up."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        routes = Routes(options, metrics)
+        _add(app, routes)
+        yield
+        await routes.close()
+
+    app = FastAPI(title="dvd-serve", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, redirect_slashes=False)
+    app.add_middleware(_Observed, metrics=metrics)
+    app.add_exception_handler(errors.DvdError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_gone)
+    app.add_exception_handler(Exception, _on_bug)
+    return app
+
+
+def _add(app: FastAPI, routes: Routes) -> None:
+    app.add_route("/v1/chat/completions", routes.chat, methods=["POST"])
+    app.add_route("/v1/completions", routes.completions, methods=["POST"])
+    app.add_route("/v1/models", routes.models, methods=["GET"])
+    app.add_route("/version", routes.version, methods=["GET"])
+    app.add_route("/health/live", routes.live, methods=["GET"])
+    app.add_route("/health/ready", routes.ready, methods=["GET"])
+    app.add_route("/metrics", routes.metrics, methods=["GET"])
+
+
+class _Observed:
+    """Gives every answer the request's id and counts it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        name = scope["request_id"] = identity(Request(scope))
+        status = _GONE
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = name
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, status).inc()
+        return None
+
+
+async def _on_error(_request: Request, error: Any) -> Response:
+    headers = {"Retry-After": str(math.ceil(error.retry_after))} if error.retry_after else None
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+async def _on_http(request: Request, error: Any) -> Response:
+    """Unknown paths and methods, in OpenAI's shape."""
+    known = {404: f"no such path: {request.url.path[:200]}", 405: f"{request.method} is not possible here"}
+    body = errors.InvalidRequest(known.get(error.status_code, str(error.detail))).body()
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _on_gone(_request: Request, _error: Any) -> Response:
+    return Response(status_code=_GONE)
+
+
+async def _on_bug(_request: Request, _error: Any) -> Response:
+    """The server's log has the traceback; the caller gets none of it."""
+    return JSONResponse(errors.InternalError("internal error of the gateway").body(), status_code=500)

@@ -1,0 +1,111 @@
+"""The two kinds of worker as the gateway sees them."""
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import aiohttp
+
+from protos import embeddings_pb2 as pb
+from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
+from wire import errors, rpc
+
+_ANYWHERE = ("", "0.0.0.0", "[::]")
+
+
+class VisionClient:
+    """One vision worker. Make it inside the event loop."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = rpc.channel(address)
+        self._stub = vision_pb2_grpc.VisionStub(self._channel)
+
+    async def describe(self, timeout: float) -> vision_pb2.VisionDescription:
+        with rpc.translated("vision worker", quiet=True):
+            said: vision_pb2.VisionDescription = await self._stub.Describe(pb.DescribeRequest(), timeout=timeout)
+        return said
+
+    async def encode(self, request: vision_pb2.EncodeRequest, timeout: float) -> vision_pb2.EncodeReply:
+        with rpc.translated("vision worker"):
+            reply: vision_pb2.EncodeReply = await self._stub.Encode(request, timeout=timeout)
+        return reply
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class LanguageClient:
+    """One language worker: its sink, and vLLM's server, whose address the sink tells."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = rpc.channel(address)
+        self._sink = embeddings_pb2_grpc.EmbeddingSinkStub(self._channel)
+        self._http = ""
+        self._base = ""
+        self._session: aiohttp.ClientSession | None = None
+
+    async def describe(self, timeout: float) -> pb.LanguageDescription:
+        with rpc.translated("language worker", quiet=True):
+            said: pb.LanguageDescription = await self._sink.Describe(pb.DescribeRequest(), timeout=timeout)
+        if said.http != self._http:
+            await self._connect(said.http)
+        return said
+
+    async def has(self, keys: Sequence[str], timeout: float) -> list[int]:
+        """Visual tokens that the sink has under each key, 0 for none."""
+        with rpc.translated("language worker"):
+            return list((await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout)).tokens)
+
+    async def get(self, path: str, timeout: float) -> Any:
+        """A JSON answer of vLLM's server, None where the body is empty. Raises `Unavailable`."""
+        async with self.request("GET", path, timeout=timeout) as answer:
+            if answer.status != 200:
+                raise errors.Unavailable(f"the language worker answered {answer.status}")
+            return await answer.json() if await answer.read() else None
+
+    @contextlib.asynccontextmanager
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer of vLLM's server, its body still to be read. Raises `Unavailable` where no answer begins."""
+        if self._session is None:
+            raise errors.Unavailable("the language worker is not there yet; try again", retry_after=1)
+        limits = aiohttp.ClientTimeout(total=timeout)
+        try:
+            answer = await self._session.request(method, self._base + path, data=body, headers=headers, timeout=limits)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            raise errors.Unavailable("the language worker does not answer; try again", retry_after=1) from None
+        try:
+            yield answer
+        finally:
+            # not release(): an unfinished answer must be cut, so that vLLM aborts its request
+            answer.close()
+
+    async def _connect(self, http: str) -> None:
+        await self._disconnect()
+        path = http.removeprefix("unix:")
+        unix = path != http
+        connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, limit=0) if unix else aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
+        self._base = "http://vllm" if unix else f"http://{self._host_port(http)}"
+        self._http = http
+
+    def _host_port(self, http: str) -> str:
+        host, _, port = http.rpartition(":")
+        return f"{self.address.rpartition(':')[0]}:{port}" if host in _ANYWHERE else http
+
+    async def _disconnect(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def close(self) -> None:
+        await self._disconnect()
+        await self._channel.close()

@@ -1,0 +1,82 @@
+"""Answers of the language worker's engine on their way to the caller: bytes untouched, errors in OpenAI's shape."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+
+from wire import errors
+
+_ERROR_EVENT = b'data: {"error"'
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
+_CODES = {400: "invalid_request", 401: "invalid_api_key", 404: "model_not_found", 422: "invalid_request", 429: "overloaded"}
+LOST = "the engine failed on this request; try again"
+
+
+def normalised(status: int, body: bytes) -> dict[str, Any]:
+    """The engine's error as OpenAI's error object: a string code, and nothing of its inside where the fault is ours."""
+    try:
+        said = json.loads(body)
+        error = said.get("error", said)
+        message, param = str(error.get("message") or error.get("detail") or error), error.get("param")
+    except (ValueError, AttributeError):
+        message, param = body.decode(errors="replace")[:500], None
+    if status >= 500:
+        message, param = LOST, None
+    code = "context_length_exceeded" if _is_context(message) else _CODES.get(status, "invalid_request")
+    kind = _TYPES.get(status, "invalid_request_error")
+    if status >= 500:
+        code, kind = "engine_error", "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _is_context(message: str) -> bool:
+    return "maximum context length" in message or "longer than the maximum model length" in message
+
+
+class Stream:
+    """The events of a streamed answer. The first ones are looked at before anything goes to the caller."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._answer = answer
+        self._first = b""
+
+    async def begin(self) -> bool:
+        """Wait for the first event; False where it is an error, or none comes."""
+        try:
+            self._first = await self._answer.content.readany()
+        except aiohttp.ClientError:
+            return False
+        return bool(self._first) and not self._first.startswith(_ERROR_EVENT)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Everything, from the first event on. A broken connection ends it with an error event."""
+        yield _event(self._first)
+        try:
+            async for chunk in self._answer.content.iter_any():
+                yield _event(chunk)
+        except TimeoutError:
+            yield error_event(errors.DeadlineExceeded("the request's time is up"))
+        except aiohttp.ClientError:
+            yield error_event(errors.Unavailable("the language worker went away in the middle of its answer"))
+
+
+def _event(chunk: bytes) -> bytes:
+    if not chunk.startswith(_ERROR_EVENT):
+        return chunk
+    first, _, rest = chunk.partition(b"\n\n")
+    said = first.removeprefix(b"data: ")
+    return b"data: " + json.dumps(normalised(_status(said), said)).encode() + b"\n\n" + rest
+
+
+def _status(said: bytes) -> int:
+    try:
+        return int(json.loads(said)["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return 500
+
+
+def error_event(error: errors.DvdError) -> bytes:
+    """An error inside a stream that has begun."""
+    return b"data: " + json.dumps(error.body()).encode() + b"\n\ndata: [DONE]\n\n"

@@ -1,0 +1,45 @@
+"""Single flight: what is asked for while it is under way is waited for, not done again."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Flight(Generic[T]):
+    task: "asyncio.Task[T]"
+    waiters: int = 0
+
+
+class Flights(Generic[T]):
+    """One task a key. It ends early only when everybody who waits for it has left."""
+
+    def __init__(self) -> None:
+        self._flights: dict[str, _Flight[T]] = {}
+
+    def under_way(self, key: str) -> bool:
+        return key in self._flights
+
+    async def run(self, key: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The result of `make()`, shared with everybody who asks for `key` meanwhile; so are its errors."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Flight(asyncio.create_task(make()))
+            flight.task.add_done_callback(lambda task: self._landed(key, task))
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.task.done():
+                # gone from the list at once: the next who asks must not join a task that is being cancelled
+                self._landed(key, flight.task)
+                flight.task.cancel()
+
+    def _landed(self, key: str, task: "asyncio.Task[T]") -> None:
+        flight = self._flights.get(key)
+        if flight is not None and flight.task is task:
+            del self._flights[key]

@@ -1,0 +1,186 @@
+"""Image parts to bytes: `data:` URLs decoded, https URLs fetched, the file's header looked at. Nothing is decoded to pixels.
+
+An address is checked when the connection is made, not when the name is first looked up, so a name that changes its address
+in between gains nothing.
+"""
+
+import asyncio
+import base64
+import binascii
+import io
+import ipaddress
+import socket
+import warnings
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from PIL import Image
+from yarl import URL
+
+from wire import errors
+from wire.config import Serving
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_MAX_REDIRECTS = 3
+_MAX_URL = 8192
+_REDIRECTS = (301, 302, 303, 307, 308)
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's guard warns from half of its limit on; ours is checked from the header
+
+
+class PublicResolver(AbstractResolver):
+    """Resolves names, and refuses those with an address that is not public."""
+
+    def __init__(self, resolver: AbstractResolver) -> None:
+        self._resolver = resolver
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
+        found = await self._resolver.resolve(host, port, family)
+        if not found or not all(is_public(entry["host"]) for entry in found):
+            raise _private(host)
+        return found
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+def is_public(address: str) -> bool:
+    """Whether the address is on the public Internet; one that wraps another (IPv4-mapped, 6to4, NAT64, …) is not."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv6Address) and (
+        parsed.scope_id or parsed.ipv4_mapped or parsed.sixtofour or parsed.teredo or parsed in _NAT64
+    ):
+        return False
+    return parsed.is_global and not parsed.is_multicast
+
+
+class Fetcher:
+    """Fetches images. Make it inside the event loop; `close` it."""
+
+    def __init__(self, options: Serving, resolver: AbstractResolver | None = None) -> None:
+        self._options = options
+        plain = resolver or aiohttp.ThreadedResolver()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=plain if options.allow_private_images else PublicResolver(plain)),
+            timeout=aiohttp.ClientTimeout(total=options.fetch_timeout),
+            # a compressed body could unfold to anything; images are compressed already
+            headers={"Accept-Encoding": "identity", "User-Agent": "dvd-serve"},
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def load(self, url: str) -> bytes:
+        """The bytes of one image part's URL. Raises `InvalidImage`, `ImageTooLarge`, `ImageFetchFailed`."""
+        data = self._inline(url) if url[:5].lower() == "data:" else await self._fetch(url)
+        await asyncio.to_thread(inspect, data, self._options.max_image_pixels)
+        return data
+
+    def _inline(self, url: str) -> bytes:
+        head, comma, payload = url.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise errors.InvalidImage("a data: URL must read data:image/png;base64,… with the file in base64")
+        if len(payload) // 4 * 3 > self._options.max_image_bytes + 3:
+            raise self._too_large()
+        return _from_base64(payload)
+
+    async def _fetch(self, url: str) -> bytes:
+        target = self._checked(url)
+        try:
+            for _ in range(_MAX_REDIRECTS + 1):
+                async with self._session.get(target, allow_redirects=False) as answer:
+                    if answer.status not in _REDIRECTS:
+                        return await self._body(answer)
+                    target = self._checked(str(target.join(URL(answer.headers.get("Location", "")))))
+        except TimeoutError:
+            raise errors.ImageFetchFailed(f"no image from {_shown(url)} within {self._options.fetch_timeout:g} s") from None
+        except (aiohttp.ClientError, ValueError, OSError) as error:
+            raise errors.ImageFetchFailed(f"cannot fetch {_shown(url)}: {_reason(error)}") from None
+        raise errors.ImageFetchFailed(f"{_shown(url)} redirects more than {_MAX_REDIRECTS} times")
+
+    def _checked(self, url: str) -> URL:
+        schemes = ("https", "http") if self._options.allow_private_images else ("https",)
+        try:
+            parsed = URL(url)
+            host = parsed.host
+        except ValueError:
+            raise errors.InvalidRequest(f"{_shown(url)} is not a URL") from None
+        if parsed.scheme not in schemes or not host:
+            raise errors.InvalidRequest(f"image URL {_shown(url)}: expected {' or '.join(schemes)}, or data:image/…;base64,…")
+        if len(url) > _MAX_URL or any(c in url for c in "\\\t\r\n ") or parsed.user is not None or parsed.password is not None:
+            raise errors.InvalidRequest(f"image URL {_shown(url)} has user data, white space or a back-slash, or is too long")
+        if not self._options.allow_private_images and _is_literal(host) and not is_public(host):
+            raise _private(host)
+        return parsed
+
+    async def _body(self, answer: aiohttp.ClientResponse) -> bytes:
+        if answer.status != 200:
+            raise errors.ImageFetchFailed(f"{_shown(str(answer.url))} answered {answer.status}")
+        if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise errors.ImageFetchFailed(f"{_shown(str(answer.url))} sent a compressed body that was not asked for")
+        body = bytearray()
+        async for chunk in answer.content.iter_any():
+            body += chunk
+            if len(body) > self._options.max_image_bytes:
+                raise self._too_large()
+        return bytes(body)
+
+    def _too_large(self) -> errors.ImageTooLarge:
+        return errors.ImageTooLarge(f"an image has more than {self._options.max_image_bytes} bytes: shrink it")
+
+
+def _from_base64(payload: str) -> bytes:
+    """Strict but for what clients really send: percent-escapes, line breaks, the URL-safe alphabet, missing padding."""
+    raw = unquote_to_bytes(payload) if "%" in payload else payload.encode("utf-8", "replace")
+    if b"\n" in raw or b"\r" in raw or b" " in raw:
+        raw = b"".join(raw.split())
+    raw = raw.rstrip(b"=")
+    try:
+        return base64.b64decode(
+            raw + b"=" * (-len(raw) % 4), altchars=b"-_" if b"-" in raw or b"_" in raw else None, validate=True
+        )
+    except binascii.Error:
+        raise errors.InvalidImage(f"a data: URL of {len(payload)} characters is not valid base64") from None
+
+
+def inspect(data: bytes, max_pixels: int) -> None:
+    """Raise `InvalidImage` or `ImageTooLarge` by the file's header alone."""
+    if not data:
+        raise errors.InvalidImage("the image is empty: 0 bytes")
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+    except Exception:  # Pillow's parsers raise whatever damaged bytes lead them to
+        known = ", ".join(FORMATS)
+        raise errors.InvalidImage(f"{len(data)} bytes that are not an image in a format served here: {known}") from None
+    if width * height > max_pixels:
+        raise errors.ImageTooLarge(f"image of {width} × {height} pixels; at most {max_pixels} are accepted: shrink it")
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _private(host: str) -> errors.InvalidRequest:
+    return errors.InvalidRequest(f"images are not fetched from {host[:200]!r}: not a public address")
+
+
+def _shown(url: str) -> str:
+    """A URL as a message may show it: no query (it may hold a signature), not endless."""
+    return repr(url.split("?")[0].split("#")[0][:200])
+
+
+def _reason(error: Any) -> str:
+    return type(error).__name__.removeprefix("Client").removesuffix("Error").lower() or "failed"

@@ -1,0 +1,171 @@
+"""The road of a request's images: bytes → keys → what the language worker lacks → encoded and delivered → the engine's body."""
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from protos import vision_pb2 as pb
+from server import keys
+from server.flights import Flights
+from server.media import Fetcher
+from server.metrics import Metrics
+from server.pool import Language, Vision, Workers
+from server.requests import Chat
+from wire import errors
+from wire.config import Gateway
+
+_REMEMBERED = 20_000
+
+T = TypeVar("T")
+
+
+@dataclass
+class Report:
+    """What happened to a request's images."""
+
+    images: int = 0
+    tiles: int = 0
+    compressed: int = 0
+    tokens: int = 0
+    reused: int = 0
+
+    def header(self) -> str:
+        return "; ".join(f"{name}={value}" for name, value in vars(self).items())
+
+
+@dataclass
+class Prepared:
+    """A request ready for the engine; `language` has all its embeddings."""
+
+    language: Language
+    body: bytes
+    names: list[str] = field(default_factory=list)
+    report: Report = field(default_factory=Report)
+
+
+class Pipeline:
+    """Owner of the encodes in flight."""
+
+    def __init__(self, options: Gateway, workers: Workers, fetcher: Fetcher, metrics: Metrics) -> None:
+        self._options, self._workers, self._fetcher, self._metrics = options, workers, fetcher, metrics
+        self._together = options.router_scope == "request"
+        self._flights: Flights[list[pb.EncodedImage]] = Flights()
+        self._routes: OrderedDict[str, pb.EncodedImage] = OrderedDict()  # for reports only: what the router did last time
+
+    async def fetch(self, chat: Chat) -> list[bytes]:
+        """The bytes of each image; an equal URL is loaded once."""
+        with self._stage("fetch"):
+            urls = list(dict.fromkeys(chat.urls))
+            loaded = dict(zip(urls, await _all(*(self._fetcher.load(url) for url in urls)), strict=True))
+        self._metrics.images.inc(len(chat.urls))
+        return [loaded[url] for url in chat.urls]
+
+    async def prepare(self, chat: Chat, images: Sequence[bytes], caller: bytes, without: Collection[Language] = ()) -> Prepared:
+        """Choose a language worker and see that it has every embedding. Raises `Unavailable` and what encoding raises."""
+        if not images:
+            return Prepared(self._workers.language.pick(None, without), chat.raw)
+        digests = [hashlib.sha256(image).digest() for image in images]
+        language = self._workers.language.pick(keys.digest(caller, digests[0]).hex(), without)
+        assert language.said is not None
+        if mismatch := self._workers.mismatch():
+            raise errors.CheckpointMismatch(mismatch)
+        setting = keys.Setting(language.said.checkpoint.fingerprint, pb.Tiling(), pb.Router(), language.said.dtype)
+        names = (keys.keys_together if self._together else keys.keys_alone)(caller, setting, digests)
+        there = dict(zip(names, await language.client.has(names, self._options.request_timeout), strict=True))
+        missing = [[*dict.fromkeys(names)]] if self._together else [[name] for name in dict.fromkeys(names)]
+        missing = [group for group in missing if not all(there[name] for name in group)]
+        content = dict(zip(names, images, strict=True))
+        with self._stage("encode"):
+            encoded = await _all(*(self._encode(group, content, setting, language) for group in missing))
+        there |= {image.key: image.tokens for group in encoded for image in group}
+        tokens = [there[name] for name in names]
+        lacked = {name for group in missing for name in group}
+        return Prepared(language, chat.replaced(names, tokens), names, self._report(names, tokens, lacked))
+
+    async def lost(self, prepared: Prepared) -> bool:
+        """Whether an embedding of a request that failed is no longer with its language worker."""
+        if not prepared.names:
+            return False
+        try:
+            return not all(await prepared.language.client.has(prepared.names, self._options.request_timeout))
+        except errors.DvdError:
+            return False
+
+    async def _encode(
+        self, names: Sequence[str], content: dict[str, bytes], setting: keys.Setting, language: Language
+    ) -> list[pb.EncodedImage]:
+        flight = keys.digest(language.client.address.encode(), *(name.encode() for name in names)).hex()
+        self._metrics.joined.inc(len(names) * self._flights.under_way(flight))
+        request = pb.EncodeRequest(
+            images=[pb.Image(key=name, data=content[name]) for name in names],
+            tiling=setting.tiling,
+            router=setting.router,
+            dtype=setting.dtype,  # type: ignore[arg-type]  # a number is what enums are on the wire
+            deliver_to=language.client.address,
+            fingerprint=setting.fingerprint,
+        )
+        return await self._flights.run(flight, lambda: self._encode_somewhere(names[0], request))
+
+    async def _encode_somewhere(self, key: str, request: pb.EncodeRequest) -> list[pb.EncodedImage]:
+        """By the key's vision worker, or by another one where that is gone."""
+        tried: list[Vision] = []
+        while True:
+            worker = self._workers.vision.pick(key, without=tried)
+            tried.append(worker)
+            try:
+                with counted(worker):
+                    self._metrics.encodes.inc()
+                    reply = await worker.client.encode(request, self._options.request_timeout)
+            except errors.Unavailable as error:
+                if type(error) is not errors.Unavailable or len(tried) == 2:
+                    raise
+                worker.said = None  # until it answers the next probe
+                continue
+            self._remember(reply)
+            return list(reply.images)
+
+    def _remember(self, reply: pb.EncodeReply) -> None:
+        for image in reply.images:
+            self._routes[image.key] = image
+            self._metrics.tiles.labels("full").inc(len(image.compressed) - sum(image.compressed))
+            self._metrics.tiles.labels("compressed").inc(sum(image.compressed))
+        while len(self._routes) > _REMEMBERED:
+            self._routes.popitem(last=False)
+
+    def _report(self, names: Sequence[str], tokens: Sequence[int], lacked: Collection[str]) -> Report:
+        routes = [self._routes[name].compressed for name in names if name in self._routes]
+        reused = sum(name not in lacked for name in names)
+        self._metrics.reused.inc(reused)
+        self._metrics.visual_tokens.inc(sum(tokens))
+        return Report(len(names), sum(map(len, routes)), sum(map(sum, routes)), sum(tokens), reused)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._metrics.stages.labels(name).observe(time.monotonic() - began)
+
+
+@contextmanager
+def counted(worker: Vision | Language) -> Iterator[None]:
+    """A request that the worker is busy with."""
+    worker.outstanding += 1
+    try:
+        yield
+    finally:
+        worker.outstanding -= 1
+
+
+async def _all(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
+    """All results in order; the first error, or the caller's leaving, ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as group_error:
+        raise group_error.exceptions[0] from None
+    return [task.result() for task in tasks]

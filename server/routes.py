@@ -1,0 +1,258 @@
+"""What the gateway answers over HTTP."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import importlib.metadata
+import re
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server import engine
+from server.media import Fetcher
+from server.metrics import Metrics
+from server.pipeline import Pipeline, Prepared, counted
+from server.pool import Language, Workers
+from server.requests import Chat, check_fields, parse_chat, parse_object
+from wire import errors
+from wire.config import Gateway
+
+T = TypeVar("T")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks (a digest), the request's id, and when its time is up (monotonic)."""
+
+    digest: bytes
+    identity: str
+    deadline: float
+
+
+class HeldStream(StreamingResponse):
+    """A streamed answer that gives back what is held with its last byte, also where not one was sent."""
+
+    def __init__(self, stream: engine.Stream, held: AsyncExitStack, **rest: Any) -> None:
+        super().__init__(stream.events(), **rest)
+        self.held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.held:
+            await super().__call__(scope, receive, send)
+
+
+class Routes:
+    """The handlers and what they share. Make it inside the event loop; `close` it."""
+
+    def __init__(self, options: Gateway, metrics: Metrics) -> None:
+        self._options, self._metrics = options, metrics
+        self._workers = Workers(options.vision_workers, options.language_workers, metrics)
+        self._fetcher = Fetcher(options)
+        self._pipeline = Pipeline(options, self._workers, self._fetcher, metrics)
+        self._key = options.api_key.get_secret_value() if options.api_key else None
+        self._in_flight = 0
+
+    async def close(self) -> None:
+        await self._fetcher.close()
+        await self._workers.close()
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        return await self._serve(request, lambda raw: parse_chat(raw, self._options.max_images))
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions: text only."""
+        return await self._serve(request, _parse_text)
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        self._authenticate(request)
+        language = self._workers.language.pick(None)
+        return JSONResponse(await language.client.get("/v1/models", self._options.request_timeout))
+
+    async def version(self, _request: Request) -> Response:
+        """GET /version"""
+        said: dict[str, Any] = {"version": importlib.metadata.version("dvd-serve"), "engine": None}
+        with contextlib.suppress(errors.DvdError):
+            language = self._workers.language.pick(None)
+            said["engine"] = (await language.client.get("/version", 5))["version"]
+        return JSONResponse(said)
+
+    async def live(self, _request: Request) -> Response:
+        """GET /health/live: this process runs."""
+        return JSONResponse({"status": "live"})
+
+    async def ready(self, _request: Request) -> Response:
+        """GET /health/ready: an image request would be served now; every worker is asked for it."""
+        await self._workers.probe()
+        wanting = [f"no {kind} worker answers" for kind, pool in self._pools() if not pool.up()]
+        wanting += [mismatch] if (mismatch := self._workers.mismatch()) else []
+        body = {"status": "not ready" if wanting else "ready", "reasons": wanting}
+        return JSONResponse(body, status_code=503 if wanting else 200)
+
+    def _pools(self) -> Iterator[tuple[str, Any]]:
+        yield "vision", self._workers.vision
+        yield "language", self._workers.language
+
+    async def metrics(self, _request: Request) -> Response:
+        """GET /metrics"""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _serve(self, request: Request, parse: Callable[[bytes], Chat]) -> Response:
+        """From the permit to the first byte of the answer; the permit goes back with the last one."""
+        async with AsyncExitStack() as held:
+            held.enter_context(self._permit())
+            caller = self._authenticate(request)
+            deadline = time.monotonic() + self._timeout(request)
+            chat = parse(await self._body(request))
+            await self._check_model(chat.model)
+            work = self._answer(request.url.path, chat, Caller(caller, request.scope["request_id"], deadline))
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    answer = await _unless_gone(request, work)
+            except TimeoutError:
+                raise errors.DeadlineExceeded("the request's time is up; ask for less, or allow it more time") from None
+            if isinstance(answer, HeldStream):
+                answer.held.push_async_exit(held.pop_all())
+        return answer
+
+    @contextlib.contextmanager
+    def _permit(self) -> Iterator[None]:
+        if self._in_flight >= self._options.max_in_flight:
+            raise errors.Overloaded(f"{self._in_flight} requests are being served, which is the most; try again", retry_after=1)
+        self._in_flight += 1
+        self._metrics.in_flight.set(self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight.set(self._in_flight)
+
+    def _authenticate(self, request: Request) -> bytes:
+        """Who asks, as a digest: part of every key. Raises `Unauthorized`."""
+        said = request.headers.get("authorization", "")
+        if self._key is not None:
+            scheme, _, key = said.partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key.encode()):
+                raise errors.Unauthorized("missing or wrong API key: send it as 'Authorization: Bearer …'")
+        return hashlib.sha256(said.encode()).digest()
+
+    def _timeout(self, request: Request) -> float:
+        """Seconds this request may take: the server's limit, or less where the caller says so."""
+        said = request.headers.get("x-request-timeout")
+        if said is None:
+            return self._options.request_timeout
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", said) or not float(said):
+            raise errors.InvalidRequest(f"X-Request-Timeout must be seconds above 0, got {said[:50]!r}")
+        return min(float(said), self._options.request_timeout)
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self._options.max_body_bytes
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise errors.BodyTooLarge(f"the body has more than {limit} bytes: send fewer or smaller images, or URLs")
+        return bytes(body)
+
+    async def _check_model(self, name: str | None) -> None:
+        """Before any work on images. Raises `ModelNotFound`, `Unavailable`."""
+        there = self._workers.language.up()
+        if not there:
+            self._workers.language.pick(None)
+        if name is None or any(name in worker.models for worker in there):
+            return
+        await self._workers.probe()  # an adapter may have been loaded since
+        served = sorted({model for worker in self._workers.language.up() for model in worker.models})
+        if name not in served:
+            raise errors.ModelNotFound(f"no model {name[:200]!r} here; served: {', '.join(served)}", param="model")
+
+    async def _answer(self, path: str, chat: Chat, caller: "Caller") -> Response:
+        """The engine's answer. One more try where an embedding was lost, or a language worker is not there any more."""
+        images = await self._pipeline.fetch(chat) if chat.images else []
+        gone: set[Language] = set()
+        for last in (False, True):
+            prepared = await self._pipeline.prepare(chat, images, caller.digest, without=gone)
+            try:
+                answer = await self._ask(path, chat, prepared, caller)
+            except errors.Unavailable:
+                prepared.language.said = None  # until it answers the next probe
+                gone.add(prepared.language)
+                if last or len(self._workers.language.members) == 1:
+                    raise
+                continue
+            if last or answer.status_code < 500 or not await self._pipeline.lost(prepared):
+                break
+        return answer
+
+    async def _ask(self, path: str, chat: Chat, prepared: Prepared, caller: "Caller") -> Response:
+        headers = {"Content-Type": "application/json", "X-Request-Id": caller.identity}
+        async with AsyncExitStack() as mine:
+            mine.enter_context(counted(prepared.language))
+            # a little later than the request's own deadline, which is the one to be heard before the answer begins
+            timeout = caller.deadline - time.monotonic() + 1
+            asked = prepared.language.client.request("POST", path, prepared.body, headers, timeout)
+            answer = await mine.enter_async_context(asked)
+            report = {"X-DvD-Images": prepared.report.header()} if chat.images else {}
+            if answer.status != 200:
+                body = engine.normalised(answer.status, await answer.read())
+                return JSONResponse(body, status_code=answer.status, headers=report)
+            kind = answer.headers.get("Content-Type", "application/json")
+            if not kind.startswith("text/event-stream"):
+                return Response(await _whole(answer), media_type=kind, headers=report)
+            stream = engine.Stream(answer)
+            if not await stream.begin():
+                body = engine.normalised(500, b"")
+                return JSONResponse(body, status_code=500, headers=report)
+            return HeldStream(stream, mine.pop_all(), media_type=kind, headers=report)
+
+
+def _parse_text(raw: bytes) -> Chat:
+    body = parse_object(raw)
+    check_fields(body)
+    return Chat(raw, body, [])
+
+
+def identity(request: Request) -> str:
+    """The caller's X-Request-Id where it is harmless, else a new one."""
+    said = request.headers.get("x-request-id", "")
+    return said if _REQUEST_ID.fullmatch(said) else uuid.uuid4().hex
+
+
+async def _whole(answer: Any) -> bytes:
+    try:
+        body: bytes = await answer.read()
+    except aiohttp.ClientError:
+        raise errors.Unavailable("the language worker went away before its answer was whole; try again") from None
+    return body
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the caller leaves: nobody else watches the socket before an answer begins."""
+    working, watching = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

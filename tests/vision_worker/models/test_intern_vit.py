@@ -1,0 +1,76 @@
+"""The tower against transformers' own, with shared random weights."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import InternVLVisionConfig, InternVLVisionModel
+
+from vision_worker.models.intern_vit import InternViT, depth, interpolated
+from wire.layouts import native
+from wire.layouts.base import Tower
+
+SMALL = Tower(
+    hidden_size=64, intermediate_size=128, layers=3, heads=4, image_size=56, patch_size=14, norm="layer_norm",
+    norm_eps=1e-6, activation="gelu", qkv_bias=True, qk_norm=False,
+)  # fmt: skip
+
+
+def pair(tower: Tower) -> tuple[InternViT, InternVLVisionModel]:
+    torch.manual_seed(3)
+    theirs = InternVLVisionModel(
+        InternVLVisionConfig(
+            hidden_size=tower.hidden_size, intermediate_size=tower.intermediate_size, num_hidden_layers=tower.layers,
+            num_attention_heads=tower.heads, image_size=tower.image_size, patch_size=tower.patch_size,
+            norm_type=tower.norm, layer_norm_eps=tower.norm_eps, attention_bias=tower.qkv_bias, use_qk_norm=tower.qk_norm,
+            use_mask_token=False, initializer_range=0.2,
+        )  # fmt: skip
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.2)
+    fused: dict[str, list[torch.Tensor]] = {}
+    for name, value in theirs.state_dict().items():
+        found = native.vision_name("vision_tower." + name)
+        if found:
+            fused.setdefault(found[0].removeprefix("vision_model."), []).append(value)
+    ours = InternViT(tower, positions=(tower.image_size // tower.patch_size) ** 2 + 1)
+    wanted = ours.state_dict().keys()
+    ours.load_state_dict({name: torch.cat(parts) for name, parts in fused.items() if name in wanted})
+    return ours.eval(), theirs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "rms_norm", "qk_norm": True, "qkv_bias": False},
+        {"norm": "rms_norm", "select_layer": -2},
+        {"qk_norm": True, "select_layer": -4},
+    ],
+    ids=["300m", "6b", "last-but-one", "embeddings"],
+)
+def test_hidden_states_are_those_of_transformers(changes: dict[str, object]) -> None:
+    tower = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
+    ours, theirs = pair(tower)
+    pixels = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        states = theirs(pixels, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(ours(pixels), states[tower.select_layer][:, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_layers_that_are_needed_are_built() -> None:
+    assert depth(dataclasses.replace(SMALL, layers=48, select_layer=-4)) == 45
+    assert len(InternViT(dataclasses.replace(SMALL, select_layer=-3), 17).encoder.layers) == 1
+    assert depth(dataclasses.replace(SMALL, select_layer=2)) == 2
+    with pytest.raises(ValueError, match="select_layer -5"):
+        depth(dataclasses.replace(SMALL, select_layer=-5))
+
+
+def test_positions_are_interpolated_for_another_side() -> None:
+    positions = torch.randn(1, 17, 8)
+    assert interpolated(positions, 4) is positions
+    larger = interpolated(positions.bfloat16(), 8)
+    assert larger.shape == (1, 65, 8)
+    assert larger.dtype == torch.bfloat16
+    flat = interpolated(torch.ones(1, 17, 8), 6)
+    torch.testing.assert_close(flat, torch.ones(1, 37, 8))
