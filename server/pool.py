@@ -88,7 +88,10 @@ class Workers:
 
     async def close(self) -> None:
         self._polling.cancel()
-        clients = [*(w.client for w in self.vision.members), *(w.client for w in self.language.members)]
+        clients: list[VisionClient | LanguageClient] = [
+            *(w.client for w in self.vision.members),
+            *(w.client for w in self.language.members),
+        ]
         for client in clients:
             await client.close()
 
