@@ -80,7 +80,10 @@ class Routes:
         """GET /v1/models"""
         self._authenticate(request)
         language = self._workers.language.pick(None)
-        return JSONResponse(await language.client.get("/v1/models", self._options.request_timeout))
+        listed = await language.client.get("/v1/models", self._options.request_timeout)
+        for model in listed["data"]:
+            model["root"] = model["id"]  # the engine says a path of its machine
+        return JSONResponse(listed)
 
     async def version(self, _request: Request) -> Response:
         """GET /version"""
