@@ -101,9 +101,13 @@ def request(url: str, body: bytes | None = None, headers: dict[str, str] | None 
     made = urllib.request.Request(url, body, {"Content-Type": "application/json", **(headers or {})})
     try:
         with urllib.request.urlopen(made, timeout=timeout) as answer:
-            return Answer(answer.status, dict(answer.headers), answer.read().decode())
+            return Answer(answer.status, _lower(answer.headers), answer.read().decode())
     except urllib.error.HTTPError as error:
-        return Answer(error.code, dict(error.headers), error.read().decode())
+        return Answer(error.code, _lower(error.headers), error.read().decode())
+
+
+def _lower(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
 def start(*arguments: str | Path, url: str = "", environment: dict[str, str] | None = None) -> Served:

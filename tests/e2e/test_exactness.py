@@ -65,7 +65,7 @@ def test_a_stream_says_the_same(golden: Golden, number: int) -> None:
 def test_the_answer_says_what_the_router_did(golden: Golden, number: int) -> None:
     case = CASES["flash-qwen3"][number]
     answer = golden.flash.chat(*[image_part(image) for image in case["images"]], case["question"])
-    said = dict(part.split("=") for part in answer.headers["X-DvD-Images"].replace(" ", "").split(";"))
+    said = dict(part.split("=") for part in answer.headers["x-dvd-images"].replace(" ", "").split(";"))
     assert int(said["tiles"]) == sum(case["num_tiles"])
     assert int(said["compressed"]) == sum(map(sum, case["compressed"]))
     assert int(said["tokens"]) == sum(case["visual_tokens"])

@@ -20,11 +20,19 @@ def pair(tower: Tower) -> tuple[InternViT, InternVLVisionModel]:
     torch.manual_seed(3)
     theirs = InternVLVisionModel(
         InternVLVisionConfig(
-            hidden_size=tower.hidden_size, intermediate_size=tower.intermediate_size, num_hidden_layers=tower.layers,
-            num_attention_heads=tower.heads, image_size=tower.image_size, patch_size=tower.patch_size,
-            norm_type=tower.norm, layer_norm_eps=tower.norm_eps, attention_bias=tower.qkv_bias, use_qk_norm=tower.qk_norm,
-            use_mask_token=False, initializer_range=0.2,
-        )  # fmt: skip
+            hidden_size=tower.hidden_size,
+            intermediate_size=tower.intermediate_size,
+            num_hidden_layers=tower.layers,
+            num_attention_heads=tower.heads,
+            image_size=tower.image_size,
+            patch_size=tower.patch_size,
+            norm_type=tower.norm,
+            layer_norm_eps=tower.norm_eps,
+            attention_bias=tower.qkv_bias,
+            use_qk_norm=tower.qk_norm,
+            use_mask_token=False,
+            initializer_range=0.2,
+        )
     ).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, 0.1, 0.2)

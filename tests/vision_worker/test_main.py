@@ -1,0 +1,54 @@
+"""The process: start, signals and what it says when it cannot serve."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from protos import embeddings_pb2, vision_pb2_grpc
+from tests.vision_worker import golden
+from vision_worker.__main__ import main
+from wire import rpc
+
+CHECKPOINT = str(golden.FOLDER / "flash-qwen3/checkpoint")
+
+
+def test_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["/nowhere"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dvd vision: no checkpoint at '/nowhere'")
+
+
+@pytest.mark.parametrize("flag", ["--device=toaster", "--max-batch-tiles=0"])
+def test_a_bad_option(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([CHECKPOINT, flag]) == 2
+    assert "dvd vision: --" in capsys.readouterr().err
+
+
+def test_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main([CHECKPOINT, "--vision-backend=fake", f"--listen={address}"]) == 1
+    assert f"cannot listen on {address}" in capsys.readouterr().err
+
+
+async def test_it_starts_answers_and_stops(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/vision"
+    command = [sys.executable, "-m", "vision_worker", CHECKPOINT, f"--listen={address}", "--max-batch-tiles=2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: ASYNC220
+    try:
+        assert process.stderr is not None
+        said = ""
+        while "ready on" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        assert said.index("loading") < said.index("warming") < said.index("ready on")
+        async with rpc.channel(address) as channel:
+            await vision_pb2_grpc.VisionStub(channel).Describe(embeddings_pb2.DescribeRequest(), timeout=5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
