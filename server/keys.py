@@ -1,53 +1,55 @@
-"""The key of an image's embedding: everything that decides its bytes, and whose it is."""
+"""The name of an embedding: a digest over everything that decides its values, and over who asked.
+
+The caller is part of it so that nobody learns, by a faster answer, what another one has shown the server.
+"""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protos import embeddings_pb2 as pb
-from protos import vision_pb2 as vision
+from protos import vision_pb2 as pb
+from wire import messages
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How images become embeddings, but for the images: checkpoint, dtype, tiling and router."""
+class Setting:
+    """What decides an embedding besides the image: checkpoint, tiles, router, dtype of the values."""
 
     fingerprint: str
-    dtype: pb.Dtype
-    tiling: vision.Tiling
-    router: vision.Router
+    tiling: pb.Tiling
+    router: pb.Router
+    dtype: int
 
-    def fields(self) -> list[bytes]:
-        # spelt out: the bytes of a serialised message are not promised to be stable
+    def digest(self) -> bytes:
         router = self.router
         thresholds = [
-            repr(getattr(router, name)).encode() if router.HasField(name) else b""
+            repr(getattr(router, name)) if router.HasField(name) else "default"
             for name in ("relative_threshold", "absolute_threshold")
+        ]
+        words = [
+            self.fingerprint, str(self.tiling.min_tiles), str(self.tiling.max_tiles),
+            pb.Router.Mode.Name(router.mode), *thresholds, messages.from_dtype(self.dtype),
         ]  # fmt: skip
-        tiles = f"{self.tiling.min_tiles},{self.tiling.max_tiles}".encode()
-        return [self.fingerprint.encode(), pb.Dtype.Name(self.dtype).encode(), tiles,
-                vision.Router.Mode.Name(router.mode).encode(), *thresholds]  # fmt: skip
+        return digest(*(word.encode() for word in words))
 
 
-def tenant(bearer: str | None) -> bytes:
-    """32 bytes for a caller's bearer token: callers with different tokens never share (or time) each other's keys."""
-    return hashlib.sha256((bearer or "").encode("utf-8", "surrogateescape")).digest()
-
-
-def image_keys(owner: bytes, digests: Sequence[bytes], recipe: Recipe, *, grouped: bool) -> list[str]:
-    """A key an image, in order: 64 hex digits.
-
-    SHA-256 over length-prefixed fields: owner, recipe, digest of the image's bytes. `grouped` (router scope `request`):
-    also the digests of the whole group and the image's place in it, because there every image decides the others' routing.
-    """
-    common = [b"dvd-key-1", owner, *recipe.fields()]
-    if not grouped:
-        return [_digest([*common, b"image", digest]) for digest in digests]
-    return [_digest([*common, b"group", str(place).encode(), *digests]) for place in range(len(digests))]
-
-
-def _digest(fields: Sequence[bytes]) -> str:
-    digest = hashlib.sha256()
+def digest(*fields: bytes) -> bytes:
+    """SHA-256 of the fields, each with its length, so that no two lists of fields look alike."""
+    made = hashlib.sha256()
     for field in fields:
-        digest.update(len(field).to_bytes(8, "big") + field)
-    return digest.hexdigest()
+        made.update(len(field).to_bytes(8, "big"))
+        made.update(field)
+    return made.digest()
+
+
+def keys_alone(caller: bytes, setting: Setting, images: Sequence[bytes]) -> list[str]:
+    """One key an image (digests of their bytes), each routed alone."""
+    return [digest(b"alone", caller, setting.digest(), image).hex() for image in images]
+
+
+def keys_together(caller: bytes, setting: Setting, images: Sequence[bytes]) -> list[str]:
+    """One key an image of a group that is routed as one: its neighbours decide its embedding too."""
+    if len(images) == 1:
+        return keys_alone(caller, setting, images)
+    group = digest(*images)
+    return [digest(b"group", caller, setting.digest(), group, str(i).encode()).hex() for i in range(len(images))]

@@ -109,12 +109,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if kind not in LAYOUTS:
         known = ", ".join(sorted(LAYOUTS))
         raise CheckpointError(f"{str(path)!r} has model_type {kind!r}; served here: {known}")
-    preprocessor = folder / "preprocessor_config.json"
     try:
-        said = LAYOUTS[kind].describe(config, _json(preprocessor) if preprocessor.is_file() else {})
+        said = LAYOUTS[kind].describe(config, _preprocessor(folder))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"config.json of {str(path)!r} lacks or misspells {error}") from None
     return Checkpoint(path=folder.resolve(), layout_name=str(kind), description=said)
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """Of the image processor: a file of its own, or a part of the one that transformers 5 saves. May be empty."""
+    own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if own.is_file():
+        return _json(own)
+    return dict(_json(shared).get("image_processor", {})) if shared.is_file() else {}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -85,7 +85,9 @@ def test_a_checkpoint_of_transformers(tmp_path: Path, style: str) -> None:
     for parameter in theirs.model.vision_tower.parameters():
         torch.nn.init.normal_(parameter, 0.05, 0.1)
     theirs.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"max_patches": 9}}')
     made = internvl.load(open_checkpoint(tmp_path), CPU)
+    assert made.checkpoint.description.max_tiles == 9
     pixels = np.random.default_rng(1).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
     got = torch.stack(made.embed(made.look(pixels), range(2), vir.Fixed(False)).blocks)
     with torch.no_grad():

@@ -1,0 +1,174 @@
+"""What an OpenAI client may ask for, through the real path; and what a bad request gets."""
+
+import json
+import re
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Golden
+from tests.e2e.serving import Served, image_part, request, text_part
+
+SQUARE = image_part("square.png")
+PALETTE = image_part("palette_512x512.png")
+
+
+@pytest.fixture(scope="session")
+def served(golden: Golden) -> Served:
+    return golden.flash
+
+
+def vllm_metric(golden: Golden, pattern: str) -> float:
+    lines = request(f"{golden.vllm_url}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(pattern, line))
+
+
+def test_every_door_answers(served: Served) -> None:
+    assert [model["id"] for model in served.get("/v1/models").json["data"]] == ["checkpoint"]
+    assert served.get("/version").json["engine"] == "0.32.0"
+    assert served.get("/health/live").status == 200
+    assert served.get("/health/ready").json == {"status": "ready", "reasons": []}
+    assert "dvd_requests_total" in served.get("/metrics").text
+
+
+def test_usage_counts_image_tokens_and_cached_ones(served: Served) -> None:
+    question = "how many tokens has a square, counted twice?"
+    first = served.chat(SQUARE, question).json["usage"]
+    again = served.chat(SQUARE, question).json["usage"]
+    text = served.chat(question).json["usage"]
+    assert first["prompt_tokens"] > text["prompt_tokens"] + 256
+    assert again["prompt_tokens_details"]["cached_tokens"] >= 256, "the key is the engine's too: its prefix is found again"
+
+
+def test_a_repeated_image_is_not_encoded_again(served: Served) -> None:
+    served.chat(SQUARE, "once")
+    before = served.metric("dvd_encodes_total")
+    answer = served.chat(SQUARE, "twice")
+    assert answer.headers["x-dvd-images"].endswith("reused=1")
+    assert served.metric("dvd_encodes_total") == before
+
+
+def test_images_may_come_in_any_turn_and_any_place(served: Served) -> None:
+    def ask(*first: Any) -> list[int]:
+        messages = [
+            {"role": "user", "content": [text_part("a "), *first, text_part(" b")]},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": [SQUARE, text_part("and "), PALETTE, text_part("?")]},
+        ]
+        answer = served.post(
+            "/v1/chat/completions", {"messages": messages, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+        )
+        assert answer.status == 200, answer.text
+        ids = answer.json["prompt_token_ids"]
+        return [ids.count(4), *answer.json["choices"][0]["token_ids"]]
+
+    context = len({3, 4})  # <img>, </img>
+    assert context == 2
+    one, other = ask(SQUARE), ask(PALETTE)
+    assert one[0] == other[0] == 3, "three images, each closed by its own </img>"
+    assert one != other
+
+
+def test_choices_seed_stop_and_log_probabilities(served: Served) -> None:
+    answer = served.chat(SQUARE, "x", n=3, temperature=1, seed=7, logprobs=True, top_logprobs=2).json
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert len(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
+    again = served.chat(SQUARE, "x", n=3, temperature=1, seed=7).json
+    assert [c["message"]["content"] for c in again["choices"]] == [c["message"]["content"] for c in answer["choices"]]
+    greedy = served.chat(SQUARE, "x", ignore_eos=True).json["choices"][0]["message"]["content"]
+    stop = next(character for character in greedy[1:] if character.isascii() and character.isprintable())
+    stopped = served.chat(SQUARE, "x", ignore_eos=True, stop=[stop]).json["choices"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert stop not in stopped["message"]["content"]
+
+
+def test_structured_output_and_tools_pass_through(served: Served) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    said = served.chat(SQUARE, "x", response_format=wanted, max_tokens=200).json["choices"][0]
+    assert said["finish_reason"] == "length" or set(json.loads(said["message"]["content"])) == {"a"}
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    refused = served.chat(SQUARE, "x", tools=[tool], tool_choice="auto")
+    assert refused.status == 400
+    assert "auto" in refused.error["message"], "the engine's own words: it was started without a tool parser"
+
+
+def test_streams_end_with_usage_when_asked(served: Served) -> None:
+    text = served.chat(SQUARE, "x", stream=True, stream_options={"include_usage": True}).text
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["usage"]["completion_tokens"] > 0
+
+
+def test_a_caller_who_leaves_frees_the_engine(golden: Golden, served: Served) -> None:
+    aborted = r'vllm:request_success_total\{.*finished_reason="abort"'
+    before = vllm_metric(golden, aborted)
+    body = json.dumps({
+        "messages": [{"role": "user", "content": [SQUARE, text_part("go on")]}],
+        "max_tokens": 7000, "ignore_eos": True, "stream": True,
+    }).encode()  # fmt: skip
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as caller:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        caller.sendall(head.encode() + body)
+        assert caller.recv(1000).startswith(b"HTTP/1.1 200")
+    until = time.monotonic() + 60
+    while vllm_metric(golden, aborted) == before:
+        assert time.monotonic() < until, "vLLM went on for a caller who had left"
+        time.sleep(0.2)
+    assert served.metric("dvd_requests_in_flight") == 1, "only the one that asks"
+
+
+BAD: list[tuple[str, dict[str, Any], int, str]] = [
+    ("not an image", {"content": [image_part(b"hello")]}, 400, "invalid_image"),
+    ("no bytes", {"content": [image_part(b"")]}, 400, "invalid_image"),
+    ("cut", {"content": [image_part(b"\x89PNG\r\n\x1a\n")]}, 400, "invalid_image"),
+    ("too many", {"content": [SQUARE] * 33}, 400, "too_many_images"),
+    ("too long", {"content": "word " * 20_000}, 400, "context_length_exceeded"),
+    ("too many tokens", {"content": [image_part("strip_100x1900.png"), image_part("vga_640x480.png"), image_part("hd_1920x1080.jpg"),
+                                     image_part("rgba_700x500.png")]}, 400, "context_length_exceeded"),
+    ("private", {"content": [{"type": "image_url", "image_url": {"url": "https://127.0.0.1/a.png"}}]}, 400, "invalid_request"),
+    ("file", {"content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}, 400, "invalid_request"),
+    ("embeds", {"content": [{"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}, "uuid": "x"}]}, 400, "invalid_request"),
+    ("marker", {"content": [SQUARE, text_part("<image>")]}, 400, "invalid_request"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "status", "code"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_a_bad_request_is_told_why_and_the_next_is_served(
+    served: Served, message: dict[str, Any], status: int, code: str
+) -> None:
+    answer = served.post("/v1/chat/completions", {"messages": [{"role": "user", **message}], "max_tokens": 4})
+    assert (answer.status, answer.error["code"]) == (status, code), answer.text
+    assert answer.error["type"] == "invalid_request_error"
+    assert served.chat(SQUARE, "x").status == 200
+
+
+def test_an_image_that_breaks_while_it_is_decoded_is_the_callers_fault(served: Served) -> None:
+    from tests.e2e.serving import IMAGES
+
+    data = (IMAGES / "vga_640x480.png").read_bytes()
+    answer = served.chat(image_part(data[: len(data) // 2]), "x")
+    assert (answer.status, answer.error["code"]) == (400, "invalid_image")
+
+
+def test_an_unknown_model_is_named(served: Served) -> None:
+    answer = served.chat(SQUARE, "x", model="gpt-4o")
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+    assert "'gpt-4o'" in answer.error["message"]
+    assert "checkpoint" in answer.error["message"]
+
+
+def test_the_official_client_is_served(served: Served) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    message = {"role": "user", "content": [SQUARE, text_part("x")]}
+    said = client.chat.completions.create(model="checkpoint", messages=[message], max_tokens=4)
+    assert said.usage.completion_tokens == 4
+    chunks = list(client.chat.completions.create(model="checkpoint", messages=[message], max_tokens=4, stream=True))
+    assert chunks[-1].choices[0].finish_reason == "length"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="absent", messages=[message])
+    assert caught.value.code == "model_not_found"
