@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import ipaddress
+import re
 import socket
 import warnings
 from typing import Any
@@ -26,7 +27,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MAX_REDIRECTS = 3
 _MAX_URL = 8192
 _REDIRECTS = (301, 302, 303, 307, 308)
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # all that is assigned; NAT64 and IPv4-mapped addresses lie outside
+_NUMBER = re.compile(r"\d+|0x[0-9a-f]*", re.IGNORECASE)
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's guard warns from half of its limit on; ours is checked from the header
 
@@ -54,7 +56,7 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False
     if isinstance(parsed, ipaddress.IPv6Address) and (
-        parsed.scope_id or parsed.ipv4_mapped or parsed.sixtofour or parsed.teredo or parsed in _NAT64
+        parsed.scope_id or parsed not in _PUBLIC_V6 or parsed.sixtofour or parsed.teredo
     ):
         return False
     return parsed.is_global and not parsed.is_multicast
@@ -68,7 +70,7 @@ class Fetcher:
         plain = resolver or aiohttp.ThreadedResolver()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(resolver=plain if options.allow_private_images else PublicResolver(plain)),
-            timeout=aiohttp.ClientTimeout(total=options.fetch_timeout),
+            timeout=aiohttp.ClientTimeout(total=None),
             # a compressed body could unfold to anything; images are compressed already
             headers={"Accept-Encoding": "identity", "User-Agent": "dvd-serve"},
             auto_decompress=False,
@@ -95,11 +97,12 @@ class Fetcher:
     async def _fetch(self, url: str) -> bytes:
         target = self._checked(url)
         try:
-            for _ in range(_MAX_REDIRECTS + 1):
-                async with self._session.get(target, allow_redirects=False) as answer:
-                    if answer.status not in _REDIRECTS:
-                        return await self._body(answer)
-                    target = self._checked(str(target.join(URL(answer.headers.get("Location", "")))))
+            async with asyncio.timeout(self._options.fetch_timeout):
+                for _ in range(_MAX_REDIRECTS + 1):
+                    async with self._session.get(target, allow_redirects=False) as answer:
+                        if answer.status not in _REDIRECTS:
+                            return await self._body(answer)
+                        target = self._checked(str(target.join(URL(answer.headers.get("Location", "")))))
         except TimeoutError:
             raise errors.ImageFetchFailed(f"no image from {_shown(url)} within {self._options.fetch_timeout:g} s") from None
         except (aiohttp.ClientError, ValueError, OSError) as error:
@@ -115,8 +118,10 @@ class Fetcher:
             raise errors.InvalidRequest(f"{_shown(url)} is not a URL") from None
         if parsed.scheme not in schemes or not host:
             raise errors.InvalidRequest(f"image URL {_shown(url)}: expected {' or '.join(schemes)}, or data:image/…;base64,…")
-        if len(url) > _MAX_URL or any(c in url for c in "\\\t\r\n ") or parsed.user is not None or parsed.password is not None:
-            raise errors.InvalidRequest(f"image URL {_shown(url)} has user data, white space or a back-slash, or is too long")
+        # what readers of URLs disagree about is not read at all: user names, escapes, other scripts' dots
+        authority = re.split(r"[/?#]", url.partition("//")[2])[0]
+        if len(url) > _MAX_URL or any(c in url for c in "\\\t\r\n ") or not authority.isascii() or set(authority) & set("@%"):
+            raise errors.InvalidRequest(f"image URL {_shown(url)} must be short and name a plain host")
         if not self._options.allow_private_images and _is_literal(host) and not is_public(host):
             raise _private(host)
         return parsed
@@ -166,10 +171,11 @@ def inspect(data: bytes, max_pixels: int) -> None:
 
 
 def _is_literal(host: str) -> bool:
+    """Whether a host is an address; 2130706433, 0x7f.1 and 127.1 are names to us and addresses to getaddrinfo."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return bool(_NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]))
     return True
 
 
