@@ -20,6 +20,9 @@ from wire.checkpoint import CheckpointError, open_checkpoint
 
 log = logging.getLogger("dvd.vision")
 
+_BATCH_TILES = {"cpu": 4}
+"""A CPU gains nothing from larger batches, and warms one before it is ready."""
+
 _GRACE = 10.0
 """Seconds that calls in flight have to end after a signal."""
 
@@ -54,8 +57,9 @@ async def _serve(options: config.Vision) -> None:
     checkpoint = open_checkpoint(options.model)
     log.info("loading %s from %s", checkpoint.description.family, checkpoint.path)
     encoder = encoders.load(options, checkpoint)
-    log.info("warming %d tiles on %s after %.1f s", options.max_batch_tiles, encoder.place.device, time.monotonic() - begin)
-    async with Batcher(encoder, options.max_batch_tiles) as batcher:
+    tiles = options.max_batch_tiles or _BATCH_TILES.get(encoder.place.device.type, 32)
+    log.info("warming %d tiles on %s after %.1f s", tiles, encoder.place.device, time.monotonic() - begin)
+    async with Batcher(encoder, tiles) as batcher:
         await batcher.warm()
         await _answer(options, encoder, batcher, begin)
 

@@ -82,7 +82,7 @@ class Encoding(Limits):
     vision_backend: Literal["internvl", "fake"] = Field(
         "internvl", description="fake: embeddings from a hash of the image, to price everything but the tower"
     )
-    max_batch_tiles: int = Field(16, ge=1, description="tiles in one forward pass")
+    max_batch_tiles: int = Field(0, ge=0, description="tiles in one forward pass; 0: 4 on a CPU, 32 on a GPU")
     prepare_threads: int = Field(0, ge=0, description="threads that decode and cut images; 0: one a core")
 
 
