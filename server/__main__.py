@@ -14,6 +14,10 @@ _GRACE = 15
 """Seconds that answers in flight have to end after a signal."""
 
 
+_MAX_HEAD = 64 << 10
+"""Bytes of a request's head; of uvicorn's two parsers only h11 can be told."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run until a signal. Exits 2 on a bad option, 1 where it cannot listen, with one line that says why."""
     try:
@@ -27,7 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"dvd gateway: cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port")
     serving = uvicorn.Config(
-        create_app(options), log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACE
+        create_app(options),
+        http="h11",
+        h11_max_incomplete_event_size=_MAX_HEAD,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE,
     )
     print(f"dvd gateway: listening on http://{options.host}:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
     uvicorn.Server(serving).run(sockets=[listening])

@@ -40,7 +40,6 @@ def create_app(options: Gateway) -> FastAPI:
     app.add_exception_handler(errors.DvdError, _on_error)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ClientDisconnect, _on_gone)
-    app.add_exception_handler(Exception, _on_bug)
     return app
 
 
@@ -75,6 +74,13 @@ class _Observed:
 
         try:
             await self._app(scope, receive, observed)
+        except Exception:
+            log.exception("request %s failed", name)
+            if status != _GONE:  # an answer has begun: all that can be done is to cut it
+                raise
+            await JSONResponse(errors.InternalError("internal error of the gateway").body(), status_code=500)(
+                scope, receive, observed
+            )
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, status).inc()
@@ -95,8 +101,3 @@ async def _on_http(request: Request, error: Any) -> Response:
 
 async def _on_gone(_request: Request, _error: Any) -> Response:
     return Response(status_code=_GONE)
-
-
-async def _on_bug(_request: Request, _error: Any) -> Response:
-    """The server's log has the traceback; the caller gets none of it."""
-    return JSONResponse(errors.InternalError("internal error of the gateway").body(), status_code=500)

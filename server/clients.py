@@ -63,7 +63,10 @@ class LanguageClient:
         async with self.request("GET", path, timeout=timeout) as answer:
             if answer.status != 200:
                 raise errors.Unavailable(f"the language worker answered {answer.status}")
-            return await answer.json() if await answer.read() else None
+            try:
+                return await answer.json() if await answer.read() else None
+            except (aiohttp.ClientError, TimeoutError, ValueError):
+                raise errors.Unavailable("the language worker's answer broke off") from None
 
     @contextlib.asynccontextmanager
     async def request(
@@ -92,7 +95,9 @@ class LanguageClient:
         await self._disconnect()
         path = http.removeprefix("unix:")
         unix = path != http
-        connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, limit=0) if unix else aiohttp.TCPConnector(limit=0)
+        # vLLM closes idle connections after 5 s; one it is about to close must not be taken for a request
+        kept: Any = {"limit": 0, "keepalive_timeout": 2}
+        connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, **kept) if unix else aiohttp.TCPConnector(**kept)
         self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
         self._base = "http://vllm" if unix else f"http://{self._host_port(http)}"
         self._http = http

@@ -9,6 +9,7 @@ import aiohttp
 from wire import errors
 
 _ERROR_EVENT = b'data: {"error"'
+_END = b"\n\n"
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
 _CODES = {400: "invalid_request", 401: "invalid_api_key", 404: "model_not_found", 422: "invalid_request", 429: "overloaded"}
 LOST = "the engine failed on this request; try again"
@@ -43,12 +44,14 @@ class Stream:
         self._first = b""
 
     async def begin(self) -> bool:
-        """Wait for the first event; False where it is an error, or none comes."""
+        """Wait for the first two events (the engine says who speaks before it says what went wrong); False where one is an
+        error, or none comes."""
         try:
-            self._first = await self._answer.content.readany()
+            while self._first.count(_END) < 2 and (more := await self._answer.content.readany()):
+                self._first += more
         except aiohttp.ClientError:
             return False
-        return bool(self._first) and not self._first.startswith(_ERROR_EVENT)
+        return bool(self._first) and _ERROR_EVENT not in self._first
 
     async def events(self) -> AsyncIterator[bytes]:
         """Everything, from the first event on. A broken connection ends it with an error event."""
@@ -63,11 +66,14 @@ class Stream:
 
 
 def _event(chunk: bytes) -> bytes:
-    if not chunk.startswith(_ERROR_EVENT):
+    if _ERROR_EVENT not in chunk:
         return chunk
-    first, _, rest = chunk.partition(b"\n\n")
-    said = first.removeprefix(b"data: ")
-    return b"data: " + json.dumps(normalised(_status(said), said)).encode() + b"\n\n" + rest
+    return _END.join(_normalised_event(event) for event in chunk.split(_END))
+
+
+def _normalised_event(event: bytes) -> bytes:
+    said = event.removeprefix(b"data: ")
+    return b"data: " + json.dumps(normalised(_status(said), said)).encode() if event.startswith(_ERROR_EVENT) else event
 
 
 def _status(said: bytes) -> int:

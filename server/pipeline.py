@@ -20,6 +20,7 @@ from wire import errors
 from wire.config import Gateway
 
 _REMEMBERED = 20_000
+_FETCHES = 8
 
 T = TypeVar("T")
 
@@ -61,9 +62,24 @@ class Pipeline:
         """The bytes of each image; an equal URL is loaded once."""
         with self._stage("fetch"):
             urls = list(dict.fromkeys(chat.urls))
-            loaded = dict(zip(urls, await _all(*(self._fetcher.load(url) for url in urls)), strict=True))
+            loaded = dict(zip(urls, await self._load(urls), strict=True))
         self._metrics.images.inc(len(chat.urls))
         return [loaded[url] for url in chat.urls]
+
+    async def _load(self, urls: Sequence[str]) -> list[bytes]:
+        """A few at a time, and not more bytes than a body may have."""
+        slots, left = asyncio.Semaphore(_FETCHES), self._options.max_body_bytes
+
+        async def one(url: str) -> bytes:
+            nonlocal left
+            async with slots:
+                data = await self._fetcher.load(url)
+            left -= len(data)
+            if left < 0:
+                raise errors.ImageTooLarge(f"the images have more than {self._options.max_body_bytes} bytes together")
+            return data
+
+        return await _all(*(one(url) for url in urls))
 
     async def prepare(self, chat: Chat, images: Sequence[bytes], caller: bytes, without: Collection[Language] = ()) -> Prepared:
         """Choose a language worker and see that it has every embedding. Raises `Unavailable` and what encoding raises."""
@@ -76,7 +92,11 @@ class Pipeline:
             raise errors.CheckpointMismatch(mismatch)
         setting = keys.Setting(language.said.checkpoint.fingerprint, pb.Tiling(), pb.Router(), language.said.dtype)
         names = (keys.keys_together if self._together else keys.keys_alone)(caller, setting, digests)
-        there = dict(zip(names, await language.client.has(names, self._options.request_timeout), strict=True))
+        try:
+            there = dict(zip(names, await language.client.has(names, self._options.request_timeout), strict=True))
+        except errors.Unavailable:
+            language.said = None
+            raise
         missing = [[*dict.fromkeys(names)]] if self._together else [[name] for name in dict.fromkeys(names)]
         missing = [group for group in missing if not all(there[name] for name in group)]
         content = dict(zip(names, images, strict=True))

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 POLL_EVERY = 1.0
 PROBE_TIMEOUT = 2.0
 _SLACK = 4
-"""Requests that a worker may have beyond twice the mean before its keys go elsewhere."""
+"""Requests that a worker may have beyond twice those of the least busy one before its keys go elsewhere."""
 
 _COMPARED = ("fingerprint", "width", "tile_size", "tokens_per_tile", "compressed_tokens_per_tile",
              "relative_threshold", "absolute_threshold")  # fmt: skip
@@ -31,6 +31,7 @@ class Vision:
     client: VisionClient
     said: vision_pb2.VisionDescription | None = None
     outstanding: int = 0
+    strikes: int = 0
 
 
 @dataclass(eq=False)
@@ -41,6 +42,7 @@ class Language:
     said: pb.LanguageDescription | None = None
     models: list[str] = field(default_factory=list)
     outstanding: int = 0
+    strikes: int = 0
 
 
 W = TypeVar("W", Vision, Language)
@@ -67,9 +69,17 @@ class Pool(Generic[W]):
             raise errors.Unavailable(self._absent, retry_after=1)
         if key is None:
             return min(there, key=lambda worker: worker.outstanding)
-        limit = 2 * sum(worker.outstanding for worker in there) / len(there) + _SLACK
         ranked = sorted(there, key=lambda worker: _weight(worker.client.address, key), reverse=True)
-        return next(worker for worker in ranked if worker.outstanding <= limit)
+        least = min(ranked, key=lambda worker: worker.outstanding)
+        return next(worker for worker in ranked if worker.outstanding <= 2 * least.outstanding + _SLACK)
+
+
+def _silent(worker: Vision | Language, error: errors.DvdError) -> bool:
+    """A worker that is late once may only be busy; one that is late twice, or not there, gets nothing more."""
+    worker.strikes += 1
+    if worker.strikes > 1 or not isinstance(error, errors.DeadlineExceeded):
+        worker.said = None
+    return False
 
 
 def _weight(address: str, key: str) -> bytes:
@@ -95,14 +105,13 @@ class Workers:
         for client in clients:
             await client.close()
 
-    async def probe(self) -> None:
-        """Ask every worker now; at most `PROBE_TIMEOUT` seconds."""
-        await asyncio.gather(
-            *(self._probe_vision(worker) for worker in self.vision.members),
-            *(self._probe_language(worker) for worker in self.language.members),
-        )
+    async def probe(self) -> tuple[bool, bool]:
+        """Ask every worker now, at most some `PROBE_TIMEOUT` seconds: whether any vision and any language worker answered."""
+        vision = await asyncio.gather(*(self._probe_vision(worker) for worker in self.vision.members))
+        language = await asyncio.gather(*(self._probe_language(worker) for worker in self.language.members))
         self._gauge("vision", [worker.said is not None for worker in self.vision.members])
         self._gauge("language", [worker.said is not None for worker in self.language.members])
+        return any(vision), any(language)
 
     def _gauge(self, kind: str, answering: Sequence[bool]) -> None:
         for index, up in enumerate(answering):
@@ -117,24 +126,24 @@ class Workers:
                 log.exception("asking the workers failed")
             await asyncio.sleep(POLL_EVERY)
 
-    async def _probe_vision(self, worker: Vision) -> None:
+    async def _probe_vision(self, worker: Vision) -> bool:
         try:
-            said = await worker.client.describe(PROBE_TIMEOUT)
-        except errors.DvdError:
-            worker.said = None
-        else:
-            worker.said = said
+            worker.said = await worker.client.describe(PROBE_TIMEOUT)
+        except errors.DvdError as error:
+            return _silent(worker, error)
+        worker.strikes = 0
+        return True
 
-    async def _probe_language(self, worker: Language) -> None:
+    async def _probe_language(self, worker: Language) -> bool:
         try:
             said = await worker.client.describe(PROBE_TIMEOUT)
             await worker.client.get("/health", PROBE_TIMEOUT)
             listed = await worker.client.get("/v1/models", PROBE_TIMEOUT)
-        except errors.DvdError:
-            worker.said = None
-        else:
-            worker.models = [model["id"] for model in listed["data"]]
-            worker.said = said
+        except errors.DvdError as error:
+            return _silent(worker, error)
+        worker.models = [model["id"] for model in listed["data"]]
+        worker.said, worker.strikes = said, 0
+        return True
 
     def _complain(self, mismatch: str | None) -> None:
         if mismatch and mismatch != self._complained:

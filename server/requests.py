@@ -4,6 +4,8 @@ All else is the engine's business and passes through as it came.
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -13,7 +15,14 @@ from wire import errors
 _PARTS = {"text", "image_url", "refusal"}
 _NOT_FROM_CALLERS = (
     "mm_processor_kwargs", "media_io_kwargs", "chat_template", "kv_transfer_params", "ec_transfer_params", "vllm_xargs",
+    "prompt_embeds", "mm_payload", "return_mm_kwargs",
 )  # fmt: skip
+# the engine looks for these whatever the type of a part says
+_MEDIA = frozenset({
+    "audio_embeds", "audio_url", "file", "image_embeds", "image_pil", "image_url", "input_audio", "input_image",
+    "prompt_embeds", "uuid", "video_embeds", "video_url",
+})  # fmt: skip
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _PLACEHOLDERS = ("<image>", "<IMG_CONTEXT>")
 
 
@@ -57,9 +66,9 @@ class Chat:
 def parse_object(raw: bytes) -> dict[str, Any]:
     """A JSON object that is valid UTF-8 all through. Raises `InvalidRequest`."""
     try:
-        body = json.loads(raw.decode(), parse_constant=_no_constant)
-        # an escaped lone surrogate passes the parser but is no text
-        raw.isascii() and b"\\ud" in raw.lower() and json.dumps(body, ensure_ascii=False).encode()
+        body = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_finite)
+        if _SURROGATE.search(raw):  # a lone one passes the parser but is no text
+            json.dumps(body, ensure_ascii=False).encode()
     except UnicodeError:
         raise errors.InvalidRequest("the body is not valid UTF-8") from None
     except RecursionError:
@@ -73,6 +82,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_constant(text[:100])
 
 
 def parse_chat(raw: bytes, max_images: int) -> Chat:
@@ -114,8 +128,10 @@ def _is_image(where: str, part: Any) -> bool:
     if isinstance(part, str):
         return False
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in _PARTS or "uuid" in part:
+    if not isinstance(kind, str) or kind not in _PARTS:
         raise errors.InvalidRequest(f"{where}: type {kind!r:.100} is not served; expected text or image_url", param=where)
+    if foreign := sorted(_MEDIA & part.keys() - {kind}):
+        raise errors.InvalidRequest(f"{where}: {foreign[0]} is not accepted in a part of type {kind}", param=where)
     if kind != "image_url":
         return False
     image = part.get("image_url")

@@ -22,7 +22,7 @@ from server import engine
 from server.media import Fetcher
 from server.metrics import Metrics
 from server.pipeline import Pipeline, Prepared, counted
-from server.pool import Language, Workers
+from server.pool import Workers
 from server.requests import Chat, check_fields, parse_chat, parse_object
 from wire import errors
 from wire.config import Gateway
@@ -99,15 +99,11 @@ class Routes:
 
     async def ready(self, _request: Request) -> Response:
         """GET /health/ready: an image request would be served now; every worker is asked for it."""
-        await self._workers.probe()
-        wanting = [f"no {kind} worker answers" for kind, pool in self._pools() if not pool.up()]
+        answered = zip(("vision", "language"), await self._workers.probe(), strict=True)
+        wanting = [f"no {kind} worker answers" for kind, there in answered if not there]
         wanting += [mismatch] if (mismatch := self._workers.mismatch()) else []
         body = {"status": "not ready" if wanting else "ready", "reasons": wanting}
         return JSONResponse(body, status_code=503 if wanting else 200)
-
-    def _pools(self) -> Iterator[tuple[str, Any]]:
-        yield "vision", self._workers.vision
-        yield "language", self._workers.language
 
     async def metrics(self, _request: Request) -> Response:
         """GET /metrics"""
@@ -119,11 +115,11 @@ class Routes:
             held.enter_context(self._permit())
             caller = self._authenticate(request)
             deadline = time.monotonic() + self._timeout(request)
-            chat = parse(await self._body(request))
-            await self._check_model(chat.model)
-            work = self._answer(request.url.path, chat, Caller(caller, request.scope["request_id"], deadline))
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
+                    chat = parse(await self._body(request))
+                    await self._check_model(chat.model)
+                    work = self._answer(request.url.path, chat, Caller(caller, request.scope["request_id"], deadline))
                     answer = await _unless_gone(request, work)
             except TimeoutError:
                 raise errors.DeadlineExceeded("the request's time is up; ask for less, or allow it more time") from None
@@ -185,15 +181,14 @@ class Routes:
     async def _answer(self, path: str, chat: Chat, caller: "Caller") -> Response:
         """The engine's answer. One more try where an embedding was lost, or a language worker is not there any more."""
         images = await self._pipeline.fetch(chat) if chat.images else []
-        gone: set[Language] = set()
+        others = [worker for worker in self._workers.language.members if chat.model not in (None, *worker.models)]
         for last in (False, True):
-            prepared = await self._pipeline.prepare(chat, images, caller.digest, without=gone)
             try:
+                prepared = await self._pipeline.prepare(chat, images, caller.digest, without=others)
                 answer = await self._ask(path, chat, prepared, caller)
             except errors.Unavailable:
-                prepared.language.said = None  # until it answers the next probe
-                gone.add(prepared.language)
-                if last or len(self._workers.language.members) == 1:
+                # what did not answer has been put aside until it does; is there another one?
+                if last or not self._workers.language.up():
                     raise
                 continue
             if last or answer.status_code < 500 or not await self._pipeline.lost(prepared):
@@ -207,7 +202,11 @@ class Routes:
             # a little later than the request's own deadline, which is the one to be heard before the answer begins
             timeout = caller.deadline - time.monotonic() + 1
             asked = prepared.language.client.request("POST", path, prepared.body, headers, timeout)
-            answer = await mine.enter_async_context(asked)
+            try:
+                answer = await mine.enter_async_context(asked)
+            except errors.Unavailable:
+                prepared.language.said = None
+                raise
             report = {"X-DvD-Images": prepared.report.header()} if chat.images else {}
             if answer.status != 200:
                 body = engine.normalised(answer.status, await answer.read())

@@ -21,7 +21,7 @@ def test_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines()[-1].startswith("dvd vision: no checkpoint at '/nowhere'")
 
 
-@pytest.mark.parametrize("flag", ["--device=toaster", "--max-batch-tiles=0"])
+@pytest.mark.parametrize("flag", ["--device=toaster", "--max-batch-tiles=-1"])
 def test_a_bad_option(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([CHECKPOINT, flag]) == 2
     assert "dvd vision: --" in capsys.readouterr().err
