@@ -5,17 +5,27 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.serving import GOLDEN, gone, run, start_up, stop, wait_ready
+from tests.e2e.serving import GOLDEN, Served, gone, run, start_up, stop, wait_ready
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
 
 
 def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("dvd-*")}
+
+
+def pasted(served: Served) -> str:
+    """The line that `dvd up` offers to paste; it comes a moment after the server is ready."""
+    until = time.monotonic() + 30
+    while not (found := re.search(r"^curl .*$", served.lines, re.MULTILINE)):
+        assert time.monotonic() < until, served.lines
+        time.sleep(0.2)
+    return found[0]
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=["asked", "killed"])
@@ -26,9 +36,7 @@ def test_nothing_is_left_however_it_ends(ending: signal.Signals) -> None:
         wait_ready(served)
         assert shared_memory() - before
         if ending is signal.SIGTERM:
-            pasted = re.search(r"^curl .*$", served.lines, re.MULTILINE)
-            assert pasted, served.lines
-            answer = subprocess.run(["bash", "-c", pasted[0]], capture_output=True, text=True, timeout=60, check=True)
+            answer = subprocess.run(["bash", "-c", pasted(served)], capture_output=True, text=True, timeout=60, check=True)
             assert json.loads(answer.stdout)["choices"][0]["message"]["role"] == "assistant"
         served.process.send_signal(ending)
         code = served.process.wait(60)
