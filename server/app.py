@@ -88,13 +88,15 @@ class _Observed:
 
 
 async def _on_error(_request: Request, error: Any) -> Response:
-    headers = {"Retry-After": str(math.ceil(error.retry_after))} if error.retry_after else None
+    # an error that a worker raised does not say when to try again
+    wait = error.retry_after or (1 if error.status in (429, 503) else None)
+    headers = {"Retry-After": str(math.ceil(wait))} if wait else None
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 async def _on_http(request: Request, error: Any) -> Response:
     """Unknown paths and methods, in OpenAI's shape."""
-    known = {404: f"no such path: {request.url.path[:200]}", 405: f"{request.method} is not possible here"}
+    known = {404: f"no such path: {request.scope['path'][:200]}", 405: f"{request.method} is not possible here"}
     body = errors.InvalidRequest(known.get(error.status_code, str(error.detail))).body()
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 

@@ -92,25 +92,24 @@ class LanguageClient:
             answer.close()
 
     async def _connect(self, http: str) -> None:
-        await self._disconnect()
         path = http.removeprefix("unix:")
         unix = path != http
         # vLLM closes idle connections after 5 s; one it is about to close must not be taken for a request
         kept: Any = {"limit": 0, "keepalive_timeout": 2}
         connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, **kept) if unix else aiohttp.TCPConnector(**kept)
-        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
+        session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
+        # exchanged before the old one is closed: two probes may be here at once
+        old, self._session = self._session, session
         self._base = "http://vllm" if unix else f"http://{self._host_port(http)}"
         self._http = http
+        if old is not None:
+            await old.close()
 
     def _host_port(self, http: str) -> str:
         host, _, port = http.rpartition(":")
         return f"{self.address.rpartition(':')[0]}:{port}" if host in _ANYWHERE else http
 
-    async def _disconnect(self) -> None:
+    async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
-            self._session = None
-
-    async def close(self) -> None:
-        await self._disconnect()
         await self._channel.close()

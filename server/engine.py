@@ -40,47 +40,62 @@ class Stream:
     """The events of a streamed answer. The first ones are looked at before anything goes to the caller."""
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
-        self._answer = answer
+        self._rest = _whole_events(answer)
         self._first = b""
 
-    async def begin(self) -> bool:
-        """Wait for the first two events (the engine says who speaks before it says what went wrong); False where one is an
-        error, or none comes."""
+    async def begin(self) -> tuple[int, dict[str, Any]] | None:
+        """Wait for the first two events (the engine says who speaks before it says what went wrong). Status and body where
+        one is an error; raises `Unavailable` where none comes."""
         try:
-            while self._first.count(_END) < 2 and (more := await self._answer.content.readany()):
+            while self._first.count(_END) < 2 and (more := await anext(self._rest, b"")):
                 self._first += more
         except aiohttp.ClientError:
-            return False
-        return bool(self._first) and _ERROR_EVENT not in self._first
+            self._first = b""  # nothing has gone to the caller: the request can begin anew
+        if not self._first:
+            raise errors.Unavailable("the language worker went away before its answer began; try again")
+        return next((_failure(event) for event in self._first.split(_END) if event.startswith(_ERROR_EVENT)), None)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Everything, from the first event on. A broken connection ends it with an error event."""
-        yield _event(self._first)
+        yield self._first
         try:
-            async for chunk in self._answer.content.iter_any():
-                yield _event(chunk)
+            async for chunk in self._rest:
+                yield _passed(chunk)
         except TimeoutError:
             yield error_event(errors.DeadlineExceeded("the request's time is up"))
         except aiohttp.ClientError:
             yield error_event(errors.Unavailable("the language worker went away in the middle of its answer"))
 
 
-def _event(chunk: bytes) -> bytes:
+async def _whole_events(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The bytes of a stream as they come, cut only between events."""
+    held = b""
+    async for chunk in answer.content.iter_any():
+        whole, end, held = (held + chunk).rpartition(_END)
+        if end:
+            yield whole + end
+    if held:
+        yield held
+
+
+def _passed(chunk: bytes) -> bytes:
     if _ERROR_EVENT not in chunk:
         return chunk
-    return _END.join(_normalised_event(event) for event in chunk.split(_END))
+    return _END.join(_normalised_event(e) if e.startswith(_ERROR_EVENT) else e for e in chunk.split(_END))
 
 
 def _normalised_event(event: bytes) -> bytes:
+    return b"data: " + json.dumps(_failure(event)[1]).encode()
+
+
+def _failure(event: bytes) -> tuple[int, dict[str, Any]]:
     said = event.removeprefix(b"data: ")
-    return b"data: " + json.dumps(normalised(_status(said), said)).encode() if event.startswith(_ERROR_EVENT) else event
-
-
-def _status(said: bytes) -> int:
     try:
-        return int(json.loads(said)["error"]["code"])
+        status = int(json.loads(said)["error"]["code"])
     except (ValueError, KeyError, TypeError):
-        return 500
+        status = 500
+    status = status if 400 <= status < 600 else 500
+    return status, normalised(status, said)
 
 
 def error_event(error: errors.DvdError) -> bytes:

@@ -83,6 +83,8 @@ class Fetcher:
     async def load(self, url: str) -> bytes:
         """The bytes of one image part's URL. Raises `InvalidImage`, `ImageTooLarge`, `ImageFetchFailed`."""
         data = self._inline(url) if url[:5].lower() == "data:" else await self._fetch(url)
+        if len(data) > self._options.max_image_bytes:
+            raise self._too_large()
         await asyncio.to_thread(inspect, data, self._options.max_image_pixels)
         return data
 

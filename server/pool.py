@@ -136,12 +136,17 @@ class Workers:
 
     async def _probe_language(self, worker: Language) -> bool:
         try:
-            said = await worker.client.describe(PROBE_TIMEOUT)
-            await worker.client.get("/health", PROBE_TIMEOUT)
-            listed = await worker.client.get("/v1/models", PROBE_TIMEOUT)
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                said = await worker.client.describe(PROBE_TIMEOUT)
+                await worker.client.get("/health", PROBE_TIMEOUT)
+                listed = await worker.client.get("/v1/models", PROBE_TIMEOUT)
+            worker.models = [model["id"] for model in listed["data"]]
+        except TimeoutError:
+            return _silent(worker, errors.DeadlineExceeded("no answer in time"))
+        except (LookupError, TypeError):
+            return _silent(worker, errors.Unavailable("no list of models"))
         except errors.DvdError as error:
             return _silent(worker, error)
-        worker.models = [model["id"] for model in listed["data"]]
         worker.said, worker.strikes = said, 0
         return True
 

@@ -23,6 +23,7 @@ _MEDIA = frozenset({
     "prompt_embeds", "uuid", "video_embeds", "video_url",
 })  # fmt: skip
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_PROMPTED = ("messages", "tools", "functions", "documents", "chat_template_kwargs")
 _PLACEHOLDERS = ("<image>", "<IMG_CONTEXT>")
 
 
@@ -60,7 +61,10 @@ class Chat:
             else message
             for message in self.body["messages"]
         ]
-        return json.dumps({**self.body, "messages": messages}, ensure_ascii=False).encode()
+        try:
+            return json.dumps({**self.body, "messages": messages}, ensure_ascii=False).encode()
+        except RecursionError:
+            raise errors.InvalidRequest("the body is nested too deeply") from None
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -100,14 +104,14 @@ def parse_chat(raw: bytes, max_images: int) -> Chat:
     if len(images) > max_images:
         raise errors.TooManyImages(f"{len(images)} images in one request, at most {max_images} are served", param="messages")
     if images:
-        _refuse_placeholders(messages)
+        _refuse_placeholders(body)
     return Chat(raw, body, images)
 
 
 def check_fields(body: dict[str, Any]) -> None:
     """Refuse a model that is no name, and what only the operator may set. Raises `InvalidRequest`."""
     if not isinstance(body.get("model"), str | None):
-        raise errors.InvalidRequest(f"model must be a string, got {body['model']!r:.100}", param="model")
+        raise errors.InvalidRequest(f"model must be a string, not {type(body['model']).__name__}", param="model")
     for name in _NOT_FROM_CALLERS:
         if body.get(name) is not None:
             raise errors.InvalidRequest(f"{name} is not accepted from callers: leave it out", param=name)
@@ -129,7 +133,8 @@ def _is_image(where: str, part: Any) -> bool:
         return False
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in _PARTS:
-        raise errors.InvalidRequest(f"{where}: type {kind!r:.100} is not served; expected text or image_url", param=where)
+        shown = repr(kind[:100]) if isinstance(kind, str) else type(kind).__name__
+        raise errors.InvalidRequest(f"{where}: type {shown} is not served; expected text or image_url", param=where)
     if foreign := sorted(_MEDIA & part.keys() - {kind}):
         raise errors.InvalidRequest(f"{where}: {foreign[0]} is not accepted in a part of type {kind}", param=where)
     if kind != "image_url":
@@ -140,21 +145,26 @@ def _is_image(where: str, part: Any) -> bool:
     return True
 
 
-def _refuse_placeholders(messages: list[Any]) -> None:
-    """The engine finds the place of an image by a word; the caller's own text must not hold it."""
-    for where, text in _texts(messages):
-        for word in _PLACEHOLDERS:
-            if word in text:
-                raise errors.InvalidRequest(
-                    f"{where} holds {word!r}, which marks the place of an image: put an image_url part there", param=where
-                )
+def _refuse_placeholders(body: dict[str, Any]) -> None:
+    """The engine finds the place of an image by a word; nothing else that a prompt is made of may hold it."""
+    for name in _PROMPTED:
+        for where, text in _texts(name, body.get(name)):
+            for word in _PLACEHOLDERS:
+                if word in text:
+                    raise errors.InvalidRequest(
+                        f"{where} holds {word!r}, which marks the place of an image: put an image_url part there", param=where
+                    )
 
 
-def _texts(messages: list[Any]) -> Iterator[tuple[str, str]]:
-    for i, message in enumerate(messages):
-        if isinstance(content := message.get("content"), str):
-            yield f"messages[{i}].content", content
-    for where, part in _parts(messages):
-        text = part if isinstance(part, str) else part.get("text")
-        if isinstance(text, str):
-            yield where, text
+def _texts(where: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every string in a value but URLs of images, the names of fields too; and its place."""
+    waiting = [(where, value)]  # no recursion: the caller decides how deep it would go
+    while waiting:
+        place, found = waiting.pop()
+        if isinstance(found, str):
+            yield place, found
+        elif isinstance(found, list):
+            waiting += [(f"{place}[{i}]"[:200], inner) for i, inner in enumerate(found)]
+        elif isinstance(found, dict) and found.get("type") != "image_url":
+            waiting += [(place, name) for name in found]
+            waiting += [(f"{place}.{name}"[:200], inner) for name, inner in found.items()]

@@ -22,7 +22,7 @@ from server import engine
 from server.media import Fetcher
 from server.metrics import Metrics
 from server.pipeline import Pipeline, Prepared, counted
-from server.pool import Workers
+from server.pool import Language, Workers
 from server.requests import Chat, check_fields, parse_chat, parse_object
 from wire import errors
 from wire.config import Gateway
@@ -34,19 +34,18 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks (a digest), the request's id, and when its time is up (monotonic)."""
+    """Who asks (a digest), the request's id, when its time is up (monotonic), and what is held until its last byte."""
 
     digest: bytes
     identity: str
     deadline: float
+    held: AsyncExitStack
 
 
 class HeldStream(StreamingResponse):
     """A streamed answer that gives back what is held with its last byte, also where not one was sent."""
 
-    def __init__(self, stream: engine.Stream, held: AsyncExitStack, **rest: Any) -> None:
-        super().__init__(stream.events(), **rest)
-        self.held = held
+    held: AsyncExitStack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.held:
@@ -113,18 +112,18 @@ class Routes:
         """From the permit to the first byte of the answer; the permit goes back with the last one."""
         async with AsyncExitStack() as held:
             held.enter_context(self._permit())
-            caller = self._authenticate(request)
-            deadline = time.monotonic() + self._timeout(request)
+            who, seconds = self._authenticate(request), self._timeout(request)
+            caller = Caller(who, request.scope["request_id"], time.monotonic() + seconds, held)
             try:
-                async with asyncio.timeout(deadline - time.monotonic()):
+                async with asyncio.timeout(seconds):
                     chat = parse(await self._body(request))
                     await self._check_model(chat.model)
-                    work = self._answer(request.url.path, chat, Caller(caller, request.scope["request_id"], deadline))
-                    answer = await _unless_gone(request, work)
+                    # not request.url: that is made of the Host header, which could name any path of the engine
+                    answer = await _unless_gone(request, self._answer(request.scope["path"], chat, caller))
             except TimeoutError:
                 raise errors.DeadlineExceeded("the request's time is up; ask for less, or allow it more time") from None
             if isinstance(answer, HeldStream):
-                answer.held.push_async_exit(held.pop_all())
+                answer.held = held.pop_all()
         return answer
 
     @contextlib.contextmanager
@@ -185,7 +184,8 @@ class Routes:
         for last in (False, True):
             try:
                 prepared = await self._pipeline.prepare(chat, images, caller.digest, without=others)
-                answer = await self._ask(path, chat, prepared, caller)
+                with _put_aside(prepared.language):
+                    answer = await self._ask(path, chat, prepared, caller)
             except errors.Unavailable:
                 # what did not answer has been put aside until it does; is there another one?
                 if last or not self._workers.language.up():
@@ -202,23 +202,20 @@ class Routes:
             # a little later than the request's own deadline, which is the one to be heard before the answer begins
             timeout = caller.deadline - time.monotonic() + 1
             asked = prepared.language.client.request("POST", path, prepared.body, headers, timeout)
-            try:
-                answer = await mine.enter_async_context(asked)
-            except errors.Unavailable:
-                prepared.language.said = None
-                raise
+            answer = await mine.enter_async_context(asked)
             report = {"X-DvD-Images": prepared.report.header()} if chat.images else {}
             if answer.status != 200:
-                body = engine.normalised(answer.status, await answer.read())
+                body = engine.normalised(answer.status, await _whole(answer))
                 return JSONResponse(body, status_code=answer.status, headers=report)
             kind = answer.headers.get("Content-Type", "application/json")
             if not kind.startswith("text/event-stream"):
                 return Response(await _whole(answer), media_type=kind, headers=report)
             stream = engine.Stream(answer)
-            if not await stream.begin():
-                body = engine.normalised(500, b"")
-                return JSONResponse(body, status_code=500, headers=report)
-            return HeldStream(stream, mine.pop_all(), media_type=kind, headers=report)
+            if failure := await stream.begin():
+                return JSONResponse(failure[1], status_code=failure[0], headers=report)
+            # with the caller at once, not in the answer: a deadline may still come before that is returned
+            caller.held.push_async_exit(mine.pop_all())
+            return HeldStream(stream.events(), media_type=kind, headers=report)
 
 
 def _parse_text(raw: bytes) -> Chat:
@@ -231,6 +228,16 @@ def identity(request: Request) -> str:
     """The caller's X-Request-Id where it is harmless, else a new one."""
     said = request.headers.get("x-request-id", "")
     return said if _REQUEST_ID.fullmatch(said) else uuid.uuid4().hex
+
+
+@contextlib.contextmanager
+def _put_aside(worker: Language) -> Iterator[None]:
+    """A worker that does not answer gets nothing more until it answers a probe."""
+    try:
+        yield
+    except errors.Unavailable:
+        worker.said = None
+        raise
 
 
 async def _whole(answer: Any) -> bytes:
