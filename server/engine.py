@@ -1,5 +1,7 @@
 """Answers of the language worker's engine on their way to the caller: bytes untouched, errors in OpenAI's shape."""
 
+import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,6 +12,8 @@ from wire import errors
 
 _ERROR_EVENT = b'data: {"error"'
 _END = b"\n\n"
+_SAME_BREATH = 0.05
+"""Seconds."""
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
 _CODES = {400: "invalid_request", 401: "invalid_api_key", 404: "model_not_found", 422: "invalid_request", 429: "overloaded"}
 LOST = "the engine failed on this request; try again"
@@ -40,15 +44,20 @@ class Stream:
     """The events of a streamed answer. The first ones are looked at before anything goes to the caller."""
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
-        self._rest = _whole_events(answer)
-        self._first = b""
+        self._content = answer.content
+        self._first = self._held = b""
 
     async def begin(self) -> tuple[int, dict[str, Any]] | None:
-        """Wait for the first two events (the engine says who speaks before it says what went wrong). Status and body where
-        one is an error; raises `Unavailable` where none comes."""
+        """Wait for the first event. Status and body where it is an error; raises `Unavailable` where none comes.
+
+        The engine says who speaks before it says what went wrong, in one breath: so after a lone first event, look once more.
+        """
         try:
-            while self._first.count(_END) < 2 and (more := await anext(self._rest, b"")):
-                self._first += more
+            self._first = await self._next()
+            if self._first.count(_END) == 1:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_SAME_BREATH):
+                        self._first += await self._next()
         except aiohttp.ClientError:
             self._first = b""  # nothing has gone to the caller: the request can begin anew
         if not self._first:
@@ -59,23 +68,21 @@ class Stream:
         """Everything, from the first event on. A broken connection ends it with an error event."""
         yield self._first
         try:
-            async for chunk in self._rest:
+            while chunk := await self._next():
                 yield _passed(chunk)
         except TimeoutError:
             yield error_event(errors.DeadlineExceeded("the request's time is up"))
         except aiohttp.ClientError:
             yield error_event(errors.Unavailable("the language worker went away in the middle of its answer"))
 
-
-async def _whole_events(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The bytes of a stream as they come, cut only between events."""
-    held = b""
-    async for chunk in answer.content.iter_any():
-        whole, end, held = (held + chunk).rpartition(_END)
-        if end:
-            yield whole + end
-    if held:
-        yield held
+    async def _next(self) -> bytes:
+        """The bytes that have come, cut only between events; empty at the end. May be cancelled: nothing read is lost."""
+        while chunk := await self._content.readany():
+            whole, end, self._held = (self._held + chunk).rpartition(_END)
+            if end:
+                return whole + end
+        last, self._held = self._held, b""
+        return last
 
 
 def _passed(chunk: bytes) -> bytes:

@@ -1,0 +1,149 @@
+"""What the language worker's engine says, as the caller gets it."""
+
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import pytest
+
+from server.engine import LOST, Stream, normalised
+from wire import errors
+
+
+def vllm(code: Any, message: str = "bad", **changed: Any) -> bytes:
+    return json.dumps({"error": {"message": message, "type": "Bad", "param": None, "code": code, **changed}}).encode()
+
+
+CONTEXT = "This model's maximum context length is 4096 tokens. However, you requested 5000"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (400, vllm(400), ("bad", "invalid_request_error", None, "invalid_request")),
+        (400, vllm(400, param="stop"), ("bad", "invalid_request_error", "stop", "invalid_request")),
+        (400, vllm(400, CONTEXT), (CONTEXT, "invalid_request_error", None, "context_length_exceeded")),
+        (401, vllm(401), ("bad", "authentication_error", None, "invalid_api_key")),
+        (401, b'{"error": "Unauthorized"}', ('{"error": "Unauthorized"}', "authentication_error", None, "invalid_api_key")),
+        (404, vllm(404), ("bad", "invalid_request_error", None, "model_not_found")),
+        (404, b'{"detail": "Not Found"}', ("Not Found", "invalid_request_error", None, "model_not_found")),
+        (422, vllm(422), ("bad", "invalid_request_error", None, "invalid_request")),
+        (429, vllm(429), ("bad", "rate_limit_error", None, "overloaded")),
+        (418, b"<html>", ("<html>", "invalid_request_error", None, "invalid_request")),
+        (400, b"\xff" * 3, ("\ufffd" * 3, "invalid_request_error", None, "invalid_request")),
+        (400, b"[1]", ("[1]", "invalid_request_error", None, "invalid_request")),
+        (500, vllm(500, "/root/x.py failed", param="x"), (LOST, "server_error", None, "engine_error")),
+        (500, b"Internal Server Error at 10.0.0.1", (LOST, "server_error", None, "engine_error")),
+        (503, b"", (LOST, "server_error", None, "engine_error")),
+        (500, vllm(500, CONTEXT), (LOST, "server_error", None, "engine_error")),
+    ],
+)
+def test_errors_take_openais_shape(status: int, body: bytes, expected: tuple[Any, ...]) -> None:
+    made = normalised(status, body)
+    assert tuple(made["error"][name] for name in ("message", "type", "param", "code")) == expected
+
+
+def stream(*chunks: bytes, then: Exception | None = None) -> Stream:
+    async def chunked() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+        if then:
+            raise then
+
+    answer: Any = SimpleNamespace(content=SimpleNamespace(iter_any=chunked))
+    return Stream(answer)
+
+
+async def everything(made: Stream) -> bytes:
+    return b"".join([chunk async for chunk in made.events()])
+
+
+A, B, DONE = b'data: {"n": 1}\n\n', b'data: {"n": 2}\n\n', b"data: [DONE]\n\n"
+FAILED = b"data: " + vllm(500, "/root/x.py failed") + b"\n\n"
+REFUSED = b"data: " + vllm(400, "too hot") + b"\n\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 100])
+async def test_bytes_pass_through_however_they_come(size: int) -> None:
+    said = A + B + b": a comment\n\n" + DONE
+    made = stream(*(said[i : i + size] for i in range(0, len(said), size)))
+    assert await made.begin() is None
+    assert await everything(made) == said
+
+
+async def test_an_end_in_the_middle_of_an_event_loses_nothing() -> None:
+    made = stream(A, B, b"data: {")
+    assert await made.begin() is None
+    assert await everything(made) == A + B + b"data: {"
+
+
+@pytest.mark.parametrize("before", [b"", A])
+@pytest.mark.parametrize("size", [1, 10, 1000])
+async def test_an_error_among_the_first_two_events_is_no_beginning(before: bytes, size: int) -> None:
+    said = before + FAILED + DONE
+    failure = await stream(*(said[i : i + size] for i in range(0, len(said), size))).begin()
+    assert failure is not None
+    assert failure[0] == 500
+    assert failure[1]["error"]["message"] == LOST
+    said = before + REFUSED + DONE
+    failure = await stream(*(said[i : i + size] for i in range(0, len(said), size))).begin()
+    assert failure is not None
+    assert failure[0] == 400
+    assert failure[1]["error"]["message"] == "too hot"
+
+
+@pytest.mark.parametrize("code", [None, "x", 0, 200, 99999, [], {}])
+async def test_an_error_with_a_strange_code_is_ours(code: Any) -> None:
+    failure = await stream(b"data: " + vllm(code) + b"\n\n").begin()
+    assert failure is not None
+    assert failure[0] == 500
+
+
+@pytest.mark.parametrize("chunks", [(), (A,), (A[:5],)])
+@pytest.mark.parametrize("error", [aiohttp.ClientPayloadError(), aiohttp.ServerDisconnectedError()])
+async def test_a_break_before_anything_went_out_can_be_tried_elsewhere(chunks: tuple[bytes, ...], error: Exception) -> None:
+    with pytest.raises(errors.Unavailable):
+        await stream(*chunks, then=error).begin()
+
+
+async def test_an_end_before_any_event_can_be_tried_elsewhere() -> None:
+    with pytest.raises(errors.Unavailable):
+        await stream().begin()
+
+
+async def test_one_event_is_a_whole_answer() -> None:
+    made = stream(A)
+    assert await made.begin() is None
+    assert await everything(made) == A
+
+
+@pytest.mark.parametrize("size", [1, 9, 1000])
+async def test_a_late_error_says_nothing_of_the_engines_inside(size: int) -> None:
+    late = B + FAILED + DONE
+    made = stream(A, B, *(late[i : i + size] for i in range(0, len(late), size)))
+    assert await made.begin() is None
+    events = (await everything(made)).split(b"\n\n")
+    assert events[:3] == [A[:-2], B[:-2], B[:-2]]
+    assert json.loads(events[3].removeprefix(b"data: "))["error"]["code"] == "engine_error"
+    assert events[4:] == [b"data: [DONE]", b""]
+    assert b"/root" not in b"".join(events)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (aiohttp.ClientPayloadError(), "unavailable"),
+        (aiohttp.ServerDisconnectedError(), "unavailable"),
+        (TimeoutError(), "deadline_exceeded"),
+    ],
+)
+async def test_a_late_break_is_told(error: Exception, code: str) -> None:
+    made = stream(A, B, b"data: {half", then=error)
+    assert await made.begin() is None
+    said = await everything(made)
+    events = said.split(b"\n\n")
+    assert events[:2] == [A[:-2], B[:-2]]
+    assert json.loads(events[2].removeprefix(b"data: "))["error"]["code"] == code
+    assert events[3:] == [b"data: [DONE]", b""]
