@@ -59,13 +59,15 @@ class LanguageClient:
             return list((await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout)).tokens)
 
     async def get(self, path: str, timeout: float) -> Any:
-        """A JSON answer of vLLM's server, None where the body is empty. Raises `Unavailable`."""
+        """A JSON answer of vLLM's server, None where the body is empty. Raises `Unavailable`, `DeadlineExceeded`."""
         async with self.request("GET", path, timeout=timeout) as answer:
             if answer.status != 200:
                 raise errors.Unavailable(f"the language worker answered {answer.status}")
             try:
                 return await answer.json() if await answer.read() else None
-            except (aiohttp.ClientError, TimeoutError, ValueError):
+            except TimeoutError:
+                raise errors.DeadlineExceeded("the language worker did not answer in time") from None
+            except (aiohttp.ClientError, ValueError):
                 raise errors.Unavailable("the language worker's answer broke off") from None
 
     @contextlib.asynccontextmanager
@@ -77,13 +79,15 @@ class LanguageClient:
         headers: dict[str, str] | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer of vLLM's server, its body still to be read. Raises `Unavailable` where no answer begins."""
+        """An answer of vLLM's server, its body still to be read. Raises `Unavailable` or `DeadlineExceeded` where none begins."""
         if self._session is None:
             raise errors.Unavailable("the language worker is not there yet; try again", retry_after=1)
         limits = aiohttp.ClientTimeout(total=timeout)
         try:
             answer = await self._session.request(method, self._base + path, data=body, headers=headers, timeout=limits)
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except TimeoutError:
+            raise errors.DeadlineExceeded("the language worker did not answer in time") from None
+        except (aiohttp.ClientError, OSError):
             raise errors.Unavailable("the language worker does not answer; try again", retry_after=1) from None
         try:
             yield answer

@@ -35,7 +35,7 @@ def flash_1b(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(600)
 def test_internvl3_5_1b_flash_answers_at_its_true_dimensions(flash_1b: Path) -> None:
-    small = ("--load-format=dummy", "--max-batch-tiles=1")
+    small = ("--load-format=dummy", "--max-batch-tiles=1", "--vision-dtype=float32")
     with up(flash_1b, *small, vllm=(*QUICK, "--max-model-len=2048")) as served:
         answer = served.chat(image_part("square.png"), "what is shown?", max_tokens=4, ignore_eos=True)
         assert answer.status == 200, answer.text

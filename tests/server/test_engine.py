@@ -1,7 +1,7 @@
 """What the language worker's engine says, as the caller gets it."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,14 +45,27 @@ def test_errors_take_openais_shape(status: int, body: bytes, expected: tuple[Any
     assert tuple(made["error"][name] for name in ("message", "type", "param", "code")) == expected
 
 
-def stream(*chunks: bytes, then: Exception | None = None) -> Stream:
-    async def chunked() -> AsyncIterator[bytes]:
-        for chunk in chunks:
-            yield chunk
-        if then:
-            raise then
+class Content:
+    """What there is to read: chunks, and then an end, or an error. A chunk that is an event comes when that is set."""
 
-    answer: Any = SimpleNamespace(content=SimpleNamespace(iter_any=chunked))
+    def __init__(self, *chunks: bytes | asyncio.Event, then: Exception | None = None) -> None:
+        self._chunks, self._then = list(chunks), then
+
+    async def readany(self) -> bytes:
+        while self._chunks:
+            chunk = self._chunks[0]
+            if isinstance(chunk, bytes):
+                self._chunks.pop(0)
+                return chunk
+            await chunk.wait()
+            self._chunks.pop(0)
+        if self._then:
+            raise self._then
+        return b""
+
+
+def stream(*chunks: bytes | asyncio.Event, then: Exception | None = None) -> Stream:
+    answer: Any = SimpleNamespace(content=Content(*chunks, then=then))
     return Stream(answer)
 
 
@@ -111,6 +124,16 @@ async def test_a_break_before_anything_went_out_can_be_tried_elsewhere(chunks: t
 async def test_an_end_before_any_event_can_be_tried_elsewhere() -> None:
     with pytest.raises(errors.Unavailable):
         await stream().begin()
+
+
+async def test_a_first_event_does_not_wait_for_a_second() -> None:
+    later = asyncio.Event()
+    made = stream(A, B[:5], later, B[5:], DONE)
+    assert await made.begin() is None
+    events = made.events()
+    assert await anext(events) == A
+    later.set()
+    assert b"".join([event async for event in events]) == B + DONE
 
 
 async def test_one_event_is_a_whole_answer() -> None:

@@ -90,11 +90,13 @@ async def asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     await vision.start()
     await language.start()
     workers = Workers([vision.address], [language.sink.address], Metrics())
-    await until(lambda: workers.vision.up() and workers.language.up(), "both answer")
-    yield workers, vision, language
-    await workers.close()
-    await vision.stop()
-    await language.stop()
+    try:
+        await until(lambda: workers.vision.up() and workers.language.up(), "both answer")
+        yield workers, vision, language
+    finally:
+        await workers.close()
+        await vision.stop()
+        await language.stop()
 
 
 def there(workers: Workers) -> tuple[int, int]:
