@@ -104,7 +104,7 @@ def _gateway(options: config.Up, folder: Path) -> Child:
         language_workers=[f"unix:{folder}/language-{i}" for i in range(options.language_workers)],
     )
     secret = {"DVD_API_KEY": options.api_key.get_secret_value()} if options.api_key else {}
-    return Child("gateway", ["-m", "server", *arguments], lambda: _http_ready(options), secret)
+    return Child("gateway", ["-m", "server", *arguments], lambda: _http(options, "/health/live"), secret)
 
 
 async def _described(stub: Callable[..., object], address: str) -> bool:
@@ -120,11 +120,11 @@ async def _described(stub: Callable[..., object], address: str) -> bool:
         await channel.close()
 
 
-async def _http_ready(options: config.Up) -> bool:
+async def _http(options: config.Up, path: str) -> bool:
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session,
-            session.get(f"{_url(options)}/health/ready") as answer,
+            session.get(f"{_url(options)}{path}") as answer,
         ):
             return answer.status == 200
     except (aiohttp.ClientError, TimeoutError):
@@ -185,6 +185,8 @@ async def _watch(child: Child) -> str:
 async def _announce(children: list[Child], options: config.Up) -> None:
     began = time.monotonic()
     await asyncio.gather(*(_until_ready(child) for child in children))
+    while not await _http(options, "/health/ready"):
+        await asyncio.sleep(_PROBE_EVERY)
     _say(f"ready in {time.monotonic() - began:.0f} s: {_url(options)}  (Ctrl-C stops everything)\n\n{_example(options)}\n")
 
 
