@@ -79,7 +79,7 @@ class LanguageClient:
         headers: dict[str, str] | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer of vLLM's server, its body still to be read. Raises `Unavailable` or `DeadlineExceeded` where none begins."""
+        """An answer of vLLM's server, its body still to be read. Raises `Unavailable`, `DeadlineExceeded`."""
         if self._session is None:
             raise errors.Unavailable("the language worker is not there yet; try again", retry_after=1)
         limits = aiohttp.ClientTimeout(total=timeout)

@@ -157,12 +157,16 @@ class Routes:
         return min(float(said), self._options.request_timeout)
 
     async def _body(self, request: Request) -> bytes:
-        limit = self._options.max_body_bytes
+        limit, size = self._options.max_body_bytes, 0
         body = bytearray()
         async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise errors.BodyTooLarge(f"the body has more than {limit} bytes: send fewer or smaller images, or URLs")
+            size += len(chunk)
+            if size <= limit:
+                body += chunk
+            elif size > 2 * limit:
+                break  # till here it is read and dropped: who is cut off while sending may never see the answer
+        if size > limit:
+            raise errors.BodyTooLarge(f"the body has more than {limit} bytes: send fewer or smaller images, or URLs")
         return bytes(body)
 
     async def _check_model(self, name: str | None) -> None:

@@ -1,10 +1,11 @@
-"""Everything a gateway talks to, in this process but over real sockets: vision workers, language workers, callers, image servers."""
+"""Everything a gateway talks to, in this process but over real sockets: workers of both kinds, callers, servers of images."""
 
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
 import asyncio
 import base64
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -47,13 +48,18 @@ def tokens_of(image: bytes) -> int:
 
 
 async def until(true: Callable[[], Any], what: str) -> None:
-    """Wait for something that another task does."""
+    """Wait for something that somebody else does; `true` may be asynchronous."""
     try:
         async with asyncio.timeout(PATIENCE):
-            while not true():
+            while not await _answer(true):  # noqa: ASYNC110  # what others do sets no event of ours
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError(f"never came true: {what}") from None
+
+
+async def _answer(true: Callable[[], Any]) -> Any:
+    answer = true()
+    return await answer if inspect.isawaitable(answer) else answer
 
 
 class Vision(vision_pb2_grpc.VisionServicer):
@@ -197,7 +203,7 @@ class Engine:
         app.router.add_get("/version", self._version)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/{path:.*}", self._complete)
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)
         await self._runner.setup()
         await web.UnixSite(self._runner, self.address.removeprefix("unix:")).start()
 
@@ -373,9 +379,23 @@ class Stack:
 
     async def settled(self) -> None:
         """Return when no permit is out any more."""
-        async with asyncio.timeout(PATIENCE):
-            while await self.metric("dvd_requests_in_flight"):
-                await asyncio.sleep(0.01)
+        await self.counts("dvd_requests_in_flight", 0)
+
+    async def counts(self, name: str, value: float) -> None:
+        """Return when a metric has this value."""
+
+        async def right() -> bool:
+            return await self.metric(name) == value
+
+        await until(right, f"{name} is {value}")
+
+    async def ready(self) -> None:
+        """Return when the gateway finds all it needs."""
+
+        async def right() -> bool:
+            return (await self.get("/health/ready")).status == 200
+
+        await until(right, "ready")
 
     async def raw(self, head: str, body: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection on which this was sent."""
@@ -427,7 +447,7 @@ async def files(**handlers: Handler) -> AsyncIterator[str]:
     app = web.Application()
     for name, handler in handlers.items():
         app.router.add_get(f"/{name}", handler)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)
     await runner.setup()
     listening = socket.create_server(("127.0.0.1", 0))
     await web.SockSite(runner, listening).start()

@@ -82,10 +82,12 @@ async def test_nobody_there_is_an_error_that_says_when_to_come_back() -> None:
 
 
 @contextlib.asynccontextmanager
-async def asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Workers, Vision, Language]]:
+async def asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, timeout: float = 20.0
+) -> AsyncIterator[tuple[Workers, Vision, Language]]:
     """Workers that are asked only by the test."""
     monkeypatch.setattr(server.pool, "POLL_EVERY", 3600.0)
-    monkeypatch.setattr(server.pool, "PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(server.pool, "PROBE_TIMEOUT", timeout)
     vision, language = Vision(f"unix:{folder}/vision"), Language(folder, 0)
     await vision.start()
     await language.start()
@@ -103,10 +105,14 @@ def there(workers: Workers) -> tuple[int, int]:
     return len(workers.vision.up()), len(workers.language.up())
 
 
+async def all_there(workers: Workers) -> bool:
+    return all(await workers.probe())
+
+
 async def test_who_is_late_once_may_be_busy_who_is_late_twice_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with asked(tmp_path, monkeypatch) as (workers, vision, language):
+    async with asked(tmp_path, monkeypatch, timeout=1.0) as (workers, vision, language):
         for late in (vision.answers, language.sink.answers, language.engine.answers):
             late.clear()
             which = (late is not vision.answers, late is vision.answers)
@@ -129,9 +135,7 @@ async def test_who_has_ended_is_not_there_at_once_and_is_found_again(tmp_path: P
             assert await workers.probe() == expected
             assert there(workers) == tuple(map(int, expected))
             await peer.start()
-            async with asyncio.timeout(20):
-                while await workers.probe() != (True, True):
-                    await asyncio.sleep(0.05)
+            await until(lambda: all_there(workers), "it is found again")
 
 
 @pytest.mark.parametrize("listed", [None, [], {}, {"data": None}, {"data": [{}]}, {"data": [5]}, {"data": {"a": 1}}, "x"])

@@ -1,5 +1,6 @@
 """Bodies: what is refused at the door, what is replaced, and that all else stays as it was."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -253,8 +254,5 @@ def test_any_depth_is_either_read_and_written_or_refused(depth: int) -> None:
         raw(IMAGE),
         b"[" * depth + b"]" * depth,
     )
-    try:
-        assert parse_chat(body, 1).replaced(["k"], [1])
-    except errors.InvalidRequest as error:
-        assert "deep" in str(error)
-        assert depth > 100
+    with contextlib.suppress(errors.InvalidRequest) if depth > 100 else contextlib.nullcontext():
+        assert json.loads(parse_chat(body, 1).replaced(["k"], [1]))["model"] == "m"
