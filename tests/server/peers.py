@@ -51,7 +51,7 @@ async def until(true: Callable[[], Any], what: str) -> None:
     """Wait for something that somebody else does; `true` may be asynchronous."""
     try:
         async with asyncio.timeout(PATIENCE):
-            while not await _answer(true):  # noqa: ASYNC110  # what others do sets no event of ours
+            while not await _answer(true):  # what others do sets no event of ours
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError(f"never came true: {what}") from None
