@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(options, theirs)
     except (CheckpointError, OSError) as error:
         sys.exit(f"dvd language: {error}")
+    except (RuntimeError, ValueError) as error:  # what vLLM raises at start, its own account of it already in the log
+        sys.exit(f"dvd language: vLLM could not start: {str(error).splitlines()[0]}")
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

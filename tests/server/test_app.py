@@ -654,9 +654,9 @@ async def test_two_hundred_leave_and_nothing_is_left(tmp_path: Path) -> None:
             for _, writer in held:
                 writer.close()
             await stack.settled()
+        await until(lambda: stack.vision.cancelled == len(stack.vision.calls), "no encode goes on")
         stack.vision.free.set()
         stack.engine.respond = usual
-        await until(lambda: stack.vision.cancelled == len(stack.vision.calls), "no encode goes on")
         await good(stack)
 
 
