@@ -55,7 +55,8 @@ def _refuse_ours(flags: Sequence[str]) -> None:
 def _run(options: config.Language, vllm_flags: Sequence[str]) -> None:
     checkpoint = open_checkpoint(options.model)
     checkpoint.vision_tensors  # noqa: B018  a damaged file is one line now, not a stack of vLLM's later
-    rpc.free_socket(options.http)
+    for address in (options.listen, options.http):
+        rpc.free_socket(address)  # before a running neighbour's shared memory is taken for a dead one's
     folder = _SHARED_MEMORY / f"dvd-{hashlib.sha256(options.listen.encode()).hexdigest()[:16]}"
     store.create_folder(folder)
     os.environ[plugin.ENABLED] = "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -56,19 +57,27 @@ def server(*addresses: str) -> grpc.aio.Server:
         try:
             made.add_insecure_port(address)
         except RuntimeError:
-            raise OSError(f"cannot listen on {address}: is another process there? choose another address") from None
+            raise OSError(f"cannot listen on {address}") from None
     return made
 
 
 def free_socket(address: str) -> None:
-    """Remove the file of a `unix:` address that a killed process left. Raises `OSError` where somebody listens there."""
+    """See that nobody listens at an address, and remove the file that a killed process left there. Raises `OSError`."""
+    taken = OSError(f"cannot listen on {address}: another process does; choose another address")
     path = address.removeprefix("unix:")
-    if path == address or not os.path.exists(path):
-        return
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
-        probe.connect(path)
-        raise OSError(f"cannot listen on {address}: another process does")
-    os.unlink(path)
+    if path == address:
+        host, _, port = address.rpartition(":")
+        with socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), int(port)))
+            except OSError as error:
+                raise taken if error.errno == errno.EADDRINUSE else OSError(f"cannot listen on {address}: {error}") from None
+    elif os.path.exists(path):
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
+            probe.connect(path)
+            raise taken
+        os.unlink(path)
 
 
 @contextlib.contextmanager

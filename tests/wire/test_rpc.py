@@ -74,7 +74,7 @@ def test_a_dead_socket_is_freed_and_a_live_one_is_not_stolen(tmp_path: Path) -> 
             rpc.free_socket(f"unix:{path}")
     rpc.free_socket(f"unix:{path}")
     assert not path.exists()
-    rpc.free_socket("127.0.0.1:1")
+    rpc.free_socket("127.0.0.1:0")
 
 
 async def test_a_port_in_use_is_named() -> None:
