@@ -21,6 +21,8 @@ from wire.config import Gateway
 
 _REMEMBERED = 20_000
 _FETCHES = 8
+_ASKING = 5.0
+"""Seconds that a sink may take to say what it has."""
 
 T = TypeVar("T")
 
@@ -92,27 +94,34 @@ class Pipeline:
             raise errors.CheckpointMismatch(mismatch)
         setting = keys.Setting(language.said.checkpoint.fingerprint, pb.Tiling(), pb.Router(), language.said.dtype)
         names = (keys.keys_together if self._together else keys.keys_alone)(caller, setting, digests)
-        try:
-            there = dict(zip(names, await language.client.has(names, self._options.request_timeout), strict=True))
-        except errors.Unavailable:
-            language.said = None
-            raise
+        there = dict(zip(names, await self._has(language, names), strict=True))
         missing = [[*dict.fromkeys(names)]] if self._together else [[name] for name in dict.fromkeys(names)]
         missing = [group for group in missing if not all(there[name] for name in group)]
         content = dict(zip(names, images, strict=True))
         with self._stage("encode"):
-            encoded = await _all(*(self._encode(group, content, setting, language) for group in missing))
+            try:
+                encoded = await _all(*(self._encode(group, content, setting, language) for group in missing))
+            except errors.SinkUnavailable:
+                language.said = None  # until it answers the next probe
+                raise
         there |= {image.key: image.tokens for group in encoded for image in group}
         tokens = [there[name] for name in names]
         lacked = {name for group in missing for name in group}
         return Prepared(language, chat.replaced(names, tokens), names, self._report(names, tokens, lacked))
+
+    async def _has(self, language: Language, names: Sequence[str]) -> list[int]:
+        try:
+            return await language.client.has(names, _ASKING)
+        except (errors.Unavailable, errors.DeadlineExceeded):
+            language.said = None  # until it answers the next probe
+            raise errors.Unavailable("the language worker does not answer; try again", retry_after=1) from None
 
     async def lost(self, prepared: Prepared) -> bool:
         """Whether an embedding of a request that failed is no longer with its language worker."""
         if not prepared.names:
             return False
         try:
-            return not all(await prepared.language.client.has(prepared.names, self._options.request_timeout))
+            return not all(await prepared.language.client.has(prepared.names, _ASKING))
         except errors.DvdError:
             return False
 

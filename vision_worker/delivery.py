@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from protos import embeddings_pb2 as pb
 from protos.embeddings_pb2_grpc import EmbeddingSinkStub
-from wire import rpc
+from wire import errors, rpc
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -20,11 +20,16 @@ class Sinks:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def deliver(self, address: str, header: pb.EmbeddingHeader, data: memoryview, seconds: float | None) -> None:
-        """Return once the sink has it all. Raises what the sink raised, or `Unavailable` where none answers."""
+        """Return once the sink has it all. Raises what the sink raised, or `SinkUnavailable` where none answers."""
         if address not in self._channels:
             self._channels[address] = rpc.channel(address)
-        with rpc.translated("language worker's sink"):
-            await EmbeddingSinkStub(self._channels[address]).Deliver(_chunks(header, data), timeout=seconds)
+        try:
+            with rpc.translated("language worker's sink"):
+                await EmbeddingSinkStub(self._channels[address]).Deliver(_chunks(header, data), timeout=seconds)
+        except errors.Unavailable as error:
+            if type(error) is errors.Unavailable:  # ours would look like this vision worker's own absence
+                raise errors.SinkUnavailable(str(error)) from None
+            raise
 
     async def close(self) -> None:
         for channel in self._channels.values():

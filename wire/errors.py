@@ -14,6 +14,7 @@ DvdError
 ├── DeadlineExceeded          the request's time is up
 ├── Unavailable               a worker is not there
 │   ├── CheckpointMismatch    two workers serve different checkpoints
+│   ├── SinkUnavailable       a vision worker found no sink to deliver to
 │   ├── SinkFull              no room for an embedding that would not be evicted again
 │   └── EmbeddingLost         evicted before it was used
 └── InternalError             ours
@@ -113,6 +114,10 @@ class Unavailable(DvdError):
 class CheckpointMismatch(Unavailable):
     grpc_code = Grpc.FAILED_PRECONDITION
     code = "checkpoint_mismatch"
+
+
+class SinkUnavailable(Unavailable):
+    code = "sink_unavailable"
 
 
 class SinkFull(Unavailable):

@@ -37,6 +37,7 @@ _OPTIONS = [
 ]
 
 _FALLBACK = {
+    grpc.StatusCode.CANCELLED: errors.Unavailable,  # by the other side, as it stops: our own leaving is no error here
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,

@@ -211,7 +211,7 @@ async def test_errors_of_the_sink_reach_the_caller(flash: Worker) -> None:
     flash.sink.fail = errors.SinkFull("no room for 1 MiB")
     with pytest.raises(errors.SinkFull, match="no room"):
         await flash.encode("square.png")
-    with pytest.raises(errors.Unavailable, match="sink did not answer"):
+    with pytest.raises(errors.SinkUnavailable, match="sink did not answer"):
         await flash.encode("square.png", deliver_to="127.0.0.1:9")
 
 
