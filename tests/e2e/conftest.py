@@ -8,6 +8,11 @@ import pytest
 from tests.e2e.serving import EXACT, GOLDEN, Served, free_port, start, start_up, stop, wait_ready
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What ends a shared server comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("ends_servers") is not None)
+
+
 @dataclass
 class Golden:
     """The three golden checkpoints, served at once; flash's processes one by one over TCP, the others by `dvd up`."""
@@ -31,7 +36,7 @@ def golden() -> Iterator[Golden]:
     language = start("language", checkpoint, f"--listen={sink_at}", f"--http={http_at}", "--", *EXACT)
     workers = (f"--vision-workers={vision_at}", f"--language-workers={sink_at}")
     flash = start("gateway", *workers, f"--port={port}", "--router-scope=request", url=f"http://127.0.0.1:{port}")
-    others = {name: start_up(GOLDEN / name / "checkpoint") for name in ("vit300m-qwen2", "vit6b-llama")}
+    others = {name: start_up(GOLDEN / name / "checkpoint", "--vision-workers=2") for name in ("vit300m-qwen2", "vit6b-llama")}
     made = Golden(flash, vision, language, f"http://{http_at}", others)
     try:
         wait_ready(flash, *others.values())

@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.serving import GOLDEN, Served, alive, gone, run, start_up, stop, wait_ready
+from tests.e2e.conftest import Golden
+from tests.e2e.serving import GOLDEN, Served, alive, gone, run
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
 
@@ -29,27 +29,22 @@ def pasted(served: Served) -> str:
     return found[0]
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[dict[signal.Signals, Served]]:
-    """Two, started at once, to be ended in two ways."""
-    servers = {ending: start_up(CHECKPOINT, "--vision-workers=2") for ending in (signal.SIGTERM, signal.SIGKILL)}
-    try:
-        wait_ready(*servers.values())
-        yield servers
-    finally:
-        for served in servers.values():
-            stop(served)
-
-
-def test_the_line_to_paste_works_as_pasted(running: dict[signal.Signals, Served]) -> None:
-    line = pasted(running[signal.SIGTERM])
+def test_the_line_to_paste_works_as_pasted(golden: Golden) -> None:
+    line = pasted(golden["vit300m-qwen2"])
     answer = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(answer.stdout)["choices"][0]["message"]["role"] == "assistant"
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=["asked", "killed"])
-def test_nothing_is_left_however_it_ends(running: dict[signal.Signals, Served], ending: signal.Signals) -> None:
-    served = running[ending]
+@pytest.mark.ends_servers
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        pytest.param("vit300m-qwen2", signal.SIGTERM, id="asked"),
+        pytest.param("vit6b-llama", signal.SIGKILL, id="killed"),
+    ],
+)
+def test_nothing_is_left_however_it_ends(golden: Golden, name: str, ending: signal.Signals) -> None:
+    served = golden[name]
     before = shared_memory()
     assert len(alive(served.mark)) >= 7, "dvd up, gateway, two vision workers, vLLM's three, the sink"
     served.process.send_signal(ending)
