@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NAME = "SharedMemoryConnector"
-
 
 @dataclass
 class Loads(ECConnectorMetadata):
@@ -45,7 +43,7 @@ class SharedMemoryConnector(ECConnectorBase):
         extra = vllm_config.ec_transfer_config.get_from_extra_config
         self._holder = Holder(Path(extra("folder", "")))
         self._patience = float(extra("wait", 10.0))
-        self._held: dict[str, dict[str, int]] = {}  # request → key → rows
+        self._held: dict[str, set[str]] = {}  # request → keys
         self._waiting_since: dict[str, float] = {}
         self._unavailable: set[str] = set()
         self._loads: dict[str, str] = {}
@@ -53,7 +51,7 @@ class SharedMemoryConnector(ECConnectorBase):
     # In the scheduler.
 
     def ensure_cache_available(self, request: "Request", num_computed_tokens: int) -> bool:
-        held = self._held.setdefault(request.request_id, {})
+        held = self._held.setdefault(request.request_id, set())
         missing = False
         for index, feature in enumerate(request.mm_features):
             position = feature.mm_position
@@ -68,12 +66,12 @@ class SharedMemoryConnector(ECConnectorBase):
             self._give_up(request.request_id, f"an embedding did not come within {self._patience:g} s")
         return False
 
-    def _hold(self, request: "Request", index: int, held: dict[str, int]) -> bool:
+    def _hold(self, request: "Request", index: int, held: set[str]) -> bool:
         key, rows = request.mm_features[index].identifier, request.get_num_encoder_embeds(index)
         try:
             if not self._holder.hold(key):
                 return False
-            held[key] = rows
+            held.add(key)
             found = read_header(self._holder.path(key)).rows
         except (errors.DvdError, OSError) as error:
             self._give_up(request.request_id, str(error))
@@ -102,7 +100,7 @@ class SharedMemoryConnector(ECConnectorBase):
         return taken
 
     def request_finished(self, request: "Request") -> tuple[bool, dict[str, Any] | None]:
-        for key in self._held.pop(request.request_id, {}):
+        for key in self._held.pop(request.request_id, set()):
             self._holder.release(key)
         self._waiting_since.pop(request.request_id, None)
         self._unavailable.discard(request.request_id)

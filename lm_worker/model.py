@@ -25,9 +25,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.sequence import IntermediateTensors
 
-from wire.checkpoint import open_checkpoint
 from wire.layouts import LAYOUTS
-from wire.layouts.base import Description
 
 TOKENS = "image_num_tokens"
 CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
@@ -60,16 +58,13 @@ def _fields(_data: Mapping[str, Any]) -> Mapping[str, MultiModalFieldConfig]:
 class ProcessingInfo(BaseProcessingInfo):
     """What vLLM must know of images before one arrives."""
 
-    def description(self) -> Description:
-        return open_checkpoint(self.model_id).description
-
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         # vLLM sizes its encoder cache by this: with 0 it would refuse every image. A caller may ask for more tiles
         # than the checkpoint's default, so only the context bounds an image.
-        return {"image": min(seq_len, max(self.description().max_tokens, self.ctx.model_config.max_model_len))}
+        return {"image": seq_len}
 
     def get_data_parser(self) -> MultiModalDataParser:
         return ImageParser(
@@ -82,13 +77,8 @@ class ProcessingInfo(BaseProcessingInfo):
 
     @property
     def placeholder(self) -> str:
-        """What a chat template, or vLLM in its place, writes for one image."""
-        return placeholder(self.get_hf_config().model_type)
-
-
-def placeholder(model_type: str) -> str:
-    """`<image>` in OpenGVLab's templates, the context token itself in transformers'."""
-    return CONTEXT if model_type == _NATIVE else "<image>"
+        """What a chat template writes for one image: `<image>` in OpenGVLab's, the context token itself in transformers'."""
+        return CONTEXT if self.get_hf_config().model_type == _NATIVE else "<image>"
 
 
 class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):

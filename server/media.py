@@ -21,9 +21,8 @@ from PIL import Image
 from yarl import URL
 
 from wire import errors
-from wire.config import Serving
+from wire.config import IMAGE_FORMATS, Serving
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MAX_REDIRECTS = 3
 _MAX_URL = 8192
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -163,10 +162,10 @@ def inspect(data: bytes, max_pixels: int) -> None:
     if not data:
         raise errors.InvalidImage("the image is empty: 0 bytes")
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
     except Exception:  # Pillow's parsers raise whatever damaged bytes lead them to
-        known = ", ".join(FORMATS)
+        known = ", ".join(IMAGE_FORMATS)
         raise errors.InvalidImage(f"{len(data)} bytes that are not an image in a format served here: {known}") from None
     if width * height > max_pixels:
         raise errors.ImageTooLarge(f"image of {width} × {height} pixels; at most {max_pixels} are accepted: shrink it")

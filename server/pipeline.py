@@ -27,6 +27,14 @@ _ASKING = 5.0
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """An image's file and its digest."""
+
+    data: bytes
+    digest: bytes
+
+
 @dataclass
 class Report:
     """What happened to a request's images."""
@@ -60,34 +68,37 @@ class Pipeline:
         self._flights: Flights[list[pb.EncodedImage]] = Flights()
         self._routes: OrderedDict[str, pb.EncodedImage] = OrderedDict()  # for reports only: what the router did last time
 
-    async def fetch(self, chat: Chat) -> list[bytes]:
-        """The bytes of each image; an equal URL is loaded once."""
+    async def fetch(self, chat: Chat) -> list[Loaded]:
+        """Each image; an equal URL is loaded once."""
         with self._stage("fetch"):
             urls = list(dict.fromkeys(chat.urls))
             loaded = dict(zip(urls, await self._load(urls), strict=True))
         self._metrics.images.inc(len(chat.urls))
         return [loaded[url] for url in chat.urls]
 
-    async def _load(self, urls: Sequence[str]) -> list[bytes]:
+    async def _load(self, urls: Sequence[str]) -> list[Loaded]:
         """A few at a time, and not more bytes than a body may have."""
         slots, left = asyncio.Semaphore(_FETCHES), self._options.max_body_bytes
 
-        async def one(url: str) -> bytes:
+        async def one(url: str) -> Loaded:
             nonlocal left
             async with slots:
                 data = await self._fetcher.load(url)
             left -= len(data)
             if left < 0:
                 raise errors.ImageTooLarge(f"the images have more than {self._options.max_body_bytes} bytes together")
-            return data
+            # in a thread: a digest of megabytes would hold up everybody's streams
+            return Loaded(data, await asyncio.to_thread(lambda: hashlib.sha256(data).digest()))
 
         return await _all(*(one(url) for url in urls))
 
-    async def prepare(self, chat: Chat, images: Sequence[bytes], caller: bytes, without: Collection[Language] = ()) -> Prepared:
+    async def prepare(
+        self, chat: Chat, images: Sequence[Loaded], caller: bytes, without: Collection[Language] = ()
+    ) -> Prepared:
         """Choose a language worker and see that it has every embedding. Raises `Unavailable` and what encoding raises."""
         if not images:
             return Prepared(self._workers.language.pick(None, without), chat.raw)
-        digests = [hashlib.sha256(image).digest() for image in images]
+        digests = [image.digest for image in images]
         language = self._workers.language.pick(keys.digest(caller, digests[0]).hex(), without)
         assert language.said is not None
         if mismatch := self._workers.mismatch():
@@ -97,7 +108,7 @@ class Pipeline:
         there = dict(zip(names, await self._has(language, names), strict=True))
         missing = [[*dict.fromkeys(names)]] if self._together else [[name] for name in dict.fromkeys(names)]
         missing = [group for group in missing if not all(there[name] for name in group)]
-        content = dict(zip(names, images, strict=True))
+        content = {name: image.data for name, image in zip(names, images, strict=True)}
         with self._stage("encode"):
             try:
                 encoded = await _all(*(self._encode(group, content, setting, language) for group in missing))

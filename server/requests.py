@@ -36,10 +36,6 @@ class Chat:
     images: list[dict[str, Any]]
 
     @property
-    def stream(self) -> bool:
-        return self.body.get("stream") is True
-
-    @property
     def model(self) -> str | None:
         return self.body.get("model")
 

@@ -13,8 +13,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from wire import errors
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+from wire.config import IMAGE_FORMATS
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard only warns up to twice its limit; `_open` checks ours from the header
 
@@ -84,13 +83,13 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise errors.InvalidImage("the image is empty: 0 bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_size(image.width, image.height, max_pixels)
             return image.convert("RGB")
     except errors.DvdError:
         raise
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
+        known = ", ".join(IMAGE_FORMATS)
         raise errors.InvalidImage(f"{len(data)} bytes that are not an image in a format served here: {known}") from None
     except MemoryError:
         raise

@@ -42,6 +42,10 @@ class Model(Options):
     load_format: LoadFormat = Field("auto", description="dummy: random weights of the checkpoint's true shapes")
 
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""As Pillow names them; the door and the decoder take the same."""
+
+
 class Limits(Options):
     """What both the door and the decoder hold to."""
 

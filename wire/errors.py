@@ -15,8 +15,7 @@ DvdError
 ├── Unavailable               a worker is not there
 │   ├── CheckpointMismatch    two workers serve different checkpoints
 │   ├── SinkUnavailable       a vision worker found no sink to deliver to
-│   ├── SinkFull              no room for an embedding that would not be evicted again
-│   └── EmbeddingLost         evicted before it was used
+│   └── SinkFull              no room for an embedding that would not be evicted again
 └── InternalError             ours
 """
 
@@ -122,11 +121,6 @@ class SinkUnavailable(Unavailable):
 
 class SinkFull(Unavailable):
     code = "sink_full"
-
-
-class EmbeddingLost(Unavailable):
-    grpc_code = Grpc.ABORTED
-    code = "embedding_lost"
 
 
 class InternalError(DvdError):

@@ -18,10 +18,10 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from PIL import Image
 
-from server.media import FORMATS, Fetcher, inspect, is_public
+from server.media import Fetcher, inspect, is_public
 from tests.server.peers import Handler, files, hang, inline, picture, sends
 from wire import errors
-from wire.config import Serving
+from wire.config import IMAGE_FORMATS, Serving
 
 PNG = picture()
 
@@ -354,7 +354,7 @@ async def test_neither_cookies_nor_names_go_out() -> None:
     assert {headers["Accept-Encoding"] for headers in seen} == {"identity"}
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
 def test_formats_that_are_served(kind: str) -> None:
     inspect(picture(kind=kind), 64)
     with pytest.raises(errors.ImageTooLarge, match="8 × 8 pixels; at most 63"):
@@ -419,7 +419,7 @@ def test_any_mode_will_do(mode: str) -> None:
 
 def test_damaged_files_raise_nothing_else() -> None:
     noise = random.Random(1)
-    for kind in FORMATS:
+    for kind in IMAGE_FORMATS:
         for _ in range(100):
             data = bytearray(picture(kind=kind))
             for _ in range(5):
