@@ -97,13 +97,13 @@ class Pipeline:
     ) -> Prepared:
         """Choose a language worker and see that it has every embedding. Raises `Unavailable` and what encoding raises."""
         if not images:
-            return Prepared(self._workers.language.pick(None, without), chat.raw)
+            return Prepared(self._workers.language.pick(None, without), chat.replaced([], []))
         digests = [image.digest for image in images]
         language = self._workers.language.pick(keys.digest(caller, digests[0]).hex(), without)
         assert language.said is not None
         if mismatch := self._workers.mismatch():
             raise errors.CheckpointMismatch(mismatch)
-        setting = keys.Setting(language.said.checkpoint.fingerprint, pb.Tiling(), pb.Router(), language.said.dtype)
+        setting = keys.Setting(language.said.checkpoint.fingerprint, pb.Tiling(), chat.router, language.said.dtype)
         names = (keys.keys_together if self._together else keys.keys_alone)(caller, setting, digests)
         there = dict(zip(names, await self._has(language, names), strict=True))
         missing = [[*dict.fromkeys(names)]] if self._together else [[name] for name in dict.fromkeys(names)]

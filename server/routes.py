@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from protos import vision_pb2 as pb
 from server import engine
 from server.media import Fetcher
 from server.metrics import Metrics
@@ -60,6 +61,11 @@ class Routes:
         self._workers = Workers(options.vision_workers, options.language_workers, metrics)
         self._fetcher = Fetcher(options)
         self._pipeline = Pipeline(options, self._workers, self._fetcher, metrics)
+        self._router = pb.Router(
+            mode=options.vir.upper(),
+            relative_threshold=options.vir_relative_threshold,
+            absolute_threshold=options.vir_absolute_threshold,
+        )
         self._key = options.api_key.get_secret_value() if options.api_key else None
         self._in_flight = 0
 
@@ -69,7 +75,7 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        return await self._serve(request, lambda raw: parse_chat(raw, self._options.max_images))
+        return await self._serve(request, lambda raw: parse_chat(raw, self._options.max_images, self._router))
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions: text only."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, PydanticUndefined
 
 PREFIX = "DVD_"
 
@@ -70,6 +70,28 @@ class Serving(Limits):
     router_scope: Literal["image", "request"] = Field(
         "image", description="tiles over which the router's quantile runs; request: as the official code does"
     )
+    vir: Literal["auto", "off", "all"] = Field(
+        "auto", description="tiles to compress where a request does not say: those the router chooses, none, every one"
+    )
+    vir_relative_threshold: float | None = Field(
+        None, ge=0, le=1, description="quantile of the scores that a compressed tile is above, 0 to 1; none: the checkpoint's"
+    )
+    vir_absolute_threshold: float | None = Field(
+        None, ge=0, le=1, description="score that a compressed tile has at least, 0 to 1; none: the checkpoint's"
+    )
+
+    @field_validator("vir", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a bare off
+
+    @field_validator("vir_relative_threshold", "vir_absolute_threshold")
+    @classmethod
+    def _only_auto_has_thresholds(cls, value: float | None, info: ValidationInfo) -> float | None:
+        mode = info.data.get("vir", "auto")
+        if value is not None and mode != "auto":
+            raise PydanticCustomError("threshold", "only for --vir=auto, and it is {mode}: leave one out", {"mode": mode})
+        return value
 
 
 class Gateway(Serving):
@@ -208,7 +230,7 @@ def _flag(name: str) -> str:
 def _kind(annotation: Any) -> str:
     if isinstance(annotation, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return {int: "N", float: "SECONDS"}.get(annotation, "VALUE")
+    return {int: "N", float: "NUMBER"}.get(annotation, "VALUE")
 
 
 def _from_environment(environment: Mapping[str, str], options: type[Options]) -> dict[str, str]:

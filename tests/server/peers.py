@@ -101,7 +101,7 @@ class Vision(vision_pb2_grpc.VisionServicer):
         if self.error is not None:
             raise self.error
         await asyncio.gather(*(self._deliver(request, image) for image in request.images))
-        return vision_pb2.EncodeReply(images=[_encoded(image) for image in request.images])
+        return vision_pb2.EncodeReply(images=[_encoded(image, request.router.mode) for image in request.images])
 
     async def _deliver(self, request: vision_pb2.EncodeRequest, image: vision_pb2.Image) -> None:
         rows = tokens_of(image.data)
@@ -124,9 +124,10 @@ class Vision(vision_pb2_grpc.VisionServicer):
         return [image.data for call in self.calls for image in call.images]
 
 
-def _encoded(image: vision_pb2.Image) -> vision_pb2.EncodedImage:
+def _encoded(image: vision_pb2.Image, mode: int) -> vision_pb2.EncodedImage:
+    compressed = [mode == vision_pb2.Router.ALL, mode != vision_pb2.Router.OFF]
     return vision_pb2.EncodedImage(
-        key=image.key, tokens=tokens_of(image.data), columns=1, rows=1, compressed=[False, True], scores=[0.1, 0.9]
+        key=image.key, tokens=tokens_of(image.data), columns=1, rows=1, compressed=compressed, scores=[0.1, 0.9]
     )
 
 

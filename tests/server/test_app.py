@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from protos import vision_pb2 as pb
 from server.engine import LOST
 from tests.server.peers import (
     COMPLETION,
@@ -157,6 +158,48 @@ async def test_images_in_several_turns_keep_their_places(tmp_path: Path, scope: 
         assert again.headers["X-DvD-Images"].endswith("reused=4")
 
 
+async def test_an_image_has_an_embedding_and_a_report_for_each_setting_of_the_router(stack: Stack) -> None:
+    said = [None, {"mode": "off"}, {"mode": "all"}, {"relative_threshold": 0.25}]
+    for reused in (0, 1):
+        for vir, compressed in zip(said, (1, 0, 2, 1), strict=True):
+            answer = await stack.chat(image_part(A), vir=vir)
+            report = f"images=1; tiles=2; compressed={compressed}; tokens={tokens_of(A)}; reused={reused}"
+            assert (answer.status, answer.headers["X-DvD-Images"]) == (200, report)
+            assert "vir" not in stack.engine.last()
+    modes = [(call.router.mode, call.router.HasField("relative_threshold")) for call in stack.vision.calls]
+    assert modes == [(pb.Router.AUTO, False), (pb.Router.OFF, False), (pb.Router.ALL, False), (pb.Router.AUTO, True)]
+    assert len({call.images[0].key for call in stack.vision.calls}) == len(said)
+    assert (await stack.chat("a", vir={"mode": "off"})).status == 200
+    assert "vir" not in stack.engine.last()
+
+
+@pytest.mark.parametrize(
+    ("options", "router"),
+    [
+        ({"vir": "off"}, pb.Router(mode=pb.Router.OFF)),
+        ({"vir": "all"}, pb.Router(mode=pb.Router.ALL)),
+        ({"vir_absolute_threshold": 0.25}, pb.Router(absolute_threshold=0.25)),
+        ({"vir_relative_threshold": 0, "vir_absolute_threshold": 1}, pb.Router(relative_threshold=0, absolute_threshold=1)),
+    ],
+    ids=["off", "all", "one threshold", "both thresholds"],
+)
+async def test_the_operators_router_is_the_default(tmp_path: Path, options: dict[str, Any], router: pb.Router) -> None:
+    async with serve(tmp_path, **options) as stack:
+        for vir in ({}, {"mode": "auto", "relative_threshold": 0.5, "absolute_threshold": 0.75}):
+            assert (await stack.chat(image_part(A), vir=vir)).status == 200
+        asked = pb.Router(relative_threshold=0.5, absolute_threshold=0.75)
+        assert [call.router for call in stack.vision.calls] == [router, asked]
+
+
+async def test_why_the_vision_worker_does_not_compress_reaches_the_caller(stack: Stack) -> None:
+    stack.vision.error = errors.InvalidRequest("this checkpoint has no router and cannot compress")
+    answer = await stack.chat(image_part(A), vir={"mode": "all"})
+    assert (answer.status, answer.error["code"]) == (400, "invalid_request")
+    assert answer.error["message"] == "this checkpoint has no router and cannot compress"
+    stack.vision.error = None
+    await good(stack)
+
+
 async def test_images_by_url(stack: Stack) -> None:
     async with files(a=sends(A), b=sends(B, Content_Type="text/plain")) as url:
         answer = await stack.chat(image_part(f"{url}/a"), image_part(f"{url}/b"), image_part(f"{url}/a"))
@@ -176,6 +219,8 @@ async def test_plain_completions_take_text(stack: Stack) -> None:
     answer = await stack.post(body := b'{"model":"internvl", "prompt": "once"}', path="/v1/completions")
     assert (answer.status, answer.body) == (200, COMPLETION)
     assert (stack.engine.received[-1].path, stack.engine.received[-1].raw) == ("/v1/completions", body)
+    assert (await stack.post({"model": MODEL, "prompt": "a", "vir": {}}, path="/v1/completions")).status == 200
+    assert stack.engine.last() == {"model": MODEL, "prompt": "a"}
     refused = await stack.post({"model": MODEL, "prompt_embeds": "AAAA"}, path="/v1/completions")
     assert (refused.status, refused.error["param"]) == (400, "prompt_embeds")
 
@@ -247,6 +292,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "model is a number": ({**chat("a"), "model": 5}, "invalid_request"),
     "template": ({**chat("a"), "chat_template": "{{ 7 }}"}, "invalid_request"),
     "code": ({**chat("a"), "mm_processor_kwargs": {"code_revision": "main"}}, "invalid_request"),
+    "router": (chat(image_part(A), vir={"mode": "on"}), "invalid_request"),
+    "router for a text": (chat("a", vir="off"), "invalid_request"),
     "image as a string": (chat({"type": "image_url", "image_url": "https://example.org/a"}, "b"), "invalid_request"),
     "URL null": (chat({"type": "image_url", "image_url": {"url": None}}, "b"), "invalid_request"),
     "file": (part("file:///etc/passwd"), "invalid_request"),

@@ -32,13 +32,16 @@ def test_whatever_decides_an_embedding_changes_its_key(field: str) -> None:
     assert keys_alone(b"me", changed, [A]) != keys_alone(b"me", SETTING, [A])
 
 
-def test_a_threshold_that_is_given_is_not_the_default_even_at_zero() -> None:
+def test_two_settings_of_the_router_are_two_keys_even_at_zero() -> None:
     routers = [
         vision_pb2.Router(),
+        vision_pb2.Router(mode=vision_pb2.Router.OFF),
+        vision_pb2.Router(mode=vision_pb2.Router.ALL),
         vision_pb2.Router(relative_threshold=0),
         vision_pb2.Router(absolute_threshold=0),
         vision_pb2.Router(relative_threshold=0, absolute_threshold=0),
         vision_pb2.Router(relative_threshold=0.25),
+        vision_pb2.Router(absolute_threshold=0.25),
     ]
     keys = [keys_alone(b"me", dataclasses.replace(SETTING, router=router), [A])[0] for router in routers]
     assert len(set(keys)) == len(routers)

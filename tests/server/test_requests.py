@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from protos import vision_pb2 as pb
 from server.requests import check_fields, parse_chat, parse_object
 from tests.server.peers import chat, image_part, picture, text_part
 from wire import errors
@@ -168,6 +169,85 @@ def test_what_only_the_operator_may_set_is_refused(name: str) -> None:
             check_fields({"model": "m", name: value})
         assert caught.value.param == name
     check_fields({"model": "m", name: None})
+
+
+OFF, ALL, HALF = pb.Router(mode=pb.Router.OFF), pb.Router(mode=pb.Router.ALL), pb.Router(relative_threshold=0.5)
+BOTH = pb.Router(relative_threshold=0.5, absolute_threshold=0.25)
+# what the caller says, what the operator does, what is in force
+ROUTERS: dict[str, tuple[Any, pb.Router, pb.Router]] = {
+    "nothing": (None, pb.Router(), pb.Router()),
+    "nothing, and the operator off": (None, OFF, OFF),
+    "empty, and the operator's thresholds": ({}, BOTH, BOTH),
+    "nulls": ({"mode": None, "relative_threshold": None}, HALF, HALF),
+    "off": ({"mode": "off"}, pb.Router(), OFF),
+    "off, and the operator's thresholds have no part in it": ({"mode": "off"}, BOTH, OFF),
+    "all": ({"mode": "all"}, OFF, ALL),
+    "auto": ({"mode": "auto"}, ALL, pb.Router()),
+    "auto, and the operator's thresholds": ({"mode": "auto"}, BOTH, BOTH),
+    "threshold": ({"relative_threshold": 0.5}, pb.Router(), HALF),
+    "threshold, and the operator's other one": ({"absolute_threshold": 0.25}, HALF, BOTH),
+    "threshold instead of the operator's": ({"relative_threshold": 0.5}, pb.Router(relative_threshold=0.75), HALF),
+    "auto with thresholds": ({"mode": "auto", "relative_threshold": 0.5, "absolute_threshold": 0.25}, OFF, BOTH),
+    "whole numbers": (
+        {"relative_threshold": 0, "absolute_threshold": 1}, BOTH, pb.Router(relative_threshold=0, absolute_threshold=1)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "own", "router"), ROUTERS.values(), ids=ROUTERS)
+def test_the_router_is_the_callers_before_the_operators(said: Any, own: pb.Router, router: pb.Router) -> None:
+    assert parse_chat(raw(chat("a", vir=said)), 1, own).router == router
+
+
+def test_without_a_word_on_the_router_the_operators_is_in_force() -> None:
+    assert parse_chat(raw(chat("a")), 1, HALF).router == HALF
+    assert parse_chat(raw(chat("a")), 1).router == pb.Router()
+
+
+NO_ROUTERS: dict[str, tuple[Any, str, str]] = {
+    "a mode alone": ("off", "vir", "an object such as .*, not 'off'"),
+    "false": (False, "vir", "not False"),
+    "a list": ([{"mode": "off"}], "vir", "not list"),
+    "deep": (deep(900), "vir", "not list"),
+    "unknown field": ({"mode": "auto", "treshold": 0.5}, "vir", "no field 'treshold'; expected mode, relative_threshold"),
+    "unknown field null": ({"treshold": None}, "vir", "no field 'treshold'"),
+    "long field": ({"x" * 100_000: 1}, "vir", "no field 'xxx"),
+    "mode unknown": ({"mode": "on"}, "vir.mode", "'on' is not one of auto, off, all"),
+    "mode in capitals": ({"mode": "OFF"}, "vir.mode", "'OFF' is not one of"),
+    "mode number": ({"mode": 1}, "vir.mode", "1 is not one of"),
+    "mode deep": ({"mode": deep(900)}, "vir.mode", "list is not one of"),
+    "mode long": ({"mode": "x" * 100_000}, "vir.mode", "'xxx"),
+    "threshold text": ({"relative_threshold": "0.5"}, "vir.relative_threshold", "'0.5' is not a number from 0 to 1"),
+    "threshold true": ({"absolute_threshold": True}, "vir.absolute_threshold", "True is not a number"),
+    "threshold object": ({"absolute_threshold": {}}, "vir.absolute_threshold", "dict is not a number"),
+    "threshold below": ({"relative_threshold": -0.01}, "vir.relative_threshold", "-0.01 is not"),
+    "threshold above": ({"absolute_threshold": 1.01}, "vir.absolute_threshold", "1.01 is not"),
+    "threshold of 4000 digits": ({"absolute_threshold": 10**4000}, "vir.absolute_threshold", "1000"),
+    "off with a threshold": ({"mode": "off", "relative_threshold": 0.5}, "vir.relative_threshold", "0.5 is .* the mode is off"),
+    "all with a threshold": ({"mode": "all", "absolute_threshold": 0}, "vir.absolute_threshold", "only for .* the mode is all"),
+}
+
+
+@pytest.mark.parametrize(("said", "param", "message"), NO_ROUTERS.values(), ids=NO_ROUTERS)
+def test_settings_of_the_router_that_are_none_are_refused(said: Any, param: str, message: str) -> None:
+    for content in ("a", IMAGE):
+        with pytest.raises(errors.InvalidRequest, match=message) as caught:
+            parse_chat(raw(chat(content, vir=said)), 1)
+        assert caught.value.param == param
+        assert len(str(caught.value)) < 400
+
+
+def test_a_threshold_where_the_operator_asks_no_router_needs_a_mode() -> None:
+    with pytest.raises(errors.InvalidRequest, match='the mode is off: .* "mode": "auto"'):
+        parse_chat(raw(chat("a", vir={"relative_threshold": 0.5})), 1, OFF)
+
+
+@pytest.mark.parametrize("said", [{"mode": "off"}, {}, None])
+def test_the_setting_of_the_router_does_not_go_to_the_engine(said: Any) -> None:
+    for content in ("a", IMAGE):
+        parsed = parse_chat(raw(chat(content, vir=said, seed=5)), 1)
+        made = json.loads(parsed.replaced(["k"] * len(parsed.images), [1] * len(parsed.images)))
+        assert list(made) == ["model", "messages", "seed"]
 
 
 def test_images_are_counted_over_all_messages() -> None:

@@ -25,6 +25,11 @@ def test_a_flag_wins_over_a_variable_over_the_file(tmp_path: Path) -> None:
         (["--port=70000"], {}, "70000"),
         ([], {"DVD_PROT": "1"}, "unknown variable DVD_PROT: did you mean DVD_PORT"),
         (["--router-scope=tile"], {}, "--router-scope = 'tile'"),
+        (["--vir=on"], {}, "--vir = 'on'"),
+        (["--vir-relative-threshold=1.5"], {}, "--vir-relative-threshold = '1.5'"),
+        (["--vir-absolute-threshold=nan"], {}, "--vir-absolute-threshold = 'nan'"),
+        ([], {"DVD_VIR_ABSOLUTE_THRESHOLD": "-0.1"}, "--vir-absolute-threshold = '-0.1'"),
+        (["--vir=all", "--vir-relative-threshold=0"], {}, "--vir-relative-threshold = '0': only for --vir=auto, and it is all"),
         (["--vision-workers=nowhere"], {}, "--vision-workers"),
         (["--config=/nowhere.yaml"], {}, "cannot read --config /nowhere.yaml"),
     ],
@@ -42,6 +47,26 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "f.yaml").write_text(text)
     with pytest.raises(config.ConfigError, match=says):
         config.read(config.Gateway, [*MINE, f"--config={tmp_path / 'f.yaml'}"], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "vir", "thresholds"),
+    [
+        ("", "auto", (None, None)),
+        ("vir: off", "off", (None, None)),  # false, to YAML
+        ("vir: 'off'\nvir_relative_threshold: null", "off", (None, None)),
+        ("vir: auto\nvir_relative_threshold: 0\nvir_absolute_threshold: 0.25", "auto", (0, 0.25)),
+    ],
+)
+def test_the_router_in_a_file_and_on_its_way_to_the_gateway(
+    tmp_path: Path, text: str, vir: str, thresholds: tuple[float | None, float | None]
+) -> None:
+    (tmp_path / "f.yaml").write_text(text)
+    up = config.read(config.Up, ["m", f"--config={tmp_path / 'f.yaml'}"], {})
+    arguments = config.as_arguments(up, config.Gateway, vision_workers=["a:1"], language_workers=["b:1"])
+    gateway = config.read(config.Gateway, arguments, {})
+    for got in (up, gateway):
+        assert (got.vir, (got.vir_relative_threshold, got.vir_absolute_threshold)) == (vir, thresholds)
 
 
 def test_a_missing_model_is_asked_for() -> None:
