@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"server", "vision_worker", "lm_worker", "protos", "wire"}
+OURS = {"server", "vision_worker", "lm_worker", "protos", "wire", "demo"}
 MAY_USE = {
     "server": {"protos", "wire"},
     "vision_worker": {"protos", "wire"},
     "lm_worker": {"protos", "wire"},
     "wire": {"protos"},
     "protos": set(),
+    "demo": {"vision_worker", "wire"},  # and nobody may use it
 }
 FORBIDDEN = {
     "server": {"torch", "vllm", "transformers", "numpy", "safetensors"},
@@ -22,6 +23,7 @@ FORBIDDEN = {
     "lm_worker": {"fastapi", "PIL"},
     "wire": {"fastapi", "vllm", "torch", "transformers", "PIL"},
     "protos": set(),
+    "demo": {"vllm"},
 }
 
 

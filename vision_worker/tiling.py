@@ -44,7 +44,11 @@ class Tiles:
 
 def cut(data: bytes, tiling: Tiling) -> Tiles:
     """Decode, resize and cut. Raises `InvalidImage` or `ImageTooLarge`."""
-    image = _decode(data, tiling.max_pixels)
+    return cut_image(_decode(data, tiling.max_pixels), tiling)
+
+
+def cut_image(image: Image.Image, tiling: Tiling) -> Tiles:
+    """Resize and cut an RGB image."""
     columns, rows = grid(image.width, image.height, tiling)
     side = tiling.side
     whole = np.asarray(_resized(image, side * columns, side * rows))

@@ -1,0 +1,223 @@
+"""Batches for each stage of training, made from nothing but a seed and a step's number: a run can go on where it stopped."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from demo import scenes
+from demo.scenes import Labels, Scene, Style, Tile
+from demo.words import SYSTEM, Asked, Words, absent, blind, compared, questions, small_talk, spoken
+from vision_worker import tiling
+
+Generator = np.random.Generator
+
+
+def cut(image: Image.Image, style: Style) -> npt.NDArray[np.uint8]:
+    """Tiles uint8 [n, tile, tile, 3] as the vision worker cuts them."""
+    return tiling.cut_image(image, style.tiling).pixels
+
+
+@dataclass
+class Dense:
+    """Tiles uint8 [n, side, side, 3], and of each patch its labels, int64 [n, patches] each, −1 for unknown.
+
+    `corners` [n, 2]: see `Trainee.look`. `outline` bool [n, patches, 49]: which squares of two pixels of a patch stand out from the background.
+    """
+
+    tiles: Tensor
+    corners: Tensor
+    outline: Tensor
+    kind: Tensor
+    colour: Tensor
+    order: Tensor
+    place: Tensor
+    middle: Tensor
+
+
+def dense(rng: Generator, styles: tuple[Style, ...], count: int, crowds: float = 0.0) -> Dense:
+    """As many tiles of each style; of the pictures that are one tile, a share of `crowds` is full of things."""
+    tiles: list[npt.NDArray[np.uint8]] = []
+    corners: list[tuple[int, int]] = []
+    outlines: list[npt.NDArray[np.bool_]] = []
+    found: list[Labels] = []
+    while len(tiles) < count:
+        chosen = styles[len(tiles) * len(styles) // count]
+        crowded = crowds and chosen.max_tiles == 1 and rng.random() < crowds
+        scene = scenes.crowd(rng, chosen) if crowded else scenes.scene(rng, chosen)
+        cuts, windows = cut(scenes.draw(scene), chosen), scenes.windows(scene, chosen)
+        told = [scenes.labels(scene, window, chosen.tile // 14) for window in windows]
+        places = _corners(scene, len(cuts))
+        for i in _interesting(rng, windows, told):
+            tiles.append(cuts[i])
+            corners.append(places[i])
+            outlines.append(_outline(cuts[i], scene))
+            found.append(told[i])
+    return Dense(
+        torch.from_numpy(np.stack(tiles[:count])), torch.tensor(corners[:count]),
+        torch.from_numpy(np.stack(outlines[:count])), *_stacked(found[:count]),
+    )  # fmt: skip
+
+
+def _corners(scene: Scene, tiles: int) -> list[tuple[int, int]]:
+    """Of each tile, the last being the whole picture. The same for scenes that differ in one thing only."""
+    rng = np.random.default_rng(scene.seed)
+    others = [scenes.corner(rng, scene.piece[2] * scenes.PATCH)[:2] for _ in range(tiles - 1)]
+    return [*others, scene.piece[:2]]
+
+
+def _outline(tile: npt.NDArray[np.uint8], scene: Scene) -> npt.NDArray[np.bool_]:
+    """Of each patch, row by row, its 7 × 7 squares; the background's texture is fainter than any colour on it."""
+    cells = tile[::2, ::2].astype(np.int16) - np.array(scene.background, np.int16)
+    side = tile.shape[0] // 14
+    return (np.abs(cells).max(-1) > 45).reshape(side, 7, side, 7).swapaxes(1, 2).reshape(side * side, 49)
+
+
+def _interesting(rng: Generator, windows: list[Tile], told: list[Labels]) -> list[int]:
+    """The whole picture, and up to three tiles, rather ones with something in them."""
+    parts = [i for i, window in enumerate(windows) if not window.whole]
+    full = [i for i in parts if told[i].things]
+    chosen = [int(i) for i in rng.permutation(full)[:3]]
+    if parts and rng.random() < 0.2:
+        chosen.append(int(rng.choice(parts)))
+    return [i for i, window in enumerate(windows) if window.whole] + chosen
+
+
+def _stacked(found: list[Labels]) -> Iterator[Tensor]:
+    for name in ("kind", "colour", "order", "place", "middle"):
+        yield torch.from_numpy(np.stack([getattr(labels, name) for labels in found])).flatten(1).long()
+
+
+@dataclass
+class Rows:
+    """Texts [rows, length] padded on the right, `answers` the token that is to follow each (−100: not asked)."""
+
+    ids: Tensor
+    answers: Tensor
+    prefix: list[int]  # which prefix each row follows
+
+
+@dataclass
+class Talk:
+    """Images with the same number of tiles, one or two to a prefix, and texts that follow the prefixes.
+
+    `opening`, `between` and `end` are the tokens before the first image, between two and after the last; `compressed` bool
+    [images, tiles] says which tiles take the short path: as many in each prefix. `texts` stand alone, without an image.
+    """
+
+    tiles: Tensor  # uint8 [images · tiles, side, side, 3]
+    corners: Tensor  # [images · tiles, 2]
+    told: Dense | None
+    compressed: Tensor
+    together: int  # images to a prefix
+    opening: list[int]
+    between: list[int]
+    end: list[int]
+    rows: Rows
+    tasks: list[str]
+    texts: Rows
+
+
+def talk(
+    rng: Generator, words: Words, style: Style, budget: int, sizes: tuple[int, ...] = scenes.TILES, pairs: bool = True
+) -> Talk:
+    """About `budget` tiles in all."""
+    count = int(rng.choice(sizes))
+    tiles = count + (count > 1)
+    images = max(1, round(budget / tiles))
+    paired = pairs and rng.random() < (0.2 if images > 1 else 0.1)
+    couples: list[tuple[Scene, Scene]] = []
+    if paired:
+        couples = [pair(rng, style, count) for _ in range(max(1, images // 2))]
+        every, images = [scene for two in couples for scene in two], 2 * len(couples)
+    else:
+        every = [scenes.scene(rng, style, count) for _ in range(images)]
+    cuts = [cut(scenes.draw(scene), style) for scene in every]
+    told = [scenes.labels(s, w, style.tile // 14) for s in every for w in scenes.windows(s, style)]
+    if paired:
+        asked = [[[compared(first == second)]] for first, second in couples]
+    else:
+        turns = 2 if rng.random() < 0.1 else 1
+        asked = [_asked(rng, scene, 2 if count > 1 else 1, turns) for scene in every]
+    rows, tasks = _rows(rng, words, asked, "\n")
+    alone = [[[small_talk(rng) if rng.random() < 0.8 else blind(rng)]] for _ in range(6)]
+    system = f"<|im_start|>system\n{rng.choice(SYSTEM)}<|im_end|>\n" if rng.random() < 0.3 else ""
+    return Talk(
+        torch.from_numpy(np.concatenate(cuts)), torch.tensor([c for s in every for c in _corners(s, tiles)]),
+        Dense(torch.empty(0), torch.empty(0), torch.empty(0), *_stacked(told)), _routes(rng, images, tiles), 2 if paired else 1,
+        words.encode(f"{system}<|im_start|>user\n<img>"), words.encode("</img>\n<img>"), words.encode("</img>"), rows, tasks,
+        _rows(rng, words, alone, "user\n")[0],
+    )  # fmt: skip
+
+
+def pair(rng: Generator, style: Style, count: int) -> tuple[Scene, Scene]:
+    """Two scenes of `count` tiles: half are equal; half of the others differ in one thing, half altogether."""
+    first = scenes.scene(rng, style, count)
+    if rng.random() < 0.5:
+        return first, first
+    if rng.random() < 0.5:
+        return first, scenes.changed(rng, first, style)
+    return first, scenes.scene(rng, style, count)
+
+
+def _asked(rng: Generator, scene: Scene, times: int, turns: int) -> list[list[Asked]]:
+    """Conversations of so many turns about a scene. All of a batch have as many: short rows are padded to the longest."""
+    found: list[Asked] = []
+    for _ in range(times):
+        found += [q for q in questions(scene, rng) if q not in found]
+    extra = absent(scene, rng)
+    if extra and rng.random() < 0.4:
+        found.append(extra[rng.integers(len(extra))])
+    if rng.random() < 0.2:
+        found += [talk for talk in [small_talk(rng)] if len(talk.question) + len(talk.answer) < 50]
+    said = [spoken(asked, rng) for asked in found]
+    return [said[i : i + turns] for i in range(0, len(said), turns)]
+
+
+def _rows(rng: Generator, words: Words, asked: list[list[list[Asked]]], opening: str) -> tuple[Rows, list[str]]:
+    told = [
+        (i, words.conversation(turns, opening), turns[0].task if len(turns) == 1 else "chain")
+        for i, rows in enumerate(asked)
+        for turns in rows
+    ]
+    length = max(len(ids) for _, (ids, _), _ in told)
+    ids, answers = torch.zeros(len(told), length, dtype=torch.long), torch.full((len(told), length), -100)
+    for row, (_, (tokens, answer), _) in enumerate(told):
+        ids[row, : len(tokens)], answers[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(answer)
+    return Rows(ids, answers, [i for i, _, _ in told]), [task for _, _, task in told]
+
+
+def _routes(rng: Generator, images: int, tiles: int) -> Tensor:
+    """The long path for all tiles, the short one for all, or for some in each image alike in number."""
+    kind = rng.random()
+    if kind < 0.4 or (tiles == 1 and kind < 0.6):
+        return torch.zeros(images, tiles, dtype=torch.bool)
+    if kind < 0.55 or tiles == 1:
+        return torch.ones(images, tiles, dtype=torch.bool)
+    small = int(rng.integers(1, tiles))
+    return torch.from_numpy(np.stack([rng.permutation(tiles) < small for _ in range(images)]))
+
+
+class Batches(Dataset[Any]):
+    """Item i is step i's batch."""
+
+    def __init__(self, make: Any, seed: int, stage: str, first: int, steps: int) -> None:
+        self.make, self.seed, self.stage, self.first, self.steps = make, seed, stage, first, steps
+
+    def __len__(self) -> int:
+        return self.steps - self.first
+
+    def __getitem__(self, index: int) -> Any:
+        torch.set_num_threads(1)
+        stage = int.from_bytes(self.stage.encode(), "little") % 2**32
+        return self.make(np.random.default_rng([self.seed, stage, self.first + index]))
+
+
+def loaded(batches: Batches, workers: int) -> Iterator[Any]:
+    return iter(DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))

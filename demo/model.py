@@ -1,0 +1,265 @@
+"""The model that is trained: the vision worker's own InternVL and transformers' Qwen3, and how it becomes a checkpoint."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+from demo.batches import Rows, Talk
+from demo.words import EOS, PAD, Words
+from vision_worker.models.intern_vit import InternViT
+from vision_worker.models.internvl import Model, normalised, pixel_shuffle
+from wire.layouts import official
+from wire.layouts.base import Description
+
+WIDTH, LAYERS, HEADS = 192, 4, 6  # of the tower
+HIDDEN, LANGUAGE_LAYERS, LANGUAGE_HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 256, 4, 4, 2, 64, 768
+CONTEXT = 8192
+SIDE, PATCH = 448, 14
+GRID = SIDE // PATCH
+
+
+def config(vocabulary: int, relative: float = 0.2, absolute: float = 0.5) -> dict[str, Any]:
+    """`config.json`, in the layout of the published InternVL3.5-Flash."""
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "force_image_size": SIDE,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "select_layer": -1,
+        "ps_version": "v2",
+        "template": "internvl2_5",
+        "torch_dtype": "bfloat16",
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "num_channels": 3,
+            "hidden_size": WIDTH,
+            "intermediate_size": 4 * WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "norm_type": "layer_norm",
+            "qkv_bias": True,
+            "qk_normalization": False,
+            "attention_dropout": 0.0,
+            "dropout": 0.0,
+            "drop_path_rate": 0.0,
+            "initializer_factor": 1.0,
+            "initializer_range": 0.02,
+            "use_flash_attn": False,
+        },
+        "llm_config": {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": vocabulary,
+            "hidden_size": HIDDEN,
+            "intermediate_size": INTERMEDIATE,
+            "num_hidden_layers": LANGUAGE_LAYERS,
+            "num_attention_heads": LANGUAGE_HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "max_position_embeddings": CONTEXT,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 100000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": PAD,
+            "eos_token_id": EOS,
+            "pad_token_id": PAD,
+        },
+        "flash_mode": True,
+        "flash_relative_threshold": relative,
+        "flash_absolute_threshold": absolute,
+    }
+
+
+class Trainee(nn.Module):
+    """InternVL under OpenGVLab's names, and the language model."""
+
+    def __init__(self, words: Words) -> None:
+        super().__init__()
+        said = official.LAYOUT.describe(config(words.size), {})
+        self.said: Description = said
+        self.vision = Model(said, GRID**2 + 1)
+        self.language = Qwen3ForCausalLM(Qwen3Config(**config(words.size)["llm_config"]))
+        self.vision.apply(_start)
+        nn.init.normal_(self.vision.pooling_before_gating.query_token, std=0.02)
+        _look_around(self.vision.vision_model)
+
+    def look(self, tiles: Tensor, corners: Tensor | None = None) -> Tensor:
+        """uint8 tiles [n, side, side, 3] to features [n, patches, WIDTH].
+
+        A tile smaller than SIDE is a piece of one: `corners` [n, 2] says the row and column of its first patch.
+        """
+        if corners is None:
+            return cast(Tensor, self.vision.vision_model(normalised(tiles)))
+        tower = self.vision.vision_model
+        patches = tower.embeddings.patch_embedding(normalised(tiles))
+        side = patches.shape[-1]
+        rows, columns = (corners[:, i, None] + torch.arange(side) for i in (0, 1))
+        positions = tower.embeddings.position_embedding[0]
+        places = positions[1 + rows[:, :, None] * GRID + columns[:, None]].flatten(1, 2)
+        first = (tower.embeddings.class_embedding[0] + positions[:1]).expand(len(tiles), 1, -1)
+        x = torch.cat([first, patches.flatten(2).mT + places], dim=1)
+        for layer in tower.encoder.layers:
+            x = layer(x)
+        return cast(Tensor, x[:, 1:])
+
+    def project(self, features: Tensor, compressed: Tensor) -> list[Tensor]:
+        """Visual tokens of each tile, [256 or 64, HIDDEN]; `compressed` bool [n]."""
+        found: list[Tensor | None] = [None] * len(features)
+        for small, factor, projector in ((False, 0.5, self.vision.mlp1), (True, 0.25, self.vision.mlp2)):
+            chosen = (compressed == small).nonzero().flatten().tolist()
+            if chosen:
+                tokens = projector(pixel_shuffle(features[chosen], factor, "v2"))
+                for i, block in zip(chosen, tokens, strict=True):
+                    found[i] = block
+        return [cast(Tensor, block) for block in found]
+
+    def answer(self, prefix: Tensor | None, rows: Rows) -> Tensor:
+        """Logits [told, vocabulary] where an answer is told, of texts after prefixes [n, length, HIDDEN] or after nothing.
+
+        A prefix is read once for all its rows: they attend to its keys and values.
+        """
+        cache = DynamicCache(config=self.language.config)
+        if prefix is not None:
+            self.language.model(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
+            repeats = torch.tensor(rows.prefix)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[repeats], layer.values[repeats]
+        hidden = self.language.model(
+            inputs_embeds=self.embed(rows.ids), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return cast(Tensor, self.language.lm_head(hidden[rows.answers >= 0]))
+
+    def prefixes(self, talk: Talk, features: Tensor, compressed: Tensor) -> Tensor:
+        """What stands before the questions, [prefixes, length, HIDDEN], by the paths `compressed` [images, tiles]."""
+        blocks = self.project(features, compressed.flatten())
+        opening, between, end = (self.embed(torch.tensor(ids)) for ids in (talk.opening, talk.between, talk.end))
+        images, tiles = compressed.shape
+        found = []
+        for first in range(0, images, talk.together):
+            parts = [opening]
+            for image in range(first, first + talk.together):
+                parts += [*([between] if image > first else []), *blocks[image * tiles : (image + 1) * tiles]]
+            found.append(torch.cat([*parts, end]))
+        return torch.stack(found)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return cast(Tensor, self.language.model.embed_tokens(ids))
+
+
+def _start(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=min(0.05, (1 / module.in_features) ** 0.5))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for name, tensor in module.named_parameters(recurse=False):
+        if name == "in_proj_weight":
+            nn.init.xavier_uniform_(tensor)
+        if name == "in_proj_bias":
+            nn.init.zeros_(tensor)
+
+
+@torch.no_grad()
+def _look_around(tower: InternViT) -> None:
+    """Give the tower something like a convolution to begin with: heads of two layers look at a patch near by.
+
+    Positions begin as sines and cosines of both coordinates; then a head sees the patch `offset` away if its query is
+    its own position turned by the offset. From noise, a tower this small finds its neighbours very late (the idea is
+    ConViT's, d'Ascoli et al. 2021; here it is only where training begins).
+    """
+    rates = 2 * 30.0 ** (-torch.arange(_WAVES) / _WAVES)
+    phases = torch.arange(GRID)[:, None] * rates
+    line = torch.cat([phases.sin(), phases.cos()], dim=1)
+    down, across = line[:, None].expand(GRID, GRID, -1), line[None].expand(GRID, GRID, -1)
+    where = 4 * _WAVES
+    tower.embeddings.position_embedding[0, 1:] = 0
+    tower.embeddings.position_embedding[0, 1:, :where] = torch.cat([down, across], dim=-1).flatten(0, 1)
+    tower.embeddings.patch_embedding.weight.zero_()
+    tower.embeddings.patch_embedding.weight[where:] = _cosines(WIDTH - where)
+    tower.embeddings.patch_embedding.bias.zero_()
+    for layer, offsets in zip(tower.encoder.layers, _OFFSETS, strict=False):
+        for head, offset in enumerate(offsets):
+            _point(layer.attn.qkv.weight, head, offset, rates)
+
+
+_WAVES = 12  # an axis; positions begin in dimensions of their own, so that what a patch shows is not blurred by where it is
+_OFFSETS = (
+    ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1)),
+    ((1, -1), (-1, 1), (0, 2), (0, -2), (2, 0), (-2, 0)),
+)
+
+
+def _point(qkv: Tensor, head: int, offset: tuple[int, int], rates: Tensor) -> None:
+    """Turn one head's query and key towards the patch `offset` (rows, columns) away, by the quickest waves."""
+    width = WIDTH // HEADS
+    query, key = qkv[head * width : (head + 1) * width], qkv[WIDTH + head * width : WIDTH + (head + 1) * width]
+    query.zero_(), key.zero_()
+    gain, row = 1.0, 0
+    for axis, distance in enumerate(offset):
+        for wave in range(width // 4):
+            sine, cosine = (2 * axis) * _WAVES + wave, (2 * axis + 1) * _WAVES + wave
+            turn = float(rates[wave]) * distance
+            key[row, sine] = key[row + 1, cosine] = gain
+            query[row, sine], query[row, cosine] = gain * math.cos(turn), gain * math.sin(turn)
+            query[row + 1, cosine], query[row + 1, sine] = gain * math.cos(turn), -gain * math.sin(turn)
+            row += 2
+
+
+def _cosines(count: int) -> Tensor:
+    """Filters [count, 3, PATCH, PATCH]: the slowest two-dimensional cosines of brightness and of two colour differences."""
+    at = (torch.arange(PATCH) + 0.5) * math.pi / PATCH
+    axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+    axes = axes / axes.norm(dim=1, keepdim=True)
+    order = sorted(((u, v) for u in range(PATCH) for v in range(PATCH)), key=lambda f: (f[0] ** 2 + f[1] ** 2, f))
+    waves = [torch.outer((u * at).cos(), (v * at).cos()) for u, v in order[: count // 3]]
+    shaped = [wave / wave.norm() * (0.03 if i == 0 else 0.8) for i, wave in enumerate(waves)]  # flat patches are common
+    return torch.cat([torch.einsum("c,hw->chw", axis, wave)[None] for wave in shaped for axis in axes])
+
+
+def write(model: Trainee, words: Words, folder: Path, relative: float, absolute: float) -> None:
+    """The checkpoint: bf16, in one file, every tensor that the published layout has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = dict(model.vision.state_dict())
+    tensors |= {f"language_model.{n}": t for n, t in model.language.state_dict().items()}
+    for i in (3, 4):  # the published router carries these two, and never uses them
+        for kind in ("attn", "norm"):
+            source = f"pooling_before_gating.{kind}{i - 2}."
+            tensors |= {n.replace(f"{kind}{i - 2}", f"{kind}{i}"): t for n, t in tensors.items() if n.startswith(source)}
+    save_file(
+        {name: tensor.detach().to(torch.bfloat16).contiguous().clone() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    _json(folder / "config.json", config(words.size, relative, absolute))
+    _json(
+        folder / "generation_config.json", {"bos_token_id": PAD, "eos_token_id": EOS, "pad_token_id": PAD, "max_new_tokens": 64}
+    )
+    _json(
+        folder / "preprocessor_config.json",
+        {
+            "crop_size": SIDE, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": SIDE,
+        },
+    )  # fmt: skip
+    words.save(folder)
+
+
+def _json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,330 @@
+"""Train the bundled checkpoint from nothing: `python -m demo.train`. Stops and goes on where it was at any time.
+
+Stages, each with its own batches (demo/batches.py):
+
+1. dense      the tower alone learns which thing covers each patch, on small tiles of 224 pixels
+2. questions  tower, projectors and language model learn to answer, one small tile an image
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from demo import batches, model, scenes, vico
+from demo.scenes import Style
+from demo.words import Words
+
+RELATIVE, ABSOLUTE = 0.0, 0.5
+"""The router's thresholds that are shipped: read off the curve in demo/README.md."""
+
+KINDS, COLOURS, ORDERS, PLACES = 17, 9, 4, 9
+
+
+class Heads(nn.Module):
+    """What the dense stage reads from each patch's features; thrown away afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(model.WIDTH)
+        self.outline = nn.Sequential(nn.LayerNorm(model.WIDTH), nn.Linear(model.WIDTH, 49))
+        self.around = nn.Sequential(nn.LayerNorm(model.WIDTH), nn.Linear(model.WIDTH, 25 * 9))
+        self.read = nn.Linear(model.WIDTH, KINDS + COLOURS + ORDERS + PLACES + 2)
+
+    def forward(self, features: Tensor, told: batches.Dense) -> tuple[Tensor, dict[str, float]]:
+        read = self.read(self.norm(features)).flatten(0, 1)
+        kind, colour, order, place, middle = read.split([KINDS, COLOURS, ORDERS, PLACES, 2], dim=-1)
+        rare = torch.ones(KINDS)
+        rare[0] = 0.2  # most patches show nothing
+        losses = {
+            "kind": F.cross_entropy(kind, told.kind.flatten(), rare, ignore_index=-1),
+            "colour": F.cross_entropy(colour, told.colour.flatten(), torch.tensor([0.2] + 8 * [1.0]), ignore_index=-1),
+            "order": _some(order, told.order.flatten()),
+            "place": _some(place, told.place.flatten()),
+            "middle": F.cross_entropy(middle, told.middle.flatten(), torch.tensor([0.2, 1.0])),
+        }
+        shown = {name: float(value.detach()) for name, value in losses.items()}
+        shape, digit = (told.kind.flatten() > 0) & (told.kind.flatten() < 7), told.kind.flatten() >= 7
+        for name, chosen in (("shape ok", shape), ("digit ok", digit)):
+            shown[name] = float((kind.argmax(-1) == told.kind.flatten())[chosen].float().mean())
+        return 1.0 * losses["kind"] + 0.5 * losses["colour"] + 0.5 * losses["order"] + 0.3 * losses["place"] + losses[
+            "middle"
+        ], shown
+
+
+def _some(logits: Tensor, told: Tensor) -> Tensor:
+    """Cross entropy where anything is told at all."""
+    if not bool((told >= 0).any()):
+        return logits.sum() * 0
+    return F.cross_entropy(logits, told, ignore_index=-1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: int
+    rate: float  # of learning, at the peak
+
+
+class Run:
+    """State of a training run and its files: `latest.pt` to go on from, `log.jsonl` with a line every 20 steps."""
+
+    def __init__(self, folder: Path, seed: int, workers: int) -> None:
+        self.folder, self.seed, self.workers = folder, seed, workers
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(seed)
+        self.words = Words()
+        self.model = model.Trainee(self.words)
+        self.heads = Heads()
+        self.done: dict[str, int] = {}
+        self.seconds = 0.0
+        self.state: dict[str, Any] = {}
+        latest = folder / "latest.pt"
+        if latest.exists():
+            self._restore(torch.load(latest, weights_only=False))
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.heads.load_state_dict(saved["heads"])
+        self.done, self.seconds, self.state = saved["done"], saved["seconds"], saved["state"]
+
+    def save(self, optimiser: torch.optim.Optimizer) -> None:
+        everything = {
+            "model": self.model.state_dict(), "heads": self.heads.state_dict(), "done": self.done, "seconds": self.seconds,
+            "state": optimiser.state_dict(),
+        }  # fmt: skip
+        torch.save(everything, self.folder / "new.pt")
+        os.replace(self.folder / "new.pt", self.folder / "latest.pt")
+
+    def log(self, line: dict[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def stage(self, stage: Stage, make: Any, step: Any, parameters: list[dict[str, Any]]) -> None:
+        """Run `step(batch) -> (loss, figures)` for every batch that `make(rng)` makes and that is not done yet."""
+        first = self.done.get(stage.name, 0)
+        if first >= stage.steps:
+            return
+        optimiser = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+        shares = [group.get("share", 1.0) for group in optimiser.param_groups]
+        if first:
+            optimiser.load_state_dict(self.state)
+        every = [p for group in parameters for p in group["params"]]
+        data = batches.loaded(batches.Batches(make, self.seed, stage.name, first, stage.steps), self.workers)
+        sums: dict[str, list[float]] = {}
+        began = last = time.monotonic()
+        for number in range(first, stage.steps):
+            rate = stage.rate * _schedule(number, stage.steps)
+            loss, shown = step(next(data))
+            loss.backward()
+            shown["gradient"] = float(nn.utils.clip_grad_norm_(every, 1.0))
+            for group, share in zip(optimiser.param_groups, shares, strict=True):
+                group["lr"] = rate * share
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            now = time.monotonic()
+            self.seconds += now - last
+            last = now
+            for name, value in shown.items():
+                sums.setdefault(name, []).append(value)
+            self.done[stage.name] = number + 1
+            if (number + 1) % 20 == 0 or number + 1 == stage.steps:
+                self._tell(stage, number + 1, sums, rate, (now - began) / (number + 1 - first))
+                sums = {}
+            if (number + 1) % 100 == 0 or number + 1 == stage.steps:
+                self.save(optimiser)
+
+    def _tell(self, stage: Stage, done: int, sums: dict[str, list[float]], rate: float, pace: float) -> None:
+        means = {n: round(_mean(v), 4) for n, v in sums.items()}
+        self.log({"stage": stage.name, "step": done, "seconds": round(self.seconds), "rate": rate, **means})
+        left = (stage.steps - done) * pace / 60
+        figures = "  ".join(f"{n} {v:.3f}" for n, v in means.items())
+        print(f"{stage.name} {done}/{stage.steps}  {left:.0f} min left  {pace:.2f} s a step  {figures}", flush=True)
+
+
+def _mean(values: list[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Warm-up over the first hundred steps at most, then a cosine to a twentieth."""
+    warm = min(100, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+EASY = Style(tile=224, max_tiles=1, smallest_digit=48, smallest_shape=0.28, largest=600, longest=1.5)
+SINGLE = Style(tile=224, max_tiles=1, smallest_digit=28, smallest_shape=0.18, largest=800, longest=2)
+CROWDED = replace(SINGLE, largest=500)
+SMALL = Style(tile=224, smallest_digit=28, smallest_shape=0.16)
+
+
+def learn_patches(run: Run, stage: Stage, styles: tuple[Style, ...], crowds: float, lean: float) -> None:
+    """The first layer learns a patch's outlines whatever the colours, the second those of the 5 × 5 patches around it.
+
+    Left alone, a tower finds out late that a thing is known by the patches around: shapes stayed at chance for 600 steps.
+    """
+    layers = run.model.vision.vision_model.encoder.layers
+    seen: dict[int, Tensor] = {}
+    hooks = [layers[i].register_forward_hook(partial(_keep, seen, i)) for i in (0, 1)]
+
+    def step(batch: batches.Dense) -> tuple[Tensor, dict[str, float]]:
+        loss, shown = run.heads(run.model.look(batch.tiles, batch.corners), batch)
+        told = batch.outline.float()
+        outline = F.binary_cross_entropy_with_logits(run.heads.outline(seen[0]), told)
+        around = F.binary_cross_entropy_with_logits(run.heads.around(seen[1]), _around(told))
+        shown |= {"outline": float(outline.detach()), "around": float(around.detach())}
+        return loss + lean * (outline + 4 * around), {"loss": float(loss.detach()), **shown}
+
+    tower = run.model.vision.vision_model.parameters()
+    run.stage(
+        stage,
+        partial(batches.dense, styles=styles, count=32, crowds=crowds),
+        step,
+        [{"params": [*tower, *run.heads.parameters()]}],
+    )
+    for hook in hooks:
+        hook.remove()
+
+
+def _keep(seen: dict[int, Tensor], layer: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    seen[layer] = output[:, 1:]
+
+
+def _around(outline: Tensor) -> Tensor:
+    """Outlines [n, patches, 49] to those of the 5 × 5 patches around each, 3 × 3 points of each, [n, patches, 225]."""
+    side = round(outline.shape[1] ** 0.5)
+    points = outline.unflatten(-1, (7, 7))[..., ::3, ::3].flatten(-2)
+    return F.unfold(points.mT.unflatten(-1, (side, side)), 5, padding=2).mT
+
+
+def judged(logits: Tensor, rows: batches.Rows, tasks: list[str]) -> dict[str, float]:
+    """Share of rows of each task whose answer is right to the last token."""
+    asked = rows.answers >= 0
+    wrong = torch.zeros(len(tasks), dtype=torch.long)
+    wrong.index_add_(0, asked.nonzero()[:, 0], (logits.argmax(-1) != rows.answers[asked]).long())
+    by_task: dict[str, list[float]] = {}
+    for task, mistakes in zip(tasks, wrong.tolist(), strict=True):
+        by_task.setdefault(task, []).append(float(mistakes == 0))
+    return {task: sum(right) / len(right) for task, right in by_task.items()}
+
+
+def learn_answers(run: Run, stage: Stage, style: Style, budget: int, sizes: tuple[int, ...], tower: float) -> None:
+    """`tower`: its rate of learning as a share of the rest's; at 0 it stays as it is."""
+
+    def step(batch: batches.Talk) -> tuple[Tensor, dict[str, float]]:
+        with torch.set_grad_enabled(tower > 0):
+            features = run.model.look(batch.tiles, batch.corners)
+        logits = run.model.answer(run.model.prefixes(batch, features, batch.compressed), batch.rows)
+        answers = F.cross_entropy(logits, batch.rows.answers[batch.rows.answers >= 0])
+        texts = F.cross_entropy(run.model.answer(None, batch.texts), batch.texts.answers[batch.texts.answers >= 0])
+        total = answers + 0.1 * texts
+        if tower > 0:
+            total = total + 0.15 * run.heads(features, batch.told)[0]
+        path = "short" if bool(batch.compressed.all()) else "long" if not bool(batch.compressed.any()) else "mixed"
+        right = {f"{task} {path}": share for task, share in judged(logits.detach(), batch.rows, batch.tasks).items()}
+        return total, {
+            "loss": float(total.detach()),
+            "answers": float(answers.detach()),
+            "texts": float(texts.detach()),
+            **right,
+        }
+
+    vision = run.model.vision
+    groups: list[dict[str, Any]] = [
+        {"params": [*run.model.language.parameters(), *vision.mlp1.parameters(), *vision.mlp2.parameters()]}
+    ]
+    if tower > 0:
+        groups.append({"params": [*vision.vision_model.parameters(), *run.heads.parameters()], "share": tower})
+    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=sizes)
+    run.stage(stage, make, step, groups)
+
+
+def learn_consistency(run: Run, stage: Stage, style: Style, budget: int) -> None:
+    step = vico.consistency(run.model)
+    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=ALL)
+    run.stage(stage, make, step, [{"params": [*run.model.language.parameters(), *run.model.vision.mlp2.parameters()]}])
+
+
+PART = 20  # batches to a file
+
+
+def judge_tiles(run: Run, stage: Stage, style: Style, budget: int) -> None:
+    """What the short path costs tile by tile, kept in files of the run's folder."""
+    first = run.done.get(stage.name, 0) // PART * PART
+    sizes = tuple(size for size in ALL if size > 1)
+    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=sizes, pairs=False)
+    data = batches.loaded(batches.Batches(make, run.seed, stage.name, first, stage.steps), run.workers)
+    parts: list[vico.Judged] = []
+    began = time.monotonic()
+    for number in range(first, stage.steps):
+        parts.append(vico.cost_of_short(run.model, next(data), np.random.default_rng([run.seed, number])))
+        if (number + 1) % PART == 0:
+            found = vico.joined(parts)
+            torch.save(found, run.folder / f"judged-{number // PART:04}.pt")
+            parts, run.done[stage.name] = [], number + 1
+            left = (time.monotonic() - began) / (number + 1 - first) * (stage.steps - number - 1) / 60
+            costly = float((found.ratios > 1.5).float().mean())
+            run.log({"stage": stage.name, "step": number + 1, "costly": costly})
+            print(f"{stage.name} {number + 1}/{stage.steps}  {left:.0f} min left  costly {costly:.2f}", flush=True)
+
+
+def learn_routes(run: Run, stage: Stage, share: float) -> None:
+    files = sorted(run.folder.glob("judged-*.pt"))
+    judged = vico.joined([torch.load(file, weights_only=False) for file in files])
+    step = vico.router(run.model, judged, share)
+    parameters = [*run.model.vision.pooling_before_gating.parameters(), *run.model.vision.gating.parameters()]
+    run.stage(stage, partial(vico.some, count=48, of=len(judged.ratios)), step, [{"params": parameters}])
+
+
+ALL = scenes.TILES
+STAGES = (
+    Stage("dense", 1100, 2.5e-3),
+    Stage("questions", 1300, 1e-3),
+    Stage("tiles", 1300, 6e-4),
+    Stage("full", 900, 4e-4),
+    Stage("consistency", 300, 2e-4),
+    Stage("judging", 200, 0),
+    Stage("router", 400, 5e-4),
+)
+TEACH = {
+    "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), crowds=0.9, lean=0.5),
+    "questions": partial(learn_answers, style=SINGLE, budget=32, sizes=(1,), tower=0.3),
+    "tiles": partial(learn_answers, style=SMALL, budget=32, sizes=ALL, tower=0.3),
+    "full": partial(learn_answers, style=Style(), budget=9, sizes=ALL, tower=0.3),
+    "consistency": partial(learn_consistency, style=Style(), budget=9),
+    "judging": partial(judge_tiles, style=Style(), budget=7),
+    "router": partial(learn_routes, share=0.65),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("demo/run"), help="folder of the run (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("demo/checkpoint"), help="where to write it (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=35)
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw (default: %(default)s)")
+    arguments = parser.parse_args()
+    run = Run(arguments.run, arguments.seed, arguments.workers)
+    for stage in STAGES:
+        TEACH[stage.name](run, stage)
+        run.model.zero_grad(set_to_none=True)
+    model.write(run.model, run.words, arguments.out, RELATIVE, ABSOLUTE)
+    print(f"{arguments.out} written, {run.seconds / 3600:.1f} hours of training")
+
+
+if __name__ == "__main__":
+    main()

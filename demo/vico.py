@@ -1,0 +1,107 @@
+"""Visual consistency learning (ViCO, InternVL3.5 report, section 2.4) at toy scale.
+
+First the short path learns to answer as the long one does. Then, with all else frozen, the router learns which tiles
+may take the short path: those for which it costs the answers little.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from demo.batches import Generator, Rows, Talk
+from demo.model import Trainee
+
+
+def consistency(model: Trainee) -> Callable[[Talk], tuple[Tensor, dict[str, float]]]:
+    """A step: KL divergence of the answers on some route from those of the model as it is now, on the long path.
+
+    The tower stays as it is, so one look serves both.
+    """
+    teacher = copy.deepcopy(model).requires_grad_(False)
+
+    def step(batch: Talk) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            features = model.look(batch.tiles, batch.corners)
+            full = teacher.answer(teacher.prefixes(batch, features, torch.zeros_like(batch.compressed)), batch.rows)
+        answers = model.answer(model.prefixes(batch, features, batch.compressed), batch.rows)
+        told = batch.rows.answers[batch.rows.answers >= 0]
+        divergence = F.kl_div(answers.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="batchmean")
+        truth = F.cross_entropy(answers, told)
+        path = "short" if bool(batch.compressed.all()) else "long" if not bool(batch.compressed.any()) else "mixed"
+        total = divergence + 0.3 * truth
+        return total, {
+            "loss": float(total.detach()),
+            f"kl {path}": float(divergence.detach()),
+            f"answers {path}": float(truth.detach()),
+        }
+
+    return step
+
+
+@dataclass
+class Judged:
+    """Tiles seen so far: their features, float16 [n, patches, WIDTH], and what the short path costs, [n]."""
+
+    features: Tensor
+    ratios: Tensor
+
+
+_CALM = 0.05
+"""Added to both losses: between two answers that are certain there is nothing to choose."""
+
+
+@torch.no_grad()
+def cost_of_short(model: Trainee, batch: Talk, rng: Generator) -> Judged:
+    """For each tile of each image: loss of the answers with it on the short path over the loss with it on the long one.
+
+    The other tiles' paths are drawn by lot, as the router will have left most of them on the short one.
+    """
+    features = model.look(batch.tiles, batch.corners)
+    images, tiles = batch.compressed.shape
+    ratios = torch.zeros(images, tiles)
+    for image in range(images):
+        rows = _rows_of(batch.rows, image)
+        alone = replace(batch, tiles=batch.tiles[image * tiles : (image + 1) * tiles], rows=rows)
+        own = features[image * tiles : (image + 1) * tiles]
+        for tile in range(tiles):
+            others = torch.from_numpy(rng.random(tiles) < 0.7)[None]
+            short, long = others.clone(), others.clone()
+            short[0, tile], long[0, tile] = True, False
+            costs = [_loss(model, model.prefixes(alone, own, path), rows) for path in (short, long)]
+            ratios[image, tile] = (costs[0] + _CALM) / (costs[1] + _CALM)
+    return Judged(features.half(), ratios.flatten())
+
+
+def _rows_of(rows: Rows, image: int) -> Rows:
+    chosen = [i for i, prefix in enumerate(rows.prefix) if prefix == image]
+    return Rows(rows.ids[chosen], rows.answers[chosen], [0] * len(chosen))
+
+
+def _loss(model: Trainee, prefix: Tensor, rows: Rows) -> float:
+    return float(F.cross_entropy(model.answer(prefix, rows), rows.answers[rows.answers >= 0]))
+
+
+def router(model: Trainee, judged: Judged, share: float) -> Callable[[Tensor], tuple[Tensor, dict[str, float]]]:
+    """A step over some tiles: cross entropy of the router's choice.
+
+    A tile is to be compressed (logit 0) if its ratio is within the lowest `share` of all, as the report's moving
+    percentile has it.
+    """
+    limit = torch.quantile(judged.ratios, share)
+    keep = (judged.ratios > limit).long()
+
+    def step(chosen: Tensor) -> tuple[Tensor, dict[str, float]]:
+        logits = model.vision.gating(model.vision.pooling_before_gating(judged.features[chosen].float()))
+        loss = F.cross_entropy(logits, keep[chosen])
+        right = (logits.argmax(-1) == keep[chosen]).float().mean()
+        return loss, {"loss": float(loss.detach()), "right": float(right)}
+
+    return step
+
+
+def some(rng: Generator, count: int, of: int) -> Tensor:
+    return torch.from_numpy(rng.integers(0, of, count))
