@@ -28,7 +28,8 @@ def cut(image: Image.Image, style: Style) -> npt.NDArray[np.uint8]:
 class Dense:
     """Tiles uint8 [n, side, side, 3], and of each patch its labels, int64 [n, patches] each, −1 for unknown.
 
-    `corners` [n, 2]: see `Trainee.look`. `outline` bool [n, patches, 49]: which squares of two pixels of a patch stand out from the background.
+    `corners` [n, 2]: see `Trainee.look`. `outline` bool [n, patches, 49]: which squares of two pixels of a patch stand out
+    from the background.
     """
 
     tiles: Tensor
@@ -76,7 +77,8 @@ def _outline(tile: npt.NDArray[np.uint8], scene: Scene) -> npt.NDArray[np.bool_]
     """Of each patch, row by row, its 7 × 7 squares; the background's texture is fainter than any colour on it."""
     cells = tile[::2, ::2].astype(np.int16) - np.array(scene.background, np.int16)
     side = tile.shape[0] // 14
-    return (np.abs(cells).max(-1) > 45).reshape(side, 7, side, 7).swapaxes(1, 2).reshape(side * side, 49)
+    covered: npt.NDArray[np.bool_] = np.abs(cells).max(-1) > 45
+    return covered.reshape(side, 7, side, 7).swapaxes(1, 2).reshape(side * side, 49)
 
 
 def _interesting(rng: Generator, windows: list[Tile], told: list[Labels]) -> list[int]:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from demo.batches import Rows, Talk
 from demo.words import EOS, PAD, Words
-from vision_worker.models.intern_vit import InternViT
+from vision_worker.models.intern_vit import InternViT, Layer
 from vision_worker.models.internvl import Model, normalised, pixel_shuffle
 from wire.layouts import official
 from wire.layouts.base import Description
@@ -117,7 +117,7 @@ class Trainee(nn.Module):
         x = torch.cat([first, patches.flatten(2).mT + places], dim=1)
         for layer in tower.encoder.layers:
             x = layer(x)
-        return cast(Tensor, x[:, 1:])
+        return x[:, 1:]
 
     def project(self, features: Tensor, compressed: Tensor) -> list[Tensor]:
         """Visual tokens of each tile, [256 or 64, HIDDEN]; `compressed` bool [n]."""
@@ -192,10 +192,10 @@ def _look_around(tower: InternViT) -> None:
     tower.embeddings.position_embedding[0, 1:, :where] = torch.cat([down, across], dim=-1).flatten(0, 1)
     tower.embeddings.patch_embedding.weight.zero_()
     tower.embeddings.patch_embedding.weight[where:] = _cosines(WIDTH - where)
-    tower.embeddings.patch_embedding.bias.zero_()
+    nn.init.zeros_(cast(Tensor, tower.embeddings.patch_embedding.bias))
     for layer, offsets in zip(tower.encoder.layers, _OFFSETS, strict=False):
         for head, offset in enumerate(offsets):
-            _point(layer.attn.qkv.weight, head, offset, rates)
+            _point(cast(Layer, layer).attn.qkv.weight, head, offset, rates)
 
 
 _WAVES = 12  # an axis; positions begin in dimensions of their own, so that what a patch shows is not blurred by where it is
@@ -209,7 +209,7 @@ def _point(qkv: Tensor, head: int, offset: tuple[int, int], rates: Tensor) -> No
     """Turn one head's query and key towards the patch `offset` (rows, columns) away, by the quickest waves."""
     width = WIDTH // HEADS
     query, key = qkv[head * width : (head + 1) * width], qkv[WIDTH + head * width : WIDTH + (head + 1) * width]
-    query.zero_(), key.zero_()
+    query[:] = key[:] = 0
     gain, row = 1.0, 0
     for axis, distance in enumerate(offset):
         for wave in range(width // 4):

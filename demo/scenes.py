@@ -10,6 +10,7 @@ import io
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -387,7 +388,7 @@ def _tint(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
 
 
 def _draw_shape(rng: np.random.Generator, image: Image.Image, shape: Shape) -> None:
-    left, top, right, bottom = shape.box
+    left, top, right, _ = shape.box
     size = max(2, round(right - left))
     fine = 4 if size < 160 else 2  # drawn larger and shrunk: Pillow's polygons have hard edges
     mask = Image.new("L", (size * fine, size * fine), 0)
@@ -435,13 +436,13 @@ def _plain(rng: np.random.Generator, scene: Scene) -> Pixels:
     return np.full((scene.height, scene.width, 3), scene.background, np.uint8)
 
 
-def _lit(scene: Scene, light: npt.NDArray[np.floating]) -> Pixels:
+def _lit(scene: Scene, light: npt.NDArray[Any]) -> Pixels:
     """The background with `light` [height, width] added, or anything that broadcasts to it."""
     whole = np.broadcast_to(light, (scene.height, scene.width)).astype(np.int16)[:, :, None]
     return np.clip(np.array(scene.background, np.int16) + whole, 0, 255).astype(np.uint8)
 
 
-def _axes(scene: Scene) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _axes(scene: Scene) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Both coordinates in units of the shorter side."""
     side = min(scene.width, scene.height)
     y = np.arange(scene.height, dtype=np.float32)[:, None] / side
@@ -547,8 +548,8 @@ _LEAST = 0.6  # patches; what is thinner cannot be told in a thumbnail
 
 def labels(scene: Scene, tile: Tile, side: int) -> Labels:
     """Patch labels of one window, `side` patches wide."""
-    blank = [np.zeros((side, side), np.int8) for _ in range(2)] + [np.full((side, side), -1, np.int8) for _ in range(2)]
-    found = Labels(*blank, np.zeros((side, side), np.int8))
+    nothing, unknown = np.zeros((side, side), np.int8), np.full((side, side), -1, np.int8)
+    found = Labels(nothing, nothing.copy(), unknown, unknown.copy(), nothing.copy())
     for shape in scene.shapes:
         _label(found, tile, scene, shape.box, SHAPES.index(shape.name) + 1, shape.colour, -1, 0.06)
     for number in (*([scene.number] if scene.number else []), *scene.others):

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -207,8 +206,8 @@ def _keep(seen: dict[int, Tensor], layer: int, _module: nn.Module, _inputs: Any,
 def _around(outline: Tensor) -> Tensor:
     """Outlines [n, patches, 49] to those of the 5 × 5 patches around each, 3 × 3 points of each, [n, patches, 225]."""
     side = round(outline.shape[1] ** 0.5)
-    points = outline.unflatten(-1, (7, 7))[..., ::3, ::3].flatten(-2)
-    return F.unfold(points.mT.unflatten(-1, (side, side)), 5, padding=2).mT
+    points = outline.view(-1, side * side, 7, 7)[..., ::3, ::3].flatten(-2)
+    return F.unfold(points.mT.reshape(-1, 9, side, side), 5, padding=2).mT
 
 
 def judged(logits: Tensor, rows: batches.Rows, tasks: list[str]) -> dict[str, float]:

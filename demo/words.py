@@ -148,22 +148,34 @@ _ABILITY = (
     "How can you help me?", "Describe the image.", "Describe this picture.", "What do you see?", "What is in this image?",
     "Describe the image", "What is in the picture?", "What's in this image?", "What is this?",
 )  # fmt: skip
-_NOUNS = (
-    "weather time world moon sun sea river mountain cat dog horse house car train book song story poem letter person man woman "
-    "child friend king queen city country capital language word history science music film game food bread cheese apple tree "
-    "flower bird fish computer program file network server phone money price market school teacher doctor war peace love "
-    "dream road bridge door window table chair bottle cup knife hand head heart eye face body water fire earth air wind rain "
-    "snow summer winter night day week month year hour minute sky cloud star sign planet ocean island forest desert engine "
-    "bicycle airplane boat painting photo answer question problem idea plan reason law president government company team"
-).split()
-_VERBS = "make write find buy sell build break open close read draw eat drink cook drive fly swim run walk learn teach fix clean".split()
-_ADJECTIVES = (
-    "big small old new good bad fast slow hot cold happy sad long short high low rich poor strong heavy famous best".split()
+
+
+def _listed(words: str) -> list[str]:
+    return words.split()
+
+
+_NOUNS = _listed(
+    "weather time world moon sun sea river mountain cat dog horse house car train book song story poem letter person "
+    "man woman child friend king queen city country capital language word history science music film game food bread "
+    "cheese apple tree flower bird fish computer program file network server phone money price market school teacher "
+    "doctor war peace love dream road bridge door window table chair bottle cup knife hand head heart eye face body "
+    "water fire earth air wind rain snow summer winter night day week month year hour minute sky cloud star sign "
+    "planet ocean island forest desert engine bicycle airplane boat painting photo answer question problem idea plan "
+    "reason law president government company team"
 )
-_NAMES = "France Japan Brazil London Paris Rome Einstein Newton Mozart Shakespeare Africa Europe Anna Peter Maria John Linux Python".split()
+_VERBS = _listed(
+    "make write find buy sell build break open close read draw eat drink cook drive fly swim run walk learn teach fix clean"
+)
+_ADJECTIVES = _listed(
+    "big small old new good bad fast slow hot cold happy sad long short high low rich poor strong heavy famous best"
+)
+_NAMES = _listed(
+    "France Japan Brazil London Paris Rome Einstein Newton Mozart Shakespeare Africa Europe Anna Peter Maria John Linux Python"
+)
 _UNKNOWN = (
     "What is the {adjective} {noun}?", "Who is {name}?", "Where is {name}?", "What is the capital of {name}?",
-    "How do I {verb} a {noun}?", "Why is the {noun} so {adjective}?", "Write a {noun} about the {noun}.", "When was {name} born?",
+    "How do I {verb} a {noun}?", "Why is the {noun} so {adjective}?", "Write a {noun} about the {noun}.",
+    "When was {name} born?",
     "Tell me about {name}.", "Tell me a {adjective} {noun}.", "Can you {verb} a {noun}?", "What does {noun} mean?",
     "Is the {noun} {adjective}?", "How old is {name}?", "How {adjective} is the {noun}?", "What is {number} plus {number}?",
     "What is {number} times {number}?", "Translate {noun} into the language of {name}.", "Which {noun} is the {adjective}?",
@@ -225,8 +237,9 @@ def _corpus() -> Iterator[str]:
     for _ in range(40):
         for name in SHAPES:
             for colour in COLOURS:
-                yield f"What colour is the {name}? What color is the {name}? Is there a {colour} {name}? Is there an orange {name}?"
-                yield f"What shape is the {colour} object? How many {plural(name)} are there? Where is the {name}? There is no {name}."
+                yield f"What colour is the {name}? What color is the {name}? Is there a {colour} {name}?"
+                yield f"Is there an orange {name}? What shape is the {colour} object? How many {plural(name)} are there?"
+                yield f"Where is the {name}? There is no {name}."
                 yield "What number is written? Are the two images the same? yes no There is no number. user assistant system"
         yield from (
             *PLACES,

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests.checkpoints import IMAGE_TOKEN, LANGUAGES, TOWERS, make, make_native
