@@ -1,5 +1,5 @@
-# install, check, fix, test, serve: the five words of this project.
-# PYTHON: interpreter to build .venv with; DEVICE: cpu or cuda; MODEL, PORT, ARGS: for serve.
+# install, check, fix, test, serve: the five words of this project. train and evaluate are about the bundled checkpoint.
+# PYTHON: interpreter to build .venv with; DEVICE: cpu or cuda; MODEL, PORT, ARGS: for serve, train and evaluate.
 PYTHON ?= python3
 DEVICE ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 MODEL ?= demo/checkpoint
@@ -14,11 +14,13 @@ EXTRAS_cuda := gateway,vision,language
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH := $(if $(FIND_LINKS),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend=$(if $(filter cpu,$(DEVICE)),cpu,auto))
 
-.PHONY: help install dev check fix test serve protos
+.PHONY: help install dev check fix test serve train evaluate protos
 
 help:
 	@echo "make serve    install and serve MODEL=$(MODEL) on PORT=$(PORT)"
 	@echo "make test     install and run every test"
+	@echo "make train    train the bundled checkpoint from nothing (hours; stop and go on at any time)"
+	@echo "make evaluate measure the model that is served on PORT=$(PORT)"
 	@echo "make install | check | fix | protos"
 
 install: $(VENV)/installed-$(DEVICE)
@@ -57,6 +59,12 @@ test: dev
 
 serve: install
 	@$(BIN)/dvd up $(MODEL) --port $(PORT) $(ARGS)
+
+train: dev
+	@$(BIN)/python -m demo.train $(ARGS)
+
+evaluate: dev
+	@$(BIN)/python -m demo.evaluate --url http://127.0.0.1:$(PORT) $(ARGS)
 
 protos: dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotos=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

@@ -1,7 +1,7 @@
 """Batches for each stage of training, made from nothing but a seed and a step's number: a run can go on where it stopped."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -223,3 +223,12 @@ class Batches(Dataset[Any]):
 
 def loaded(batches: Batches, workers: int) -> Iterator[Any]:
     return iter(DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{part.name: moved(getattr(value, part.name), device) for part in fields(value)})
+    return value

@@ -110,7 +110,7 @@ class Trainee(nn.Module):
         tower = self.vision.vision_model
         patches = tower.embeddings.patch_embedding(normalised(tiles))
         side = patches.shape[-1]
-        rows, columns = (corners[:, i, None] + torch.arange(side) for i in (0, 1))
+        rows, columns = (corners[:, i, None] + torch.arange(side, device=corners.device) for i in (0, 1))
         positions = tower.embeddings.position_embedding[0]
         places = positions[1 + rows[:, :, None] * GRID + columns[:, None]].flatten(1, 2)
         first = (tower.embeddings.class_embedding[0] + positions[:1]).expand(len(tiles), 1, -1)
@@ -138,7 +138,7 @@ class Trainee(nn.Module):
         cache = DynamicCache(config=self.language.config)
         if prefix is not None:
             self.language.model(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
-            repeats = torch.tensor(rows.prefix)
+            repeats = torch.tensor(rows.prefix, device=rows.ids.device)
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[repeats], layer.values[repeats]
         hidden = self.language.model(
@@ -149,7 +149,9 @@ class Trainee(nn.Module):
     def prefixes(self, talk: Talk, features: Tensor, compressed: Tensor) -> Tensor:
         """What stands before the questions, [prefixes, length, HIDDEN], by the paths `compressed` [images, tiles]."""
         blocks = self.project(features, compressed.flatten())
-        opening, between, end = (self.embed(torch.tensor(ids)) for ids in (talk.opening, talk.between, talk.end))
+        opening, between, end = (
+            self.embed(torch.tensor(ids, device=features.device)) for ids in (talk.opening, talk.between, talk.end)
+        )
         images, tiles = compressed.shape
         found = []
         for first in range(0, images, talk.together):

@@ -44,22 +44,23 @@ class Heads(nn.Module):
     def forward(self, features: Tensor, told: batches.Dense) -> tuple[Tensor, dict[str, float]]:
         read = self.read(self.norm(features)).flatten(0, 1)
         kind, colour, order, place, middle = read.split([KINDS, COLOURS, ORDERS, PLACES, 2], dim=-1)
-        rare = torch.ones(KINDS)
-        rare[0] = 0.2  # most patches show nothing
+
+        def rare(classes: int) -> Tensor:  # most patches show nothing
+            return torch.tensor([0.2] + [1.0] * (classes - 1), device=features.device)
+
         losses = {
-            "kind": F.cross_entropy(kind, told.kind.flatten(), rare, ignore_index=-1),
-            "colour": F.cross_entropy(colour, told.colour.flatten(), torch.tensor([0.2] + 8 * [1.0]), ignore_index=-1),
+            "kind": F.cross_entropy(kind, told.kind.flatten(), rare(KINDS), ignore_index=-1),
+            "colour": F.cross_entropy(colour, told.colour.flatten(), rare(COLOURS), ignore_index=-1),
             "order": _some(order, told.order.flatten()),
             "place": _some(place, told.place.flatten()),
-            "middle": F.cross_entropy(middle, told.middle.flatten(), torch.tensor([0.2, 1.0])),
+            "middle": F.cross_entropy(middle, told.middle.flatten(), rare(2)),
         }
         shown = {name: float(value.detach()) for name, value in losses.items()}
         shape, digit = (told.kind.flatten() > 0) & (told.kind.flatten() < 7), told.kind.flatten() >= 7
         for name, chosen in (("shape ok", shape), ("digit ok", digit)):
             shown[name] = float((kind.argmax(-1) == told.kind.flatten())[chosen].float().mean())
-        return 1.0 * losses["kind"] + 0.5 * losses["colour"] + 0.5 * losses["order"] + 0.3 * losses["place"] + losses[
-            "middle"
-        ], shown
+        weights = {"kind": 1.0, "colour": 0.5, "order": 0.5, "place": 0.3, "middle": 1.0}
+        return torch.stack([weights[name] * value for name, value in losses.items()]).sum(), shown
 
 
 def _some(logits: Tensor, told: Tensor) -> Tensor:
@@ -84,14 +85,15 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(seed)
         self.words = Words()
-        self.model = model.Trainee(self.words)
-        self.heads = Heads()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.Trainee(self.words).to(self.device)
+        self.heads = Heads().to(self.device)
         self.done: dict[str, int] = {}
         self.seconds = 0.0
         self.state: dict[str, Any] = {}
         latest = folder / "latest.pt"
         if latest.exists():
-            self._restore(torch.load(latest, weights_only=False))
+            self._restore(torch.load(latest, map_location=self.device, weights_only=False))
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
@@ -125,7 +127,7 @@ class Run:
         began = last = time.monotonic()
         for number in range(first, stage.steps):
             rate = stage.rate * _schedule(number, stage.steps)
-            loss, shown = step(next(data))
+            loss, shown = step(batches.moved(next(data), self.device))
             loss.backward()
             shown["gradient"] = float(nn.utils.clip_grad_norm_(every, 1.0))
             for group, share in zip(optimiser.param_groups, shares, strict=True):
@@ -165,13 +167,13 @@ def _schedule(step: int, steps: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-EASY = Style(tile=224, max_tiles=1, smallest_digit=48, smallest_shape=0.28, largest=600, longest=1.5)
 SINGLE = Style(tile=224, max_tiles=1, smallest_digit=28, smallest_shape=0.18, largest=800, longest=2)
 CROWDED = replace(SINGLE, largest=500)
+LARGE = Style(max_tiles=1, smallest_shape=0.1, largest=700, longest=2)
 SMALL = Style(tile=224, smallest_digit=28, smallest_shape=0.16)
 
 
-def learn_patches(run: Run, stage: Stage, styles: tuple[Style, ...], crowds: float, lean: float) -> None:
+def learn_patches(run: Run, stage: Stage, styles: tuple[Style, ...], count: int, lean: float) -> None:
     """The first layer learns a patch's outlines whatever the colours, the second those of the 5 × 5 patches around it.
 
     Left alone, a tower finds out late that a thing is known by the patches around: shapes stayed at chance for 600 steps.
@@ -191,7 +193,7 @@ def learn_patches(run: Run, stage: Stage, styles: tuple[Style, ...], crowds: flo
     tower = run.model.vision.vision_model.parameters()
     run.stage(
         stage,
-        partial(batches.dense, styles=styles, count=32, crowds=crowds),
+        partial(batches.dense, styles=styles, count=count, crowds=0.9),
         step,
         [{"params": [*tower, *run.heads.parameters()]}],
     )
@@ -213,7 +215,7 @@ def _around(outline: Tensor) -> Tensor:
 def judged(logits: Tensor, rows: batches.Rows, tasks: list[str]) -> dict[str, float]:
     """Share of rows of each task whose answer is right to the last token."""
     asked = rows.answers >= 0
-    wrong = torch.zeros(len(tasks), dtype=torch.long)
+    wrong = torch.zeros(len(tasks), dtype=torch.long, device=logits.device)
     wrong.index_add_(0, asked.nonzero()[:, 0], (logits.argmax(-1) != rows.answers[asked]).long())
     by_task: dict[str, list[float]] = {}
     for task, mistakes in zip(tasks, wrong.tolist(), strict=True):
@@ -270,7 +272,9 @@ def judge_tiles(run: Run, stage: Stage, style: Style, budget: int) -> None:
     parts: list[vico.Judged] = []
     began = time.monotonic()
     for number in range(first, stage.steps):
-        parts.append(vico.cost_of_short(run.model, next(data), np.random.default_rng([run.seed, number])))
+        parts.append(
+            vico.cost_of_short(run.model, batches.moved(next(data), run.device), np.random.default_rng([run.seed, number]))
+        )
         if (number + 1) % PART == 0:
             found = vico.joined(parts)
             torch.save(found, run.folder / f"judged-{number // PART:04}.pt")
@@ -292,18 +296,20 @@ def learn_routes(run: Run, stage: Stage, share: float) -> None:
 ALL = scenes.TILES
 STAGES = (
     Stage("dense", 1100, 2.5e-3),
-    Stage("questions", 1300, 1e-3),
-    Stage("tiles", 1300, 6e-4),
-    Stage("full", 900, 4e-4),
-    Stage("consistency", 300, 2e-4),
-    Stage("judging", 200, 0),
+    Stage("questions", 700, 2.5e-3),
+    Stage("tiles", 400, 6e-4),
+    Stage("large", 250, 5e-4),
+    Stage("full", 600, 5e-4),
+    Stage("consistency", 200, 2e-4),
+    Stage("judging", 100, 0),
     Stage("router", 400, 5e-4),
 )
 TEACH = {
-    "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), crowds=0.9, lean=0.5),
-    "questions": partial(learn_answers, style=SINGLE, budget=32, sizes=(1,), tower=0.3),
+    "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
+    "questions": partial(learn_answers, style=SINGLE, budget=32, sizes=(1,), tower=0.12),
     "tiles": partial(learn_answers, style=SMALL, budget=32, sizes=ALL, tower=0.3),
-    "full": partial(learn_answers, style=Style(), budget=9, sizes=ALL, tower=0.3),
+    "large": partial(learn_patches, styles=(LARGE, Style(), Style()), count=7, lean=0.1),
+    "full": partial(learn_answers, style=Style(), budget=10, sizes=ALL, tower=0),
     "consistency": partial(learn_consistency, style=Style(), budget=9),
     "judging": partial(judge_tiles, style=Style(), budget=7),
     "router": partial(learn_routes, share=0.65),

@@ -68,12 +68,12 @@ def cost_of_short(model: Trainee, batch: Talk, rng: Generator) -> Judged:
         alone = replace(batch, tiles=batch.tiles[image * tiles : (image + 1) * tiles], rows=rows)
         own = features[image * tiles : (image + 1) * tiles]
         for tile in range(tiles):
-            others = torch.from_numpy(rng.random(tiles) < 0.7)[None]
+            others = torch.from_numpy(rng.random(tiles) < 0.7)[None].to(features.device)
             short, long = others.clone(), others.clone()
             short[0, tile], long[0, tile] = True, False
             costs = [_loss(model, model.prefixes(alone, own, path), rows) for path in (short, long)]
             ratios[image, tile] = (costs[0] + _CALM) / (costs[1] + _CALM)
-    return Judged(features.half(), ratios.flatten())
+    return Judged(features.half().cpu(), ratios.flatten())
 
 
 def _rows_of(rows: Rows, image: int) -> Rows:
@@ -95,9 +95,11 @@ def router(model: Trainee, judged: Judged, share: float) -> Callable[[Tensor], t
     keep = (judged.ratios > limit).long()
 
     def step(chosen: Tensor) -> tuple[Tensor, dict[str, float]]:
-        logits = model.vision.gating(model.vision.pooling_before_gating(judged.features[chosen].float()))
-        loss = F.cross_entropy(logits, keep[chosen])
-        right = (logits.argmax(-1) == keep[chosen]).float().mean()
+        told = keep[chosen.cpu()].to(chosen.device)
+        features = judged.features[chosen.cpu()].to(chosen.device).float()
+        logits = model.vision.gating(model.vision.pooling_before_gating(features))
+        loss = F.cross_entropy(logits, told)
+        right = (logits.argmax(-1) == told).float().mean()
         return loss, {"loss": float(loss.detach()), "right": float(right)}
 
     return step
