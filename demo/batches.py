@@ -154,7 +154,7 @@ def talk(
         torch.from_numpy(np.concatenate(cuts)), torch.tensor([c for s in every for c in _corners(s, tiles)]),
         Dense(torch.empty(0), torch.empty(0), torch.empty(0), *_stacked(told)), _routes(rng, images, tiles), 2 if paired else 1,
         words.encode(f"{system}<|im_start|>user\n<img>"), words.encode("</img>\n<img>"), words.encode("</img>"), rows, tasks,
-        _rows(rng, words, alone, "user\n")[0],
+        _rows(rng, words, alone, "<|im_start|>user\n")[0],
     )  # fmt: skip
 
 

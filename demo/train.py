@@ -297,7 +297,7 @@ ALL = scenes.TILES
 STAGES = (
     Stage("dense", 1100, 2.5e-3),
     Stage("questions", 700, 2.5e-3),
-    Stage("tiles", 400, 6e-4),
+    Stage("tiles", 800, 1.5e-3),
     Stage("large", 250, 5e-4),
     Stage("full", 600, 5e-4),
     Stage("consistency", 200, 2e-4),
@@ -307,7 +307,7 @@ STAGES = (
 TEACH = {
     "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
     "questions": partial(learn_answers, style=SINGLE, budget=32, sizes=(1,), tower=0.12),
-    "tiles": partial(learn_answers, style=SMALL, budget=32, sizes=ALL, tower=0.3),
+    "tiles": partial(learn_answers, style=SMALL, budget=32, sizes=ALL, tower=0.15),
     "large": partial(learn_patches, styles=(LARGE, Style(), Style()), count=7, lean=0.1),
     "full": partial(learn_answers, style=Style(), budget=10, sizes=ALL, tower=0),
     "consistency": partial(learn_consistency, style=Style(), budget=9),
