@@ -127,7 +127,13 @@ class Talk:
 
 
 def talk(
-    rng: Generator, words: Words, style: Style, budget: int, sizes: tuple[int, ...] = scenes.TILES, pairs: bool = True
+    rng: Generator,
+    words: Words,
+    style: Style,
+    budget: int,
+    sizes: tuple[int, ...] = scenes.TILES,
+    pairs: bool = True,
+    extras: float = 1.0,
 ) -> Talk:
     """About `budget` tiles in all."""
     count = int(rng.choice(sizes))
@@ -146,7 +152,7 @@ def talk(
         asked = [[[compared(first == second)]] for first, second in couples]
     else:
         turns = 2 if rng.random() < 0.1 else 1
-        asked = [_asked(rng, scene, 2 if count > 1 else 1, turns) for scene in every]
+        asked = [_asked(rng, scene, 2 if count > 1 else 1, turns, extras) for scene in every]
     rows, tasks = _rows(rng, words, asked, "\n")
     alone = [[[small_talk(rng) if rng.random() < 0.8 else blind(rng)]] for _ in range(6)]
     system = f"<|im_start|>system\n{rng.choice(SYSTEM)}<|im_end|>\n" if rng.random() < 0.3 else ""
@@ -168,15 +174,15 @@ def pair(rng: Generator, style: Style, count: int) -> tuple[Scene, Scene]:
     return first, scenes.scene(rng, style, count)
 
 
-def _asked(rng: Generator, scene: Scene, times: int, turns: int) -> list[list[Asked]]:
+def _asked(rng: Generator, scene: Scene, times: int, turns: int, extras: float) -> list[list[Asked]]:
     """Conversations of so many turns about a scene. All of a batch have as many: short rows are padded to the longest."""
     found: list[Asked] = []
     for _ in range(times):
         found += [q for q in questions(scene, rng) if q not in found]
     extra = absent(scene, rng)
-    if extra and rng.random() < 0.4:
+    if extra and rng.random() < 0.4 * extras:
         found.append(extra[rng.integers(len(extra))])
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 * extras:
         found += [talk for talk in [small_talk(rng)] if len(talk.question) + len(talk.answer) < 50]
     said = [spoken(asked, rng) for asked in found]
     return [said[i : i + turns] for i in range(0, len(said), turns)]

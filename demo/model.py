@@ -95,7 +95,7 @@ class Trainee(nn.Module):
         said = official.LAYOUT.describe(config(words.size), {})
         self.said: Description = said
         self.vision = Model(said, GRID**2 + 1)
-        self.language = Qwen3ForCausalLM(Qwen3Config(**config(words.size)["llm_config"]))
+        self.language = Qwen3ForCausalLM(Qwen3Config(**config(words.size)["llm_config"], initializer_range=0.05))
         self.vision.apply(_start)
         nn.init.normal_(self.vision.pooling_before_gating.query_token, std=0.02)
         _look_around(self.vision.vision_model)

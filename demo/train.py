@@ -223,7 +223,9 @@ def judged(logits: Tensor, rows: batches.Rows, tasks: list[str]) -> dict[str, fl
     return {task: sum(right) / len(right) for task, right in by_task.items()}
 
 
-def learn_answers(run: Run, stage: Stage, style: Style, budget: int, sizes: tuple[int, ...], tower: float) -> None:
+def learn_answers(
+    run: Run, stage: Stage, style: Style, budget: int, sizes: tuple[int, ...], tower: float, extras: float = 1.0
+) -> None:
     """`tower`: its rate of learning as a share of the rest's; at 0 it stays as it is."""
 
     def step(batch: batches.Talk) -> tuple[Tensor, dict[str, float]]:
@@ -250,7 +252,7 @@ def learn_answers(run: Run, stage: Stage, style: Style, budget: int, sizes: tupl
     ]
     if tower > 0:
         groups.append({"params": [*vision.vision_model.parameters(), *run.heads.parameters()], "share": tower})
-    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=sizes)
+    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=sizes, extras=extras)
     run.stage(stage, make, step, groups)
 
 
@@ -296,8 +298,8 @@ def learn_routes(run: Run, stage: Stage, share: float) -> None:
 ALL = scenes.TILES
 STAGES = (
     Stage("dense", 1100, 2.5e-3),
-    Stage("questions", 700, 2.5e-3),
-    Stage("tiles", 800, 1.5e-3),
+    Stage("questions", 600, 5e-4),
+    Stage("tiles", 800, 5e-4),
     Stage("large", 250, 5e-4),
     Stage("full", 600, 5e-4),
     Stage("consistency", 200, 2e-4),
@@ -306,8 +308,8 @@ STAGES = (
 )
 TEACH = {
     "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
-    "questions": partial(learn_answers, style=SINGLE, budget=32, sizes=(1,), tower=0.12),
-    "tiles": partial(learn_answers, style=SMALL, budget=32, sizes=ALL, tower=0.15),
+    "questions": partial(learn_answers, style=SINGLE, budget=24, sizes=(1,), tower=0.5, extras=0.4),
+    "tiles": partial(learn_answers, style=SMALL, budget=28, sizes=ALL, tower=0.4),
     "large": partial(learn_patches, styles=(LARGE, Style(), Style()), count=7, lean=0.1),
     "full": partial(learn_answers, style=Style(), budget=10, sizes=ALL, tower=0),
     "consistency": partial(learn_consistency, style=Style(), budget=9),
