@@ -298,7 +298,7 @@ def learn_routes(run: Run, stage: Stage, share: float) -> None:
 ALL = scenes.TILES
 STAGES = (
     Stage("dense", 1100, 2.5e-3),
-    Stage("questions", 600, 5e-4),
+    Stage("questions", 5000, 4e-4),
     Stage("tiles", 800, 5e-4),
     Stage("large", 250, 5e-4),
     Stage("full", 600, 5e-4),
@@ -308,7 +308,7 @@ STAGES = (
 )
 TEACH = {
     "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
-    "questions": partial(learn_answers, style=SINGLE, budget=24, sizes=(1,), tower=0.5, extras=0.4),
+    "questions": partial(learn_answers, style=SINGLE, budget=12, sizes=(1,), tower=0, extras=0.2),
     "tiles": partial(learn_answers, style=SMALL, budget=28, sizes=ALL, tower=0.4),
     "large": partial(learn_patches, styles=(LARGE, Style(), Style()), count=7, lean=0.1),
     "full": partial(learn_answers, style=Style(), budget=10, sizes=ALL, tower=0),
