@@ -25,8 +25,19 @@ def cut(image: Image.Image, style: Style) -> npt.NDArray[np.uint8]:
 
 
 @dataclass
+class Patches:
+    """Labels of each patch as `scenes.Labels` has them, int64 [n, patches] each, −1 for unknown."""
+
+    kind: Tensor
+    colour: Tensor
+    order: Tensor
+    place: Tensor
+    middle: Tensor
+
+
+@dataclass
 class Dense:
-    """Tiles uint8 [n, side, side, 3], and of each patch its labels, int64 [n, patches] each, −1 for unknown.
+    """Tiles uint8 [n, side, side, 3] and what their patches show.
 
     `corners` [n, 2]: see `Trainee.look`. `outline` bool [n, patches, 49]: which squares of two pixels of a patch stand out
     from the background.
@@ -35,11 +46,7 @@ class Dense:
     tiles: Tensor
     corners: Tensor
     outline: Tensor
-    kind: Tensor
-    colour: Tensor
-    order: Tensor
-    place: Tensor
-    middle: Tensor
+    told: Patches
 
 
 def dense(rng: Generator, styles: tuple[Style, ...], count: int, crowds: float = 0.0) -> Dense:
@@ -53,7 +60,7 @@ def dense(rng: Generator, styles: tuple[Style, ...], count: int, crowds: float =
         crowded = crowds and chosen.max_tiles == 1 and rng.random() < crowds
         scene = scenes.crowd(rng, chosen) if crowded else scenes.scene(rng, chosen)
         cuts, windows = cut(scenes.draw(scene), chosen), scenes.windows(scene, chosen)
-        told = [scenes.labels(scene, window, chosen.tile // 14) for window in windows]
+        told = [scenes.labels(scene, window, chosen.tile // scenes.PATCH) for window in windows]
         places = _corners(scene, len(cuts))
         for i in _interesting(rng, windows, told):
             tiles.append(cuts[i])
@@ -62,7 +69,7 @@ def dense(rng: Generator, styles: tuple[Style, ...], count: int, crowds: float =
             found.append(told[i])
     return Dense(
         torch.from_numpy(np.stack(tiles[:count])), torch.tensor(corners[:count]),
-        torch.from_numpy(np.stack(outlines[:count])), *_stacked(found[:count]),
+        torch.from_numpy(np.stack(outlines[:count])), _patches(found[:count]),
     )  # fmt: skip
 
 
@@ -76,7 +83,7 @@ def _corners(scene: Scene, tiles: int) -> list[tuple[int, int]]:
 def _outline(tile: npt.NDArray[np.uint8], scene: Scene) -> npt.NDArray[np.bool_]:
     """Of each patch, row by row, its 7 × 7 squares; the background's texture is fainter than any colour on it."""
     cells = tile[::2, ::2].astype(np.int16) - np.array(scene.background, np.int16)
-    side = tile.shape[0] // 14
+    side = tile.shape[0] // scenes.PATCH
     covered: npt.NDArray[np.bool_] = np.abs(cells).max(-1) > 45
     return covered.reshape(side, 7, side, 7).swapaxes(1, 2).reshape(side * side, 49)
 
@@ -91,9 +98,9 @@ def _interesting(rng: Generator, windows: list[Tile], told: list[Labels]) -> lis
     return [i for i, window in enumerate(windows) if window.whole] + chosen
 
 
-def _stacked(found: list[Labels]) -> Iterator[Tensor]:
-    for name in ("kind", "colour", "order", "place", "middle"):
-        yield torch.from_numpy(np.stack([getattr(labels, name) for labels in found])).flatten(1).long()
+def _patches(found: list[Labels]) -> Patches:
+    parts = (np.stack([getattr(labels, part.name) for labels in found]) for part in fields(Patches))
+    return Patches(*(torch.from_numpy(part).flatten(1).long() for part in parts))
 
 
 @dataclass
@@ -103,6 +110,11 @@ class Rows:
     ids: Tensor
     answers: Tensor
     prefix: list[int]  # which prefix each row follows
+
+    @property
+    def told(self) -> Tensor:
+        """Tokens that are to be said, one after another, [told]."""
+        return self.answers[self.answers >= 0]
 
 
 @dataclass
@@ -115,7 +127,7 @@ class Talk:
 
     tiles: Tensor  # uint8 [images · tiles, side, side, 3]
     corners: Tensor  # [images · tiles, 2]
-    told: Dense | None
+    told: Patches | None
     compressed: Tensor
     together: int  # images to a prefix
     opening: list[int]
@@ -125,6 +137,11 @@ class Talk:
     tasks: list[str]
     texts: Rows
 
+    @property
+    def path(self) -> str:
+        """Which path the tiles take: long, short or mixed."""
+        return "short" if bool(self.compressed.all()) else "mixed" if bool(self.compressed.any()) else "long"
+
 
 def talk(
     rng: Generator,
@@ -132,46 +149,48 @@ def talk(
     style: Style,
     budget: int,
     sizes: tuple[int, ...] = scenes.TILES,
-    pairs: bool = True,
+    pairs: float = 0.2,
     extras: float = 1.0,
+    labelled: bool = True,
 ) -> Talk:
-    """About `budget` tiles in all."""
+    """About `budget` tiles in all.
+
+    `pairs`: share of the batches that compare two images; `extras`: how often more is asked than the tasks; `labelled`:
+    whether patches come with their labels.
+    """
     count = int(rng.choice(sizes))
     tiles = count + (count > 1)
     images = max(1, round(budget / tiles))
-    paired = pairs and rng.random() < (0.2 if images > 1 else 0.1)
+    paired = pairs > 0 and rng.random() < (pairs if images > 1 else pairs / 2)
     couples: list[tuple[Scene, Scene]] = []
     if paired:
-        couples = [pair(rng, style, count) for _ in range(max(1, images // 2))]
+        couples = [scenes.pair(rng, style, count) for _ in range(max(1, images // 2))]
         every, images = [scene for two in couples for scene in two], 2 * len(couples)
     else:
         every = [scenes.scene(rng, style, count) for _ in range(images)]
     cuts = [cut(scenes.draw(scene), style) for scene in every]
-    told = [scenes.labels(s, w, style.tile // 14) for s in every for w in scenes.windows(s, style)]
     if paired:
         asked = [[[compared(first == second)]] for first, second in couples]
     else:
         turns = 2 if rng.random() < 0.1 else 1
         asked = [_asked(rng, scene, 2 if count > 1 else 1, turns, extras) for scene in every]
-    rows, tasks = _rows(rng, words, asked, "\n")
+    rows, tasks = _rows(words, asked, "\n")
+    routes = _routes(rng, images, tiles)
+    if paired and rng.random() < 0.7:  # as a router does with two images alike
+        routes[1::2] = routes[::2]
     alone = [[[small_talk(rng) if rng.random() < 0.8 else blind(rng)]] for _ in range(6)]
     system = f"<|im_start|>system\n{rng.choice(SYSTEM)}<|im_end|>\n" if rng.random() < 0.3 else ""
     return Talk(
         torch.from_numpy(np.concatenate(cuts)), torch.tensor([c for s in every for c in _corners(s, tiles)]),
-        Dense(torch.empty(0), torch.empty(0), torch.empty(0), *_stacked(told)), _routes(rng, images, tiles), 2 if paired else 1,
+        _told(every, style) if labelled else None, routes, 2 if paired else 1,
         words.encode(f"{system}<|im_start|>user\n<img>"), words.encode("</img>\n<img>"), words.encode("</img>"), rows, tasks,
-        _rows(rng, words, alone, "<|im_start|>user\n")[0],
+        _rows(words, alone, "<|im_start|>user\n")[0],
     )  # fmt: skip
 
 
-def pair(rng: Generator, style: Style, count: int) -> tuple[Scene, Scene]:
-    """Two scenes of `count` tiles: half are equal; half of the others differ in one thing, half altogether."""
-    first = scenes.scene(rng, style, count)
-    if rng.random() < 0.5:
-        return first, first
-    if rng.random() < 0.5:
-        return first, scenes.changed(rng, first, style)
-    return first, scenes.scene(rng, style, count)
+def _told(every: list[Scene], style: Style) -> Patches:
+    windows = [(scene, window) for scene in every for window in scenes.windows(scene, style)]
+    return _patches([scenes.labels(scene, window, style.tile // scenes.PATCH) for scene, window in windows])
 
 
 def _asked(rng: Generator, scene: Scene, times: int, turns: int, extras: float) -> list[list[Asked]]:
@@ -188,7 +207,7 @@ def _asked(rng: Generator, scene: Scene, times: int, turns: int, extras: float) 
     return [said[i : i + turns] for i in range(0, len(said), turns)]
 
 
-def _rows(rng: Generator, words: Words, asked: list[list[list[Asked]]], opening: str) -> tuple[Rows, list[str]]:
+def _rows(words: Words, asked: list[list[list[Asked]]], opening: str) -> tuple[Rows, list[str]]:
     told = [
         (i, words.conversation(turns, opening), turns[0].task if len(turns) == 1 else "chain")
         for i, rows in enumerate(asked)

@@ -31,7 +31,7 @@ import aiohttp
 import numpy as np
 
 from demo import scenes
-from demo.batches import pair
+from demo.files import write_json
 from demo.scenes import Scene, Style
 from demo.words import Asked, blind, compared, questions, small_talk
 
@@ -127,7 +127,7 @@ def plan_accuracy(n: int, talk: int) -> Iterator[Group]:
         yield from _single(stream, style, n)
         for index in range(n):
             rng = generator(f"{stream} pairs", index)
-            first, second = pair(rng, style, int(rng.choice(scenes.TILES)))
+            first, second = scenes.pair(rng, style, int(rng.choice(scenes.TILES)))
             yield Group(f"{stream} pairs", index, (compared(first == second),), (first, second), style)
     yield from _text(talk)
 
@@ -420,11 +420,6 @@ def per_setting(records: Sequence[Record], settings: Iterable[Setting]) -> Json:
     return {"settings": found}
 
 
-def write(file: Path, value: Json) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def percent(score: Json | None) -> str:
     """Such as `97.4 (95.6 to 98.5)`."""
     if not score or not score["n"]:
@@ -547,18 +542,18 @@ async def measure(options: argparse.Namespace) -> None:
 
         if "accuracy" in options.parts:
             found = accuracy(await asked("accuracy", list(plan_accuracy(options.n, options.talk))))
-            write(options.out / "accuracy.json", {**head, "questions per task": options.n, **found})
+            write_json(options.out / "accuracy.json", {**head, "questions per task": options.n, **found})
             draw_accuracy(found, options.images / "accuracy.png")
             print(accuracy_table(found), end="\n\n")
         if "router" in options.parts or "curve" in options.parts:  # the curve has the three modes on it
             records = await asked("router", list(plan_router(options.pictures, ROUTER)))
             found = per_setting(records, ROUTER)
-            write(options.out / "router.json", {**head, "pictures": options.pictures, **found})
+            write_json(options.out / "router.json", {**head, "pictures": options.pictures, **found})
             print(router_table(found), end="\n\n")
         if "curve" in options.parts:
             records += await asked("curve", list(plan_router(options.pictures, CURVE)))
             found = per_setting(records, (*ROUTER, *CURVE))
-            write(options.out / "curve.json", {**head, "pictures": options.pictures, **found})
+            write_json(options.out / "curve.json", {**head, "pictures": options.pictures, **found})
             draw_curve(found, options.images / "curve.png")
             print(router_table(found), end="\n\n")
 

@@ -1,6 +1,5 @@
 """The model that is trained: the vision worker's own InternVL and transformers' Qwen3, and how it becomes a checkpoint."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -11,17 +10,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from demo.batches import Rows, Talk
+from demo.files import write_json
+from demo.scenes import FULL, GRID, PATCH
 from demo.words import EOS, PAD, Words
 from vision_worker.models.intern_vit import InternViT, Layer
 from vision_worker.models.internvl import Model, normalised, pixel_shuffle
 from wire.layouts import official
-from wire.layouts.base import Description
 
 WIDTH, LAYERS, HEADS = 192, 4, 6  # of the tower
 HIDDEN, LANGUAGE_LAYERS, LANGUAGE_HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 256, 4, 4, 2, 64, 768
 CONTEXT = 8192
-SIDE, PATCH = 448, 14
-GRID = SIDE // PATCH
 
 
 def config(vocabulary: int, relative: float = 0.2, absolute: float = 0.5) -> dict[str, Any]:
@@ -32,7 +30,7 @@ def config(vocabulary: int, relative: float = 0.2, absolute: float = 0.5) -> dic
         "downsample_ratio": 0.5,
         "dynamic_image_size": True,
         "use_thumbnail": True,
-        "force_image_size": SIDE,
+        "force_image_size": FULL,
         "min_dynamic_patch": 1,
         "max_dynamic_patch": 12,
         "select_layer": -1,
@@ -42,7 +40,7 @@ def config(vocabulary: int, relative: float = 0.2, absolute: float = 0.5) -> dic
         "vision_config": {
             "architectures": ["InternVisionModel"],
             "model_type": "intern_vit_6b",
-            "image_size": SIDE,
+            "image_size": FULL,
             "patch_size": PATCH,
             "num_channels": 3,
             "hidden_size": WIDTH,
@@ -87,15 +85,30 @@ def config(vocabulary: int, relative: float = 0.2, absolute: float = 0.5) -> dic
     }
 
 
+class Read:
+    """Prefixes [n, length, HIDDEN] as the language model has read them: keys and values, and `hidden` after two layers."""
+
+    def __init__(self, language: Qwen3ForCausalLM, prefix: Tensor) -> None:
+        self._cache = DynamicCache(config=language.config)
+        read = language.model(inputs_embeds=prefix, past_key_values=self._cache, use_cache=True, output_hidden_states=True)
+        self.hidden = cast(Tensor, read.hidden_states[2])
+
+    def repeated(self, prefixes: list[int]) -> DynamicCache:
+        """Keys and values for as many rows; to be called once."""
+        chosen = torch.tensor(prefixes, device=self.hidden.device)
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
+        return self._cache
+
+
 class Trainee(nn.Module):
     """InternVL under OpenGVLab's names, and the language model."""
 
     def __init__(self, words: Words) -> None:
         super().__init__()
-        said = official.LAYOUT.describe(config(words.size), {})
-        self.said: Description = said
-        self.vision = Model(said, GRID**2 + 1)
-        self.language = Qwen3ForCausalLM(Qwen3Config(**config(words.size)["llm_config"], initializer_range=0.05))
+        said = config(words.size)
+        self.vision = Model(official.LAYOUT.describe(said, {}), GRID**2 + 1)
+        self.language = Qwen3ForCausalLM(Qwen3Config(**said["llm_config"], initializer_range=0.05))
         self.vision.apply(_start)
         nn.init.normal_(self.vision.pooling_before_gating.query_token, std=0.02)
         _look_around(self.vision.vision_model)
@@ -103,7 +116,7 @@ class Trainee(nn.Module):
     def look(self, tiles: Tensor, corners: Tensor | None = None) -> Tensor:
         """uint8 tiles [n, side, side, 3] to features [n, patches, WIDTH].
 
-        A tile smaller than SIDE is a piece of one: `corners` [n, 2] says the row and column of its first patch.
+        A tile smaller than FULL is a piece of one: `corners` [n, 2] says the row and column of its first patch.
         """
         if corners is None:
             return cast(Tensor, self.vision.vision_model(normalised(tiles)))
@@ -130,17 +143,15 @@ class Trainee(nn.Module):
                     found[i] = block
         return [cast(Tensor, block) for block in found]
 
-    def answer(self, prefix: Tensor | None, rows: Rows) -> Tensor:
-        """Logits [told, vocabulary] where an answer is told, of texts after prefixes [n, length, HIDDEN] or after nothing.
+    def read(self, prefix: Tensor) -> "Read":
+        return Read(self.language, prefix)
+
+    def answer(self, read: "Read | None", rows: Rows) -> Tensor:
+        """Logits [told, vocabulary] where an answer is told, of texts after prefixes or after nothing.
 
         A prefix is read once for all its rows: they attend to its keys and values.
         """
-        cache = DynamicCache(config=self.language.config)
-        if prefix is not None:
-            self.language.model(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
-            repeats = torch.tensor(rows.prefix, device=rows.ids.device)
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[repeats], layer.values[repeats]
+        cache = DynamicCache(config=self.language.config) if read is None else read.repeated(rows.prefix)
         hidden = self.language.model(
             inputs_embeds=self.embed(rows.ids), past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -248,20 +259,16 @@ def write(model: Trainee, words: Words, folder: Path, relative: float, absolute:
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    _json(folder / "config.json", config(words.size, relative, absolute))
-    _json(
+    write_json(folder / "config.json", config(words.size, relative, absolute))
+    write_json(
         folder / "generation_config.json", {"bos_token_id": PAD, "eos_token_id": EOS, "pad_token_id": PAD, "max_new_tokens": 64}
     )
-    _json(
+    write_json(
         folder / "preprocessor_config.json",
         {
-            "crop_size": SIDE, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+            "crop_size": FULL, "do_center_crop": True, "do_normalize": True, "do_resize": True,
             "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": SIDE,
+            "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": FULL,
         },
     )  # fmt: skip
     words.save(folder)
-
-
-def _json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

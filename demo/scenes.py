@@ -34,6 +34,7 @@ TEXTURES = ("plain", "gradient", "noise", "stripes", "blotches")
 HELD_OUT_TEXTURES = ("checks", "waves")
 TILES = (1, 2, 3, 4, 6, 8, 9, 10, 12)  # of grids that a picture up to 1:4 can get
 FULL, PATCH = 448, 14  # side of a tile and of its patches, in pixels
+GRID = FULL // PATCH  # a tile's side in patches
 SMALLEST, LARGEST, LONGEST = 224, 2000, 4.0  # side in pixels, and ratio of sides
 
 _FONTS = {
@@ -61,10 +62,6 @@ class Shape:
     colour: str
     box: Box
 
-    @property
-    def centre(self) -> tuple[float, float]:
-        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
-
 
 @dataclass(frozen=True)
 class Number:
@@ -88,8 +85,12 @@ class Scene:
     """More numbers: in crowds only, of which nothing is asked."""
     seed: int = 0
     """Of everything that is drawn and not named above: the texture's grain, a shape's tint and tilt."""
-    piece: tuple[int, int, int] = (0, 0, 32)
+    piece: tuple[int, int, int] = (0, 0, GRID)
     """First row and column, and side, in patches of a full tile: pictures to train on are cut into pieces of tiles."""
+
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        return (*([self.number] if self.number else []), *self.others)
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,8 @@ def crowd(rng: np.random.Generator, style: Style) -> Scene:
 
 def corner(rng: np.random.Generator, tile: int) -> tuple[int, int, int]:
     """Where in a full tile a smaller one is: its row, column and side in patches. Both projectors' squares stay whole."""
-    side, full = tile // PATCH, FULL // PATCH
-    row, column = (int(4 * v) for v in rng.integers(0, (full - side) // 4 + 1, 2))
+    side = tile // PATCH
+    row, column = (int(4 * v) for v in rng.integers(0, (GRID - side) // 4 + 1, 2))
     return row, column, side
 
 
@@ -357,6 +358,16 @@ def changed(rng: np.random.Generator, scene: Scene, style: Style) -> Scene:
     return replace(scene, shapes=(*scene.shapes[:i], shape, *scene.shapes[i + 1 :]))
 
 
+def pair(rng: np.random.Generator, style: Style, tiles: int) -> tuple[Scene, Scene]:
+    """Two scenes of as many tiles: half are equal; half of the others differ in one thing, half altogether."""
+    first = scene(rng, style, tiles)
+    if rng.random() < 0.5:
+        return first, first
+    if rng.random() < 0.5:
+        return first, changed(rng, first, style)
+    return first, scene(rng, style, tiles)
+
+
 def _renumbered(rng: np.random.Generator, number: Number) -> Number:
     """Another number of as many digits at the same place."""
     i = int(rng.integers(len(number.text)))
@@ -374,7 +385,7 @@ def draw(scene: Scene) -> Image.Image:
     image = Image.fromarray(_TEXTURE[scene.texture](rng, scene))
     for shape in scene.shapes:
         _draw_shape(rng, image, shape)
-    for number in (*([scene.number] if scene.number else []), *scene.others):
+    for number in scene.numbers:
         font = _font(number.font, number.size)
         offset = font.getbbox(number.text)
         at = round(number.box[0] - offset[0]), round(number.box[1] - offset[1])
@@ -552,7 +563,7 @@ def labels(scene: Scene, tile: Tile, side: int) -> Labels:
     found = Labels(nothing, nothing.copy(), unknown, unknown.copy(), nothing.copy())
     for shape in scene.shapes:
         _label(found, tile, scene, shape.box, SHAPES.index(shape.name) + 1, shape.colour, -1, 0.06)
-    for number in (*([scene.number] if scene.number else []), *scene.others):
+    for number in scene.numbers:
         order = 0
         for digit, box in zip(number.text, number.digits, strict=True):
             order += _label(found, tile, scene, box, 7 + int(digit), number.colour, order, 0.0)
@@ -591,9 +602,8 @@ def _label(found: Labels, tile: Tile, scene: Scene, box: Box, kind: int, colour:
 def shares(scene: Scene, box: Box) -> tuple[float, float]:
     """Where the middle of a box is, from 0 to 1 across and down the full tile."""
     row, column, side = scene.piece
-    full = FULL // PATCH
     x, y = (box[0] + box[2]) / 2 / scene.width, (box[1] + box[3]) / 2 / scene.height
-    return (column + side * x) / full, (row + side * y) / full
+    return (column + side * x) / GRID, (row + side * y) / GRID
 
 
 def place(x: float, y: float) -> int:

@@ -45,9 +45,10 @@ class Heads(nn.Module):
         self.norm = nn.LayerNorm(model.WIDTH)
         self.outline = nn.Sequential(nn.LayerNorm(model.WIDTH), nn.Linear(model.WIDTH, 49))
         self.around = nn.Sequential(nn.LayerNorm(model.WIDTH), nn.Linear(model.WIDTH, 25 * 9))
+        self.differs = nn.Linear(model.HIDDEN, 1)
         self.read = nn.Linear(model.WIDTH, KINDS + COLOURS + ORDERS + PLACES + 2)
 
-    def forward(self, features: Tensor, told: batches.Dense) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, features: Tensor, told: batches.Patches) -> tuple[Tensor, dict[str, float]]:
         read = self.read(self.norm(features)).flatten(0, 1)
         kind, colour, order, place, middle = read.split([KINDS, COLOURS, ORDERS, PLACES, 2], dim=-1)
 
@@ -111,12 +112,7 @@ class Run:
             "model": self.model.state_dict(), "heads": self.heads.state_dict(), "done": self.done, "seconds": self.seconds,
             "state": optimiser.state_dict(),
         }  # fmt: skip
-        torch.save(everything, self.folder / "new.pt")
-        os.replace(self.folder / "new.pt", self.folder / "latest.pt")
-
-    def log(self, line: dict[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        _replace(self.folder / "latest.pt", everything)
 
     def stage(self, stage: Stage, make: Any, step: Any, parameters: list[dict[str, Any]]) -> None:
         """Run `step(batch) -> (loss, figures)` for every batch that `make(rng)` makes and that is not done yet."""
@@ -147,17 +143,25 @@ class Run:
                 sums.setdefault(name, []).append(value)
             self.done[stage.name] = number + 1
             if (number + 1) % 20 == 0 or number + 1 == stage.steps:
-                self._tell(stage, number + 1, sums, rate, (now - began) / (number + 1 - first))
+                means = {name: _mean(values) for name, values in sums.items()}
+                self.tell(stage, number + 1, means, rate, (now - began) / (number + 1 - first))
                 sums = {}
             if (number + 1) % 100 == 0 or number + 1 == stage.steps:
                 self.save(optimiser)
 
-    def _tell(self, stage: Stage, done: int, sums: dict[str, list[float]], rate: float, pace: float) -> None:
-        means = {n: round(_mean(v), 4) for n, v in sums.items()}
-        self.log({"stage": stage.name, "step": done, "seconds": round(self.seconds), "rate": rate, **means})
+    def tell(self, stage: Stage, done: int, shown: dict[str, float], rate: float, pace: float) -> None:
+        line = {"stage": stage.name, "step": done, "seconds": round(self.seconds), "rate": rate}
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line | {name: round(value, 4) for name, value in shown.items()}) + "\n")
         left = (stage.steps - done) * pace / 60
-        figures = "  ".join(f"{n} {v:.3f}" for n, v in means.items())
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
         print(f"{stage.name} {done}/{stage.steps}  {left:.0f} min left  {pace:.2f} s a step  {figures}", flush=True)
+
+
+def _replace(file: Path, value: Any) -> None:
+    """Written in full or not at all."""
+    torch.save(value, file.with_suffix(".new"))
+    os.replace(file.with_suffix(".new"), file)
 
 
 def _mean(values: list[float]) -> float:
@@ -189,7 +193,7 @@ def learn_patches(run: Run, stage: Stage, styles: tuple[Style, ...], count: int,
     hooks = [layers[i].register_forward_hook(partial(_keep, seen, i)) for i in (0, 1)]
 
     def step(batch: batches.Dense) -> tuple[Tensor, dict[str, float]]:
-        loss, shown = run.heads(run.model.look(batch.tiles, batch.corners), batch)
+        loss, shown = run.heads(run.model.look(batch.tiles, batch.corners), batch.told)
         told = batch.outline.float()
         outline = F.binary_cross_entropy_with_logits(run.heads.outline(seen[0]), told)
         around = F.binary_cross_entropy_with_logits(run.heads.around(seen[1]), _around(told))
@@ -229,42 +233,72 @@ def judged(logits: Tensor, rows: batches.Rows, tasks: list[str]) -> dict[str, fl
     return {task: sum(right) / len(right) for task, right in by_task.items()}
 
 
+def _difference(heads: Heads, read: model.Read, batch: batches.Talk) -> Tensor:
+    """Of the second image's tokens, whether the first image shows something else there; one answer in two teaches little.
+
+    Binary cross entropy, both sides weighing the same.
+    """
+    side = batch.tiles.shape[1]
+    images, tiles = batch.compressed.shape
+    pixels = batch.tiles.view(images // 2, 2, tiles, side, side, 3).short()
+    changed = ((pixels[:, 0] - pixels[:, 1]).abs().amax(-1) > 30).float()  # [pairs, tiles, side, side]
+    spans = torch.where(batch.compressed[1::2], 4, 2) * scenes.PATCH  # pixels to a token's side
+    told = [
+        torch.cat([F.max_pool2d(tile[None], span).flatten() for tile, span in zip(one, wide, strict=True)])
+        for one, wide in zip(changed, spans.tolist(), strict=True)
+    ]
+    differs = torch.stack(told)
+    end = read.hidden.shape[1] - len(batch.end)
+    seen = heads.differs(read.hidden[:, end - differs.shape[1] : end])[..., 0]
+    share = differs.mean().clamp(0.02, 0.98)
+    weights = torch.where(differs > 0, 0.5 / share, 0.5 / (1 - share))
+    return F.binary_cross_entropy_with_logits(seen, differs, weights)
+
+
 def learn_answers(
-    run: Run, stage: Stage, style: Style, budget: int, sizes: tuple[int, ...], tower: float, extras: float = 1.0
-) -> None:
+    run: Run, stage: Stage, style: Style, budget: int, sizes: tuple[int, ...], tower: float, extras: float = 1.0,
+    pairs: float = 0.2,
+) -> None:  # fmt: skip
     """`tower`: its rate of learning as a share of the rest's; at 0 it stays as it is."""
 
     def step(batch: batches.Talk) -> tuple[Tensor, dict[str, float]]:
         with torch.set_grad_enabled(tower > 0):
             features = run.model.look(batch.tiles, batch.corners)
-        logits = run.model.answer(run.model.prefixes(batch, features, batch.compressed), batch.rows)
-        answers = F.cross_entropy(logits, batch.rows.answers[batch.rows.answers >= 0])
-        texts = F.cross_entropy(run.model.answer(None, batch.texts), batch.texts.answers[batch.texts.answers >= 0])
+        read = run.model.read(run.model.prefixes(batch, features, batch.compressed))
+        logits = run.model.answer(read, batch.rows)
+        answers = F.cross_entropy(logits, batch.rows.told)
+        texts = F.cross_entropy(run.model.answer(None, batch.texts), batch.texts.told)
         total = answers + 0.1 * texts
-        if tower > 0:
+        difference = _difference(run.heads, read, batch) if batch.together == 2 else answers * 0
+        total = total + 0.5 * difference
+        if batch.told is not None:
             total = total + 0.15 * run.heads(features, batch.told)[0]
-        path = "short" if bool(batch.compressed.all()) else "long" if not bool(batch.compressed.any()) else "mixed"
-        right = {f"{task} {path}": share for task, share in judged(logits.detach(), batch.rows, batch.tasks).items()}
+        right = {f"{task} {batch.path}": share for task, share in judged(logits.detach(), batch.rows, batch.tasks).items()}
         return total, {
             "loss": float(total.detach()),
             "answers": float(answers.detach()),
             "texts": float(texts.detach()),
+            **({"difference": float(difference.detach())} if batch.together == 2 else {}),
             **right,
         }
 
     vision = run.model.vision
+    spotting = list(run.heads.differs.parameters())
     groups: list[dict[str, Any]] = [
-        {"params": [*run.model.language.parameters(), *vision.mlp1.parameters(), *vision.mlp2.parameters()]}
+        {"params": [*run.model.language.parameters(), *vision.mlp1.parameters(), *vision.mlp2.parameters(), *spotting]}
     ]
     if tower > 0:
-        groups.append({"params": [*vision.vision_model.parameters(), *run.heads.parameters()], "share": tower})
-    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=sizes, extras=extras)
+        heads = [p for n, p in run.heads.named_parameters() if not n.startswith("differs")]
+        groups.append({"params": [*vision.vision_model.parameters(), *heads], "share": tower})
+    make = partial(
+        batches.talk, words=run.words, style=style, budget=budget, sizes=sizes, extras=extras, pairs=pairs, labelled=tower > 0
+    )
     run.stage(stage, make, step, groups)
 
 
 def learn_consistency(run: Run, stage: Stage, style: Style, budget: int) -> None:
     step = vico.consistency(run.model)
-    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=ALL)
+    make = partial(batches.talk, words=run.words, style=style, budget=budget, labelled=False)
     run.stage(stage, make, step, [{"params": [*run.model.language.parameters(), *run.model.vision.mlp2.parameters()]}])
 
 
@@ -272,25 +306,22 @@ PART = 20  # batches to a file
 
 
 def judge_tiles(run: Run, stage: Stage, style: Style, budget: int) -> None:
-    """What the short path costs tile by tile, kept in files of the run's folder."""
-    first = run.done.get(stage.name, 0) // PART * PART
-    sizes = tuple(size for size in ALL if size > 1)
-    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=sizes, pairs=False)
+    """What the short path costs tile by tile, kept in files of the run's folder: those that are there are done."""
+    files = [run.folder / f"judged-{part:04}.pt" for part in range(stage.steps // PART)]
+    first = PART * sum(file.exists() for file in files)
+    sizes = tuple(size for size in scenes.TILES if size > 1)
+    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=sizes, pairs=0, labelled=False)
     data = batches.loaded(batches.Batches(make, run.seed, stage.name, first, stage.steps), run.workers)
-    parts: list[vico.Judged] = []
     began = time.monotonic()
-    for number in range(first, stage.steps):
-        parts.append(
+    for file in files[first // PART :]:
+        found = vico.joined([
             vico.cost_of_short(run.model, batches.moved(next(data), run.device), np.random.default_rng([run.seed, number]))
-        )
-        if (number + 1) % PART == 0:
-            found = vico.joined(parts)
-            torch.save(found, run.folder / f"judged-{number // PART:04}.pt")
-            parts, run.done[stage.name] = [], number + 1
-            left = (time.monotonic() - began) / (number + 1 - first) * (stage.steps - number - 1) / 60
-            costly = float((found.ratios > 1.5).float().mean())
-            run.log({"stage": stage.name, "step": number + 1, "costly": costly})
-            print(f"{stage.name} {number + 1}/{stage.steps}  {left:.0f} min left  costly {costly:.2f}", flush=True)
+            for number in range(first, first + PART)
+        ])  # fmt: skip
+        first += PART
+        _replace(file, found)
+        run.tell(stage, first, {"costly": float((found.ratios > 1.5).float().mean())}, 0, (time.monotonic() - began) / PART)
+        began = time.monotonic()
 
 
 def learn_routes(run: Run, stage: Stage, share: float) -> None:
@@ -301,12 +332,12 @@ def learn_routes(run: Run, stage: Stage, share: float) -> None:
     run.stage(stage, partial(vico.some, count=48, of=len(judged.ratios)), step, [{"params": parameters}])
 
 
-ALL = scenes.TILES
 STAGES = (
     Stage("dense", 1100, 2.5e-3),
     Stage("questions", 5000, 4e-4),
+    Stage("together", 1500, 3e-4),
+    Stage("large", 300, 5e-4),
     Stage("tiles", 800, 5e-4),
-    Stage("large", 250, 5e-4),
     Stage("full", 600, 5e-4),
     Stage("consistency", 200, 2e-4),
     Stage("judging", 100, 0),
@@ -315,9 +346,10 @@ STAGES = (
 TEACH = {
     "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
     "questions": partial(learn_answers, style=SINGLE, budget=12, sizes=(1,), tower=0, extras=0.2),
-    "tiles": partial(learn_answers, style=SMALL, budget=28, sizes=ALL, tower=0.4),
+    "together": partial(learn_answers, style=SINGLE, budget=24, sizes=(1,), tower=0.4, extras=0.3, pairs=0.3),
+    "tiles": partial(learn_answers, style=SMALL, budget=28, sizes=scenes.TILES, tower=0.4),
     "large": partial(learn_patches, styles=(LARGE, Style(), Style()), count=7, lean=0.1),
-    "full": partial(learn_answers, style=Style(), budget=10, sizes=ALL, tower=0),
+    "full": partial(learn_answers, style=Style(), budget=10, sizes=scenes.TILES, tower=0),
     "consistency": partial(learn_consistency, style=Style(), budget=9),
     "judging": partial(judge_tiles, style=Style(), budget=7),
     "router": partial(learn_routes, share=0.65),

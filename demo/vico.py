@@ -6,7 +6,7 @@ may take the short path: those for which it costs the answers little.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +26,16 @@ def consistency(model: Trainee) -> Callable[[Talk], tuple[Tensor, dict[str, floa
     def step(batch: Talk) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             features = model.look(batch.tiles, batch.corners)
-            full = teacher.answer(teacher.prefixes(batch, features, torch.zeros_like(batch.compressed)), batch.rows)
-        answers = model.answer(model.prefixes(batch, features, batch.compressed), batch.rows)
-        told = batch.rows.answers[batch.rows.answers >= 0]
+            long = teacher.prefixes(batch, features, torch.zeros_like(batch.compressed))
+            full = teacher.answer(teacher.read(long), batch.rows)
+        answers = model.answer(model.read(model.prefixes(batch, features, batch.compressed)), batch.rows)
         divergence = F.kl_div(answers.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="batchmean")
-        truth = F.cross_entropy(answers, told)
-        path = "short" if bool(batch.compressed.all()) else "long" if not bool(batch.compressed.any()) else "mixed"
+        truth = F.cross_entropy(answers, batch.rows.told)
         total = divergence + 0.3 * truth
         return total, {
             "loss": float(total.detach()),
-            f"kl {path}": float(divergence.detach()),
-            f"answers {path}": float(truth.detach()),
+            f"kl {batch.path}": float(divergence.detach()),
+            f"answers {batch.path}": float(truth.detach()),
         }
 
     return step
@@ -65,13 +64,12 @@ def cost_of_short(model: Trainee, batch: Talk, rng: Generator) -> Judged:
     ratios = torch.zeros(images, tiles)
     for image in range(images):
         rows = _rows_of(batch.rows, image)
-        alone = replace(batch, tiles=batch.tiles[image * tiles : (image + 1) * tiles], rows=rows)
         own = features[image * tiles : (image + 1) * tiles]
         for tile in range(tiles):
             others = torch.from_numpy(rng.random(tiles) < 0.7)[None].to(features.device)
             short, long = others.clone(), others.clone()
             short[0, tile], long[0, tile] = True, False
-            costs = [_loss(model, model.prefixes(alone, own, path), rows) for path in (short, long)]
+            costs = [_loss(model, model.prefixes(batch, own, path), rows) for path in (short, long)]
             ratios[image, tile] = (costs[0] + _CALM) / (costs[1] + _CALM)
     return Judged(features.half().cpu(), ratios.flatten())
 
@@ -82,7 +80,7 @@ def _rows_of(rows: Rows, image: int) -> Rows:
 
 
 def _loss(model: Trainee, prefix: Tensor, rows: Rows) -> float:
-    return float(F.cross_entropy(model.answer(prefix, rows), rows.answers[rows.answers >= 0]))
+    return float(F.cross_entropy(model.answer(model.read(prefix), rows), rows.told))
 
 
 def router(model: Trainee, judged: Judged, share: float) -> Callable[[Tensor], tuple[Tensor, dict[str, float]]]:

@@ -1,6 +1,5 @@
 """What may be asked of a scene, the answers, and the tokenizer of both."""
 
-import json
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from demo.files import write_json
 from demo.scenes import COLOURS, PLACES, SHAPES, Scene, Shape, place, shares
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>",
     "<box>", "</box>",
 )  # fmt: skip
-PAD, START, EOS, IMAGE, IMAGE_END, IMAGE_TOKEN = range(6)
+PAD, EOS, IMAGE_TOKEN = 0, 2, 5  # places in SPECIAL
 UNKNOWN = "I don't know."
 ABILITIES = "I can name the colour, shape and place of objects, count them, read a number and compare two images."
 GREETING = "Hello! Show me an image with shapes or a number and ask about it."
@@ -49,7 +49,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     placed = [s for s in alone if _clearly_placed(scene, s)]
     if placed:
         shape = placed[rng.integers(len(placed))]
-        found.append(Asked("place", f"Where is the {shape.name}?", PLACES[_place(scene, shape)]))
+        found.append(Asked("place", f"Where is the {shape.name}?", PLACES[place(*shares(scene, shape.box))]))
     colours = [s.colour for s in scene.shapes]
     single = [s for s in scene.shapes if colours.count(s.colour) == 1]
     if single:
@@ -87,10 +87,6 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Asked:
             colour, name = (near[0], name) if rng.random() < 0.5 else (colour, near[1])
     article = "an" if colour == "orange" else "a"
     return Asked("presence", f"Is there {article} {colour} {name}?", "yes" if (colour, name) in there else "no")
-
-
-def _place(scene: Scene, shape: Shape) -> int:
-    return place(*shares(scene, shape.box))
 
 
 def _clearly_placed(scene: Scene, shape: Shape) -> bool:
@@ -313,4 +309,4 @@ class Words:
             "model_max_length": 8192,
             "tokenizer_class": "TokenizersBackend",
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", described)

@@ -16,7 +16,7 @@ from vision_worker import tiling
 
 TINY = Style(tile=112, smallest_digit=16)
 SINGLE = Style(tile=112, max_tiles=1, smallest_digit=16)
-SIDE = 112 // 14
+SIDE = 112 // scenes.PATCH
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -126,7 +126,7 @@ def test_a_text_alone_is_what_the_chat_template_makes_of_it(talks: list[batches.
 
 def test_pairs_are_of_one_size_and_half_are_equal() -> None:
     counts = [scenes.TILES[i % len(scenes.TILES)] for i in range(300)]
-    pairs = [batches.pair(rng(i), TINY, count) for i, count in enumerate(counts)]
+    pairs = [scenes.pair(rng(i), TINY, count) for i, count in enumerate(counts)]
     equal = [first == second for first, second in pairs]
     near = [a.seed == b.seed for a, b in pairs if a != b]
     assert 0.4 < sum(equal) / len(equal) < 0.6
@@ -140,14 +140,15 @@ def test_tiles_to_learn_patches_from_come_with_their_labels() -> None:
     assert found.tiles.shape == (24, 112, 112, 3)
     assert found.tiles.dtype == torch.uint8
     for name in ("kind", "colour", "order", "place", "middle"):
-        labels = getattr(found, name)
+        labels = getattr(found.told, name)
         assert labels.shape == (24, SIDE * SIDE)
         assert labels.dtype == torch.int64
-    assert set(found.middle.flatten().tolist()) == {0, 1}
-    known = found.kind > 0
-    assert (found.colour[known] > 0).all()
-    assert (found.order[known & (found.kind < 7)] == -1).all()
-    assert (found.order[found.kind >= 7] >= 0).all()
+    told = found.told
+    assert set(told.middle.flatten().tolist()) == {0, 1}
+    known = told.kind > 0
+    assert (told.colour[known] > 0).all()
+    assert (told.order[known & (told.kind < 7)] == -1).all()
+    assert (told.order[told.kind >= 7] >= 0).all()
 
 
 def test_a_data_loader_gives_the_batches_in_order(words: Words) -> None:

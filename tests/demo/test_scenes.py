@@ -10,13 +10,12 @@ import pytest
 from PIL import Image, ImageFont
 
 from demo import scenes
-from demo.scenes import COLOURS, SHAPES, Box, Scene, Style, Tile
+from demo.scenes import COLOURS, PATCH, SHAPES, Box, Scene, Style, Tile
 from vision_worker import tiling
 
 SERVED, SMALL, UNSEEN = Style(), Style(tile=224, smallest_digit=26), Style(held_out=True)
 SINGLE = Style(tile=224, max_tiles=1, smallest_digit=26, largest=800)
 STYLES = {"served": SERVED, "small": SMALL, "single": SINGLE, "held out": UNSEEN}
-PATCH = 14
 
 every_style = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 

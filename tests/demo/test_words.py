@@ -82,7 +82,7 @@ def test_places_near_a_line_are_not_asked_about(found: list[tuple[Scene, list[As
         for one in asked:
             if one.task == "place":
                 (shape,) = (s for s in scene.shapes if s.name in one.question)
-                for share in (shape.centre[0] / scene.width, shape.centre[1] / scene.height):
+                for share in scenes.shares(scene, shape.box):
                     assert min(abs(share - 1 / 3), abs(share - 2 / 3)) > 0.04
 
 
