@@ -378,6 +378,7 @@ def test_an_interrupt_keeps_what_was_answered_and_the_next_run_goes_on(server: S
         if len(server.bodies) == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     server.before = interrupt
     command = arguments(server, tmp_path, "--parts", "router", "--in-flight", "1")
     try:
