@@ -148,17 +148,17 @@ def talk(
     words: Words,
     style: Style,
     budget: int,
-    sizes: tuple[int, ...] = scenes.TILES,
+    sizes: tuple[int, ...] = (),
     pairs: float = 0.2,
     extras: float = 1.0,
     labelled: bool = True,
 ) -> Talk:
     """About `budget` tiles in all.
 
-    `pairs`: share of the batches that compare two images; `extras`: how often more is asked than the tasks; `labelled`:
-    whether patches come with their labels.
+    `sizes`: tiles of an image, thumbnail not counted, if not any that the style has; `pairs`: share of the batches that
+    compare two images; `extras`: how often more is asked than the tasks; `labelled`: whether patches come with labels.
     """
-    count = int(rng.choice(sizes))
+    count = int(rng.choice(sizes or ((1,) if style.max_tiles == 1 else scenes.TILES)))
     tiles = count + (count > 1)
     images = max(1, round(budget / tiles))
     paired = pairs > 0 and rng.random() < (pairs if images > 1 else pairs / 2)
@@ -186,6 +186,12 @@ def talk(
         words.encode(f"{system}<|im_start|>user\n<img>"), words.encode("</img>\n<img>"), words.encode("</img>"), rows, tasks,
         _rows(words, alone, "<|im_start|>user\n")[0],
     )  # fmt: skip
+
+
+def either(rng: Generator, words: Words, often: tuple[Style, int], now_and_then: tuple[Style, int], **rest: Any) -> Talk:
+    """`talk` in one style with its budget, or, one time in four, in the other."""
+    style, budget = often if rng.random() < 0.75 else now_and_then
+    return talk(rng, words, style, budget, **rest)
 
 
 def _told(every: list[Scene], style: Style) -> Patches:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -255,11 +256,8 @@ def _difference(heads: Heads, read: model.Read, batch: batches.Talk) -> Tensor:
     return F.binary_cross_entropy_with_logits(seen, differs, weights)
 
 
-def learn_answers(
-    run: Run, stage: Stage, style: Style, budget: int, sizes: tuple[int, ...], tower: float, extras: float = 1.0,
-    pairs: float = 0.2,
-) -> None:  # fmt: skip
-    """`tower`: its rate of learning as a share of the rest's; at 0 it stays as it is."""
+def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tower: float) -> None:
+    """`make`: batches, but for the words; `tower`: its rate of learning as a share of the rest's, at 0 it stays as it is."""
 
     def step(batch: batches.Talk) -> tuple[Tensor, dict[str, float]]:
         with torch.set_grad_enabled(tower > 0):
@@ -290,10 +288,7 @@ def learn_answers(
     if tower > 0:
         heads = [p for n, p in run.heads.named_parameters() if not n.startswith("differs")]
         groups.append({"params": [*vision.vision_model.parameters(), *heads], "share": tower})
-    make = partial(
-        batches.talk, words=run.words, style=style, budget=budget, sizes=sizes, extras=extras, pairs=pairs, labelled=tower > 0
-    )
-    run.stage(stage, make, step, groups)
+    run.stage(stage, partial(make, words=run.words, labelled=tower > 0), step, groups)
 
 
 def learn_consistency(run: Run, stage: Stage, style: Style, budget: int) -> None:
@@ -302,6 +297,7 @@ def learn_consistency(run: Run, stage: Stage, style: Style, budget: int) -> None
     run.stage(stage, make, step, [{"params": [*run.model.language.parameters(), *run.model.vision.mlp2.parameters()]}])
 
 
+SEVERAL = tuple(size for size in scenes.TILES if size > 1)
 PART = 20  # batches to a file
 
 
@@ -309,8 +305,7 @@ def judge_tiles(run: Run, stage: Stage, style: Style, budget: int) -> None:
     """What the short path costs tile by tile, kept in files of the run's folder: those that are there are done."""
     files = [run.folder / f"judged-{part:04}.pt" for part in range(stage.steps // PART)]
     first = PART * sum(file.exists() for file in files)
-    sizes = tuple(size for size in scenes.TILES if size > 1)
-    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=sizes, pairs=0, labelled=False)
+    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=SEVERAL, pairs=0, labelled=False)
     data = batches.loaded(batches.Batches(make, run.seed, stage.name, first, stage.steps), run.workers)
     began = time.monotonic()
     for file in files[first // PART :]:
@@ -336,20 +331,24 @@ STAGES = (
     Stage("dense", 1100, 2.5e-3),
     Stage("questions", 5000, 4e-4),
     Stage("together", 1500, 3e-4),
-    Stage("large", 300, 5e-4),
-    Stage("tiles", 800, 5e-4),
-    Stage("full", 600, 5e-4),
+    Stage("large", 200, 4e-4),
+    Stage("tiles", 1100, 3e-4),
+    Stage("full", 200, 3e-4),
+    Stage("mixed", 1500, 3e-4),
     Stage("consistency", 200, 2e-4),
     Stage("judging", 100, 0),
     Stage("router", 400, 5e-4),
 )
 TEACH = {
     "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
-    "questions": partial(learn_answers, style=SINGLE, budget=12, sizes=(1,), tower=0, extras=0.2),
-    "together": partial(learn_answers, style=SINGLE, budget=24, sizes=(1,), tower=0.4, extras=0.3, pairs=0.3),
-    "tiles": partial(learn_answers, style=SMALL, budget=28, sizes=scenes.TILES, tower=0.4),
+    "questions": partial(learn_answers, make=partial(batches.talk, style=SINGLE, budget=12, extras=0.2), tower=0),
+    "together": partial(learn_answers, make=partial(batches.talk, style=SINGLE, budget=24, extras=0.3, pairs=0.3), tower=0.4),
     "large": partial(learn_patches, styles=(LARGE, Style(), Style()), count=7, lean=0.1),
-    "full": partial(learn_answers, style=Style(), budget=10, sizes=scenes.TILES, tower=0),
+    "tiles": partial(learn_answers, make=partial(batches.talk, style=SMALL, budget=28, extras=0.5, pairs=0.25), tower=0.4),
+    "full": partial(learn_answers, make=partial(batches.talk, style=Style(), budget=10, extras=0.5), tower=0.3),
+    "mixed": partial(
+        learn_answers, make=partial(batches.either, often=(SMALL, 28), now_and_then=(Style(), 10), extras=0.5), tower=0.3
+    ),
     "consistency": partial(learn_consistency, style=Style(), budget=9),
     "judging": partial(judge_tiles, style=Style(), budget=7),
     "router": partial(learn_routes, share=0.65),
