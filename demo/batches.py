@@ -105,11 +105,15 @@ def _patches(found: list[Labels]) -> Patches:
 
 @dataclass
 class Rows:
-    """Texts [rows, length] padded on the right, `answers` the token that is to follow each (−100: not asked)."""
+    """Conversations side by side in one sequence a prefix, [prefixes, length] each, padded on the right.
+
+    They follow the prefix and do not see each other.
+    """
 
     ids: Tensor
-    answers: Tensor
-    prefix: list[int]  # which prefix each row follows
+    answers: Tensor  # the token that is to follow, −100 where that is not the model's to say
+    places: Tensor  # in the conversation, from 0
+    numbers: Tensor  # of the conversation among all of the batch, −1 for padding
 
     @property
     def told(self) -> Tensor:
@@ -178,13 +182,13 @@ def talk(
     routes = _routes(rng, images, tiles)
     if paired and rng.random() < 0.7:  # as a router does with two images alike
         routes[1::2] = routes[::2]
-    alone = [[[small_talk(rng) if rng.random() < 0.8 else blind(rng)]] for _ in range(6)]
+    alone = [[small_talk(rng) if rng.random() < 0.8 else blind(rng)] for _ in range(6)]
     system = f"<|im_start|>system\n{rng.choice(SYSTEM)}<|im_end|>\n" if rng.random() < 0.3 else ""
     return Talk(
         torch.from_numpy(np.concatenate(cuts)), torch.tensor([c for s in every for c in _corners(s, tiles)]),
         _told(every, style) if labelled else None, routes, 2 if paired else 1,
         words.encode(f"{system}<|im_start|>user\n<img>"), words.encode("</img>\n<img>"), words.encode("</img>"), rows, tasks,
-        _rows(words, alone, "<|im_start|>user\n")[0],
+        _rows(words, [alone], "<|im_start|>user\n")[0],
     )  # fmt: skip
 
 
@@ -200,7 +204,7 @@ def _told(every: list[Scene], style: Style) -> Patches:
 
 
 def _asked(rng: Generator, scene: Scene, times: int, turns: int, extras: float) -> list[list[Asked]]:
-    """Conversations of so many turns about a scene. All of a batch have as many: short rows are padded to the longest."""
+    """Conversations of so many turns about a scene."""
     found: list[Asked] = []
     for _ in range(times):
         found += [q for q in questions(scene, rng) if q not in found]
@@ -214,16 +218,19 @@ def _asked(rng: Generator, scene: Scene, times: int, turns: int, extras: float) 
 
 
 def _rows(words: Words, asked: list[list[list[Asked]]], opening: str) -> tuple[Rows, list[str]]:
-    told = [
-        (i, words.conversation(turns, opening), turns[0].task if len(turns) == 1 else "chain")
-        for i, rows in enumerate(asked)
-        for turns in rows
-    ]
-    length = max(len(ids) for _, (ids, _), _ in told)
-    ids, answers = torch.zeros(len(told), length, dtype=torch.long), torch.full((len(told), length), -100)
-    for row, (_, (tokens, answer), _) in enumerate(told):
-        ids[row, : len(tokens)], answers[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(answer)
-    return Rows(ids, answers, [i for i, _, _ in told]), [task for _, _, task in told]
+    """Conversations by prefix, and the task of each, in order."""
+    sequences: list[list[tuple[int, int, int, int]]] = []
+    tasks: list[str] = []
+    for conversations in asked:
+        sequence: list[tuple[int, int, int, int]] = []
+        for turns in conversations:
+            ids, told = words.conversation(turns, opening)
+            sequence += zip(ids, told, range(len(ids)), [len(tasks)] * len(ids), strict=True)
+            tasks.append(turns[0].task if len(turns) == 1 else "chain")
+        sequences.append(sequence)
+    length = max(map(len, sequences))
+    padded = [sequence + [(0, -100, 0, -1)] * (length - len(sequence)) for sequence in sequences]
+    return Rows(*torch.tensor(padded).unbind(-1)), tasks
 
 
 def _routes(rng: Generator, images: int, tiles: int) -> Tensor:

@@ -89,16 +89,10 @@ class Read:
     """Prefixes [n, length, HIDDEN] as the language model has read them: keys and values, and `hidden` after two layers."""
 
     def __init__(self, language: Qwen3ForCausalLM, prefix: Tensor) -> None:
-        self._cache = DynamicCache(config=language.config)
-        read = language.model(inputs_embeds=prefix, past_key_values=self._cache, use_cache=True, output_hidden_states=True)
+        self.cache = DynamicCache(config=language.config)
+        read = language.model(inputs_embeds=prefix, past_key_values=self.cache, use_cache=True, output_hidden_states=True)
         self.hidden = cast(Tensor, read.hidden_states[2])
-
-    def repeated(self, prefixes: list[int]) -> DynamicCache:
-        """Keys and values for as many rows; to be called once."""
-        chosen = torch.tensor(prefixes, device=self.hidden.device)
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
-        return self._cache
+        self.length = prefix.shape[1]
 
 
 class Trainee(nn.Module):
@@ -149,11 +143,15 @@ class Trainee(nn.Module):
     def answer(self, read: "Read | None", rows: Rows) -> Tensor:
         """Logits [told, vocabulary] where an answer is told, of texts after prefixes or after nothing.
 
-        A prefix is read once for all its rows: they attend to its keys and values.
+        A prefix is read once for all that follows it; what was read is used up.
         """
-        cache = DynamicCache(config=self.language.config) if read is None else read.repeated(rows.prefix)
+        length = read.length if read else 0
         hidden = self.language.model(
-            inputs_embeds=self.embed(rows.ids), past_key_values=cache, use_cache=True
+            inputs_embeds=self.embed(rows.ids),
+            attention_mask=_alone(rows, length)[:, None],
+            position_ids=length + rows.places,
+            past_key_values=read.cache if read else None,
+            use_cache=read is not None,
         ).last_hidden_state
         return cast(Tensor, self.language.lm_head(hidden[rows.answers >= 0]))
 
@@ -174,6 +172,12 @@ class Trainee(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         return cast(Tensor, self.language.model.embed_tokens(ids))
+
+
+def _alone(rows: Rows, prefix: int) -> Tensor:
+    """What each token sees, bool [prefixes, length, prefix + length]: the prefix, and its own conversation up to itself."""
+    own = (rows.numbers[:, :, None] == rows.numbers[:, None]).tril()
+    return torch.cat([own.new_ones(*own.shape[:2], prefix), own], dim=-1)
 
 
 def _start(module: nn.Module) -> None:

@@ -227,7 +227,7 @@ def judged(logits: Tensor, rows: batches.Rows, tasks: list[str]) -> dict[str, fl
     """Share of rows of each task whose answer is right to the last token."""
     asked = rows.answers >= 0
     wrong = torch.zeros(len(tasks), dtype=torch.long, device=logits.device)
-    wrong.index_add_(0, asked.nonzero()[:, 0], (logits.argmax(-1) != rows.answers[asked]).long())
+    wrong.index_add_(0, rows.numbers[asked], (logits.argmax(-1) != rows.answers[asked]).long())
     by_task: dict[str, list[float]] = {}
     for task, mistakes in zip(tasks, wrong.tolist(), strict=True):
         by_task.setdefault(task, []).append(float(mistakes == 0))

@@ -75,8 +75,7 @@ def cost_of_short(model: Trainee, batch: Talk, rng: Generator) -> Judged:
 
 
 def _rows_of(rows: Rows, image: int) -> Rows:
-    chosen = [i for i, prefix in enumerate(rows.prefix) if prefix == image]
-    return Rows(rows.ids[chosen], rows.answers[chosen], [0] * len(chosen))
+    return Rows(*(part[image : image + 1] for part in (rows.ids, rows.answers, rows.places, rows.numbers)))
 
 
 def _loss(model: Trainee, prefix: Tensor, rows: Rows) -> float:

@@ -88,8 +88,8 @@ def test_the_parts_of_a_batch_agree_in_number(talks: list[batches.Talk]) -> None
         assert talk.tiles.shape == (tiles, 112, 112, 3)
         assert talk.told is not None
         assert talk.told.kind.shape == (tiles, SIDE * SIDE)
-        assert set(talk.rows.prefix) == set(range(len(prefixes(talk))))
-        assert len(talk.rows.prefix) == len(talk.tasks) == len(talk.rows.ids) == len(talk.rows.answers)
+        assert len(talk.rows.ids) == len(prefixes(talk))
+        assert sorted(set(talk.rows.numbers.flatten().tolist()) - {-1}) == list(range(len(talk.tasks)))
     assert {talk.compressed.shape[1] for talk in talks} >= {1, 3, 4, 5}
     assert {talk.together for talk in talks} == {1, 2}
 
@@ -108,7 +108,10 @@ def test_what_follows_a_prefix_is_a_turn_with_its_answer(talks: list[batches.Tal
     end = words.encode("<|im_end|>")
     start = words.encode("<|im_start|>")[0]
     for talk in talks:
-        for ids, answers in zip(talk.rows.ids, talk.rows.answers, strict=True):
+        for number in range(len(talk.tasks)):
+            here = talk.rows.numbers == number
+            ids, answers = talk.rows.ids[here], talk.rows.answers[here]
+            assert talk.rows.places[here].tolist() == list(range(len(ids)))
             asked = (answers >= 0).nonzero().flatten()
             assert (ids[asked + 1] == answers[asked]).all()
             assert answers[asked[-1]].item() == end[0]
@@ -120,8 +123,9 @@ def test_what_follows_a_prefix_is_a_turn_with_its_answer(talks: list[batches.Tal
 def test_a_text_alone_is_what_the_chat_template_makes_of_it(talks: list[batches.Talk], words: Words) -> None:
     start = words.encode("<|im_start|>user\n")
     for talk in talks:
-        for ids in talk.texts.ids.tolist():
-            assert ids[: len(start)] == start
+        assert len(talk.texts.ids) == 1
+        for number in range(6):
+            assert talk.texts.ids[talk.texts.numbers == number][: len(start)].tolist() == start
 
 
 def test_pairs_are_of_one_size_and_half_are_equal() -> None:
