@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from demo import scenes
 from demo.scenes import Labels, Scene, Style, Tile
-from demo.words import SYSTEM, Asked, Words, absent, blind, compared, questions, small_talk, spoken
+from demo.words import SYSTEM, Asked, Words, absent, blind, compared, counts, questions, small_talk, spoken
 from vision_worker import tiling
 
 Generator = np.random.Generator
@@ -31,6 +31,7 @@ class Patches:
     kind: Tensor
     colour: Tensor
     order: Tensor
+    turn: Tensor
     place: Tensor
     middle: Tensor
 
@@ -168,7 +169,8 @@ def talk(
     paired = pairs > 0 and rng.random() < (pairs if images > 1 else pairs / 2)
     couples: list[tuple[Scene, Scene]] = []
     if paired:
-        couples = [scenes.pair(rng, style, count) for _ in range(max(1, images // 2))]
+        drawn = [scenes.near_pair if rng.random() < 0.12 else scenes.pair for _ in range(max(1, images // 2))]
+        couples = [draw(rng, style, count) for draw in drawn]
         every, images = [scene for two in couples for scene in two], 2 * len(couples)
     else:
         every = [scenes.scene(rng, style, count) for _ in range(images)]
@@ -177,16 +179,17 @@ def talk(
         asked = [[[compared(first == second)]] for first, second in couples]
     else:
         turns = 2 if rng.random() < 0.1 else 1
-        asked = [_asked(rng, scene, 2 if count > 1 else 1, turns, extras) for scene in every]
+        asked = [_asked(rng, scene, 2 if count > 1 else 1, turns, extras, style.drill) for scene in every]
     rows, tasks = _rows(words, asked, "\n")
-    routes = _routes(rng, images, tiles)
+    told = _told(every, style) if labelled else None
+    routes = _routes(rng, images, tiles, told if style.drill else None)
     if paired and rng.random() < 0.7:  # as a router does with two images alike
         routes[1::2] = routes[::2]
     alone = [[small_talk(rng) if rng.random() < 0.8 else blind(rng)] for _ in range(6)]
     system = f"<|im_start|>system\n{rng.choice(SYSTEM)}<|im_end|>\n" if rng.random() < 0.3 else ""
     return Talk(
         torch.from_numpy(np.concatenate(cuts)), torch.tensor([c for s in every for c in _corners(s, tiles)]),
-        _told(every, style) if labelled else None, routes, 2 if paired else 1,
+        told, routes, 2 if paired else 1,
         words.encode(f"{system}<|im_start|>user\n<img>"), words.encode("</img>\n<img>"), words.encode("</img>"), rows, tasks,
         _rows(words, [alone], "<|im_start|>user\n")[0],
     )  # fmt: skip
@@ -203,9 +206,9 @@ def _told(every: list[Scene], style: Style) -> Patches:
     return _patches([scenes.labels(scene, window, style.tile // scenes.PATCH) for scene, window in windows])
 
 
-def _asked(rng: Generator, scene: Scene, times: int, turns: int, extras: float) -> list[list[Asked]]:
+def _asked(rng: Generator, scene: Scene, times: int, turns: int, extras: float, drill: bool) -> list[list[Asked]]:
     """Conversations of so many turns about a scene."""
-    found: list[Asked] = []
+    found: list[Asked] = counts(scene) if drill else []
     for _ in range(times):
         found += [q for q in questions(scene, rng) if q not in found]
     extra = absent(scene, rng)
@@ -233,15 +236,21 @@ def _rows(words: Words, asked: list[list[list[Asked]]], opening: str) -> tuple[R
     return Rows(*torch.tensor(padded).unbind(-1)), tasks
 
 
-def _routes(rng: Generator, images: int, tiles: int) -> Tensor:
-    """The long path for all tiles, the short one for all, or for some in each image alike in number."""
+def _routes(rng: Generator, images: int, tiles: int, told: Patches | None) -> Tensor:
+    """The long path for all tiles, the short one for all, or for some in each image alike in number.
+
+    With what is `told` of the tiles, those with digits rather take the long one, as a router has them.
+    """
     kind = rng.random()
     if kind < 0.4 or (tiles == 1 and kind < 0.6):
         return torch.zeros(images, tiles, dtype=torch.bool)
     if kind < 0.55 or tiles == 1:
         return torch.ones(images, tiles, dtype=torch.bool)
     small = int(rng.integers(1, tiles))
-    return torch.from_numpy(np.stack([rng.permutation(tiles) < small for _ in range(images)]))
+    lots = rng.random((images, tiles))
+    if told is not None:
+        lots += 0.8 * (told.kind >= 7).any(-1).view(images, tiles).numpy()
+    return torch.from_numpy(lots.argsort(1).argsort(1) < small)
 
 
 class Batches(Dataset[Any]):

@@ -46,8 +46,9 @@ TOKENS, COMPRESSED = 256, 64
 MAX_TOKENS = 64
 SINGLE = ("colour", "shape", "count", "place", "presence", "number")
 TASKS = (*SINGLE, "same")
+NEAR = "same, one change"
 STYLES = {"trained": Style(), "held out": Style(held_out=True)}
-STREAMS = ("trained", "held out", "trained pairs", "held out pairs", "text", "router")
+STREAMS = ("trained", "held out", "trained pairs", "held out pairs", "text", "router", "trained near", "held out near")
 """Names of groups; each has its own seeds, by its place here: add new ones at the end."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before a request that found the server busy or away is sent again."""
@@ -122,13 +123,20 @@ def generator(stream: str, index: int, *more: int) -> np.random.Generator:
 
 
 def plan_accuracy(n: int, talk: int) -> Iterator[Group]:
-    """`n` questions of each task in either style, `talk` without an image."""
+    """`n` questions of each task in either style, `talk` without an image.
+
+    Of pairs as many more as a fifth of `n` differ in one thing only, and are counted apart.
+    """
     for stream, style in STYLES.items():
         yield from _single(stream, style, n)
         for index in range(n):
             rng = generator(f"{stream} pairs", index)
             first, second = scenes.pair(rng, style, int(rng.choice(scenes.TILES)))
             yield Group(f"{stream} pairs", index, (compared(first == second),), (first, second), style)
+        for index in range(n // 5):
+            rng = generator(f"{stream} near", index)
+            two = scenes.near_pair(rng, style, int(rng.choice(scenes.TILES)))
+            yield Group(f"{stream} near", index, (replace(compared(False), task=NEAR),), two, style)
     yield from _text(talk)
 
 
@@ -409,7 +417,8 @@ def kept(records: Sequence[Record]) -> Json:
 
 def accuracy(records: Sequence[Record]) -> Json:
     found = {name: by_task([r for r in records if r.stream in (name, f"{name} pairs")]) for name in STYLES}
-    return {"styles": found, "text": by_task([r for r in records if r.stream == "text"])}
+    near = {name: scored([r for r in records if r.stream == f"{name} near"]) for name in STYLES}
+    return {"styles": found, "near": near, "text": by_task([r for r in records if r.stream == "text"])}
 
 
 def per_setting(records: Sequence[Record], settings: Iterable[Setting]) -> Json:
@@ -436,6 +445,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def accuracy_table(found: Json) -> str:
     styles = found["styles"]
     rows = [[task, *(percent(styles[name].get(task)) for name in STYLES)] for task in ("all", *TASKS)]
+    rows.append([NEAR, *(percent(found["near"].get(name)) for name in STYLES)])
     rows += [[task, percent(score), "–"] for task, score in found["text"].items() if task != "all"]
     return table(["% right (95 % interval)", *STYLES], rows)
 

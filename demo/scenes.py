@@ -108,6 +108,8 @@ class Style:
     longest: float = LONGEST
     """Ratio of a picture's sides, at the most."""
     held_out: bool = False
+    drill: bool = False
+    """Rather what is learned last: long numbers, and many of one shape."""
 
     @property
     def tiling(self) -> tiling.Tiling:
@@ -166,7 +168,7 @@ def scene(rng: np.random.Generator, style: Style = Style(), tiles: int | None = 
     texture = str(rng.choice(style.textures))
     colours = _visible(background)
     taken: list[Box] = []
-    number = _place_number(rng, style, width, height, colours, taken) if rng.random() < 0.65 else None
+    number = _place_number(rng, style, width, height, colours, taken) if rng.random() < (0.9 if style.drill else 0.65) else None
     shapes = _place_shapes(rng, style, width, height, colours, taken)
     return Scene(width, height, texture, background, shapes, number, (), int(rng.integers(2**31)), corner(rng, style.tile))
 
@@ -257,7 +259,7 @@ def _place_number(
     columns, rows = tiling.grid(width, height, style.tiling)
     tall, wide = rows * style.tile / height, columns * style.tile / width  # what tiling stretches by
     least = style.smallest_digit / tall * 1.02
-    text = str(_integer(rng))
+    text = str(_integer(rng, style))
     file = str(rng.choice(style.fonts))
     most = min(most * height, 0.9 * width / (0.75 * len(text)), 220 * style.tile / FULL / min(tall, wide) * 1.6)
     if most <= least:
@@ -284,17 +286,18 @@ def _number(text: str, colour: str, file: str, size: int, at: tuple[float, float
     return Number(text, colour, file, size, (at[0], at[1], at[0] + right - left, at[1] + bottom - top), tuple(digits))
 
 
-def _integer(rng: np.random.Generator) -> int:
-    digits = int(rng.integers(1, 5))
+def _integer(rng: np.random.Generator, style: Style) -> int:
+    digits = int(rng.choice(4, p=(0.05, 0.15, 0.3, 0.5))) + 1 if style.drill else int(rng.integers(1, 5))
     return int(rng.integers(0 if digits == 1 else 10 ** (digits - 1), 10**digits))
 
 
 def _place_shapes(
     rng: np.random.Generator, style: Style, width: int, height: int, colours: list[str], taken: list[Box]
 ) -> tuple[Shape, ...]:
-    if rng.random() < 0.5:  # for counting: many of one shape, a few others
-        main = str(rng.choice(SHAPES))
-        names = [main] * int(rng.integers(1, 7)) + [str(s) for s in rng.choice(SHAPES, int(rng.integers(0, 3))) if s != main]
+    if rng.random() < (0.8 if style.drill else 0.5):  # for counting: many of one shape, a few others
+        main, many = str(rng.choice(SHAPES)), int(rng.integers(2 if style.drill else 1, 7))
+        others = (str(shape) for shape in rng.choice(SHAPES, int(rng.integers(0, 3))))
+        names = [main] * many + [shape for shape in others if shape != main]
         kinds = list(rng.choice(colours, len(names)))
         largest = 0.3 if len(names) < 4 else 0.22
     else:
@@ -359,13 +362,22 @@ def changed(rng: np.random.Generator, scene: Scene, style: Style) -> Scene:
 
 
 def pair(rng: np.random.Generator, style: Style, tiles: int) -> tuple[Scene, Scene]:
-    """Two scenes of as many tiles: half are equal; half of the others differ in one thing, half altogether."""
+    """Two scenes of as many tiles: half are equal, half are of other things, half of these on the same background."""
     first = scene(rng, style, tiles)
     if rng.random() < 0.5:
         return first, first
-    if rng.random() < 0.5:
-        return first, changed(rng, first, style)
-    return first, scene(rng, style, tiles)
+    while True:
+        other = scene(rng, style, tiles)
+        if rng.random() < 0.5:
+            other = replace(other, background=first.background, texture=first.texture)
+        if (other.shapes, other.number) != (first.shapes, first.number):
+            return first, other
+
+
+def near_pair(rng: np.random.Generator, style: Style, tiles: int) -> tuple[Scene, Scene]:
+    """Two scenes that differ in one thing."""
+    first = scene(rng, style, tiles)
+    return first, changed(rng, first, style)
 
 
 def _renumbered(rng: np.random.Generator, number: Number) -> Number:
@@ -547,6 +559,7 @@ class Labels:
     kind: npt.NDArray[np.int8]  # 0 nothing, 1 to 6 a shape, 7 to 16 a digit
     colour: npt.NDArray[np.int8]  # 0 nothing, 1 to 8
     order: npt.NDArray[np.int8]  # of a digit among those of its number in this tile, from the left
+    turn: npt.NDArray[np.int8]  # of a digit in the whole number, from the left, whatever of it is in this tile
     place: npt.NDArray[np.int8]  # of the thing's middle in its tile, where the tile shows the whole picture
     middle: npt.NDArray[np.int8]  # 1 where the middle of a thing is
     things: int = field(default=0)
@@ -560,17 +573,19 @@ _LEAST = 0.6  # patches; what is thinner cannot be told in a thumbnail
 def labels(scene: Scene, tile: Tile, side: int) -> Labels:
     """Patch labels of one window, `side` patches wide."""
     nothing, unknown = np.zeros((side, side), np.int8), np.full((side, side), -1, np.int8)
-    found = Labels(nothing, nothing.copy(), unknown, unknown.copy(), nothing.copy())
+    found = Labels(nothing, nothing.copy(), unknown, unknown.copy(), unknown.copy(), nothing.copy())
     for shape in scene.shapes:
-        _label(found, tile, scene, shape.box, SHAPES.index(shape.name) + 1, shape.colour, -1, 0.06)
+        _label(found, tile, scene, shape.box, SHAPES.index(shape.name) + 1, shape.colour, -1, -1, 0.06)
     for number in scene.numbers:
         order = 0
-        for digit, box in zip(number.text, number.digits, strict=True):
-            order += _label(found, tile, scene, box, 7 + int(digit), number.colour, order, 0.0)
+        for turn, (digit, box) in enumerate(zip(number.text, number.digits, strict=True)):
+            order += _label(found, tile, scene, box, 7 + int(digit), number.colour, order, turn, 0.0)
     return found
 
 
-def _label(found: Labels, tile: Tile, scene: Scene, box: Box, kind: int, colour: str, order: int, inset: float) -> bool:
+def _label(
+    found: Labels, tile: Tile, scene: Scene, box: Box, kind: int, colour: str, order: int, turn: int, inset: float
+) -> bool:
     """Whether the thing is seen well enough to be told."""
     side = found.kind.shape[0]
     left, right = ((box[i] * tile.wide - tile.left) / PATCH for i in (0, 2))
@@ -593,6 +608,7 @@ def _label(found: Labels, tile: Tile, scene: Scene, box: Box, kind: int, colour:
         found.kind[r, c] = kind if known else -1
         found.colour[r, c] = _COLOUR_NUMBER[colour]
         found.order[r, c] = order if known else -1
+        found.turn[r, c] = turn
         if tile.whole:
             found.place[r, c] = place(*shares(scene, box))
     found.things += known

@@ -36,6 +36,7 @@ RELATIVE, ABSOLUTE = 0.0, 0.5
 """The router's thresholds that are shipped: read off the curve in demo/README.md."""
 
 KINDS, COLOURS, ORDERS, PLACES = 17, 9, 4, 9
+MARKS = 4 + 6  # which digit of the number, and the how manieth of its shape
 
 
 class Heads(nn.Module):
@@ -47,6 +48,7 @@ class Heads(nn.Module):
         self.outline = nn.Sequential(nn.LayerNorm(model.WIDTH), nn.Linear(model.WIDTH, 49))
         self.around = nn.Sequential(nn.LayerNorm(model.WIDTH), nn.Linear(model.WIDTH, 25 * 9))
         self.differs = nn.Linear(model.HIDDEN, 1)
+        self.marks = nn.Linear(model.HIDDEN, MARKS)
         self.read = nn.Linear(model.WIDTH, KINDS + COLOURS + ORDERS + PLACES + 2)
 
     def forward(self, features: Tensor, told: batches.Patches) -> tuple[Tensor, dict[str, float]]:
@@ -182,6 +184,7 @@ SINGLE = Style(tile=224, max_tiles=1, smallest_digit=28, smallest_shape=0.18, la
 CROWDED = replace(SINGLE, largest=500)
 LARGE = Style(max_tiles=1, smallest_shape=0.1, largest=700, longest=2)
 SMALL = Style(tile=224, smallest_digit=28, smallest_shape=0.16)
+DRILL, WHOLE = replace(SMALL, smallest_digit=34, drill=True), Style(drill=True)
 
 
 def learn_patches(run: Run, stage: Stage, styles: tuple[Style, ...], count: int, lean: float) -> None:
@@ -256,6 +259,34 @@ def _difference(heads: Heads, read: model.Read, batch: batches.Talk) -> Tensor:
     return F.binary_cross_entropy_with_logits(seen, differs, weights)
 
 
+def _marks(told: batches.Patches, compressed: Tensor) -> Tensor:
+    """Of each visual token, [images, tokens, MARKS]: a one for each place in a number, and each count of a shape so far.
+
+    A number that a tile's border cuts is only then read in order if its digits are told apart by all of it; counting is
+    done in the tile that shows the whole picture, token by token.
+    """
+    images, tiles = compressed.shape
+    side = round(told.kind.shape[1] ** 0.5)
+    counted = (told.middle == 1) & (told.place >= 0) & (told.kind >= 1) & (told.kind <= 6)
+    turns = F.one_hot(told.turn + 1, 5)[..., 1:].mT.float().view(-1, 4, side, side)
+    shapes = F.one_hot(torch.where(counted, told.kind, 0), 7)[..., 1:].mT.float().view(-1, 6, side, side)
+    found = []
+    for tile, short in enumerate(compressed.flatten().tolist()):
+        span = 4 if short else 2
+        here = F.avg_pool2d(shapes[tile], span).flatten(1) * span**2
+        so_far = F.one_hot((here.cumsum(1) * (here > 0)).round().long().clamp(max=6), 7)[..., 1:].amax(0)
+        found.append(torch.cat([F.max_pool2d(turns[tile], span).flatten(1).mT, so_far], dim=1))
+    return torch.stack([torch.cat(found[i * tiles : (i + 1) * tiles]) for i in range(images)])
+
+
+def _marked(heads: Heads, read: model.Read, batch: batches.Talk, told: batches.Patches) -> Tensor:
+    """Binary cross entropy of `_marks` as they are read off the language model's middle, both sides weighing the same."""
+    truth = _marks(told, batch.compressed)
+    seen = heads.marks(read.hidden[:, len(batch.opening) : read.hidden.shape[1] - len(batch.end)])
+    share = truth.mean().clamp(0.001, 0.5)
+    return F.binary_cross_entropy_with_logits(seen, truth, torch.where(truth > 0, 0.5 / share, 0.5 / (1 - share)))
+
+
 def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tower: float) -> None:
     """`make`: batches, but for the words; `tower`: its rate of learning as a share of the rest's, at 0 it stays as it is."""
 
@@ -269,26 +300,32 @@ def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tow
         total = answers + 0.1 * texts
         difference = _difference(run.heads, read, batch) if batch.together == 2 else answers * 0
         total = total + 0.5 * difference
-        if batch.told is not None:
+        if tower > 0 and batch.told is not None:
             total = total + 0.15 * run.heads(features, batch.told)[0]
+        extra: dict[str, float] = {}
+        if batch.together == 1 and batch.told is not None:
+            marked = _marked(run.heads, read, batch, batch.told)
+            total = total + 0.3 * marked
+            extra["marked"] = float(marked.detach())
         right = {f"{task} {batch.path}": share for task, share in judged(logits.detach(), batch.rows, batch.tasks).items()}
         return total, {
             "loss": float(total.detach()),
             "answers": float(answers.detach()),
             "texts": float(texts.detach()),
             **({"difference": float(difference.detach())} if batch.together == 2 else {}),
+            **extra,
             **right,
         }
 
     vision = run.model.vision
-    spotting = list(run.heads.differs.parameters())
+    spotting = [*run.heads.differs.parameters(), *run.heads.marks.parameters()]
     groups: list[dict[str, Any]] = [
         {"params": [*run.model.language.parameters(), *vision.mlp1.parameters(), *vision.mlp2.parameters(), *spotting]}
     ]
     if tower > 0:
-        heads = [p for n, p in run.heads.named_parameters() if not n.startswith("differs")]
+        heads = [p for n, p in run.heads.named_parameters() if not n.startswith(("differs", "marks"))]
         groups.append({"params": [*vision.vision_model.parameters(), *heads], "share": tower})
-    run.stage(stage, partial(make, words=run.words, labelled=tower > 0), step, groups)
+    run.stage(stage, partial(make, words=run.words), step, groups)
 
 
 def learn_consistency(run: Run, stage: Stage, style: Style, budget: int) -> None:
@@ -335,6 +372,7 @@ STAGES = (
     Stage("tiles", 1100, 3e-4),
     Stage("full", 200, 3e-4),
     Stage("mixed", 1500, 3e-4),
+    Stage("drill", 1500, 4e-4),
     Stage("consistency", 200, 2e-4),
     Stage("judging", 100, 0),
     Stage("router", 400, 5e-4),
@@ -349,7 +387,10 @@ TEACH = {
     "mixed": partial(
         learn_answers, make=partial(batches.either, often=(SMALL, 28), now_and_then=(Style(), 10), extras=0.5), tower=0.3
     ),
-    "consistency": partial(learn_consistency, style=Style(), budget=9),
+    "drill": partial(
+        learn_answers, make=partial(batches.either, often=(DRILL, 56), now_and_then=(WHOLE, 14), extras=0.4), tower=0
+    ),
+    "consistency": partial(learn_consistency, style=WHOLE, budget=9),
     "judging": partial(judge_tiles, style=Style(), budget=7),
     "router": partial(learn_routes, share=0.65),
 }

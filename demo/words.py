@@ -64,6 +64,12 @@ def _count_of(scene: Scene, name: str) -> int:
     return sum(s.name == name for s in scene.shapes)
 
 
+def counts(scene: Scene) -> list[Asked]:
+    """Of each shape that is there twice or more."""
+    names = sorted({s.name for s in scene.shapes if _count_of(scene, s.name) > 1})
+    return [Asked("count", f"How many {plural(name)} are there?", str(_count_of(scene, name))) for name in names]
+
+
 def _count(scene: Scene, rng: np.random.Generator) -> Asked:
     """Mostly of a shape that is there."""
     there = sorted({s.name for s in scene.shapes}, key=lambda n: -_count_of(scene, n))

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from demo import batches, scenes
 from demo.scenes import Style
-from demo.words import Words
+from demo.words import Words, counts
 from vision_worker import tiling
 
 TINY = Style(tile=112, smallest_digit=16)
+DRILL = replace(TINY, drill=True)
 SINGLE = Style(tile=112, max_tiles=1, smallest_digit=16)
 SIDE = 112 // scenes.PATCH
 
@@ -131,19 +132,42 @@ def test_a_text_alone_is_what_the_chat_template_makes_of_it(talks: list[batches.
 def test_pairs_are_of_one_size_and_half_are_equal() -> None:
     counts = [scenes.TILES[i % len(scenes.TILES)] for i in range(300)]
     pairs = [scenes.pair(rng(i), TINY, count) for i, count in enumerate(counts)]
-    equal = [first == second for first, second in pairs]
-    near = [a.seed == b.seed for a, b in pairs if a != b]
-    assert 0.4 < sum(equal) / len(equal) < 0.6
-    assert 0.35 < sum(near) / len(near) < 0.65
-    for count, two in zip(counts, pairs, strict=True):
+    others = [(a, b) for a, b in pairs if a != b]
+    assert 0.4 < len(others) / len(pairs) < 0.6
+    assert 0.35 < sum(a.background == b.background for a, b in others) / len(others) < 0.65
+    assert all((a.shapes, a.number) != (b.shapes, b.number) for a, b in others)
+    pairs += [scenes.near_pair(rng(i), TINY, count) for i, count in enumerate(counts)]
+    for count, two in zip(counts * 2, pairs, strict=True):
         assert {math.prod(tiling.grid(scene.width, scene.height, TINY.tiling)) for scene in two} == {count}
+
+
+def test_a_drill_has_long_numbers_and_much_to_count() -> None:
+    found = {style: [scenes.scene(rng(i), style) for i in range(200)] for style in (TINY, DRILL)}
+    digits = {style: np.mean([len(s.number.text) for s in some if s.number]) for style, some in found.items()}
+    asked = {style: [int(q.answer) for s in some for q in counts(s)] for style, some in found.items()}
+    assert digits[TINY] < 2.8 < 3 < digits[DRILL]
+    assert len(asked[DRILL]) > 1.4 * len(asked[TINY])
+    assert set(asked[DRILL]) == {2, 3, 4, 5, 6}
+
+
+def test_a_drill_leaves_digits_to_the_long_path(words: Words) -> None:
+    """More than other tiles, where some of an image are compressed."""
+    long: dict[bool, list[float]] = {True: [], False: []}
+    for i in range(60):
+        talk = batches.talk(rng(i), words, DRILL, 12, pairs=0)
+        assert talk.told is not None
+        if talk.path == "mixed":
+            digits = (talk.told.kind >= 7).any(-1).view(talk.compressed.shape)
+            for kind in (True, False):
+                long[kind] += (~talk.compressed[digits == kind]).float().tolist()
+    assert np.mean(long[True]) > np.mean(long[False]) + 0.3
 
 
 def test_tiles_to_learn_patches_from_come_with_their_labels() -> None:
     found = batches.dense(rng(1), (SINGLE, TINY), 24)
     assert found.tiles.shape == (24, 112, 112, 3)
     assert found.tiles.dtype == torch.uint8
-    for name in ("kind", "colour", "order", "place", "middle"):
+    for name in ("kind", "colour", "order", "turn", "place", "middle"):
         labels = getattr(found.told, name)
         assert labels.shape == (24, SIDE * SIDE)
         assert labels.dtype == torch.int64

@@ -158,7 +158,11 @@ def test_each_task_is_asked_as_often_as_told_and_no_question_twice() -> None:
         assert {scene.texture for group in mine for scene in group.scenes} <= set(style.textures)
     pairs = [group for group in planned if group.stream.endswith("pairs")]
     assert all(len(group.scenes) == 2 for group in pairs)
+    assert all(group.scenes[0].seed != group.scenes[1].seed for group in pairs if group.asked[0].answer == "no")
     assert all((group.scenes[0] == group.scenes[1]) == (group.asked[0].answer == "yes") for group in pairs)
+    near = [group for group in planned if group.stream.endswith("near")]
+    assert [group.asked[0].answer for group in near] == ["no", "no"]
+    assert all(first.seed == second.seed for first, second in (group.scenes for group in near))
     text = [asked for group in planned if group.stream == "text" for asked in group.asked]
     assert len({asked.question for asked in text}) == 12
     assert [asked.task for asked in text].count("no image") == 4

@@ -306,6 +306,9 @@ def test_digits_are_numbered_from_the_left_in_each_tile() -> None:
             found = [int(order) for order in orders if order >= 0]
             assert found == sorted(found)
             assert set(found) == set(range(sum(shown(box, 32) >= 0.6 for box in digits)))
+            turns = {int(turn) for turn in scenes.labels(scene, window, 32).turn.flatten()} - {-1}
+            assert turns <= {i for i, box in enumerate(digits) if shown(box, 32) > 0}
+            assert turns >= {i for i, box in enumerate(digits) if shown(box, 32) > 0.6}
             seen += max(found, default=0) > 0
     assert seen > 20
 
