@@ -101,7 +101,7 @@ class Style:
     max_tiles: int = 12
     smallest_digit: float = 40.0
     """Height of a number's digits after tiling, in pixels, at the least."""
-    smallest_shape: float = 0.13
+    smallest_shape: float = 0.17
     """Side of a shape as a share of the picture's shorter side, at the least."""
     largest: int = LARGEST
     """Longest side of a picture, in pixels, for tiles of 448."""
@@ -311,7 +311,7 @@ def _place_shapes(
         size = side * math.exp(rng.uniform(math.log(style.smallest_shape), math.log(max(largest, 1.4 * style.smallest_shape))))
         box = _free(rng, width, height, size, size, taken, margin=0.01)
         if box is not None:
-            taken.append(_grown(box, 0.02 * side))
+            taken.append(_grown(box, 0.04 * side))
             shapes.append(Shape(str(name), str(colour), box))
     return tuple(shapes)
 

@@ -36,7 +36,7 @@ RELATIVE, ABSOLUTE = 0.0, 0.5
 """The router's thresholds that are shipped: read off the curve in demo/README.md."""
 
 KINDS, COLOURS, ORDERS, PLACES = 17, 9, 4, 9
-MARKS = 4 + 6  # which digit of the number, and the how manieth of its shape
+MARKS = 4, 6  # which digit of the number, and the how manieth of its shape
 
 
 class Heads(nn.Module):
@@ -48,7 +48,7 @@ class Heads(nn.Module):
         self.outline = nn.Sequential(nn.LayerNorm(model.WIDTH), nn.Linear(model.WIDTH, 49))
         self.around = nn.Sequential(nn.LayerNorm(model.WIDTH), nn.Linear(model.WIDTH, 25 * 9))
         self.differs = nn.Linear(model.HIDDEN, 1)
-        self.marks = nn.Linear(model.HIDDEN, MARKS)
+        self.marks = nn.Linear(model.HIDDEN, sum(MARKS))
         self.read = nn.Linear(model.WIDTH, KINDS + COLOURS + ORDERS + PLACES + 2)
 
     def forward(self, features: Tensor, told: batches.Patches) -> tuple[Tensor, dict[str, float]]:
@@ -183,7 +183,7 @@ def _schedule(step: int, steps: int) -> float:
 SINGLE = Style(tile=224, max_tiles=1, smallest_digit=28, smallest_shape=0.18, largest=800, longest=2)
 CROWDED = replace(SINGLE, largest=500)
 LARGE = Style(max_tiles=1, smallest_shape=0.1, largest=700, longest=2)
-SMALL = Style(tile=224, smallest_digit=28, smallest_shape=0.16)
+SMALL = Style(tile=224, smallest_digit=28, smallest_shape=0.18)
 DRILL, WHOLE = replace(SMALL, smallest_digit=34, drill=True), Style(drill=True)
 
 
@@ -259,32 +259,49 @@ def _difference(heads: Heads, read: model.Read, batch: batches.Talk) -> Tensor:
     return F.binary_cross_entropy_with_logits(seen, differs, weights)
 
 
-def _marks(told: batches.Patches, compressed: Tensor) -> Tensor:
-    """Of each visual token, [images, tokens, MARKS]: a one for each place in a number, and each count of a shape so far.
+def _counted(told: batches.Patches, span: int = 1) -> Tensor:
+    """Of each square of `span` patches, [n, squares], where a shape's middle is: how many of it before, 5 at the most.
+
+    Row by row, in tiles that show the whole picture. Elsewhere, and where two middles are, −1.
+    """
+    side = round(told.kind.shape[1] ** 0.5)
+    known = (told.middle == 1) & (told.place >= 0) & (told.kind >= 1) & (told.kind <= 6)
+    shapes = F.one_hot(torch.where(known, told.kind, 0), 7)[..., 1:].mT.float().view(-1, 6, side, side)
+    here = (F.avg_pool2d(shapes, span) * span**2).flatten(2).round()
+    so_far = (here.cumsum(2) * here).amax(1)
+    return torch.where((here.sum(1) == 1) & (so_far <= MARKS[1]), so_far - 1, -1).long()
+
+
+def _marks(told: batches.Patches, compressed: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each visual token, [images, tokens]: its place in a number, and the how manieth of its shape it is; −1 for neither.
 
     A number that a tile's border cuts is only then read in order if its digits are told apart by all of it; counting is
-    done in the tile that shows the whole picture, token by token.
+    done in the tile that shows the whole picture, token by token. What a token has two of is not told.
     """
     images, tiles = compressed.shape
     side = round(told.kind.shape[1] ** 0.5)
-    counted = (told.middle == 1) & (told.place >= 0) & (told.kind >= 1) & (told.kind <= 6)
+    counts = {span: _counted(told, span) for span in (2, 4)}
     turns = F.one_hot(told.turn + 1, 5)[..., 1:].mT.float().view(-1, 4, side, side)
-    shapes = F.one_hot(torch.where(counted, told.kind, 0), 7)[..., 1:].mT.float().view(-1, 6, side, side)
     found = []
     for tile, short in enumerate(compressed.flatten().tolist()):
         span = 4 if short else 2
-        here = F.avg_pool2d(shapes[tile], span).flatten(1) * span**2
-        so_far = F.one_hot((here.cumsum(1) * (here > 0)).round().long().clamp(max=6), 7)[..., 1:].amax(0)
-        found.append(torch.cat([F.max_pool2d(turns[tile], span).flatten(1).mT, so_far], dim=1))
-    return torch.stack([torch.cat(found[i * tiles : (i + 1) * tiles]) for i in range(images)])
+        turn = F.max_pool2d(turns[tile], span).flatten(1)
+        turn = torch.where(turn.sum(0) == 1, turn.argmax(0), -1)
+        found.append(torch.stack([turn, counts[span][tile]]))
+    both = torch.stack([torch.cat(found[i * tiles : (i + 1) * tiles], dim=1) for i in range(images)], dim=1)
+    return both[0], both[1]
 
 
-def _marked(heads: Heads, read: model.Read, batch: batches.Talk, told: batches.Patches) -> Tensor:
-    """Binary cross entropy of `_marks` as they are read off the language model's middle, both sides weighing the same."""
-    truth = _marks(told, batch.compressed)
+def _marked(heads: Heads, read: model.Read, batch: batches.Talk, told: batches.Patches) -> tuple[Tensor, dict[str, float]]:
+    """Cross entropy of `_marks` as they are read off the language model's middle."""
     seen = heads.marks(read.hidden[:, len(batch.opening) : read.hidden.shape[1] - len(batch.end)])
-    share = truth.mean().clamp(0.001, 0.5)
-    return F.binary_cross_entropy_with_logits(seen, truth, torch.where(truth > 0, 0.5 / share, 0.5 / (1 - share)))
+    total, shown = seen.sum() * 0, dict[str, float]()
+    for name, logits, truth in zip(("turn", "counted"), seen.split(MARKS, dim=-1), _marks(told, batch.compressed), strict=True):
+        known = truth >= 0
+        if bool(known.any()):
+            total = total + F.cross_entropy(logits[known], truth[known])
+            shown[name] = float((logits[known].argmax(-1) == truth[known]).float().mean())
+    return total, shown
 
 
 def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tower: float) -> None:
@@ -304,9 +321,8 @@ def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tow
             total = total + 0.15 * run.heads(features, batch.told)[0]
         extra: dict[str, float] = {}
         if batch.together == 1 and batch.told is not None:
-            marked = _marked(run.heads, read, batch, batch.told)
-            total = total + 0.3 * marked
-            extra["marked"] = float(marked.detach())
+            marked, extra = _marked(run.heads, read, batch, batch.told)
+            total = total + 0.2 * marked
         right = {f"{task} {batch.path}": share for task, share in judged(logits.detach(), batch.rows, batch.tasks).items()}
         return total, {
             "loss": float(total.detach()),
@@ -373,6 +389,7 @@ STAGES = (
     Stage("full", 200, 3e-4),
     Stage("mixed", 1500, 3e-4),
     Stage("drill", 1500, 4e-4),
+    Stage("drill again", 4000, 4e-4),
     Stage("consistency", 200, 2e-4),
     Stage("judging", 100, 0),
     Stage("router", 400, 5e-4),
@@ -389,6 +406,9 @@ TEACH = {
     ),
     "drill": partial(
         learn_answers, make=partial(batches.either, often=(DRILL, 56), now_and_then=(WHOLE, 14), extras=0.4), tower=0
+    ),
+    "drill again": partial(
+        learn_answers, make=partial(batches.either, often=(DRILL, 56), now_and_then=(WHOLE, 14), extras=0.3), tower=0
     ),
     "consistency": partial(learn_consistency, style=WHOLE, budget=9),
     "judging": partial(judge_tiles, style=Style(), budget=7),

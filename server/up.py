@@ -214,9 +214,9 @@ def _example(options: config.Up) -> str:
 def _red_disc() -> str:
     from PIL import Image, ImageDraw
 
-    image = Image.new("P", (64, 64))
+    image = Image.new("P", (224, 224))
     image.putpalette([255, 255, 255, 220, 30, 30])
-    ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=1)
+    ImageDraw.Draw(image).ellipse((56, 56, 168, 168), fill=1)
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True, bits=1)
     return base64.b64encode(file.getvalue()).decode()

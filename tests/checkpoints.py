@@ -1,10 +1,9 @@
 """Tiny InternVL checkpoints with random weights, in the layouts that the published ones have.
 
-For tests, benchmarks and the bundled demo: `python tests/checkpoints.py demo/checkpoint` writes the latter. Weights are
-scaled so that activations keep their size from layer to layer, and greedy answers differ from image to image.
+For tests and benchmarks. Weights are scaled so that activations keep their size from layer to layer, and greedy answers
+differ from image to image.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -535,22 +534,3 @@ _NATIVE_TOKENIZER = {
     },
     "processor_class": "InternVLProcessor",
 }
-
-
-def bundle(folder: str | Path) -> Path:
-    """The checkpoint in `demo/`: the same every time."""
-    made = make(folder, language="qwen3", flash=True, dtype="bfloat16", context=32768, seed=35)
-    generation = made / "generation_config.json"
-    # random weights hardly ever end a turn, and a caller who names no limit would get all 32768 tokens
-    _json(generation, _read(generation) | {"max_new_tokens": 256})
-    return made
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the bundled checkpoint (random weights).")
-    parser.add_argument("folder", nargs="?", default="demo/checkpoint", help="where to (default: %(default)s)")
-    print(bundle(parser.parse_args().folder))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,10 @@ from torch import Tensor
 from demo import batches, train
 
 SIDE = 8
+Place = tuple[int, int, int]  # tile, row, column
 
 
-def patches(tiles: int, **at: dict[tuple[int, int, int], int]) -> batches.Patches:
+def patches(tiles: int, **at: dict[Place, int]) -> batches.Patches:
     """Nothing but what is said of a tile's row and column."""
 
     def filled(name: str) -> Tensor:
@@ -18,30 +19,42 @@ def patches(tiles: int, **at: dict[tuple[int, int, int], int]) -> batches.Patche
     return batches.Patches(**{name: filled(name) for name in ("kind", "colour", "order", "turn", "place", "middle")})
 
 
-def marks(found: Tensor) -> dict[int, list[int]]:
-    """Which are set, by token, of the only image."""
-    return {token: row.nonzero().flatten().tolist() for token, row in enumerate(found[0]) if row.any()}
+def shapes(tiles: int, kinds: dict[Place, int], whole: int) -> batches.Patches:
+    """Shapes by their middles; `whole`: the tile that shows the whole picture."""
+    return patches(tiles, kind=kinds, middle=dict.fromkeys(kinds, 1), place={at: 4 for at in kinds if at[0] == whole})
 
 
-def test_a_number_that_a_border_cuts_is_marked_in_order_through_both_tiles() -> None:
-    told = patches(2, kind={(0, 2, 7): 9, (1, 2, 1): 8}, turn={(0, 2, 7): 0, (1, 2, 1): 1, (1, 2, 2): 2})
-    long = train._marks(told, torch.tensor([[False, False]]))
-    assert long.shape == (1, 32, train.MARKS)
-    assert marks(long) == {7: [0], 20: [1], 21: [2]}
-    short = train._marks(told, torch.tensor([[False, True]]))
-    assert short.shape == (1, 20, train.MARKS)
-    assert marks(short) == {7: [0], 16: [1, 2]}
+def known(found: Tensor) -> dict[int, int]:
+    """What is told, by token or patch."""
+    return {place: int(value) for place, value in enumerate(found) if value >= 0}
 
 
-def test_shapes_are_counted_in_the_whole_picture_only_each_by_itself() -> None:
+def test_a_number_that_a_border_cuts_is_in_order_through_both_tiles() -> None:
+    told = patches(2, turn={(0, 2, 7): 0, (1, 2, 1): 1, (1, 2, 2): 2})
+    turns, _ = train._marks(told, torch.tensor([[False, False]]))
+    assert turns.shape == (1, 32)
+    assert known(turns[0]) == {7: 0, 20: 1, 21: 2}
+    turns, _ = train._marks(told, torch.tensor([[False, True]]))
+    assert turns.shape == (1, 20)
+    assert known(turns[0]) == {7: 0}, "two digits in a token of the short path"
+
+
+def test_shapes_are_counted_each_by_itself_in_the_whole_picture_only() -> None:
     circle, star = 1, 4
-    things = {(0, 0, 0): circle, (1, 0, 0): circle, (1, 1, 5): circle, (1, 4, 2): star, (1, 6, 6): circle, (1, 7, 6): circle}
-    middles = dict.fromkeys(things, 1)
-    told = patches(2, kind=things, middle=middles, place={at: 4 for at in things if at[0] == 1})
-    found = marks(train._marks(told, torch.tensor([[False, False]])))
-    assert found == {16: [4], 18: [5], 25: [4], 31: [7]}, "two middles in one token count as two"
+    things = {(0, 0, 0): circle, (1, 0, 0): circle, (1, 1, 5): circle, (1, 4, 2): star, (1, 6, 6): circle}
+    told = shapes(2, things, whole=1)
+    assert known(train._counted(told)[0]) == {}
+    assert known(train._counted(told)[1]) == {0: 0, 13: 1, 34: 0, 54: 2}
+    _, counts = train._marks(told, torch.tensor([[False, False]]))
+    assert known(counts[0]) == {16: 0, 18: 1, 25: 0, 31: 2}
+    _, counts = train._marks(told, torch.tensor([[False, True]]))
+    assert known(counts[0]) == {16: 0, 17: 1, 18: 0, 19: 2}
 
 
-def test_a_middle_that_cannot_be_told_is_not_counted() -> None:
-    told = patches(1, kind={(0, 1, 1): -1}, middle={(0, 1, 1): 1}, place={(0, 1, 1): 0})
-    assert marks(train._marks(told, torch.tensor([[False]]))) == {}
+def test_what_cannot_be_told_is_not_counted() -> None:
+    thin = patches(1, kind={(0, 1, 1): -1}, middle={(0, 1, 1): 1}, place={(0, 1, 1): 0})
+    assert known(train._counted(thin)[0]) == {}
+    close = shapes(1, {(0, 0, 0): 2, (0, 1, 1): 2, (0, 4, 4): 2}, whole=0)
+    assert known(train._counted(close, 2)[0]) == {10: 2}, "two in one token are not told apart, but count"
+    many = shapes(1, {(0, row, 0): 3 for row in range(8)}, whole=0)
+    assert list(known(train._counted(many)[0]).values()) == [0, 1, 2, 3, 4, 5]
