@@ -287,15 +287,15 @@ def _number(text: str, colour: str, file: str, size: int, at: tuple[float, float
 
 
 def _integer(rng: np.random.Generator, style: Style) -> int:
-    digits = int(rng.choice(4, p=(0.05, 0.15, 0.3, 0.5))) + 1 if style.drill else int(rng.integers(1, 5))
+    digits = int(rng.choice(4, p=(0.1, 0.2, 0.3, 0.4))) + 1 if style.drill else int(rng.integers(1, 5))
     return int(rng.integers(0 if digits == 1 else 10 ** (digits - 1), 10**digits))
 
 
 def _place_shapes(
     rng: np.random.Generator, style: Style, width: int, height: int, colours: list[str], taken: list[Box]
 ) -> tuple[Shape, ...]:
-    if rng.random() < (0.8 if style.drill else 0.5):  # for counting: many of one shape, a few others
-        main, many = str(rng.choice(SHAPES)), int(rng.integers(2 if style.drill else 1, 7))
+    if rng.random() < (0.85 if style.drill else 0.5):  # for counting: many of one shape, a few others
+        main, many = str(rng.choice(SHAPES)), int(rng.integers(1, 7))
         others = (str(shape) for shape in rng.choice(SHAPES, int(rng.integers(0, 3))))
         names = [main] * many + [shape for shape in others if shape != main]
         kinds = list(rng.choice(colours, len(names)))

@@ -184,6 +184,7 @@ SINGLE = Style(tile=224, max_tiles=1, smallest_digit=28, smallest_shape=0.18, la
 CROWDED = replace(SINGLE, largest=500)
 LARGE = Style(max_tiles=1, smallest_shape=0.1, largest=700, longest=2)
 SMALL = Style(tile=224, smallest_digit=28, smallest_shape=0.18)
+ALONE = replace(SMALL, max_tiles=1, largest=1000, longest=3, drill=True)
 DRILL, WHOLE = replace(SMALL, smallest_digit=34, drill=True), Style(drill=True)
 
 
@@ -389,7 +390,8 @@ STAGES = (
     Stage("full", 200, 3e-4),
     Stage("mixed", 1500, 3e-4),
     Stage("drill", 1500, 4e-4),
-    Stage("drill again", 4000, 4e-4),
+    Stage("alone", 2000, 4e-4),
+    Stage("many", 1500, 4e-4),
     Stage("consistency", 200, 2e-4),
     Stage("judging", 100, 0),
     Stage("router", 400, 5e-4),
@@ -407,8 +409,13 @@ TEACH = {
     "drill": partial(
         learn_answers, make=partial(batches.either, often=(DRILL, 56), now_and_then=(WHOLE, 14), extras=0.4), tower=0
     ),
-    "drill again": partial(
-        learn_answers, make=partial(batches.either, often=(DRILL, 56), now_and_then=(WHOLE, 14), extras=0.3), tower=0
+    "alone": partial(
+        learn_answers,
+        make=partial(batches.either, often=(ALONE, 32), now_and_then=(replace(ALONE, drill=False), 32), extras=0.3),
+        tower=0.4,
+    ),
+    "many": partial(
+        learn_answers, make=partial(batches.either, often=(DRILL, 40), now_and_then=(WHOLE, 12), extras=0.3), tower=0.2
     ),
     "consistency": partial(learn_consistency, style=WHOLE, budget=9),
     "judging": partial(judge_tiles, style=Style(), budget=7),

@@ -65,8 +65,8 @@ def _count_of(scene: Scene, name: str) -> int:
 
 
 def counts(scene: Scene) -> list[Asked]:
-    """Of each shape that is there twice or more."""
-    names = sorted({s.name for s in scene.shapes if _count_of(scene, s.name) > 1})
+    """Of each shape that is there."""
+    names = sorted({s.name for s in scene.shapes})
     return [Asked("count", f"How many {plural(name)} are there?", str(_count_of(scene, name))) for name in names]
 
 

