@@ -63,13 +63,14 @@ class Heads(nn.Module):
             "colour": F.cross_entropy(colour, told.colour.flatten(), rare(COLOURS), ignore_index=-1),
             "order": _some(order, told.order.flatten()),
             "place": _some(place, told.place.flatten()),
-            "middle": F.cross_entropy(middle, told.middle.flatten(), rare(2)),
+            # not rare: what it says of the patches of one thing must add up to one, for there is counting to be done
+            "middle": F.cross_entropy(middle, told.middle.flatten()),
         }
         shown = {name: float(value.detach()) for name, value in losses.items()}
         shape, digit = (told.kind.flatten() > 0) & (told.kind.flatten() < 7), told.kind.flatten() >= 7
         for name, chosen in (("shape ok", shape), ("digit ok", digit)):
             shown[name] = float((kind.argmax(-1) == told.kind.flatten())[chosen].float().mean())
-        weights = {"kind": 1.0, "colour": 0.5, "order": 0.5, "place": 0.3, "middle": 1.0}
+        weights = {"kind": 1.0, "colour": 0.5, "order": 0.5, "place": 0.3, "middle": 3.0}
         return torch.stack([weights[name] * value for name, value in losses.items()]).sum(), shown
 
 
@@ -184,8 +185,8 @@ SINGLE = Style(tile=224, max_tiles=1, smallest_digit=28, smallest_shape=0.18, la
 CROWDED = replace(SINGLE, largest=500)
 LARGE = Style(max_tiles=1, smallest_shape=0.1, largest=700, longest=2)
 SMALL = Style(tile=224, smallest_digit=28, smallest_shape=0.18)
-ALONE = replace(SMALL, max_tiles=1, largest=1000, longest=3, drill=True)
-DRILL, WHOLE = replace(SMALL, smallest_digit=34, drill=True), Style(drill=True)
+ALONE = replace(SMALL, max_tiles=1, largest=1000, longest=2, smallest_digit=40, smallest_shape=0.2, drill=True)
+DRILL, WHOLE = replace(SMALL, smallest_digit=40, drill=True), Style(drill=True)
 
 
 def learn_patches(run: Run, stage: Stage, styles: tuple[Style, ...], count: int, lean: float) -> None:
@@ -390,9 +391,10 @@ STAGES = (
     Stage("full", 200, 3e-4),
     Stage("mixed", 1500, 3e-4),
     Stage("drill", 1500, 4e-4),
-    Stage("alone", 2000, 4e-4),
-    Stage("many", 1500, 4e-4),
-    Stage("consistency", 200, 2e-4),
+    Stage("alone", 1500, 4e-4),
+    Stage("many", 450, 4e-4),
+    Stage("whole", 800, 4e-4),
+    Stage("consistency", 120, 2e-4),
     Stage("judging", 100, 0),
     Stage("router", 400, 5e-4),
 )
@@ -416,6 +418,11 @@ TEACH = {
     ),
     "many": partial(
         learn_answers, make=partial(batches.either, often=(DRILL, 40), now_and_then=(WHOLE, 12), extras=0.3), tower=0.2
+    ),
+    "whole": partial(
+        learn_answers,
+        make=partial(batches.either, often=(WHOLE, 16), now_and_then=(replace(WHOLE, max_tiles=1), 12), extras=0.3),
+        tower=0,
     ),
     "consistency": partial(learn_consistency, style=WHOLE, budget=9),
     "judging": partial(judge_tiles, style=Style(), budget=7),
