@@ -4,12 +4,14 @@ Stages, each with its own batches (demo/batches.py):
 
 1. dense        the tower alone learns which thing covers each patch, on pieces of tiles, 224 pixels wide
 2. questions    projectors and language model learn to answer about one such piece, over a tower that stays
-3. tiles        pictures of many pieces and a thumbnail, the tower learning with them
+3. together     the same, the tower learning on with them
 4. large        the tower again, on tiles of 448 pixels
-5. full         answers about pictures as they are served
-6. consistency  the short path learns to answer as the long one (ViCO's first half, demo/vico.py)
-7. judging      what the short path costs, tile by tile
-8. router       the router learns from that which tiles to compress
+5. tiles, full, mixed   answers about pictures of several tiles and a thumbnail: small tiles, large ones, both
+6. drill        long numbers and many of one shape, over a tower that stays
+7. alone, many, whole   both again: in one small tile, in several, and in pictures as they are served
+8. consistency  the short path learns to answer as the long one (ViCO's first half, demo/vico.py)
+9. judging      what the short path costs, tile by tile
+10. router      the router learns from that which tiles to compress
 """
 
 import argparse
