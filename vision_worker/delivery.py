@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from protos import embeddings_pb2 as pb
 from protos.embeddings_pb2_grpc import EmbeddingSinkStub
-from wire import errors, rpc
+from wire import errors, messages, rpc
+from wire.tensors import Header
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -19,7 +20,7 @@ class Sinks:
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    async def deliver(self, address: str, header: pb.EmbeddingHeader, data: memoryview, seconds: float | None) -> None:
+    async def deliver(self, address: str, header: Header, data: memoryview, seconds: float | None) -> None:
         """Return once the sink has it all. Raises what the sink raised, or `SinkUnavailable` where none answers."""
         if address not in self._channels:
             self._channels[address] = rpc.channel(address)
@@ -36,7 +37,12 @@ class Sinks:
             await channel.close()
 
 
-async def _chunks(header: pb.EmbeddingHeader, data: memoryview) -> AsyncIterator[pb.DeliverChunk]:
-    yield pb.DeliverChunk(header=header)
+async def _chunks(header: Header, data: memoryview) -> AsyncIterator[pb.DeliverChunk]:
+    yield pb.DeliverChunk(
+        header=pb.EmbeddingHeader(
+            key=header.key, fingerprint=header.fingerprint, dtype=messages.to_dtype(header.dtype),
+            rows=header.rows, width=header.width, length=header.length,
+        )
+    )  # fmt: skip
     for start in range(0, len(data), rpc.CHUNK):
         yield pb.DeliverChunk(data=bytes(data[start : start + rpc.CHUNK]))

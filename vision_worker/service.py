@@ -5,26 +5,28 @@ from __future__ import annotations  # grpc.aio is generic for type checkers only
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from protos import embeddings_pb2, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from vision_worker.batcher import Batcher, Encoded
 from vision_worker.delivery import Sinks
 from vision_worker.encoder import Encoder
+from vision_worker.metrics import Metrics
 from vision_worker.models import vir
 from vision_worker.tiling import Tiles, Tiling
 from vision_worker.weights import DTYPES
 from wire import errors, messages
+from wire.cache import Embeddings
 from wire.layouts.base import Description, Thresholds
+from wire.tasks import Flights, together
+from wire.tensors import Header
 
 if TYPE_CHECKING:
     import grpc.aio
-
-T = TypeVar("T")
 
 MOST_TILES = 40
 """Largest grid of one image: what InternVL 1.5 was evaluated with."""
@@ -40,13 +42,37 @@ class _Asked:
     dtype: str
     deliver_to: str
 
+    @property
+    def flight(self) -> str:
+        """The same for calls that make the same: keys are digests of all that decides an embedding."""
+        return "/".join(image.key for image in self.images)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A call's embeddings in order, and the seconds that making them took."""
+
+    images: list[pb.EncodedImage]
+    values: list[memoryview]
+    timings: pb.Timings
+
 
 class Service(vision_pb2_grpc.VisionServicer):
+    """Owner of the calls under way: who asks for what is being made waits for it."""
+
     def __init__(
-        self, encoder: Encoder, batcher: Batcher, sinks: Sinks, preparing: ThreadPoolExecutor, max_pixels: int
+        self,
+        encoder: Encoder,
+        batcher: Batcher,
+        sinks: Sinks,
+        cache: Embeddings,
+        preparing: ThreadPoolExecutor,
+        max_pixels: int,
+        metrics: Metrics,
     ) -> None:
-        self._encoder, self._batcher, self._sinks = encoder, batcher, sinks
-        self._preparing, self._max_pixels = preparing, max_pixels
+        self._encoder, self._batcher, self._sinks, self._cache = encoder, batcher, sinks, cache
+        self._preparing, self._max_pixels, self._metrics = preparing, max_pixels, metrics
+        self._flights: Flights[_Made] = Flights()
         self._checkpoint = messages.describe(encoder.checkpoint)
 
     async def Describe(  # noqa: N802
@@ -62,22 +88,41 @@ class Service(vision_pb2_grpc.VisionServicer):
     ) -> pb.EncodeReply:
         """gRPC cancels this task when the caller leaves or the deadline passes; every stage below drops its work then."""
         asked = self._check(request)
+        if self._flights.under_way(asked.flight):
+            self._metrics.images.labels("joined").inc(len(asked.images))
+        made = await self._flights.run(asked.flight, lambda: self._make(asked))
         begin = time.monotonic()
-        tiles = await _together([self._prepare(image.data, asked.tiling) for image in asked.images])
+        headers = (self._header(image.key, asked.dtype, image.tokens) for image in made.images)
+        distinct = dict(zip(headers, made.values, strict=True))  # an image may be there twice
+        await together(*(
+            self._sinks.deliver(asked.deliver_to, header, values, context.time_remaining())
+            for header, values in distinct.items()
+        ))  # fmt: skip
+        self._metrics.delivered.inc(sum(map(len, distinct.values())))
+        timings = pb.Timings()
+        timings.CopyFrom(made.timings)
+        timings.deliver = time.monotonic() - begin
+        return pb.EncodeReply(images=made.images, timings=timings)
+
+    async def _make(self, asked: _Asked) -> _Made:
+        """From the cache, or by the tower."""
+        found = await together(*(self._cache.get(self._header(image.key, asked.dtype, 0)) for image in asked.images))
+        kept = [one for one in found if one is not None]
+        if len(kept) == len(found):  # a group is routed as one: a part of it is of no use
+            self._metrics.images.labels("cached").inc(len(kept))
+            return _Made([image for image, _ in kept], [values for _, values in kept], pb.Timings())
+        begin = time.monotonic()
+        tiles = await together(*(self._prepare(image.data, asked.tiling) for image in asked.images))
         prepared = time.monotonic()
         answer = await self._batcher.encode(tiles, asked.policy, DTYPES[asked.dtype])
-        encoded = time.monotonic()
+        self._metrics.images.labels("encoded").inc(len(tiles))
+        self._metrics.tiles.inc(sum(map(len, tiles)))
         keys = [image.key for image in asked.images]
-        await _together([
-            self._sinks.deliver(asked.deliver_to, self._header(key, asked.dtype, image), image.data, context.time_remaining())
-            for key, image in dict(zip(keys, answer.images, strict=True)).items()
-        ])  # fmt: skip
-        return pb.EncodeReply(
-            images=map(_reported, keys, tiles, answer.images),
-            timings=pb.Timings(
-                prepare=prepared - begin, queue=answer.queue, encode=answer.encode, deliver=time.monotonic() - encoded
-            ),
-        )
+        images = list(map(_reported, keys, tiles, answer.images))
+        for image, encoded in zip(images, answer.images, strict=True):
+            self._cache.put(self._header(image.key, asked.dtype, image.tokens), image, encoded.data)
+        timings = pb.Timings(prepare=prepared - begin, queue=answer.queue, encode=answer.encode)
+        return _Made(images, [encoded.data for encoded in answer.images], timings)
 
     def _check(self, request: pb.EncodeRequest) -> _Asked:
         said = self._encoder.checkpoint.description
@@ -100,21 +145,8 @@ class Service(vision_pb2_grpc.VisionServicer):
     async def _prepare(self, data: bytes, tiling: Tiling) -> Tiles:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, self._encoder.prepare, data, tiling)
 
-    def _header(self, key: str, dtype: str, image: Encoded) -> embeddings_pb2.EmbeddingHeader:
-        return embeddings_pb2.EmbeddingHeader(
-            key=key, fingerprint=self._checkpoint.fingerprint, dtype=messages.to_dtype(dtype),
-            rows=image.rows, width=self._checkpoint.width, length=len(image.data),
-        )  # fmt: skip
-
-
-async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; where one fails the others are cancelled."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+    def _header(self, key: str, dtype: str, rows: int) -> Header:
+        return Header(key, self._checkpoint.fingerprint, dtype, rows, self._checkpoint.width)
 
 
 def _tiling(asked: pb.Tiling, said: Description, max_pixels: int) -> Tiling:

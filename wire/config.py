@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError, PydanticUndefined
 PREFIX = "DVD_"
 
 Address = Annotated[str, Field(pattern=r"^(unix:/.+|[^:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+)$")]
+CacheUrl = Annotated[str, Field(pattern=r"^(none|memory://(\?bytes=[1-9]\d*)?|rediss?://.+|unix:///.+)$")]
 LoadFormat = Literal["auto", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -115,8 +116,13 @@ class Encoding(Limits):
 class Vision(Model, Encoding):
     """`dvd vision MODEL`: one vision worker."""
 
+    cache: CacheUrl = Field(
+        "memory://", description="embeddings already made: none, memory:// (?bytes=N) of this worker, redis://HOST:PORT/0"
+    )
+
     listen: Address = Field("127.0.0.1:50051", description="address to serve gRPC on")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto: a GPU if there is one")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port to serve Prometheus metrics on; 0: none")
 
 
 class Storing(Options):
@@ -141,6 +147,9 @@ class Language(Model, Storing):
 class Up(Model, Serving, Encoding, Storing):
     """`dvd up MODEL [-- vllm serve flags]`: all processes of one machine."""
 
+    cache: CacheUrl | Literal["redis"] = Field(
+        "memory://", description="embeddings already made: none, memory:// of each vision worker, redis: one is started, a URL"
+    )
     vision_workers: int = Field(1, ge=1, description="vision workers to run")
     language_workers: int = Field(1, ge=1, description="language workers to run")
 

@@ -17,8 +17,10 @@ from protos import vision_pb2 as pb
 from tests.vision_worker import golden
 from vision_worker.batcher import Batcher
 from vision_worker.delivery import Sinks
+from vision_worker.metrics import Metrics
 from vision_worker.service import Service
 from wire import errors, rpc
+from wire.cache import Cache, Embeddings, Memory
 
 FLASH = golden.cases("flash-qwen3")
 
@@ -48,11 +50,15 @@ class Worker:
     sink_address: str
     fingerprint: str
     batcher: Batcher
+    metrics: Metrics
+    cache: Embeddings
 
-    async def encode(self, *images: str | bytes, seconds: float | None = None, **fields: Any) -> pb.EncodeReply:
+    async def encode(
+        self, *images: str | bytes, seconds: float | None = None, name: str = "key", **fields: Any
+    ) -> pb.EncodeReply:
         request = {
             "images": [
-                pb.Image(key=f"key-{i}", data=golden.image(image) if isinstance(image, str) else image)
+                pb.Image(key=f"{name}-{i}", data=golden.image(image) if isinstance(image, str) else image)
                 for i, image in enumerate(images)
             ],
             "dtype": embeddings_pb2.FLOAT32, "deliver_to": self.sink_address, "fingerprint": self.fingerprint,
@@ -65,19 +71,27 @@ class Worker:
         assert len(self.sink.data[key]) == header.length
         return torch.from_numpy(np.frombuffer(self.sink.data[key], np.float32).copy()).view(header.rows, header.width)
 
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"dvd_vision_{name}_total", labels) or 0
 
-async def serving(name: str, folder: Path) -> AsyncIterator[Worker]:
+    def outcomes(self) -> tuple[float, ...]:
+        """Images that were encoded, found in the cache, and shared with another call."""
+        return tuple(self.count("images", outcome=outcome) for outcome in ("encoded", "cached", "joined"))
+
+
+async def serving(name: str, folder: Path, cache: Cache | None = None) -> AsyncIterator[Worker]:
     sink, sink_address, address = Sink(), f"unix:{folder}/sink", f"unix:{folder}/vision"
     sink_server, server = rpc.server(sink_address), rpc.server(address)
     embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, sink_server)
     encoder, sinks = golden.encoder(name), Sinks()
     async with Batcher(encoder, 16) as batcher, rpc.channel(address) as channel:
-        service = Service(encoder, batcher, sinks, ThreadPoolExecutor(2), max_pixels=3_000_000)
+        metrics, embeddings = Metrics(), Embeddings(cache)
+        service = Service(encoder, batcher, sinks, embeddings, ThreadPoolExecutor(2), 3_000_000, metrics)
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)
         await sink_server.start()
         await server.start()
         stub = vision_pb2_grpc.VisionStub(channel)
-        yield Worker(stub, sink, sink_address, encoder.checkpoint.fingerprint, batcher)
+        yield Worker(stub, sink, sink_address, encoder.checkpoint.fingerprint, batcher, metrics, embeddings)
         await server.stop(0)
         await sinks.close()
         await sink_server.stop(0)
@@ -119,7 +133,7 @@ async def test_several_images_are_one_group(flash: Worker, case: golden.Case) ->
 async def test_routes_of_single_images_in_one_crowd(flash: Worker) -> None:
     """All at once, hence in mixed batches."""
     cases = [case for case in FLASH if len(case.stems) == 1]
-    replies = await asyncio.gather(*(flash.encode(case.said["images"][0]) for case in cases))
+    replies = await asyncio.gather(*(flash.encode(case.said["images"][0], name=case.id) for case in cases))
     assert [list(r.images[0].compressed) for r in replies] == [case.said["compressed"][0] for case in cases]
 
 
@@ -238,3 +252,45 @@ async def test_a_caller_who_leaves_frees_the_queue(flash: Worker, monkeypatch: p
             await flash.encode("square.png", seconds=0.2)
         await asyncio.wait_for(left.get(), 5)
     assert (await flash.encode("square.png")).images[0].tokens == 256
+
+
+# Never twice
+
+
+@pytest.fixture
+async def caching(tmp_path: Path) -> AsyncIterator[Worker]:
+    async for worker in serving("flash-qwen3", tmp_path, Memory(64 << 20)):
+        yield worker
+
+
+async def test_a_hundred_calls_at_once_are_one_encode(flash: Worker) -> None:
+    replies = await asyncio.gather(*(flash.encode("wide_1300x800.jpg") for _ in range(100)))
+    assert flash.outcomes() == (1, 0, 99)
+    assert flash.count("tiles") == 7
+    assert len({reply.images[0].SerializeToString() for reply in replies}) == 1
+
+
+async def test_another_sink_gets_what_was_made_before(caching: Worker) -> None:
+    first = await caching.encode("wide_1300x800.jpg")
+    delivered = caching.sink.data.pop("key-0")
+    second = await caching.encode("wide_1300x800.jpg")
+    assert caching.outcomes() == (1, 1, 0)
+    assert caching.sink.data["key-0"] == delivered
+    assert first.images == second.images
+    assert (second.timings.prepare, second.timings.encode) == (0, 0)
+
+
+async def test_a_group_of_which_a_part_is_kept_is_made_anew(caching: Worker) -> None:
+    """Its images are routed as one."""
+    await caching.encode("square.png")
+    await caching.encode("square.png", "wide_1300x800.jpg")
+    assert caching.outcomes() == (3, 0, 0)
+    await caching.encode("square.png", "wide_1300x800.jpg")
+    assert caching.outcomes() == (3, 2, 0)
+
+
+async def test_what_failed_is_not_kept(caching: Worker) -> None:
+    with pytest.raises(errors.InvalidImage):
+        await caching.encode(b"\x89PNG")
+    assert (await caching.encode("square.png")).images[0].tokens == 256
+    assert caching.outcomes() == (1, 0, 0)

@@ -1,4 +1,4 @@
-"""Single flight: what is asked for while it is under way is waited for, not done again."""
+"""Tasks of an event loop: several at once, and single flight (what is asked for while it is under way is waited for)."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -6,6 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+async def together(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
+    """All results in order; the first error, or the caller's leaving, ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as group_error:
+        raise group_error.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 @dataclass(eq=False)

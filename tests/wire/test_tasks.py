@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from server.flights import Flights
 from wire import errors
+from wire.tasks import Flights, together
 
 
 class Work:
@@ -85,3 +85,26 @@ async def test_an_error_is_everybodys_and_not_kept() -> None:
     work = Work()
     work.free.set()
     assert await flights.run("k", work) == 1
+
+
+async def test_together_is_in_order_and_the_first_error_ends_the_rest() -> None:
+    async def after(seconds: float, value: int) -> int:
+        await asyncio.sleep(seconds)
+        return value
+
+    assert await together(after(0.01, 1), after(0, 2)) == [1, 2]
+    slow, ended = Work(), asyncio.Event()
+
+    async def watched() -> int:
+        try:
+            return await slow()
+        finally:
+            ended.set()
+
+    async def failing() -> int:
+        raise errors.InvalidRequest("no")
+
+    with pytest.raises(errors.InvalidRequest, match="no"):
+        await together(watched(), failing())
+    assert ended.is_set()
+    assert await together() == []
