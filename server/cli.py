@@ -1,4 +1,4 @@
-"""`dvd up|gateway|vision|language|describe`: one command for all processes.
+"""`dvd up|gateway|vision|language|describe|plan`: one command for all processes.
 
 A worker's own program is executed, never imported: this file runs in images that hold only one of the three.
 """
@@ -20,6 +20,7 @@ USAGE = """usage: dvd COMMAND [options]
   vision MODEL    one vision worker
   language MODEL  one language worker [-- any vllm serve flag]
   describe MODEL  what a checkpoint is, as JSON
+  plan FILE       how many workers to buy, from measured costs
 
 dvd COMMAND --help lists the options of one.
 """
@@ -60,7 +61,13 @@ def _describe(arguments: Sequence[str]) -> None:
         sys.exit(f"dvd describe: {error}")
 
 
-_COMMANDS = {"up": _up, "gateway": _gateway, "describe": _describe}
+def _plan(arguments: Sequence[str]) -> None:
+    from server.planning.__main__ import main as plan
+
+    sys.exit(plan(arguments))
+
+
+_COMMANDS = {"up": _up, "gateway": _gateway, "describe": _describe, "plan": _plan}
 
 
 def _complain(what: str, hint: str) -> int:
