@@ -1,13 +1,17 @@
 """`python -m server`: the gateway."""
 
-import logging
+import functools
+import os
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import uvicorn
+from uvicorn.supervisors import Multiprocess
 
-from server.app import create_app
+from server.app import in_this_process
 from wire import config
 
 _GRACE = 15
@@ -25,13 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except config.ConfigError as error:
         print(f"dvd gateway: {error}", file=sys.stderr)
         sys.exit(2)
-    logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
         listening = _listen(options.host, options.port)
     except OSError as error:
         sys.exit(f"dvd gateway: cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port")
+    each = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
     serving = uvicorn.Config(
-        create_app(options),
+        functools.partial(in_this_process, each),
+        factory=True,
+        workers=options.workers,
         http="h11",
         h11_max_incomplete_event_size=_MAX_HEAD,
         log_config=None,
@@ -40,7 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         timeout_graceful_shutdown=_GRACE,
     )
     print(f"dvd gateway: listening on http://{options.host}:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
-    uvicorn.Server(serving).run(sockets=[listening])
+    if options.workers == 1:
+        uvicorn.Server(serving).run(sockets=[listening])
+        return
+    with ExitStack() as held:
+        # where prometheus-client lets several processes count together; it reads the variable when it is first imported
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = held.enter_context(tempfile.TemporaryDirectory(prefix="dvd-metrics-"))
+        Multiprocess(serving, [listening]).run()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.metrics import Metrics
+from server.processes import die_with_parent
 from server.routes import Routes, identity
 from wire import errors
 from wire.config import Gateway
@@ -41,6 +43,14 @@ def create_app(options: Gateway) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ClientDisconnect, _on_gone)
     return app
+
+
+def in_this_process(options: Gateway) -> FastAPI:
+    """The application, where it may be one of several that share a port."""
+    logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    if options.workers > 1:
+        die_with_parent()
+    return create_app(options)
 
 
 def _add(app: FastAPI, routes: Routes) -> None:

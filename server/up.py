@@ -6,7 +6,6 @@ Whatever ends this process ends its children: an orderly stop asks them, `kill -
 
 import asyncio
 import base64
-import ctypes
 import io
 import os
 import shlex
@@ -24,13 +23,13 @@ import aiohttp
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2_grpc
 from server.devices import Devices, assign
+from server.processes import die_with_parent
 from wire import config, errors, rpc
 from wire.checkpoint import CheckpointError, open_checkpoint
 
 STOP_GRACE = 20.0
 _PROBE_EVERY = 0.5
 _REMIND_EVERY = 15.0
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 Ready = Callable[[], Awaitable[bool]]
 
@@ -205,13 +204,9 @@ async def _start(child: Child) -> None:
         env={**environment, **child.environment},
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         # a session of its own: Ctrl-C reaches only us, and the whole family can be killed by its group
-        start_new_session=True, preexec_fn=_die_with_parent, limit=1 << 20,
+        start_new_session=True, preexec_fn=die_with_parent, limit=1 << 20,
     )  # fmt: skip
     _say(f"{child.name}: starting")
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
 async def _watch(child: Child) -> str:

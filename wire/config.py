@@ -66,6 +66,7 @@ class Serving(Limits):
     max_image_bytes: int = Field(32 << 20, ge=1, description="bytes of one encoded image")
     max_body_bytes: int = Field(128 << 20, ge=1, description="bytes of one request's body")
     max_in_flight: int = Field(512, ge=1, description="requests at once; one more is answered 429")
+    workers: int = Field(1, ge=1, le=64, description="processes of the gateway, which share its port and its limit")
     fetch_timeout: float = Field(20.0, gt=0, description="seconds to fetch one image")
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is given up (504)")
     router_scope: Literal["image", "request"] = Field(

@@ -1,0 +1,116 @@
+"""The gateway as a process, and as several."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.server.peers import COMPLETION, Answer, Stack, chat, hang, image_part, picture, serve, until
+
+
+class Gateway(Stack):
+    """One that runs in processes of its own, beside the workers of a stack."""
+
+    process: asyncio.subprocess.Process
+
+    def workers(self) -> list[int]:
+        """Its serving processes, by id."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@asynccontextmanager
+async def running(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
+    addresses = {
+        "vision-workers": ",".join(worker.address for worker in stack.visions),
+        "language-workers": ",".join(worker.sink.address for worker in stack.languages),
+    }
+    command = ["-m", "server", "--port=0", *(f"--{name}={value}" for name, value in addresses.items()), *flags]
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        said = re.search(rb"listening on http://127.0.0.1:(\d+)", await process.stderr.readline())
+        assert said
+        draining = asyncio.create_task(process.stderr.read())
+        # a connection for each request, so that they spread over the processes
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=60)) as session:
+            gateway = Gateway(stack.visions, stack.languages, session, int(said[1]))
+            gateway.process = process
+            await gateway.ready()
+            yield gateway
+        draining.cancel()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@pytest.fixture
+async def two(tmp_path: Path) -> AsyncIterator[Gateway]:
+    async with serve(tmp_path) as stack, running(stack, "--workers=2") as gateway:
+        await until(lambda: len(gateway.workers()) == 2, "two processes")
+        yield gateway
+
+
+async def asked(gateway: Gateway, count: int) -> list[Answer]:
+    return list(await asyncio.gather(*(gateway.chat(image_part(picture(i % 3))) for i in range(count))))
+
+
+async def test_two_processes_serve_one_port_and_count_as_one(two: Gateway) -> None:
+    answers = await asked(two, 40)
+    assert {(answer.status, answer.body) for answer in answers} == {(200, COMPLETION)}
+    assert await two.metric('dvd_requests_total{code="200",route="/v1/chat/completions"') == 40
+    assert await two.metric("dvd_images_total") == 40
+    await two.settled()
+    assert await two.metric("dvd_worker_up") == 2, "one vision and one language worker, however many processes ask"
+
+
+async def test_a_process_that_is_killed_is_replaced(two: Gateway) -> None:
+    gone, stays = two.workers()
+    os.kill(gone, signal.SIGKILL)
+    await until(lambda: len(two.workers()) == 2 and gone not in two.workers(), "another process")
+    assert stays in two.workers()
+    await two.ready()
+    assert {answer.status for answer in await asked(two, 20)} == {200}
+
+
+async def test_the_limit_of_requests_is_that_of_all_processes(tmp_path: Path) -> None:
+    async with serve(tmp_path) as stack, running(stack, "--workers=2", "--max-in-flight=8") as gateway:
+        stack.engine.respond = hang
+        waiting = [asyncio.create_task(gateway.post(chat("hello"))) for _ in range(60)]
+        while sum(not task.done() for task in waiting) > 8:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=1)
+        assert {task.result().status for task in waiting if task.done()} == {429}
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_all_processes(two: Gateway, number: int) -> None:
+    workers = two.workers()
+    two.process.send_signal(number)
+    assert await asyncio.wait_for(two.process.wait(), 30) == 0
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "the processes are gone")
+
+
+async def test_nobody_is_left_when_the_first_process_is_killed(two: Gateway) -> None:
+    workers = two.workers()
+    two.process.kill()
+    await two.process.wait()
+    await until(lambda: not any(_runs(pid) for pid in workers), "the processes are gone")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return " Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
+    except FileNotFoundError:
+        return False
