@@ -15,7 +15,7 @@ from typing import Any
 from lm_worker.store import Store, checked_key, default_budget, remove_folder
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
-from wire import errors, rpc, tensors
+from wire import chunks, errors, rpc, tensors
 from wire.checkpoint import open_checkpoint
 from wire.messages import describe, from_dtype, to_dtype
 from wire.tensors import Header
@@ -65,9 +65,10 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
         return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
 
-    async def Deliver(self, request: AsyncIterator[pb.DeliverChunk], context: Any) -> pb.DeliverReply:  # noqa: N802
-        first = await anext(aiter(request), None)
-        if first is None or first.WhichOneof("part") != "header":
+    async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
+        said = await anext(aiter(request), None)
+        first = None if said is None else chunks.read(said)
+        if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
             raise errors.InvalidRequest("a delivery begins with a header")
         header = self._checked(first.header)
         while (other := self._arriving.get(header.key)) is not None:
@@ -105,14 +106,16 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
             )
         return header
 
-    async def _receive(self, header: Header, chunks: AsyncIterator[pb.DeliverChunk]) -> None:
+    async def _receive(self, header: Header, parts: AsyncIterator[bytes]) -> None:
         with self._store.writing(header) as values:
             at = 0
-            async for chunk in chunks:
-                end = at + len(chunk.data)
+            async for part in parts:
+                chunk = chunks.read(part)
+                data = chunk if isinstance(chunk, memoryview) else chunk.data
+                end = at + len(data)
                 if end > header.length:
                     raise errors.InvalidRequest(f"more than the {header.length} bytes that the header promised")
-                values[at:end] = chunk.data
+                values[at:end] = data
                 at = end
             if at != header.length:
                 raise errors.InvalidRequest(f"{at} bytes arrived of {header.length} that the header promised")
@@ -124,7 +127,7 @@ async def serve(options: SinkOptions) -> None:
     folder = Path(options.folder)
     store = Store(folder, options.budget or default_budget(folder), options.lease)
     server = rpc.server(options.listen)
-    embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(Sink(options, store), server)
+    chunks.add_sink(Sink(options, store), server)
     await server.start()
     log.info("sink ready on %s, %.1f GiB", options.listen, store.budget / 2**30)
     await _parent_gone()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from protos import embeddings_pb2 as pb
-from protos.embeddings_pb2_grpc import EmbeddingSinkStub
-from wire import errors, messages, rpc
+from wire import chunks, errors, rpc
 from wire.tensors import Header
 
 if TYPE_CHECKING:
@@ -26,7 +23,7 @@ class Sinks:
             self._channels[address] = rpc.channel(address)
         try:
             with rpc.translated("language worker's sink"):
-                await EmbeddingSinkStub(self._channels[address]).Deliver(_chunks(header, data), timeout=seconds)
+                await chunks.deliver(self._channels[address])(chunks.chunks(header, data), timeout=seconds)
         except errors.Unavailable as error:
             if type(error) is errors.Unavailable:  # ours would look like this vision worker's own absence
                 raise errors.SinkUnavailable(str(error)) from None
@@ -35,14 +32,3 @@ class Sinks:
     async def close(self) -> None:
         for channel in self._channels.values():
             await channel.close()
-
-
-async def _chunks(header: Header, data: memoryview) -> AsyncIterator[pb.DeliverChunk]:
-    yield pb.DeliverChunk(
-        header=pb.EmbeddingHeader(
-            key=header.key, fingerprint=header.fingerprint, dtype=messages.to_dtype(header.dtype),
-            rows=header.rows, width=header.width, length=header.length,
-        )
-    )  # fmt: skip
-    for start in range(0, len(data), rpc.CHUNK):
-        yield pb.DeliverChunk(data=bytes(data[start : start + rpc.CHUNK]))
