@@ -1,0 +1,157 @@
+"""GB/s from a vision worker's sender into a language worker's sink, over those of a raw socket in the same run.
+
+Both ends are processes of their own, pinned to one core each. The sink is the product's: header checked, values written into
+shared memory, every value checked to be finite. The raw socket writes into a buffer and checks nothing.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.options import Options
+from benchmarks.result import Result, ratio_of
+
+SIZES = {"2 MiB": 2 << 20, "26 MiB": 26 << 20}
+WIDTH = 4096
+_TOTAL = 512 << 20
+"""Bytes of one measurement."""
+
+# The two ends; each is a process: python -m benchmarks.wire_speed ROLE ARGUMENTS
+
+
+async def _grpc_sink(address: str, folder: str) -> None:
+    from lm_worker.sink import Sink
+    from lm_worker.store import Store, create_folder
+    from wire import chunks, rpc
+
+    create_folder(Path(folder))
+    sink = Sink.__new__(Sink)
+    sink._store, sink._dtype, sink._width, sink._fingerprint = Store(Path(folder), 2 << 30, 0.0), "bfloat16", WIDTH, "f" * 64
+    sink._context, sink._arriving = 1 << 30, {}
+    server = rpc.server(address)
+    chunks.add_sink(sink, server)
+    await server.start()
+    print("ready", flush=True)
+    await server.wait_for_termination()
+
+
+async def _grpc_sender(address: str, size: int, at_once: int, total: int) -> float:
+    from vision_worker.delivery import Sinks
+    from wire.tensors import Header
+
+    sinks, data, rows = Sinks(), memoryview(bytes(size)), size // (2 * WIDTH)
+    await sinks.deliver(address, Header("warm", "f" * 64, "bfloat16", rows, WIDTH), data, 60)
+    numbers = iter(range(max(at_once, total // size)))
+
+    async def send() -> None:
+        for number in numbers:
+            await sinks.deliver(address, Header(f"k-{os.getpid()}-{number}", "f" * 64, "bfloat16", rows, WIDTH), data, 60)
+
+    began = time.monotonic()
+    await asyncio.gather(*(send() for _ in range(at_once)))
+    seconds = time.monotonic() - began
+    await sinks.close()
+    return max(at_once, total // size) * size / seconds
+
+
+def _raw_sink(address: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen()
+        print("ready", flush=True)
+        buffer = memoryview(bytearray(1 << 20))
+        while True:
+            connection, _ = listening.accept()
+            with connection:
+                while connection.recv_into(buffer):
+                    pass
+                connection.sendall(b"!")
+
+
+def _raw_sender(address: str, size: int, total: int) -> float:
+    data, count = memoryview(bytes(size)), total // size
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        began = time.monotonic()
+        for _ in range(count):
+            for start in range(0, size, 1 << 20):
+                connection.sendall(data[start : start + (1 << 20)])
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+        return count * size / (time.monotonic() - began)
+
+
+def _main(role: str, *arguments: str) -> None:
+    said = [int(word) if word.isdigit() else word for word in arguments]
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0 if role.endswith("sink") else -1]})
+    if role == "grpc-sink":
+        asyncio.run(_grpc_sink(*said))  # type: ignore[arg-type]
+    elif role == "grpc-sender":
+        print(asyncio.run(_grpc_sender(*said)))  # type: ignore[arg-type]
+    elif role == "raw-sink":
+        _raw_sink(*said)  # type: ignore[arg-type]
+    else:
+        print(_raw_sender(*said))  # type: ignore[arg-type]
+
+
+# The run
+
+
+def _process(role: str, *arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "benchmarks.wire_speed", role, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _measured(role: str, *arguments: object) -> float:
+    process = _process(role, *arguments)
+    said, _ = process.communicate(timeout=300)
+    if process.returncode:
+        raise RuntimeError(f"{role} ended with {process.returncode}")
+    return float(said)
+
+
+def run(options: Options) -> Result:
+    """The headline is the least of the four settings."""
+    total = _TOTAL // 4 if options.quick else _TOTAL
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        ends = [_process("grpc-sink", f"unix:{folder}/grpc", f"{folder}/store"), _process("raw-sink", f"{folder}/raw")]
+        try:
+            for end in ends:
+                assert end.stdout is not None
+                assert end.stdout.readline() == "ready\n"
+            return _compared(folder, total, options.repeats(5))
+        finally:
+            for end in ends:
+                end.kill()
+                end.wait()
+
+
+def _compared(folder: str, total: int, repeats: int) -> Result:
+    figures: dict[str, dict[str, float]] = {}
+    least, spread = float("inf"), 0.0
+    for name, size in SIZES.items():
+        for at_once in (1, 4):
+            raw, grpc = [], []
+            for _ in range(repeats):
+                raw.append(_measured("raw-sender", f"{folder}/raw", size, total))
+                grpc.append(_measured("grpc-sender", f"unix:{folder}/grpc", size, at_once, total))
+            ratio, width = ratio_of(grpc, raw)
+            figures[f"{name}, {at_once} at once"] = {
+                "grpc GB/s": round(statistics.median(grpc) / 1e9, 2), "raw GB/s": round(statistics.median(raw) / 1e9, 2),
+                "ratio": round(ratio, 3), "spread": round(width, 3),
+            }  # fmt: skip
+            if ratio < least:
+                least, spread = ratio, width
+            print(json.dumps({f"{name}, {at_once} at once": figures[f"{name}, {at_once} at once"]}), file=sys.stderr)
+    return Result("wire", least, 0.5, spread, figures)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
