@@ -17,6 +17,7 @@ from server.requests import Chat
 from wire import errors
 from wire.config import Gateway
 from wire.tasks import Flights, together
+from wire.trace import Trace
 
 _REMEMBERED = 20_000
 _FETCHES = 8
@@ -59,8 +60,9 @@ class Prepared:
 class Pipeline:
     """Owner of the encodes in flight."""
 
-    def __init__(self, options: Gateway, workers: Workers, fetcher: Fetcher, metrics: Metrics) -> None:
+    def __init__(self, options: Gateway, workers: Workers, fetcher: Fetcher, metrics: Metrics, trace: Trace) -> None:
         self._options, self._workers, self._fetcher, self._metrics = options, workers, fetcher, metrics
+        self._trace = trace
         self._together = options.router_scope == "request"
         self._flights: Flights[list[pb.EncodedImage]] = Flights()
         self._routes: OrderedDict[str, pb.EncodedImage] = OrderedDict()  # for reports only: what the router did last time
@@ -185,7 +187,9 @@ class Pipeline:
     def _stage(self, name: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self._metrics.stages.labels(name).observe(time.monotonic() - began)
+        ended = time.monotonic()
+        self._metrics.stages.labels(name).observe(ended - began)
+        self._trace.record(name, began, ended)
 
 
 @contextmanager

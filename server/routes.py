@@ -27,6 +27,7 @@ from server.pool import Language, Workers
 from server.requests import Chat, check_fields, parse_chat, parse_object
 from wire import errors
 from wire.config import Gateway
+from wire.trace import Trace
 
 T = TypeVar("T")
 
@@ -60,7 +61,8 @@ class Routes:
         self._options, self._metrics = options, metrics
         self._workers = Workers(options.vision_workers, options.language_workers, metrics)
         self._fetcher = Fetcher(options)
-        self._pipeline = Pipeline(options, self._workers, self._fetcher, metrics)
+        self._trace = Trace(options.trace, "gateway")
+        self._pipeline = Pipeline(options, self._workers, self._fetcher, metrics, self._trace)
         self._router = pb.Router(
             mode=options.vir.upper(),
             relative_threshold=options.vir_relative_threshold,
@@ -72,6 +74,7 @@ class Routes:
     async def close(self) -> None:
         await self._fetcher.close()
         await self._workers.close()
+        self._trace.flush()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
@@ -209,6 +212,7 @@ class Routes:
         headers = {"Content-Type": "application/json", "X-Request-Id": caller.identity}
         async with AsyncExitStack() as mine:
             mine.enter_context(counted(prepared.language))
+            mine.enter_context(self._trace.span("answer", request=caller.identity))
             # a little later than the request's own deadline, which is the one to be heard before the answer begins
             timeout = caller.deadline - time.monotonic() + 1
             asked = prepared.language.client.request("POST", path, prepared.body, headers, timeout)

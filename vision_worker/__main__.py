@@ -19,6 +19,7 @@ from vision_worker.service import Service
 from wire import config, rpc
 from wire.cache import Embeddings, open_cache
 from wire.checkpoint import CheckpointError, open_checkpoint
+from wire.trace import Trace
 
 log = logging.getLogger("dvd.vision")
 
@@ -61,19 +62,20 @@ async def _serve(options: config.Vision) -> None:
     encoder = encoders.load(options, checkpoint)
     tiles = options.max_batch_tiles or _BATCH_TILES.get(encoder.place.device.type, 32)
     log.info("warming %d tiles on %s after %.1f s", tiles, encoder.place.device, time.monotonic() - begin)
-    async with Batcher(encoder, tiles) as batcher:
+    trace = Trace(options.trace, "vision")
+    async with Batcher(encoder, tiles, trace) as batcher:
         await batcher.warm()
-        await _answer(options, encoder, batcher, begin)
+        await _answer(options, encoder, batcher, trace, begin)
 
 
-async def _answer(options: config.Vision, encoder: Encoder, batcher: Batcher, begin: float) -> None:
+async def _answer(options: config.Vision, encoder: Encoder, batcher: Batcher, trace: Trace, begin: float) -> None:
     sinks, server = Sinks(), rpc.server(options.listen)
     preparing = ThreadPoolExecutor(options.prepare_threads or os.cpu_count() or 1, "prepare")
     cache, metrics = Embeddings(open_cache(options.cache)), Metrics()
     metrics.watch(cache)
     if options.metrics_port:
         metrics.serve(options.metrics_port)
-    service = Service(encoder, batcher, sinks, cache, preparing, options.max_image_pixels, metrics)
+    service = Service(encoder, batcher, sinks, cache, preparing, options.max_image_pixels, metrics, trace)
     vision_pb2_grpc.add_VisionServicer_to_server(service, server)
     stop = _on_signal()
     await server.start()
@@ -83,6 +85,7 @@ async def _answer(options: config.Vision, encoder: Encoder, batcher: Batcher, be
     await server.stop(_GRACE)
     await sinks.close()
     await cache.close()
+    trace.flush()
     preparing.shutdown(wait=False, cancel_futures=True)
 
 

@@ -23,6 +23,7 @@ from vision_worker.encoder import Encoder
 from vision_worker.models.vir import Fixed, Policy
 from vision_worker.tiling import Tiles
 from wire import errors
+from wire.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ _Settled = list[tuple[_Group, list[Encoded] | errors.DvdError]]
 class Batcher:
     """`async with Batcher(encoder, max_tiles) as batcher: await batcher.encode(…)`."""
 
-    def __init__(self, encoder: Encoder, max_tiles: int) -> None:
-        self._encoder = encoder
+    def __init__(self, encoder: Encoder, max_tiles: int, trace: Trace | None = None) -> None:
+        self._encoder, self._trace = encoder, trace or Trace(None, "vision")
         self._max_tiles = max_tiles
         self._waiting: deque[_Group] = deque()
         self._arrived = asyncio.Event()
@@ -155,6 +156,10 @@ class Batcher:
 
     def _compute(self, batch: _Batch, staged: "Future[npt.NDArray[np.uint8]]") -> _Settled:
         """Device thread: look at a batch, and finish the groups that it completes."""
+        with self._trace.span("encode", tiles=sum(count for _, count in batch), calls=len(batch)):
+            return self._looked(batch, staged)
+
+    def _looked(self, batch: _Batch, staged: "Future[npt.NDArray[np.uint8]]") -> _Settled:
         features = _guarded(lambda: self._encoder.look(staged.result()))
         if isinstance(features, errors.DvdError):
             return [(group, features) for group, _ in batch]

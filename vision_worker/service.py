@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
 import asyncio
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from wire.cache import Embeddings
 from wire.layouts.base import Description, Thresholds
 from wire.tasks import Flights, together
 from wire.tensors import Header
+from wire.trace import Trace
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -69,9 +71,10 @@ class Service(vision_pb2_grpc.VisionServicer):
         preparing: ThreadPoolExecutor,
         max_pixels: int,
         metrics: Metrics,
+        trace: Trace,
     ) -> None:
         self._encoder, self._batcher, self._sinks, self._cache = encoder, batcher, sinks, cache
-        self._preparing, self._max_pixels, self._metrics = preparing, max_pixels, metrics
+        self._preparing, self._max_pixels, self._metrics, self._trace = preparing, max_pixels, metrics, trace
         self._flights: Flights[_Made] = Flights()
         self._checkpoint = messages.describe(encoder.checkpoint)
 
@@ -94,10 +97,9 @@ class Service(vision_pb2_grpc.VisionServicer):
         begin = time.monotonic()
         headers = (self._header(image.key, asked.dtype, image.tokens) for image in made.images)
         distinct = dict(zip(headers, made.values, strict=True))  # an image may be there twice
-        await together(*(
-            self._sinks.deliver(asked.deliver_to, header, values, context.time_remaining())
-            for header, values in distinct.items()
-        ))  # fmt: skip
+        deliver = functools.partial(self._sinks.deliver, asked.deliver_to, seconds=context.time_remaining())
+        with self._trace.span("deliver", bytes=sum(map(len, distinct.values()))):
+            await together(*(deliver(header, values) for header, values in distinct.items()))
         self._metrics.delivered.inc(sum(map(len, distinct.values())))
         timings = pb.Timings()
         timings.CopyFrom(made.timings)
@@ -114,6 +116,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         begin = time.monotonic()
         tiles = await together(*(self._prepare(image.data, asked.tiling) for image in asked.images))
         prepared = time.monotonic()
+        self._trace.record("prepare", begin, prepared, images=len(tiles))
         answer = await self._batcher.encode(tiles, asked.policy, DTYPES[asked.dtype])
         self._metrics.images.labels("encoded").inc(len(tiles))
         self._metrics.tiles.inc(sum(map(len, tiles)))

@@ -38,6 +38,12 @@ class Options(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much to log, on stderr")
 
 
+class Traced(Options):
+    """What can be looked at afterwards, stage by stage."""
+
+    trace: Path | None = Field(None, description="folder for events that Perfetto draws; none: no trace")
+
+
 class Model(Options):
     model: Path = Field(description="folder of the checkpoint")
     load_format: LoadFormat = Field("auto", description="dummy: random weights of the checkpoint's true shapes")
@@ -53,7 +59,7 @@ class Limits(Options):
     max_image_pixels: int = Field(64_000_000, ge=1, description="pixels of one image")
 
 
-class Serving(Limits):
+class Serving(Limits, Traced):
     """The gateway's door and its limits."""
 
     host: str = Field("127.0.0.1", description="address the gateway listens on")
@@ -103,7 +109,7 @@ class Gateway(Serving):
     language_workers: list[Address] = Field(min_length=1, description="addresses of language workers' sinks, comma-separated")
 
 
-class Encoding(Limits):
+class Encoding(Limits, Traced):
     """How a vision worker computes."""
 
     vision_dtype: Dtype = Field("auto", description="dtype the vision tower computes in; auto: the checkpoint's")

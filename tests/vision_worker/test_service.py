@@ -21,6 +21,7 @@ from vision_worker.metrics import Metrics
 from vision_worker.service import Service
 from wire import errors, rpc
 from wire.cache import Cache, Embeddings, Memory
+from wire.trace import Trace
 
 FLASH = golden.cases("flash-qwen3")
 
@@ -86,7 +87,7 @@ async def serving(name: str, folder: Path, cache: Cache | None = None) -> AsyncI
     encoder, sinks = golden.encoder(name), Sinks()
     async with Batcher(encoder, 16) as batcher, rpc.channel(address) as channel:
         metrics, embeddings = Metrics(), Embeddings(cache)
-        service = Service(encoder, batcher, sinks, embeddings, ThreadPoolExecutor(2), 3_000_000, metrics)
+        service = Service(encoder, batcher, sinks, embeddings, ThreadPoolExecutor(2), 3_000_000, metrics, Trace(None, "vision"))
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)
         await sink_server.start()
         await server.start()

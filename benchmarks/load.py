@@ -1,0 +1,116 @@
+"""Requests over HTTP and what each one felt: when it began, when each token came, when it ended."""
+
+import asyncio
+import base64
+import io
+import json
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import aiohttp
+from PIL import Image
+
+
+@dataclass
+class Felt:
+    """Seconds on one clock. A streamed token's time is when its event was read."""
+
+    began: float
+    tokens: list[float] = field(default_factory=list)
+    ended: float = 0.0
+    error: str = ""
+
+    @property
+    def ttft(self) -> float:
+        return self.tokens[0] - self.began
+
+    @property
+    def gaps(self) -> list[float]:
+        return [b - a for a, b in pairwise(self.tokens)]
+
+
+def picture(number: int, width: int, height: int) -> str:
+    """A `data:` URL of a JPEG like no other: coarse noise, so that it decodes like a photograph."""
+    columns, rows = width // 16 + 1, height // 16 + 1
+    coarse = Image.frombytes("RGB", (columns, rows), random.Random(number).randbytes(3 * columns * rows))
+    file = io.BytesIO()
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def chat(model: str, text: str, images: Sequence[str] = (), tokens: int = 16, **more: Any) -> bytes:
+    """A streamed request of exactly so many tokens."""
+    parts = [*({"type": "image_url", "image_url": {"url": url}} for url in images), {"type": "text", "text": text}]
+    body = {
+        "model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": tokens, "temperature": 0,
+        "ignore_eos": True, "stream": True, **more,
+    }  # fmt: skip
+    return json.dumps(body).encode()
+
+
+async def ask(session: aiohttp.ClientSession, url: str, body: bytes) -> Felt:
+    """One request to its end; an error is kept, not raised."""
+    felt = Felt(time.monotonic())
+    try:
+        async with session.post(
+            f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
+        ) as answer:
+            if answer.status != 200:
+                felt.error = f"{answer.status}: {(await answer.text())[:300]}"
+            async for line in answer.content:
+                if line.startswith(b"data: {") and b'"delta"' in line:
+                    felt.tokens.append(time.monotonic())
+                elif line.startswith(b'data: {"error"'):
+                    felt.error = line.decode()[:300]
+    except (aiohttp.ClientError, TimeoutError) as error:
+        felt.error = f"{type(error).__name__}: {error}"
+    felt.ended = time.monotonic()
+    if not felt.tokens and not felt.error:
+        felt.error = "no token"
+    return felt
+
+
+async def closed(url: str, bodies: Iterable[bytes], in_flight: int) -> list[Felt]:
+    """So many at once, one following another. Raises `RuntimeError` for a request that failed."""
+    waiting, done = iter(bodies), list[Felt]()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
+
+        async def work() -> None:
+            for body in waiting:
+                done.append(_good(await ask(session, url, body)))
+
+        await asyncio.gather(*(work() for _ in range(in_flight)))
+    return done
+
+
+async def offered(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[Felt]:
+    """Arriving at random, so many a second on average, whatever the server does."""
+    rng = random.Random(seed)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
+        tasks = []
+        for body in bodies:
+            tasks.append(asyncio.create_task(ask(session, url, body)))
+            await asyncio.sleep(rng.expovariate(rate))
+        return [_good(felt) for felt in await asyncio.gather(*tasks)]
+
+
+def _good(felt: Felt) -> Felt:
+    if felt.error:
+        raise RuntimeError(f"a request failed: {felt.error}")
+    return felt
+
+
+def throughput(done: Sequence[Felt]) -> float:
+    """Requests a second, the first and the last tenth of the ends left out: neither start nor end counts."""
+    ends = sorted(felt.ended for felt in done)
+    cut = max(1, len(ends) // 10)
+    return (len(ends) - 2 * cut) / (ends[-1 - cut] - ends[cut - 1])
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest rank."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
