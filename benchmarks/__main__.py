@@ -11,9 +11,12 @@ from benchmarks.options import Options
 
 MODULES = {
     "wire": "benchmarks.wire_speed",
-    "encoder": "benchmarks.encoder",
     "preprocessing": "benchmarks.preprocessing",
-    "gateway": "benchmarks.gateway",
+    "encoder": "benchmarks.encoder",
+    "overlap": "benchmarks.overlap",
+    "reuse": "benchmarks.reuse",
+    "interference": "benchmarks.interference",
+    "equal-hardware": "benchmarks.equal_hardware",
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.colocated import SITE
 from benchmarks.options import Options
 from benchmarks.result import Result
 from vision_worker import tiling
@@ -52,8 +53,9 @@ def run(options: Options) -> Result:
     if options.baseline is None:
         raise RuntimeError("vLLM's processor needs torchvision: name an environment that has it with --baseline")
     with subprocess.Popen(
-        [options.baseline, "-m", "benchmarks.preprocessing", str(options.repeats(7))], stdout=subprocess.PIPE, text=True
-    ) as process:
+        [options.baseline, "-m", "benchmarks.preprocessing", str(options.repeats(7))], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": f"{SITE}{os.pathsep}{os.getcwd()}"},
+    ) as process:  # fmt: skip
         said, _ = process.communicate(timeout=600)
     if process.returncode:
         raise RuntimeError(f"the measuring process ended with {process.returncode}")

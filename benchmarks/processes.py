@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from benchmarks.colocated import SITE
 from server.processes import die_with_parent
 
 _PATIENCE = 300.0
@@ -121,10 +122,11 @@ def colocated(folder: Path, python: str, model: Path, on: Sequence[int], *flags:
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port), "--host", "127.0.0.1",
-        "--trust-remote-code", *VLLM, *flags,
+        f"--served-model-name={model.name}", "--trust-remote-code", *VLLM, *flags,
     ]  # fmt: skip
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, on)), "VLLM_PLUGINS": "none", "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONPATH": str(SITE),
     }  # fmt: skip
     return Server("colocated", command, on, folder, lambda: answers(f"{url}/health"), environment), url
 

@@ -1,0 +1,83 @@
+"""Do running answers feel images arrive? Inter-token latency of text streams with bursts of images over that without.
+
+The same streams, the same bursts, the same two cores: through decoupled workers, and through stock vLLM that encodes in the
+loop it decodes in.
+"""
+
+import asyncio
+import statistics
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmarks import checkpoint, colocated, load, processes
+from benchmarks.options import Options
+from benchmarks.result import Result
+
+STREAMS, TOKENS = 4, 400
+BURSTS, BURST = 6, 4
+PAUSE = 1.5
+SIZE = (896, 896)  # four tiles and a thumbnail
+
+
+def run(options: Options) -> Result:
+    """The headline: colocated's 99th percentile with images over ours; target 5. Ours with over without is in the figures."""
+    if options.baseline is None:
+        raise RuntimeError("stock vLLM to compare with: name its Python with --baseline")
+    cores = processes.cores()
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "colocated": []}
+    with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name:
+        folder = Path(name)
+        plain = checkpoint.make(folder / "plain", flash=False)
+        stock = colocated.copied(plain, folder / "stock")
+        for repeat in range(options.repeats(3)):
+            with ExitStack() as held:
+                held.enter_context(processes.vision(folder, plain, cores[:1], "--cache=none"))
+                held.enter_context(processes.language(folder, plain, cores[-1:], "--dtype=float32"))
+                server, url = processes.gateway(folder, cores)
+                held.enter_context(server)
+                found["ours"].append(asyncio.run(_felt(url, plain.name, repeat)))
+            server, url = processes.colocated(folder, options.baseline, stock, cores, "--dtype=float32")
+            with server:
+                found["colocated"].append(asyncio.run(_felt(url, stock.name, repeat)))
+    return _result(found)
+
+
+def _result(found: dict[str, list[dict[str, float]]]) -> Result:
+    ratios = [c["with images"] / o["with images"] for o, c in zip(found["ours"], found["colocated"], strict=True)]
+    ratio = statistics.median(ratios)
+    figures: dict[str, Any] = {}
+    for side, repeats in found.items():
+        middle = {name: statistics.median(r[name] for r in repeats) for name in repeats[0]}
+        figures[side] = {f"ITL p99 {name}, ms": round(1e3 * value, 2) for name, value in middle.items()}
+        figures[side]["with over without"] = round(statistics.median(r["with images"] / r["alone"] for r in repeats), 3)
+    return Result("interference", ratio, 5.0, (max(ratios) - min(ratios)) / ratio, figures)
+
+
+async def _felt(url: str, model: str, seed: int) -> dict[str, float]:
+    """99th percentile of the streams' gaps, seconds: alone, and while images come."""
+    await _streams(url, model, seed, 0)
+    return {"alone": await _streams(url, model, seed + 1, 0), "with images": await _streams(url, model, seed + 2, BURSTS)}
+
+
+async def _streams(url: str, model: str, seed: int, bursts: int) -> float:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
+        texts = [load.chat(model, f"Tell me about {seed} and {i}.", tokens=TOKENS) for i in range(STREAMS)]
+        speaking = [asyncio.create_task(load.ask(session, url, body)) for body in texts]
+        await asyncio.sleep(1)
+        images = []
+        for burst in range(bursts):
+            for i in range(BURST):
+                picture = load.picture(1000 * seed + 10 * burst + i, *SIZE)
+                body = load.chat(model, "What is this?", [picture], tokens=1)
+                images.append(asyncio.create_task(load.ask(session, url, body)))
+            await asyncio.sleep(PAUSE)
+        done = await asyncio.gather(*speaking)
+        await asyncio.gather(*images)
+    for felt in (*done, *(task.result() for task in images)):
+        if felt.error:
+            raise RuntimeError(felt.error)
+    return load.percentile([gap for felt in done for gap in felt.gaps], 0.99)

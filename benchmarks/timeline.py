@@ -1,0 +1,50 @@
+"""A picture of a trace: which stage worked when."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.result import FOLDER
+from wire.trace import read
+
+STAGES = {"prepare": "#7a9e3c", "encode": "#2462ad", "deliver": "#d9730d", "answer": "#8a4fa0"}
+SECONDS = 6.0
+
+
+def draw(traces: Path, name: str) -> str:
+    """`results/NAME-timeline.png`: some seconds from the middle of the trace; a sentence about it."""
+    events = [event for event in read(traces) if event["name"] in STAGES]
+    # of the vision worker's "encode", not the gateway's, which is all that an Encode call takes
+    events = [event for event in events if event["name"] != "encode" or event["cat"] == "vision"]
+    middle = (events[0]["ts"] + events[-1]["ts"]) / 2
+    shown = [event for event in events if abs(event["ts"] - middle) < SECONDS / 2 * 1e6]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    lanes: list[str] = []
+    for stage, colour in STAGES.items():
+        for lane, spans in enumerate(_lanes([event for event in shown if event["name"] == stage])):
+            axes.broken_barh(
+                [((e["ts"] - middle) / 1e6 + SECONDS / 2, e["dur"] / 1e6) for e in spans], (len(lanes) + 0.1, 0.8), color=colour
+            )
+            lanes.append(stage if lane == 0 else "")
+    axes.set_yticks([i + 0.5 for i in range(len(lanes))], lanes)
+    axes.invert_yaxis()
+    axes.set_xlim(0, SECONDS)
+    axes.set_xlabel("seconds")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FOLDER / f"{name}-timeline.png", dpi=130)
+    return f"{name}-timeline.png: {SECONDS:g} s from the middle of the run, a bar for each span of the trace"
+
+
+def _lanes(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Events that overlap stand on different lanes."""
+    lanes: list[list[dict[str, Any]]] = []
+    for event in events:
+        for lane in lanes:
+            if lane[-1]["ts"] + lane[-1]["dur"] <= event["ts"]:
+                lane.append(event)
+                break
+        else:
+            lanes.append([event])
+    return lanes
