@@ -13,6 +13,7 @@ MODULES = {
     "wire": "benchmarks.wire_speed",
     "preprocessing": "benchmarks.preprocessing",
     "encoder": "benchmarks.encoder",
+    "gateway": "benchmarks.gateway",
     "overlap": "benchmarks.overlap",
     "reuse": "benchmarks.reuse",
     "interference": "benchmarks.interference",
