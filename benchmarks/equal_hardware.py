@@ -22,6 +22,7 @@ MIXES = {"one tile": (448, 448), "three tiles": (896, 448), "five tiles": (896, 
 BALANCED = "three tiles"
 LOADS = (0.4, 0.7, 0.9)
 """Offered, as shares of what colocated does at most."""
+HALF = ("--vir-relative-threshold=0.5", "--vir-absolute-threshold=0")
 TEXT = "What do you see?"
 
 
@@ -99,7 +100,7 @@ class _Run:
                 ("ours", self.ours(plain), plain.name),
                 (
                     "ours, half compressed",
-                    self.ours(flash, "--vir-relative-threshold=0.5", "--vir-absolute-threshold=0"),
+                    self.ours(flash, *HALF),
                     flash.name,
                 ),
             ):
