@@ -6,8 +6,12 @@ there too, and idle.
 
 import asyncio
 import itertools
+import json
+import os
 import sys
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import vllm.v1.engine.async_llm as async_llm
@@ -17,14 +21,32 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from lm_worker.__main__ import main
 
 WORD, TOKEN = " word", 300
+LAG = "BENCHMARK_LAG"
+"""Variable that names a file for the event loop's lag: `[time.monotonic(), seconds late]`, a line a sample."""
+_SAMPLE = 0.005
+
+
+async def _sampled(file: Path) -> None:
+    while True:
+        lines = []
+        for _ in range(100):
+            due = time.monotonic() + _SAMPLE
+            await asyncio.sleep(_SAMPLE)
+            lines.append(json.dumps([due, time.monotonic() - due]))
+        with file.open("a") as out:
+            out.write("".join(f"{line}\n" for line in lines))
 
 
 def replaced(seconds: float) -> Any:
     """For `AsyncLLM.generate`: as many tokens as may be, so many seconds apart."""
 
+    sampling: list[asyncio.Task[None]] = []
+
     async def generate(
         self: Any, prompt: Any, sampling_params: SamplingParams, request_id: str, **_rest: Any
     ) -> AsyncIterator[RequestOutput]:
+        if LAG in os.environ and not sampling:
+            sampling.append(asyncio.create_task(_sampled(Path(os.environ[LAG]))))
         whole = sampling_params.output_kind == RequestOutputKind.FINAL_ONLY
         total = sampling_params.max_tokens or 16
         ids = list(getattr(prompt, "prompt_token_ids", None) or prompt["prompt_token_ids"])

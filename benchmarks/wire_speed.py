@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import arrival
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 
@@ -126,11 +127,13 @@ def run(options: Options) -> Result:
             for end in ends:
                 assert end.stdout is not None
                 assert end.stdout.readline() == "ready\n"
-            return _compared(folder, total, options.repeats(5))
+            found = _compared(folder, total, options.repeats(5))
         finally:
             for end in ends:
                 end.kill()
                 end.wait()
+    found.figures["streams of vLLM's HTTP process"] = arrival.felt(options.repeats(3))
+    return found
 
 
 def _compared(folder: str, total: int, repeats: int) -> Result:
