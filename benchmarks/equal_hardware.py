@@ -6,24 +6,26 @@ mix: two tiles and a thumbnail an image, an answer as long as makes both halves 
 """
 
 import asyncio
+import itertools
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import checkpoint, colocated, load, processes
+from benchmarks import checkpoint, colocated, costs, load, processes
+from benchmarks.costs import IN_FLIGHT, TEXT, Stack
 from benchmarks.options import Options
 from benchmarks.result import Result
+from server.planning.model import Costs, Kind
 
-IN_FLIGHT = 16
 MIXES = {"one tile": (448, 448), "three tiles": (896, 448), "five tiles": (896, 896), "thirteen tiles": (1792, 1344)}
+TILES = {"one tile": 1, "three tiles": 3, "five tiles": 5, "thirteen tiles": 13}
 BALANCED = "three tiles"
 LOADS = (0.4, 0.7, 0.9)
 """Offered, as shares of what colocated does at most."""
 HALF = ("--vir-relative-threshold=0.5", "--vir-absolute-threshold=0")
-TEXT = "What do you see?"
 
 
 def run(options: Options) -> Result:
@@ -35,22 +37,25 @@ def run(options: Options) -> Result:
         plain, flash = (checkpoint.make(folder / kind, flash=kind == "flash") for kind in ("plain", "flash"))
         stock = colocated.copied(plain, folder / "stock")
         run = _Run(options, folder, stock)
-        tokens = run.balanced(plain)
-        return run.compared(plain, flash, tokens)
+        priced, text = run.priced(plain)
+        return run.compared(plain, flash, priced, text)
 
 
 class _Run:
     def __init__(self, options: Options, folder: Path, stock: Path) -> None:
         self._options, self._folder, self._stock = options, folder, stock
-        self._numbers = iter(range(10_000_000))
+        self._numbers = itertools.count()
         self._count = 32 if options.quick else 96
 
     @contextmanager
-    def ours(self, model: Path, *flags: str) -> Iterator[str]:
+    def ours(self, model: Path, flags: Sequence[str] = (), engine: Sequence[str] = ()) -> Iterator[str]:
+        """`flags` are the gateway's, `engine` are vLLM's."""
         cores = processes.cores()
         with ExitStack() as held:
-            held.enter_context(processes.vision(self._folder, model, cores[:1], "--cache=none"))
-            held.enter_context(processes.language(self._folder, model, cores[-1:], "--dtype=float32"))
+            held.enter_context(
+                processes.vision(self._folder, model, cores[:1], "--cache=none", f"--max-batch-tiles={costs.BATCH}")
+            )
+            held.enter_context(processes.language(self._folder, model, cores[-1:], "--dtype=float32", *engine))
             server, url = processes.gateway(self._folder, cores, *flags)
             held.enter_context(server)
             yield url
@@ -77,20 +82,15 @@ class _Run:
         count = max(3 * IN_FLIGHT, self._count // images)
         return load.throughput(asyncio.run(load.closed(url, self.bodies(model, mix, tokens, count, images), IN_FLIGHT)))
 
-    def balanced(self, model: Path) -> int:
-        """Tokens of an answer for which one half is as busy as the other."""
-        cores = processes.cores()
-        with self.ours(model) as url:
-            seconds = []
-            for tokens in (2, 2, 34):  # the first warms
-                texts = [load.chat(model.name, f"{TEXT} {next(self._numbers)}", tokens=tokens) for _ in range(2 * IN_FLIGHT)]
-                seconds.append(1 / load.throughput(asyncio.run(load.closed(url, texts, IN_FLIGHT))))
-            short = 1 / self.saturated(url, model.name, BALANCED, 1)
-        slope = (seconds[2] - seconds[1]) / 32
-        assert cores
-        return max(4, round(0.5 * short / slope))
+    def priced(self, model: Path) -> tuple[Costs, int]:
+        """What stages cost, and tokens of a prompt without images."""
+        with self.ours(model, engine=("--no-enable-prefix-caching",)) as url:
+            stack = Stack(self._folder, url, model, self._numbers)
+            found = asyncio.run(costs.measured(stack, MIXES[BALANCED], TILES[BALANCED], self._count))
+            return found, asyncio.run(costs.prompt(stack))
 
-    def compared(self, plain: Path, flash: Path, tokens: int) -> Result:
+    def compared(self, plain: Path, flash: Path, priced: Costs, text: int) -> Result:
+        tokens = costs.balanced(priced, TILES[BALANCED], text)
         found: dict[str, list[float]] = {}
         felt: dict[str, Any] = {}
         for repeat in range(self._options.repeats(3)):
@@ -98,11 +98,7 @@ class _Run:
                 ("colocated, both cores", self.colocated(0), self._stock.name),
                 ("colocated, one for its front end", self.colocated(1), self._stock.name),
                 ("ours", self.ours(plain), plain.name),
-                (
-                    "ours, half compressed",
-                    self.ours(flash, *HALF),
-                    flash.name,
-                ),
+                ("ours, half compressed", self.ours(flash, HALF), flash.name),
             ):
                 with serving as url:
                     self.saturated(url, model, BALANCED, tokens)
@@ -114,7 +110,11 @@ class _Run:
                             mix: round(self.saturated(url, model, mix, tokens), 3) for mix in MIXES if mix != BALANCED
                         }
                         felt[name]["four images, requests/s"] = round(self.saturated(url, model, "one tile", tokens, 4), 3)
-        return _result(found, felt, tokens)
+        found_here = _result(found, felt, tokens)
+        found_here.figures["what compression allows"] = round(_allowed(priced, tokens, text), 3)
+        found_here.figures["costs"] = priced.model_dump()
+        found_here.figures["cases"] = _cases(found_here.figures, tokens, text)
+        return found_here
 
     def felt(self, url: str, model: str, tokens: int, most: float) -> dict[str, Any]:
         """TTFT and ITL at each offered load, milliseconds."""
@@ -128,6 +128,23 @@ class _Run:
                 for name, values in (("TTFT", ttft), ("ITL", gaps)) for p in (0.5, 0.99)
             }  # fmt: skip
         return said
+
+
+def _allowed(priced: Costs, tokens: int, text: int) -> float:
+    """Requests/s with half of the tiles compressed over without: (V + L) / (V + r L), both cores busy all the time."""
+    kept = (1 + priced.compressed_tokens_per_tile / priced.tokens_per_tile) / 2
+    tiles, engine = TILES[BALANCED], priced.language
+    vision, read = tiles * priced.vision.tile, tiles * priced.tokens_per_tile * engine.prefill
+    rest = engine.request + text * engine.prefill + tokens * (engine.decode + engine.step / IN_FLIGHT)
+    return (vision + read + rest) / (vision + kept * read + rest)
+
+
+def _cases(figures: dict[str, Any], tokens: int, text: int) -> list[dict[str, Any]]:
+    """What ours did, for `dvd plan` to be held against."""
+    measured = {BALANCED: figures["requests/s"]["ours"], **figures["felt"]["ours"]["mixes, requests/s"]}
+    cases = [costs.case(mix, Kind(tiles=TILES[mix], text=text, output=tokens), rate) for mix, rate in measured.items()]
+    four = Kind(images=4, tiles=1, text=text, output=tokens)
+    return [*cases, costs.case("four images", four, figures["felt"]["ours"]["four images, requests/s"])]
 
 
 def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int) -> Result:

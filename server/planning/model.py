@@ -28,9 +28,11 @@ class VisionCosts(_Part):
 
 
 class LanguageCosts(_Part):
-    """One language worker. A step takes `step + prefill × tokens read + decode × sequences that go on`."""
+    """One language worker. A step takes `step + prefill × tokens read + decode × sequences that go on`, and `request` for each
+    request that it begins."""
 
     step: float = Field(default=0.0, ge=0, description="of a step whatever is in it")
+    request: float = Field(default=0.0, ge=0, description="of a request whatever is in it, where its HTTP server shares the core")
     prefill: Positive = Field(description="a token that is read")
     decode: float = Field(default=0.0, ge=0, description="a sequence that goes on by one token")
     step_tokens: int = Field(default=8192, ge=1, description="tokens in a step, at most")
@@ -111,7 +113,8 @@ def work(costs: Costs, load: Load) -> tuple[float, float]:
         vision += share * tiles * (1 - kind.repeated) * each
         engine = costs.language
         language += share * (
-            read * engine.prefill
+            engine.request
+            + read * engine.prefill
             + kind.output * (engine.decode + engine.step / engine.sequences)
             + engine.step * read / engine.step_tokens
         )

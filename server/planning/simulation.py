@@ -24,6 +24,7 @@ class _Request:
     images: int  # that are still on their way
     left: int  # tokens to read
     unseen: int = 0  # tiles to encode before it is read: in a colocated engine
+    begun: bool = False
     said: list[float] = field(default_factory=list)  # when each token of the answer came
 
 
@@ -151,11 +152,13 @@ class _Language:
             return
         engine, eye = self._costs.language, self._costs.vision
         room = engine.step_tokens - len(self._going)
-        read = tiles = 0
+        read = tiles = begun = 0
         while self._waiting and room > 0 and len(self._going) < engine.sequences:
             request = self._waiting[0]
             tiles += request.unseen
             request.unseen = 0
+            begun += not request.begun
+            request.begun = True
             some = min(room, request.left)
             request.left -= some
             room -= some
@@ -165,7 +168,7 @@ class _Language:
             self._going.append(self._waiting.popleft())
         speaking = list(self._going)
         looking = tiles * eye.tile + eye.batch * -(-tiles // eye.batch_tiles)
-        seconds = engine.step + engine.prefill * read + engine.decode * len(speaking) + looking
+        seconds = engine.step + engine.request * begun + engine.prefill * read + engine.decode * len(speaking) + looking
         self._running = True
         self.busy += seconds
         self.looking += looking

@@ -53,6 +53,11 @@ def test_what_is_there_already_is_not_encoded() -> None:
     assert outcome.busy["vision"] == outcome.network == 0
 
 
+def test_a_request_costs_its_share_once_however_long_it_is_read() -> None:
+    outcome = simulate(costs(request=0.5, step_tokens=64), load(), Fleet(), requests=20)
+    assert ttft(outcome) == pytest.approx(0.001 + 0.1 + 257 * 0.00025 + 0.001 + 0.5)
+
+
 def test_text_needs_no_vision_worker() -> None:
     outcome = simulate(costs(), load(images=0, text=100), Fleet(), requests=20)
     assert ttft(outcome) == pytest.approx(100 * 0.00025 + 0.001)

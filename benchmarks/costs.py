@@ -1,0 +1,127 @@
+"""What the stages cost here, as `dvd plan` wants to know it: measured through one vision and one language worker on a core each.
+
+Preparing an image and looking at it share the vision worker's one core, as HTTP and the engine share the language worker's;
+so what preparing takes is counted as the tower's, and what a request takes whatever is in it as the engine's.
+"""
+
+import asyncio
+import base64
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmarks import load
+from protos import embeddings_pb2, vision_pb2, vision_pb2_grpc
+from server.planning.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts
+from server.planning.search import saturated
+from wire import rpc
+from wire.checkpoint import open_checkpoint
+
+IN_FLIGHT = 16
+TEXT = "What do you see?"
+TOKENS = 2, 34
+BATCH = 4
+"""Tiles in a batch of a vision worker on a CPU."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A vision worker at `FOLDER/vision`, a language worker at `FOLDER/language`, and the gateway before them."""
+
+    folder: Path
+    url: str
+    model: Path
+    numbers: Iterator[int]
+
+    def pictures(self, count: int, size: tuple[int, int]) -> list[str]:
+        """No two alike, ever."""
+        return [load.picture(next(self.numbers), *size) for _ in range(count)]
+
+    def chat(self, pictures: Sequence[str], tokens: int) -> bytes:
+        """Text without pictures differs each time, so that no part of it is there already."""
+        text = TEXT if pictures else f"{TEXT} {next(self.numbers)}"
+        return load.chat(self.model.name, text, pictures, tokens)
+
+    async def requests(self, pictures: Sequence[Sequence[str]], tokens: int, in_flight: int = IN_FLIGHT) -> float:
+        """Requests a second, one for each list of pictures."""
+        return load.throughput(await load.closed(self.url, [self.chat(some, tokens) for some in pictures], in_flight))
+
+    async def images(self, pictures: Sequence[str]) -> float:
+        """Images a second through `Vision.Encode` alone, delivery into the sink included."""
+        waiting, ends, fingerprint = iter(pictures), list[load.Felt](), open_checkpoint(self.model).fingerprint
+        async with rpc.channel(f"unix:{self.folder / 'vision'}") as channel:
+            stub = vision_pb2_grpc.VisionStub(channel)
+
+            async def work() -> None:
+                for url in waiting:
+                    ends.append(await self._encode(stub, fingerprint, base64.b64decode(url.partition(",")[2])))
+
+            await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
+        return load.throughput(ends)
+
+    async def _encode(self, stub: vision_pb2_grpc.VisionStub, fingerprint: str, data: bytes) -> load.Felt:
+        felt = load.Felt(time.monotonic())
+        request = vision_pb2.EncodeRequest(
+            images=[vision_pb2.Image(key=hashlib.sha256(b"alone" + data).hexdigest(), data=data)],
+            dtype=embeddings_pb2.FLOAT32, deliver_to=f"unix:{self.folder / 'language'}", fingerprint=fingerprint,
+        )  # fmt: skip
+        await stub.Encode(request, timeout=600)
+        felt.ended = time.monotonic()
+        return felt
+
+
+async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int) -> Costs:
+    """`size`: of a picture that makes so many tiles, thumbnail counted; `count`: of requests in each of six measurements."""
+    checkpoint = open_checkpoint(stack.model).description
+    pictures = stack.pictures(count, size)
+    vision = await stack.images(pictures)
+    texts: list[list[str]] = [[]] * count
+    several = [1 / await stack.requests(texts, tokens) for tokens in (TOKENS[0], *TOKENS)][1:]  # the first warms
+    alone = [1 / await stack.requests(texts[: count // 3], tokens, 1) for tokens in TOKENS]
+    one, many = ((seconds[1] - seconds[0]) / (TOKENS[1] - TOKENS[0]) for seconds in (alone, several))
+    step = max(0.0, (one - many) * IN_FLIGHT / (IN_FLIGHT - 1))
+    shown = [[picture] for picture in pictures]
+    await stack.requests(shown, 1)
+    read = 1 / await stack.requests(shown, TOKENS[0]) - several[0]
+    prefill = read / (tiles * checkpoint.tokens_per_tile)
+    request = max(0.0, several[0] - TOKENS[0] * many - prefill * await prompt(stack))
+    return Costs(
+        vision=VisionCosts(prepare=1e-6, tile=1 / vision / tiles, batch_tiles=BATCH),
+        language=LanguageCosts(
+            step=step, request=request, prefill=prefill, decode=max(0.0, one - step), step_tokens=4096, sequences=64
+        ),
+        tokens_per_tile=checkpoint.tokens_per_tile,
+        bytes_per_token=4 * checkpoint.width,
+    )
+
+
+async def prompt(stack: Stack) -> int:
+    """Tokens of a prompt without a picture."""
+    body = load.chat(stack.model.name, TEXT, tokens=1, stream=False)
+    headers = {"Content-Type": "application/json"}
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{stack.url}/v1/chat/completions", data=body, headers=headers) as answer:
+            said: dict[str, Any] = await answer.json()
+    return int(said["usage"]["prompt_tokens"])
+
+
+def predicted(costs: Costs, kind: Kind, in_flight: int = IN_FLIGHT) -> float:
+    """Requests a second, saturated, by one vision and one language worker."""
+    return saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
+
+
+def balanced(costs: Costs, tiles: int, text: int) -> int:
+    """Tokens of an answer for which a request with such an image keeps one half as busy as the other."""
+    engine = costs.language
+    read = engine.request + engine.prefill * (text + tiles * costs.tokens_per_tile)
+    return max(4, round((tiles * costs.vision.tile - read) / (engine.decode + engine.step / IN_FLIGHT)))
+
+
+def case(name: str, kind: Kind, rate: float) -> dict[str, Any]:
+    """A kind of request and what was measured of it, requests a second: for the benchmark of `dvd plan`."""
+    return {"name": name, "kind": kind.model_dump(), "requests/s": rate}
