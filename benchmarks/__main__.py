@@ -18,6 +18,7 @@ MODULES = {
     "reuse": "benchmarks.reuse",
     "interference": "benchmarks.interference",
     "equal-hardware": "benchmarks.equal_hardware",
+    "plan": "benchmarks.plan",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the stages cost here, as `dvd plan` wants to know it: measured through one vision and one language worker on a core each.
+"""What the stages cost here, as `dvd plan` wants to know it: measured through a vision and a language worker on a core each.
 
 Preparing an image and looking at it share the vision worker's one core, as HTTP and the engine share the language worker's;
 so what preparing takes is counted as the tower's, and what a request takes whatever is in it as the engine's.
@@ -104,9 +104,9 @@ async def prompt(stack: Stack) -> int:
     """Tokens of a prompt without a picture."""
     body = load.chat(stack.model.name, TEXT, tokens=1, stream=False)
     headers = {"Content-Type": "application/json"}
-    async with aiohttp.ClientSession() as session:
-        async with session.post(f"{stack.url}/v1/chat/completions", data=body, headers=headers) as answer:
-            said: dict[str, Any] = await answer.json()
+    url = f"{stack.url}/v1/chat/completions"
+    async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=headers) as answer:
+        said: dict[str, Any] = await answer.json()
     return int(said["usage"]["prompt_tokens"])
 
 

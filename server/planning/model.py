@@ -32,7 +32,7 @@ class LanguageCosts(_Part):
     request that it begins."""
 
     step: float = Field(default=0.0, ge=0, description="of a step whatever is in it")
-    request: float = Field(default=0.0, ge=0, description="of a request whatever is in it, where its HTTP server shares the core")
+    request: float = Field(default=0.0, ge=0, description="of a request whatever is in it, HTTP on the same core")
     prefill: Positive = Field(description="a token that is read")
     decode: float = Field(default=0.0, ge=0, description="a sequence that goes on by one token")
     step_tokens: int = Field(default=8192, ge=1, description="tokens in a step, at most")
