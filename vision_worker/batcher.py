@@ -110,13 +110,13 @@ class Batcher:
     async def warm(self) -> None:
         """Run the largest batch once, on the device thread."""
         side = self._encoder.checkpoint.description.tower.image_size
-        pixels = np.zeros((self._max_tiles, side, side, 3), dtype=np.uint8)
+        tiles = [np.zeros((side, side, 3), dtype=np.uint8)] * self._max_tiles
         policies = [Fixed(False), *([Fixed(True)] if self._encoder.checkpoint.description.thresholds else [])]
 
         def run() -> None:
-            features = self._encoder.look(pixels)
+            features = self._encoder.look(self._encoder.stage(tiles))
             for policy in policies:
-                self._encoder.embed(features, range(len(pixels)), policy)
+                self._encoder.embed(features, range(len(tiles)), policy)
 
         await asyncio.get_running_loop().run_in_executor(self._device, run)
 
@@ -132,7 +132,7 @@ class Batcher:
         while True:
             await self._slots.acquire()
             batch, tiles = await self._form()
-            staged = self._stager.submit(np.stack, tiles)
+            staged = self._stager.submit(self._encoder.stage, tiles)
             computed = loop.run_in_executor(self._device, self._compute, batch, staged)
             computed.add_done_callback(self._settle)
 
@@ -154,12 +154,12 @@ class Batcher:
                 self._arrived.clear()
         return batch, tiles
 
-    def _compute(self, batch: _Batch, staged: "Future[npt.NDArray[np.uint8]]") -> _Settled:
+    def _compute(self, batch: _Batch, staged: "Future[Tensor]") -> _Settled:
         """Device thread: look at a batch, and finish the groups that it completes."""
         with self._trace.span("encode", tiles=sum(count for _, count in batch), calls=len(batch)):
             return self._looked(batch, staged)
 
-    def _looked(self, batch: _Batch, staged: "Future[npt.NDArray[np.uint8]]") -> _Settled:
+    def _looked(self, batch: _Batch, staged: "Future[Tensor]") -> _Settled:
         features = _guarded(lambda: self._encoder.look(staged.result()))
         if isinstance(features, errors.DvdError):
             return [(group, features) for group, _ in batch]

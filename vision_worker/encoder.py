@@ -49,8 +49,11 @@ class Encoder(Protocol):
     def prepare(self, data: bytes, tiling: Tiling) -> Tiles:
         """Any thread. Raises `InvalidImage` or `ImageTooLarge`."""
 
-    def look(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
-        """Device thread: tiles [n, side, side, 3], of any groups, to features [n, …], each from its tile alone."""
+    def stage(self, tiles: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """Stager thread, while the device is busy with the batch before: tiles to uint8 [n, side, side, 3] on the device."""
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """Device thread: tiles as staged, of any groups, to features [n, …], each from its tile alone."""
 
     def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
         """Device thread: one whole group. `features` are of its distinct tiles; tile i of the group is `copies[i]`."""
@@ -61,6 +64,25 @@ def load(options: Vision, checkpoint: Checkpoint) -> Encoder:
     family = importlib.import_module(FAMILIES[options.vision_backend])
     place = Place(_device(options.device), _dtype(options.vision_dtype, checkpoint))
     return cast(Encoder, family.load(checkpoint, place, dummy=options.load_format == "dummy"))
+
+
+class Stager:
+    """Tiles to the device. Pinned memory and a stream of its own let a GPU's copy run beside its computing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def stage(self, tiles: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """uint8 [n, side, side, 3], there when this returns."""
+        pixels = torch.from_numpy(np.stack(tiles))
+        if self._stream is None:
+            return pixels.to(self._device)
+        with torch.cuda.stream(self._stream):
+            staged = pixels.pin_memory().to(self._device, non_blocking=True)
+        self._stream.synchronize()  # this thread waits, not the one that drives the device
+        staged.record_stream(torch.cuda.default_stream(self._device))  # who frees it last uses it on that one
+        return staged
 
 
 def _device(name: str) -> torch.device:

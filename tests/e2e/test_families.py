@@ -61,7 +61,7 @@ def embed(checkpoint: Path, store: Path) -> dict[str, int]:
     for picture in PICTURES:
         tiles = encoder.prepare((IMAGES / picture).read_bytes(), Tiling(1, 2, said.thumbnail))
         policy = vir.policy(0, said.thresholds)
-        values = torch.cat(encoder.embed(encoder.look(tiles.pixels), range(len(tiles)), policy).blocks).float()
+        values = torch.cat(encoder.embed(encoder.look(encoder.stage(tiles.pixels)), range(len(tiles)), policy).blocks).float()
         key = picture.partition(".")[0]
         rows[key] = len(values)
         with kept.writing(Header(key, opened.fingerprint, "float32", *values.shape)) as memory:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -73,7 +72,7 @@ def tiles(of: InternVL, name: str) -> Tiles:
 def features(name: str, file: str, dtype: torch.dtype) -> torch.Tensor:
     """Of one image; kept, since several cases hold the same image."""
     made = encoder(name, dtype)
-    return made.look(np.array(tiles(made, file).pixels))
+    return made.look(made.stage(tiles(made, file).pixels))
 
 
 def embedded(case: Case, dtype: torch.dtype) -> Embedded:

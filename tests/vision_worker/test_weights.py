@@ -78,4 +78,4 @@ def test_positions_of_another_image_size_are_interpolated(folder: Path) -> None:
     name = "vision_model.embeddings.position_embedding"
     rewrite(folder, tensors | {name: tensors[name][:, : 16 * 16 + 1].clone()})
     made = internvl.load(open_checkpoint(folder), CPU)
-    assert made.look(golden.tiles(made, "square.png").pixels.copy()).shape == (1, 1024, 64)
+    assert made.look(made.stage(golden.tiles(made, "square.png").pixels)).shape == (1, 1024, 64)

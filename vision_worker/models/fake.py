@@ -6,13 +6,11 @@ Deterministic, of true shapes and routed like true ones; means nothing to a lang
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vision_worker import tiling
-from vision_worker.encoder import Embedded, Place
+from vision_worker.encoder import Embedded, Place, Stager
 from vision_worker.models.vir import Policy
 from wire.checkpoint import Checkpoint
 
@@ -22,6 +20,7 @@ _SCORES = 1 << 16
 class Fake:
     def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
         self.checkpoint, self.place = checkpoint, place
+        self.stage = Stager(torch.device("cpu")).stage
         said = checkpoint.description
         generator = torch.Generator().manual_seed(0)
         table = torch.randn(4 * said.tokens_per_tile, said.width, generator=generator)
@@ -30,9 +29,9 @@ class Fake:
     def prepare(self, data: bytes, options: tiling.Tiling) -> tiling.Tiles:
         return tiling.cut(data, options)
 
-    def look(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
+    def look(self, pixels: Tensor) -> Tensor:
         """A number of 32 bits a tile, int64 [n]."""
-        digests = (hashlib.blake2b(tile.tobytes(), digest_size=4).digest() for tile in pixels)
+        digests = (hashlib.blake2b(tile.tobytes(), digest_size=4).digest() for tile in pixels.numpy())
         return torch.tensor([int.from_bytes(digest) for digest in digests])
 
     def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:

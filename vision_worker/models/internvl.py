@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from vision_worker import tiling, weights
-from vision_worker.encoder import Embedded, Place
+from vision_worker.encoder import Embedded, Place, Stager
 from vision_worker.models.intern_vit import InternViT
 from vision_worker.models.vir import Gating, Policy, Pooling
 from wire.checkpoint import Checkpoint, CheckpointError
@@ -68,15 +66,15 @@ def normalised(pixels: Tensor) -> Tensor:
 class InternVL:
     def __init__(self, checkpoint: Checkpoint, place: Place, model: Model) -> None:
         self.checkpoint, self.place, self.model = checkpoint, place, model.eval()
+        self.stage = Stager(place.device).stage
 
     def prepare(self, data: bytes, options: tiling.Tiling) -> tiling.Tiles:
         return tiling.cut(data, options)
 
     @torch.inference_mode()
-    def look(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
+    def look(self, pixels: Tensor) -> Tensor:
         """Features [n, patches, width of the tower]."""
-        on_device = torch.from_numpy(pixels).to(self.place.device)
-        return cast(Tensor, self.model.vision_model(normalised(on_device).to(self.place.dtype)))
+        return cast(Tensor, self.model.vision_model(normalised(pixels).to(self.place.dtype)))
 
     @torch.inference_mode()
     def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:

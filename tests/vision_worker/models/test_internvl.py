@@ -36,7 +36,7 @@ def test_an_embedding_does_not_depend_on_its_batch(together: int) -> None:
     made = golden.encoder("flash-qwen3")
     own = golden.tiles(made, "wide_1300x800.jpg").pixels
     strangers = np.random.default_rng(0).integers(0, 256, (max(0, together - len(own)), *own.shape[1:]), dtype=np.uint8)
-    mixed = made.look(np.concatenate([strangers, own]))[-len(own) :]
+    mixed = made.look(made.stage([*strangers, *own]))[-len(own) :]
     alone = golden.features("flash-qwen3", "wide_1300x800.jpg", torch.float32)
     policy = vir.policy(0, made.checkpoint.description.thresholds)
     first, second = (made.embed(seen, range(len(own)), policy) for seen in (alone, mixed))
@@ -62,7 +62,7 @@ def test_dummy_weights_are_seeded_and_finite() -> None:
     results = []
     for _ in range(2):
         made = internvl.load(checkpoint, CPU, dummy=True)
-        results.append(torch.cat(made.embed(made.look(pixels), range(2), policy).blocks))
+        results.append(torch.cat(made.embed(made.look(made.stage(pixels)), range(2), policy).blocks))
     assert torch.equal(*results)
     assert results[0].isfinite().all()
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_transformers(tmp_path: Path, style: str) -> None:
     made = internvl.load(open_checkpoint(tmp_path), CPU)
     assert made.checkpoint.description.max_tiles == 9
     pixels = np.random.default_rng(1).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
-    got = torch.stack(made.embed(made.look(pixels), range(2), vir.Fixed(False)).blocks)
+    got = torch.stack(made.embed(made.look(made.stage(pixels)), range(2), vir.Fixed(False)).blocks)
     with torch.no_grad():
         wanted = theirs.model.get_image_features(normalised(torch.from_numpy(pixels))).pooler_output
     assert golden.relative(got, wanted) < 1e-5
