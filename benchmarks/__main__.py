@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: run, show a table, and leave a JSON file each in `benchmarks/results`."""
+"""`python -m benchmarks [NAME …]`: run, and leave in `benchmarks/results` a JSON file each, a table and pictures of all."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks import result
+from benchmarks import report, result
 from benchmarks.options import Options
 
 MODULES = {
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verdict = "met" if found.met else "missed"
         print(f"{name:<16} {found.ratio:8.2f}  target {found.target:g} {verdict}  spread {found.spread:.0%}", flush=True)
         print(f"{name}: {time.monotonic() - began:.0f} s, {file}", file=sys.stderr)
+    report.write()
     return 1 if failed else 0
 
 

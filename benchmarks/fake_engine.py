@@ -66,4 +66,4 @@ def replaced(seconds: float) -> Any:
 
 if __name__ == "__main__":
     async_llm.AsyncLLM.generate = replaced(float(sys.argv[1]))  # type: ignore[method-assign,unused-ignore]
-    sys.exit(main(sys.argv[2:]))
+    main(sys.argv[2:])
