@@ -1,6 +1,8 @@
 """The two kinds of worker as the gateway sees them."""
 
 import contextlib
+import ipaddress
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -10,7 +12,9 @@ from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
 from wire import errors, rpc
 
-_ANYWHERE = ("", "0.0.0.0", "[::]")
+log = logging.getLogger(__name__)
+
+_HERE = "127.0.0.1"
 
 
 class VisionClient:
@@ -104,16 +108,34 @@ class LanguageClient:
         session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
         # exchanged before the old one is closed: two probes may be here at once
         old, self._session = self._session, session
-        self._base = "http://vllm" if unix else f"http://{self._host_port(http)}"
+        self._base = "http://vllm" if unix else f"http://{self._from_here(http)}"
         self._http = http
         if old is not None:
             await old.close()
 
-    def _host_port(self, http: str) -> str:
+    def _from_here(self, http: str) -> str:
+        """Where vLLM's server is found: on the sink's machine, where it listens on every address of that."""
         host, _, port = http.rpartition(":")
-        return f"{self.address.rpartition(':')[0]}:{port}" if host in _ANYWHERE else http
+        machine = _HERE if self.address.startswith("unix:") else self.address.rpartition(":")[0]
+        says, asked = _ip(host), _ip(machine)
+        if says and says.is_unspecified:
+            return f"{machine}:{port}"
+        if says and says.is_loopback and not (asked and asked.is_loopback):
+            log.warning(
+                "the language worker at %s says that vLLM is at %s, which nobody reaches from another machine: "
+                "start it with --http=0.0.0.0:%s", self.address, http, port,
+            )  # fmt: skip
+        return http
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
         await self._channel.close()
+
+
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """A host's address where it is one, IPv6 in brackets; no host is every address. None for a name."""
+    try:
+        return ipaddress.ip_address({"": "0.0.0.0", "localhost": _HERE}.get(host, host.strip("[]")))
+    except ValueError:
+        return None

@@ -1,9 +1,12 @@
 """What the gateway counts: one registry a process, every metric declared here. Several processes are shown as one."""
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -20,9 +23,12 @@ class Metrics:
         self.tiles = Counter("dvd_tiles", "Encoded tiles", ["resolution"], registry=made)
         self.visual_tokens = Counter("dvd_visual_tokens", "Visual tokens sent to language models", registry=made)
         self.stages = Histogram("dvd_stage_seconds", "Seconds a stage took", ["stage"], registry=made, buckets=_SECONDS)
-        self.workers = Gauge(
-            "dvd_worker_up", "Whether a worker answers", ["kind", "index"], registry=made, multiprocess_mode="livemin"
-        )
+        self._workers: _Workers | None = None
+
+    def watch(self, workers: Callable[[], Iterable[tuple[str, str, bool]]]) -> None:
+        """Show whom `workers` lists when somebody looks: kind, address, whether it answers."""
+        self._workers = _Workers(workers)
+        self.registry.register(self._workers)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
@@ -30,4 +36,19 @@ class Metrics:
             return generate_latest(self.registry)
         everybody = CollectorRegistry()
         MultiProcessCollector(everybody)  # type: ignore[no-untyped-call]
+        if self._workers:
+            everybody.register(self._workers)  # every process asks every worker: any of them knows
         return generate_latest(everybody)
+
+
+class _Workers(Collector):
+    """Read when somebody looks, so that a worker that has left is not shown: the files of several processes forget nothing."""
+
+    def __init__(self, workers: Callable[[], Iterable[tuple[str, str, bool]]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily("dvd_worker_up", "Whether a worker answers", labels=["kind", "address"])
+        for kind, address, up in self._workers():
+            family.add_metric([kind, address], up)
+        yield family

@@ -5,7 +5,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from protos import vision_pb2 as pb
@@ -92,16 +92,25 @@ class Pipeline:
         return await together(*(one(url) for url in urls))
 
     async def prepare(
-        self, chat: Chat, images: Sequence[Loaded], caller: bytes, without: Collection[Language] = ()
+        self,
+        chat: Chat,
+        images: Sequence[Loaded],
+        caller: bytes,
+        held: AsyncExitStack,
+        without: Collection[Language] = (),
     ) -> Prepared:
-        """Choose a language worker and see that it has every embedding. Raises `Unavailable` and what encoding raises."""
-        if not images:
-            return Prepared(self._workers.language.pick(None, without), chat.replaced([], []))
+        """Choose a language worker, which is the caller's until `held` closes, and see that it has every embedding.
+
+        Raises `Unavailable` and what encoding raises.
+        """
         digests = [image.digest for image in images]
-        language = self._workers.language.pick(keys.digest(caller, digests[0]).hex(), without)
+        language = self._workers.language.pick(keys.digest(caller, digests[0]).hex() if digests else None, without)
+        held.enter_context(language.held())
+        if not images:
+            return Prepared(language, chat.replaced([], []))
         assert language.said is not None
         if mismatch := self._workers.mismatch():
-            raise errors.CheckpointMismatch(mismatch)
+            raise errors.CheckpointMismatch(mismatch.in_short)
         setting = keys.Setting(language.said.checkpoint.fingerprint, pb.Tiling(), chat.router, language.said.dtype)
         names = (keys.keys_together if self._together else keys.keys_alone)(caller, setting, digests)
         there = dict(zip(names, await self._has(language, names), strict=True))
@@ -197,6 +206,7 @@ def counted(worker: Vision | Language) -> Iterator[None]:
     """A request that the worker is busy with."""
     worker.outstanding += 1
     try:
-        yield
+        with worker.held():
+            yield
     finally:
         worker.outstanding -= 1

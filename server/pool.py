@@ -1,17 +1,20 @@
 """Which workers there are, which of them answer, and which one gets a request."""
 
 import asyncio
+import functools
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from protos import embeddings_pb2 as pb
 from protos import vision_pb2
+from server import discovery
 from server.clients import LanguageClient, VisionClient
 from server.metrics import Metrics
-from wire import errors
+from wire import errors, messages
 
 log = logging.getLogger(__name__)
 
@@ -20,40 +23,99 @@ PROBE_TIMEOUT = 2.0
 _SLACK = 4
 """Requests that a worker may have beyond twice those of the least busy one before its keys go elsewhere."""
 
-_COMPARED = ("fingerprint", "width", "tile_size", "tokens_per_tile", "compressed_tokens_per_tile",
-             "relative_threshold", "absolute_threshold")  # fmt: skip
+_COMPARED = ("fingerprint", "width", "tile_size", "tokens_per_tile", "compressed_tokens_per_tile", "min_tiles", "max_tiles",
+             "thumbnail", "relative_threshold", "absolute_threshold")  # fmt: skip
+_DELIVERED = [number for number in pb.Dtype.values() if number != pb.DTYPE_UNSPECIFIED]
+"""What a language worker may compute in: a vision worker casts to each of them."""
+
+_NAMED = 4
+"""Workers that a complaint names of each side."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What workers do not agree in, both values named: for a caller, and with the workers' addresses for the operator."""
+
+    in_short: str
+    in_full: str
+
+
+@dataclass(eq=False, kw_only=True)
+class _Worker:
+    """What is known of a worker beside what it says of itself."""
+
+    outstanding: int = 0
+    strikes: int = 0
+    users: int = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Its client stays open meanwhile, also where the worker is no longer one of ours."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
 
 
 @dataclass(eq=False)
-class Vision:
+class Vision(_Worker):
     """A vision worker; `said` is None while it does not answer."""
 
     client: VisionClient
     said: vision_pb2.VisionDescription | None = None
-    outstanding: int = 0
-    strikes: int = 0
 
 
 @dataclass(eq=False)
-class Language:
+class Language(_Worker):
     """A language worker; `said` is None while its sink or vLLM does not answer."""
 
     client: LanguageClient
     said: pb.LanguageDescription | None = None
     models: list[str] = field(default_factory=list)
-    outstanding: int = 0
-    strikes: int = 0
 
 
 W = TypeVar("W", Vision, Language)
 
 
 class Pool(Generic[W]):
-    """A fixed list of workers of one kind."""
+    """The workers of one kind: who is one of them, and who gets a request. The only owner of its members.
 
-    def __init__(self, members: Sequence[W], absent: str) -> None:
-        self.members: Sequence[W] = members
+    A member is whom a source lists: the operator, or a name by its addresses. One that no source lists any more stays as long
+    as it answers: a resolver may leave out some of many addresses, and a worker may end what it has begun.
+    """
+
+    def __init__(self, kind: str, make: Callable[[str], W], absent: str) -> None:
+        self.kind = kind
+        self.members: list[W] = []
+        self._make: Callable[[str], W] = make
         self._absent = absent
+        self._listed: dict[str, Collection[str]] = {}
+        self._left: list[W] = []
+
+    def enlist(self, source: str, addresses: Collection[str]) -> list[W]:
+        """Take over whom a source lists now. Returns who is new."""
+        self._listed[source] = addresses
+        known = {worker.client.address for worker in self.members}
+        new = [self._make(address) for address in dict.fromkeys(addresses) if address not in known]
+        self.members += new
+        return new
+
+    async def sweep(self) -> None:
+        """Part with those whom no source lists and who do not answer; close the clients of those whom nobody uses any more."""
+        listed = {address for addresses in self._listed.values() for address in addresses}
+        gone = [worker for worker in self.members if worker.said is None and worker.client.address not in listed]
+        for worker in gone:
+            log.info("%s worker %s has left", self.kind, worker.client.address)
+            self.members.remove(worker)
+        self._left += gone
+        for worker in [worker for worker in self._left if not worker.users]:
+            self._left.remove(worker)
+            await worker.client.close()
+
+    async def close(self) -> None:
+        for worker in (*self.members, *self._left):
+            await worker.client.close()
 
     def up(self) -> list[W]:
         return [worker for worker in self.members if worker.said is not None]
@@ -87,48 +149,83 @@ def _weight(address: str, key: str) -> bytes:
 
 
 class Workers:
-    """Both pools, and the task that asks their members whether they are there. Make it inside the event loop."""
+    """Both pools, and the tasks that ask who belongs to them and whether they are there. Make it inside the event loop.
 
-    def __init__(self, vision: Sequence[str], language: Sequence[str], metrics: Metrics) -> None:
-        self.vision = Pool([Vision(VisionClient(a)) for a in vision], "no vision worker is there: image requests must wait")
-        self.language = Pool([Language(LanguageClient(a)) for a in language], "no language worker is there; try again")
-        self._metrics = metrics
+    Each list may hold static addresses and names (`dns:NAME:PORT`); `resolve` says what a name stands for.
+    """
+
+    def __init__(
+        self,
+        vision: Sequence[str],
+        language: Sequence[str],
+        metrics: Metrics,
+        resolve: discovery.Resolve = discovery.resolve,
+    ) -> None:
+        self.vision = Pool(
+            "vision", lambda address: Vision(VisionClient(address)), "no vision worker is there: image requests must wait"
+        )
+        self.language = Pool(
+            "language", lambda address: Language(LanguageClient(address)), "no language worker is there; try again"
+        )
         self._complained: str | None = None
-        self._polling = asyncio.create_task(self._poll())
+        metrics.watch(self._up)
+        self._tasks = [
+            *self._follow(vision, resolve, self.vision, self._probe_vision),
+            *self._follow(language, resolve, self.language, self._probe_language),
+            asyncio.create_task(self._poll()),
+        ]
+
+    def _follow(
+        self, addresses: Sequence[str], resolve: discovery.Resolve, pool: Pool[W], probe: Callable[[W], Awaitable[bool]]
+    ) -> list[asyncio.Task[None]]:
+        """Fill a pool: from static addresses now, from each name in a task of its own."""
+
+        async def found(name: str, those: Collection[str]) -> None:
+            new = pool.enlist(name, those)
+            for worker in new:
+                log.info("%s worker %s has come, by %s", pool.kind, worker.client.address, name)
+            await asyncio.gather(*map(probe, new))
+
+        pool.enlist("", [address for address in addresses if not discovery.named(address)])
+        names = [address for address in dict.fromkeys(addresses) if discovery.named(address)]
+        return [asyncio.create_task(discovery.watch(name, resolve, functools.partial(found, name))) for name in names]
 
     async def close(self) -> None:
-        self._polling.cancel()
-        clients: list[VisionClient | LanguageClient] = [
-            *(w.client for w in self.vision.members),
-            *(w.client for w in self.language.members),
-        ]
-        for client in clients:
-            await client.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.vision.close()
+        await self.language.close()
 
     async def probe(self) -> tuple[bool, bool]:
         """Ask every worker now, at most some `PROBE_TIMEOUT` seconds: whether any vision and any language worker answered."""
         vision = await asyncio.gather(*(self._probe_vision(worker) for worker in self.vision.members))
         language = await asyncio.gather(*(self._probe_language(worker) for worker in self.language.members))
-        self._gauge("vision", [worker.said is not None for worker in self.vision.members])
-        self._gauge("language", [worker.said is not None for worker in self.language.members])
         return any(vision), any(language)
 
-    def _gauge(self, kind: str, answering: Sequence[bool]) -> None:
-        for index, up in enumerate(answering):
-            self._metrics.workers.labels(kind, index).set(up)
+    def _up(self) -> Iterator[tuple[str, str, bool]]:
+        for kind, worker in self._members():
+            yield kind, worker.client.address, worker.said is not None
+
+    def _members(self) -> Iterator[tuple[str, Vision | Language]]:
+        for pool in (self.vision, self.language):
+            yield from ((pool.kind, worker) for worker in pool.members)
 
     async def _poll(self) -> None:
         while True:
             try:
                 await self.probe()
                 self._complain(self.mismatch())
+                await self.vision.sweep()
+                await self.language.sweep()
             except Exception:
                 log.exception("asking the workers failed")
             await asyncio.sleep(POLL_EVERY)
 
     async def _probe_vision(self, worker: Vision) -> bool:
         try:
-            worker.said = await worker.client.describe(PROBE_TIMEOUT)
+            with worker.held():
+                worker.said = await worker.client.describe(PROBE_TIMEOUT)
         except errors.DvdError as error:
             return _silent(worker, error)
         worker.strikes = 0
@@ -136,10 +233,11 @@ class Workers:
 
     async def _probe_language(self, worker: Language) -> bool:
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT):
-                said = await worker.client.describe(PROBE_TIMEOUT)
-                await worker.client.get("/health", PROBE_TIMEOUT)
-                listed = await worker.client.get("/v1/models", PROBE_TIMEOUT)
+            with worker.held():
+                async with asyncio.timeout(PROBE_TIMEOUT):
+                    said = await worker.client.describe(PROBE_TIMEOUT)
+                    await worker.client.get("/health", PROBE_TIMEOUT)
+                    listed = await worker.client.get("/v1/models", PROBE_TIMEOUT)
             worker.models = [model["id"] for model in listed["data"]]
         except TimeoutError:
             return _silent(worker, errors.DeadlineExceeded("no answer in time"))
@@ -150,18 +248,41 @@ class Workers:
         worker.said, worker.strikes = said, 0
         return True
 
-    def _complain(self, mismatch: str | None) -> None:
-        if mismatch and mismatch != self._complained:
-            log.error("%s", mismatch)
-        self._complained = mismatch
+    def _complain(self, mismatch: Mismatch | None) -> None:
+        complaint = mismatch.in_full if mismatch else None
+        if complaint and complaint != self._complained:
+            log.error("%s", complaint)
+        self._complained = complaint
 
-    def mismatch(self) -> str | None:
-        """What two workers that are there do not agree in, both values named; None where they agree."""
-        language = self.language.up()
-        said = [w.said.checkpoint for w in self.vision.up() if w.said] + [w.said.checkpoint for w in language if w.said]
-        for other in said[1:]:
-            for name in _COMPARED:
-                mine, theirs = getattr(said[0], name), getattr(other, name)
-                if mine != theirs:
-                    return f"workers serve different checkpoints: {name} {mine} and {theirs}; start all from the same one"
+    def mismatch(self) -> Mismatch | None:
+        """What workers that are there do not agree in; None where they do, or too few are there to tell."""
+        there = [(f"{kind} worker {worker.client.address}", worker.said) for kind, worker in self._members() if worker.said]
+        for name in _COMPARED:
+            values: dict[object, list[str]] = {}
+            for who, said in there:
+                values.setdefault(getattr(said.checkpoint, name), []).append(who)
+            if len(values) > 1:
+                return _different_checkpoints(name, values)
+        for worker in self.language.up():
+            if worker.said and worker.said.dtype not in _DELIVERED:
+                return _unknown_dtype(worker.said.dtype, f"language worker {worker.client.address}")
         return None
+
+
+def _different_checkpoints(name: str, values: dict[object, list[str]]) -> Mismatch:
+    def told(text: Callable[[object], str]) -> str:
+        which = " and ".join(map(text, values))
+        return f"workers serve different checkpoints: {name} {which}; start all from the same one"
+
+    return Mismatch(told(str), told(lambda value: f"{value} ({_some(values[value])})"))
+
+
+def _unknown_dtype(number: int, who: str) -> Mismatch:
+    known = ", ".join(map(messages.from_dtype, _DELIVERED))
+    said = f"computes in dtype number {number}, and vision workers deliver {known}; run the same version of all processes"
+    return Mismatch(f"a language worker {said}", f"{who} {said}")
+
+
+def _some(workers: Sequence[str]) -> str:
+    more = len(workers) - _NAMED
+    return ", ".join(workers[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -88,7 +88,8 @@ class Routes:
         """GET /v1/models"""
         self._authenticate(request)
         language = self._workers.language.pick(None)
-        listed = await language.client.get("/v1/models", self._options.request_timeout)
+        with language.held():
+            listed = await language.client.get("/v1/models", self._options.request_timeout)
         for model in listed["data"]:
             model["root"] = model["id"]  # the engine says a path of its machine
         return JSONResponse(listed)
@@ -98,7 +99,8 @@ class Routes:
         said: dict[str, Any] = {"version": importlib.metadata.version("dvd-serve"), "engine": None}
         with contextlib.suppress(errors.DvdError):
             language = self._workers.language.pick(None)
-            said["engine"] = (await language.client.get("/version", 5))["version"]
+            with language.held():
+                said["engine"] = (await language.client.get("/version", 5))["version"]
         return JSONResponse(said)
 
     async def live(self, _request: Request) -> Response:
@@ -109,7 +111,7 @@ class Routes:
         """GET /health/ready: an image request would be served now; every worker is asked for it."""
         answered = zip(("vision", "language"), await self._workers.probe(), strict=True)
         wanting = [f"no {kind} worker answers" for kind, there in answered if not there]
-        wanting += [mismatch] if (mismatch := self._workers.mismatch()) else []
+        wanting += [mismatch.in_full] if (mismatch := self._workers.mismatch()) else []
         body = {"status": "not ready" if wanting else "ready", "reasons": wanting}
         return JSONResponse(body, status_code=503 if wanting else 200)
 
@@ -196,7 +198,7 @@ class Routes:
         others = [worker for worker in self._workers.language.members if chat.model not in (None, *worker.models)]
         for last in (False, True):
             try:
-                prepared = await self._pipeline.prepare(chat, images, caller.digest, without=others)
+                prepared = await self._pipeline.prepare(chat, images, caller.digest, caller.held, without=others)
                 with _put_aside(prepared.language):
                     answer = await self._ask(path, chat, prepared, caller)
             except errors.Unavailable:

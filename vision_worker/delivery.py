@@ -2,6 +2,8 @@
 
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wire import chunks, errors, rpc
@@ -10,25 +12,50 @@ from wire.tensors import Header
 if TYPE_CHECKING:
     import grpc.aio
 
+UNUSED = 600.0
+"""Seconds after which a channel that nobody used may be closed."""
+
+
+@dataclass(eq=False)
+class _Road:
+    channel: grpc.aio.Channel
+    users: int = 0
+    used: float = 0.0
+
 
 class Sinks:
-    """One long-lived channel to each address that was ever asked for."""
+    """One long-lived channel to each address that is asked for. Language workers come and go, each at an address of its own:
+    whenever a channel is opened, those that were not used for `UNUSED` seconds are closed."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._roads: dict[str, _Road] = {}
 
     async def deliver(self, address: str, header: Header, data: memoryview, seconds: float | None) -> None:
         """Return once the sink has it all. Raises what the sink raised, or `SinkUnavailable` where none answers."""
-        if address not in self._channels:
-            self._channels[address] = rpc.channel(address)
+        if opened := address not in self._roads:
+            self._roads[address] = _Road(rpc.channel(address))
+        road = self._roads[address]
+        road.users += 1
         try:
+            if opened:
+                await self._close_unused()
             with rpc.translated("language worker's sink"):
-                await chunks.deliver(self._channels[address])(chunks.chunks(header, data), timeout=seconds)
+                await chunks.deliver(road.channel)(chunks.chunks(header, data), timeout=seconds)
         except errors.Unavailable as error:
             if type(error) is errors.Unavailable:  # ours would look like this vision worker's own absence
                 raise errors.SinkUnavailable(str(error)) from None
             raise
+        finally:
+            road.users -= 1
+            road.used = time.monotonic()
+
+    async def _close_unused(self) -> None:
+        now = time.monotonic()
+        for address, road in list(self._roads.items()):
+            if not road.users and now - road.used > UNUSED:
+                del self._roads[address]
+                await road.channel.close()
 
     async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
+        for road in self._roads.values():
+            await road.channel.close()

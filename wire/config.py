@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 PREFIX = "DVD_"
 
-Address = Annotated[str, Field(pattern=r"^(unix:/.+|[^:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+)$")]
+_ADDRESS = r"unix:/.+|[^:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+"
+Address = Annotated[str, Field(pattern=rf"^({_ADDRESS})$")]
+_NAME = re.compile(r"dns:[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?:\d+")
+
+
+def _worker_address(text: str) -> str:
+    """A static address, or a name that stands for a worker at each of its addresses."""
+    found = _NAME.fullmatch(text) or re.fullmatch(_ADDRESS, text)
+    port = text.rpartition(":")[2]
+    if not found or not (text.startswith("unix:") or 0 < int(port) < 1 << 16):
+        raise PydanticCustomError("address", "expected HOST:PORT, [IPV6]:PORT, unix:/PATH, or dns:NAME:PORT for all of a name")
+    return text
+
+
+WorkerAddress = Annotated[str, AfterValidator(_worker_address)]
 CacheUrl = Annotated[str, Field(pattern=r"^(none|memory://(\?bytes=[1-9]\d*)?|rediss?://.+|unix:///.+)$")]
 LoadFormat = Literal["auto", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -105,8 +120,13 @@ class Serving(Limits, Traced):
 class Gateway(Serving):
     """`dvd gateway`: the HTTP door in front of workers that run elsewhere."""
 
-    vision_workers: list[Address] = Field(min_length=1, description="addresses of vision workers, comma-separated")
-    language_workers: list[Address] = Field(min_length=1, description="addresses of language workers' sinks, comma-separated")
+    vision_workers: list[WorkerAddress] = Field(
+        min_length=1,
+        description="vision workers, comma-separated: HOST:PORT, unix:/PATH, dns:NAME:PORT for all of a name",
+    )
+    language_workers: list[WorkerAddress] = Field(
+        min_length=1, description="language workers' sinks, comma-separated, in the same forms"
+    )
 
 
 class Encoding(Limits, Traced):
@@ -178,6 +198,7 @@ COMMANDS: dict[str, type[Options]] = {
 }
 _KNOWN = frozenset(name for options in COMMANDS.values() for name in options.model_fields)
 _RESERVED = frozenset({"config"})
+_POSITIONAL = frozenset({"model"})
 
 
 def read(options: type[OptionsT], arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> OptionsT:
@@ -228,8 +249,8 @@ def _parser(options: type[Options]) -> argparse.ArgumentParser:
     for name, field in options.model_fields.items():
         default = "" if field.default in (PydanticUndefined, None) else f" (default: {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")
-        if name == "model":
-            parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
+        if name in _POSITIONAL:
+            parser.add_argument(name, nargs="?", metavar=name.upper(), help=text)
         elif field.annotation is bool:
             parser.add_argument(_flag(name), nargs="?", const="true", metavar="true|false", help=text)
         else:
@@ -295,7 +316,8 @@ def _explained(error: ValidationError, options: type[Options]) -> str:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
     if first["type"] == "missing":
-        given = "MODEL" if name == "model" else f"{_flag(name)} (or {PREFIX}{name.upper()})"
+        given = name.upper() if name in _POSITIONAL else f"{_flag(name)} (or {PREFIX}{name.upper()})"
         return f"missing {given}: {options.model_fields[name].description}"
     secret = "secret" if name == "api_key" else repr(first["input"])
-    return f"{_flag(name)} = {secret}: {first['msg'].lower()} ({options.model_fields[name].description})"
+    option = name.upper() if name in _POSITIONAL else _flag(name)
+    return f"{option} = {secret}: {first['msg'].lower()} ({options.model_fields[name].description})"

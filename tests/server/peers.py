@@ -47,6 +47,13 @@ def tokens_of(image: bytes) -> int:
     return 64 + sum(image) % 1000
 
 
+def free_port() -> int:
+    """One that nobody listened at a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
 async def until(true: Callable[[], Any], what: str) -> None:
     """Wait for something that somebody else does; `true` may be asynchronous."""
     try:
@@ -138,6 +145,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self.address, self.http = address, http
         self.checkpoint = described()
         self.rows: dict[str, int] = {}
+        self.dtype: int = pb.FLOAT32
         self.answers = asyncio.Event()
         self.answers.set()
         self._server: Any = None
@@ -154,7 +162,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def Describe(self, request: Any, context: Any) -> pb.LanguageDescription:  # noqa: N802
         await self.answers.wait()
-        return pb.LanguageDescription(checkpoint=self.checkpoint, dtype=pb.FLOAT32, http=self.http)
+        return pb.LanguageDescription(checkpoint=self.checkpoint, dtype=self.dtype, http=self.http)  # type: ignore[arg-type]
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
         return pb.HasReply(tokens=[self.rows.get(key, 0) for key in request.keys])
@@ -206,7 +214,10 @@ class Engine:
         app.router.add_post("/{path:.*}", self._complete)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)
         await self._runner.setup()
-        await web.UnixSite(self._runner, self.address.removeprefix("unix:")).start()
+        path = self.address.removeprefix("unix:")
+        host, _, port = self.address.rpartition(":")
+        site = web.TCPSite(self._runner, host, int(port)) if path == self.address else web.UnixSite(self._runner, path)
+        await site.start()
 
     async def stop(self) -> None:
         if self._runner:
@@ -303,9 +314,9 @@ def in_turn(*handlers: Handler) -> Handler:
 class Language:
     """A language worker: sink and engine."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.engine = Engine(f"unix:{folder}/http-{number}")
-        self.sink = Sink(f"unix:{folder}/sink-{number}", self.engine.address)
+    def __init__(self, folder: Path, number: int, sink: str = "", http: str = "") -> None:
+        self.engine = Engine(http or f"unix:{folder}/http-{number}")
+        self.sink = Sink(sink or f"unix:{folder}/sink-{number}", self.engine.address)
 
     async def start(self) -> None:
         await self.engine.start()
@@ -412,10 +423,12 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def serve(folder: Path, vision: int = 1, language: int = 1, **options: Any) -> AsyncIterator[Stack]:
-    """All of it, ready."""
-    visions = [Vision(f"unix:{folder}/vision-{i}") for i in range(vision)]
-    languages = [Language(folder, i) for i in range(language)]
+async def serve(
+    folder: Path, vision: int | list[Vision] = 1, language: int | list[Language] = 1, **options: Any
+) -> AsyncIterator[Stack]:
+    """All of it, ready; so many workers, or these."""
+    visions = vision if isinstance(vision, list) else [Vision(f"unix:{folder}/vision-{i}") for i in range(vision)]
+    languages = language if isinstance(language, list) else [Language(folder, i) for i in range(language)]
     peers: list[Vision | Language] = [*visions, *languages]
     for peer in peers:
         await peer.start()
@@ -433,7 +446,7 @@ async def serve(folder: Path, vision: int = 1, language: int = 1, **options: Any
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
             stack = Stack(visions, languages, session, listening.getsockname()[1])
             await until(lambda: server.started or serving.done(), "the gateway listens")
-            assert (await stack.get("/health/ready")).status == 200
+            await stack.ready()
             yield stack
     finally:
         server.should_exit = True

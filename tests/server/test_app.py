@@ -1028,13 +1028,29 @@ async def test_workers_of_different_checkpoints_do_not_work_together(stack: Stac
     (reason,) = ready.json["reasons"]
     assert "e" * 64 in reason
     assert "f" * 64 in reason
+    assert f"(vision worker {stack.vision.address})" in reason
+    assert f"(language worker {stack.sink.address})" in reason
     answer = await stack.chat(image_part(A))
     assert (answer.status, answer.error["code"]) == (503, "checkpoint_mismatch")
     assert "e" * 64 in answer.error["message"]
     assert "f" * 64 in answer.error["message"]
+    assert b"unix:" not in answer.body
     assert (await stack.chat("a")).status == 200
     assert stack.vision.calls == []
     stack.vision.checkpoint = described()
+    await stack.ready()
+    await good(stack)
+
+
+async def test_a_language_model_of_an_unknown_dtype_is_not_the_callers_fault(stack: Stack) -> None:
+    stack.sink.dtype = 9
+    ready = await stack.get("/health/ready")
+    (reason,) = ready.json["reasons"]
+    assert (ready.status, "dtype number 9" in reason, stack.sink.address in reason) == (503, True, True)
+    answer = await stack.chat(image_part(A))
+    assert (answer.status, answer.error["code"]) == (503, "checkpoint_mismatch")
+    assert (await stack.chat("a")).status == 200
+    stack.sink.dtype = 3
     await stack.ready()
     await good(stack)
 

@@ -71,6 +71,16 @@ async def test_two_processes_serve_one_port_and_count_as_one(two: Gateway) -> No
     assert await two.metric("dvd_images_total") == 40
     await two.settled()
     assert await two.metric("dvd_worker_up") == 2, "one vision and one language worker, however many processes ask"
+    await two.vision.stop()
+    shown = 'dvd_worker_up{{address="{}",kind="{}"}} {}.0'
+    wanted = [shown.format(two.vision.address, "vision", 0), shown.format(two.sink.address, "language", 1)]
+    for _ in range(10):  # of whichever process
+
+        async def right() -> bool:
+            lines = (await two.get("/metrics")).body.decode().splitlines()
+            return sorted(line for line in lines if line.startswith("dvd_worker_up")) == sorted(wanted)
+
+        await until(right, "what is shown is true")
 
 
 async def test_a_process_that_is_killed_is_replaced(two: Gateway) -> None:

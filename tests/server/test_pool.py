@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import re
+import socket
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+import server.discovery
 import server.pool
 from protos import vision_pb2
 from server.clients import VisionClient
@@ -23,7 +27,9 @@ KEYS = [f"key-{i}" for i in range(600)]
 
 def pool(count: int) -> Pool[Member]:
     there = vision_pb2.VisionDescription()
-    return Pool([Member(VisionClient(f"unix:/nowhere/{i}"), there) for i in range(count)], "nobody is there")
+    made = Pool("vision", lambda address: Member(VisionClient(address), there), "nobody is there")
+    made.enlist("", [f"unix:/nowhere/{i}" for i in range(count)])
+    return made
 
 
 async def test_a_key_always_goes_to_the_same_worker_and_keys_are_spread() -> None:
@@ -167,11 +173,193 @@ async def test_an_engine_that_moved_is_found(tmp_path: Path, monkeypatch: pytest
 async def test_what_workers_disagree_in_is_named_with_both_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
-    async with asked(tmp_path, monkeypatch) as (workers, vision, _):
+    async with asked(tmp_path, monkeypatch) as (workers, vision, language):
         assert workers.mismatch() is None
         vision.checkpoint = described(**changed)
         await workers.probe()
         said = workers.mismatch()
         assert said is not None
         ((name, value),) = changed.items()
-        assert {name, str(value), str(getattr(described(), name))} <= set(said.replace(";", "").split())
+        values = {name, str(value), str(getattr(described(), name))}
+        assert values <= set(said.in_short.replace(";", "").split())
+        assert values <= set(said.in_full.replace(";", "").split())
+        for kind, address in (("vision", vision.address), ("language", language.sink.address)):
+            assert f"({kind} worker {address})" in said.in_full
+            assert address not in said.in_short, "callers need not know where"
+
+
+async def test_the_odd_one_out_is_named_apart_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with names(tmp_path, monkeypatch, vision=7) as (workers, zone):
+        zone.visions[3].checkpoint = described(width=5)
+        await zone.has(*range(7))
+        await until(lambda: there(workers) == (7, 1), "all there")
+        said = workers.mismatch()
+        assert said is not None
+        others = ", ".join(f"vision worker {zone.visions[i].address}" for i in (0, 1, 2, 4))
+        assert f"width 4 ({others} and 3 more) and 5 (vision worker {zone.visions[3].address});" in said.in_full
+
+
+async def test_a_dtype_that_no_vision_worker_delivers_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with asked(tmp_path, monkeypatch) as (workers, _, language):
+        for number, wrong in ((9, True), (0, True), (1, False)):
+            language.sink.dtype = number
+            await workers.probe()
+            said = workers.mismatch()
+            assert bool(said) == wrong
+            if said:
+                assert f"dtype number {number}, and vision workers deliver bfloat16, float16, float32" in said.in_short
+                assert said.in_full.startswith(f"language worker {language.sink.address} computes in")
+
+
+class Zone:
+    """What names stand for, and the peers that may be behind them. A name that has no addresses here does not resolve."""
+
+    def __init__(self, folder: Path, visions: int) -> None:
+        self.addresses: dict[str, list[str]] = {}
+        self.asked: Counter[str] = Counter()
+        self.visions, self.language = [Vision(f"unix:{folder}/v{i}") for i in range(visions)], Language(folder, 0)
+        self.metrics = Metrics()
+
+    async def resolve(self, name: str, port: int) -> Collection[str]:
+        assert port == 1
+        self.asked[name] += 1
+        if name not in self.addresses:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return self.addresses[name]
+
+    async def has(self, *visions: int) -> None:
+        """Change what the name of the vision workers stands for; return when that has been taken over."""
+        self.addresses["vision"] = [self.visions[i].address for i in visions]
+        await self.taken_over()
+
+    async def taken_over(self) -> None:
+        before = self.asked["vision"]  # the first question from now on may be under way: the third follows what the second told
+        await until(lambda: self.asked["vision"] >= before + 3, "the name is asked for again")
+
+    def shown(self) -> dict[str, float]:
+        """`dvd_worker_up` of each vision worker."""
+        lines = self.metrics.text().decode().splitlines()
+        found = (re.fullmatch(r'dvd_worker_up\{address="(.+)",kind="vision"\} (.+)', line) for line in lines)
+        return {line[1]: float(line[2]) for line in found if line}
+
+
+@contextlib.asynccontextmanager
+async def names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, vision: int = 2, static: Sequence[int] = ()
+) -> AsyncIterator[tuple[Workers, Zone]]:
+    """Workers behind names, asked for without a pause, and static ones beside them. Only who is new is probed, or by a test."""
+    monkeypatch.setattr(server.pool, "POLL_EVERY", 3600.0)
+    monkeypatch.setattr(server.pool, "PROBE_TIMEOUT", 20.0)
+    monkeypatch.setattr(server.discovery, "RESOLVE_EVERY", 0.01)
+    zone = Zone(folder, vision)
+    for peer in (*zone.visions, zone.language):
+        await peer.start()
+    zone.addresses["language"] = [zone.language.sink.address]
+    visions = [*(zone.visions[i].address for i in static), "dns:vision:1"]
+    workers = Workers(visions, ["dns:language:1"], zone.metrics, zone.resolve)
+    try:
+        await until(lambda: workers.language.up(), "the name of the language worker is found")
+        yield workers, zone
+    finally:
+        await workers.close()
+        for peer in (*zone.visions, zone.language):
+            await peer.stop()
+
+
+async def test_a_name_that_does_not_resolve_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with names(tmp_path, monkeypatch) as (workers, zone):
+        assert await workers.probe() == (False, True)
+        assert zone.shown() == {}
+        await zone.has(0, 1)
+        await until(lambda: there(workers) == (2, 1), "found, asked and there without another poll")
+        assert zone.shown() == {peer.address: 1 for peer in zone.visions}
+
+
+async def test_who_comes_gets_requests_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with names(tmp_path, monkeypatch) as (workers, zone):
+        first, second = (peer.address for peer in zone.visions)
+        await zone.has(0)
+        await until(lambda: there(workers) == (1, 1), "the first")
+        await zone.has(1, 0)
+        await until(lambda: there(workers) == (2, 1), "the second")
+        assert {workers.vision.pick(key).client.address for key in KEYS} == {first, second}
+
+
+async def test_who_comes_but_does_not_answer_gets_nothing_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with names(tmp_path, monkeypatch) as (workers, zone):
+        starting = zone.visions[1]
+        await starting.stop()
+        await zone.has(0, 1)
+        await until(lambda: len(workers.vision.members) == 2 and workers.vision.up(), "both known")
+        assert zone.shown() == {zone.visions[0].address: 1, starting.address: 0}
+        assert {workers.vision.pick(key).client.address for key in KEYS} == {zone.visions[0].address}
+        await starting.start()
+        await until(lambda: probed(workers, 2), "it has started")
+
+
+async def probed(workers: Workers, visions: int) -> bool:
+    await workers.probe()
+    return len(workers.vision.up()) == visions
+
+
+async def test_who_is_no_longer_listed_stays_while_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with names(tmp_path, monkeypatch) as (workers, zone):
+        await zone.has(0, 1)
+        await until(lambda: there(workers) == (2, 1), "both")
+        gone, stays = zone.visions
+        await zone.has(1)
+        await workers.probe()
+        await workers.vision.sweep()
+        assert there(workers) == (2, 1), "a resolver may leave out some"
+        await gone.stop()
+        await workers.probe()
+        assert zone.shown() == {gone.address: 0, stays.address: 1}
+        await workers.vision.sweep()
+        assert zone.shown() == {stays.address: 1}
+        assert [worker.client.address for worker in workers.vision.members] == [stays.address]
+        await gone.start()
+        await zone.has(0, 1)
+        await until(lambda: there(workers) == (2, 1), "it may come back")
+
+
+async def test_a_resolver_that_fails_takes_nobody_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with names(tmp_path, monkeypatch) as (workers, zone):
+        await zone.has(0, 1)
+        await until(lambda: there(workers) == (2, 1), "both")
+        del zone.addresses["vision"]
+        await zone.taken_over()
+        await zone.visions[0].stop()
+        await workers.probe()
+        await workers.vision.sweep()
+        assert zone.shown() == {zone.visions[0].address: 0, zone.visions[1].address: 1}
+
+
+async def test_who_left_is_closed_once_nobody_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with names(tmp_path, monkeypatch) as (workers, zone):
+        await zone.has(0)
+        await until(lambda: there(workers) == (1, 1), "there")
+        (worker,) = workers.vision.members
+        await zone.has()
+        await zone.visions[0].stop()
+        with worker.held():
+            await workers.probe()
+            await workers.vision.sweep()
+            assert workers.vision.members == []
+            with pytest.raises(errors.Unavailable):
+                await worker.client.describe(1)
+        await workers.vision.sweep()
+        assert worker.client._channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+
+
+async def test_static_workers_and_names_are_one_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with names(tmp_path, monkeypatch, vision=3, static=[0, 2]) as (workers, zone):
+        await zone.has(0, 1)
+        await until(lambda: there(workers) == (3, 1), "each once")
+        await zone.has()
+        for peer in zone.visions:
+            await peer.stop()
+        await workers.probe()
+        await workers.vision.sweep()
+        assert zone.shown() == {zone.visions[i].address: 0 for i in (0, 2)}, "the operator's own stay"

@@ -30,7 +30,13 @@ def test_a_flag_wins_over_a_variable_over_the_file(tmp_path: Path) -> None:
         (["--vir-absolute-threshold=nan"], {}, "--vir-absolute-threshold = 'nan'"),
         ([], {"DVD_VIR_ABSOLUTE_THRESHOLD": "-0.1"}, "--vir-absolute-threshold = '-0.1'"),
         (["--vir=all", "--vir-relative-threshold=0"], {}, "--vir-relative-threshold = '0': only for --vir=auto, and it is all"),
-        (["--vision-workers=nowhere"], {}, "--vision-workers"),
+        (["--vision-workers=nowhere"], {}, r"--vision-workers = 'nowhere': expected host:port, .*dns:name:port"),
+        (["--vision-workers=a:1,dns:///vision:5"], {}, "--vision-workers = 'dns:///vision:5'"),
+        (["--vision-workers=dns:a..b:5"], {}, "--vision-workers"),
+        ([f"--language-workers=dns:{'a' * 64}:5"], {}, "--language-workers"),
+        (["--language-workers=dns:vision"], {}, "--language-workers"),
+        (["--language-workers=dns:vision:0"], {}, "--language-workers"),
+        (["--language-workers=vision:65536"], {}, "--language-workers"),
         (["--config=/nowhere.yaml"], {}, "cannot read --config /nowhere.yaml"),
     ],
 )
@@ -67,6 +73,12 @@ def test_the_router_in_a_file_and_on_its_way_to_the_gateway(
     gateway = config.read(config.Gateway, arguments, {})
     for got in (up, gateway):
         assert (got.vir, (got.vir_relative_threshold, got.vir_absolute_threshold)) == (vir, thresholds)
+
+
+def test_forms_of_a_workers_address() -> None:
+    given = ["dns:vision:50051", "dns:vision.dvd.svc.cluster.local.:1", "vision:1", "[::1]:5", "unix:/a b", "dns:5"]
+    got = config.read(config.Gateway, ["--vision-workers=" + ",".join(given), "--language-workers=dns:language:2"], {})
+    assert (got.vision_workers, got.language_workers) == (given, ["dns:language:2"])
 
 
 def test_a_missing_model_is_asked_for() -> None:
