@@ -21,6 +21,7 @@ USAGE = """usage: dvd COMMAND [options]
   language MODEL  one language worker [-- any vllm serve flag]
   describe MODEL  what a checkpoint is, as JSON
   plan FILE       how many workers to buy, from measured costs
+  health ADDRESS  whether a worker or a gateway can do its work, by exit status
 
 dvd COMMAND --help lists the options of one.
 """
@@ -67,7 +68,13 @@ def _plan(arguments: Sequence[str]) -> None:
     sys.exit(plan(arguments))
 
 
-_COMMANDS = {"up": _up, "gateway": _gateway, "describe": _describe, "plan": _plan}
+def _health(arguments: Sequence[str]) -> None:
+    from server.health import main as health
+
+    health(arguments)
+
+
+_COMMANDS = {"up": _up, "gateway": _gateway, "describe": _describe, "plan": _plan, "health": _health}
 
 
 def _complain(what: str, hint: str) -> int:

@@ -53,6 +53,7 @@ def test_a_package_opens_only_its_own_doors(package: str) -> None:
     [
         ("server.app", ["torch", "vllm", "transformers", "numpy", "vision_worker", "lm_worker"]),
         ("server.cli", ["torch", "vllm", "fastapi"]),
+        ("server.health", ["torch", "vllm", "fastapi", "aiohttp", "numpy"]),
         ("lm_worker.sink", ["torch", "vllm", "transformers"]),
         ("lm_worker.plugin", ["torch", "vllm"]),
         ("wire.rpc", ["torch", "vllm", "fastapi"]),

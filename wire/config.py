@@ -35,6 +35,12 @@ def _worker_address(text: str) -> str:
     return text
 
 
+def _health_address(text: str) -> str:
+    if not re.fullmatch(rf"{_ADDRESS}|http://[^/\s]+/\S+", text):
+        raise PydanticCustomError("address", "expected HOST:PORT, [IPV6]:PORT, unix:/PATH, or http://HOST:PORT/health/ready")
+    return text
+
+
 WorkerAddress = Annotated[str, AfterValidator(_worker_address)]
 CacheUrl = Annotated[str, Field(pattern=r"^(none|memory://(\?bytes=[1-9]\d*)?|rediss?://.+|unix:///.+)$")]
 LoadFormat = Literal["auto", "dummy"]
@@ -187,6 +193,15 @@ class Describe(Options):
     model: Path = Field(description="folder of the checkpoint")
 
 
+class Health(Options):
+    """`dvd health ADDRESS`: exits 0 where what listens there can do its work, 1 where not."""
+
+    address: Annotated[str, AfterValidator(_health_address)] = Field(
+        description="a worker (HOST:PORT, unix:/PATH), or a gateway's http://HOST:PORT/health/ready or /health/live"
+    )
+    timeout: float = Field(5.0, gt=0, description="seconds until no answer is a bad one")
+
+
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 COMMANDS: dict[str, type[Options]] = {
@@ -195,10 +210,11 @@ COMMANDS: dict[str, type[Options]] = {
     "vision": Vision,
     "language": Language,
     "describe": Describe,
+    "health": Health,
 }
 _KNOWN = frozenset(name for options in COMMANDS.values() for name in options.model_fields)
 _RESERVED = frozenset({"config"})
-_POSITIONAL = frozenset({"model"})
+_POSITIONAL = frozenset({"model", "address"})
 
 
 def read(options: type[OptionsT], arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> OptionsT:

@@ -117,4 +117,4 @@ def test_help_lists_every_option(command: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         config.read(options, ["--help"], {})
     text = capsys.readouterr().out
-    assert all(name == "model" or f"--{name.replace('_', '-')}" in text for name in options.model_fields)
+    assert all(name in ("model", "address") or f"--{name.replace('_', '-')}" in text for name in options.model_fields)
