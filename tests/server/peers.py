@@ -54,10 +54,10 @@ def free_port() -> int:
     return port
 
 
-async def until(true: Callable[[], Any], what: str) -> None:
+async def until(true: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
     """Wait for something that somebody else does; `true` may be asynchronous."""
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(patience):
             while not await _answer(true):  # what others do sets no event of ours
                 await asyncio.sleep(0.005)
     except TimeoutError:

@@ -249,8 +249,8 @@ async def test_what_is_counted(stack: Stack) -> None:
         'dvd_requests_total{code="200",route="/v1/chat/completions"}': 3,
         'dvd_requests_total{code="400",route="/v1/chat/completions"}': 1,
         'dvd_requests_total{code="404",route="other"}': 1,
-        'dvd_worker_up{index="0",kind="vision"}': 1,
-        'dvd_worker_up{index="0",kind="language"}': 1,
+        f'dvd_worker_up{{address="{stack.vision.address}",kind="vision"}}': 1,
+        f'dvd_worker_up{{address="{stack.sink.address}",kind="language"}}': 1,
         'dvd_stage_seconds_count{stage="encode"}': 2,
     }
     text = (await stack.get("/metrics")).body.decode().splitlines()
