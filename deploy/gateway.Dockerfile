@@ -1,0 +1,30 @@
+# The gateway: HTTP, and no torch. From the root of the repository: docker build -f deploy/gateway.Dockerfile -t dvd-gateway .
+FROM python:3.11.13-slim-bookworm AS build
+ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
+WORKDIR /src
+RUN pip install --no-cache-dir uv==0.13.8 && python -m venv /opt/dvd
+# what it needs before what it is: an edit of the source leaves this layer as it was
+COPY pyproject.toml ./
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/dvd/bin/python -r pyproject.toml --extra gateway
+COPY README.md LICENSE ./
+COPY protos protos
+COPY wire wire
+COPY server server
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/dvd/bin/python --no-deps .
+
+FROM python:3.11.13-slim-bookworm
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --no-install-recommends -y tini && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --create-home dvd
+COPY --from=build /opt/dvd /opt/dvd
+ENV PATH=/opt/dvd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    DVD_HOST=0.0.0.0 DVD_PORT=8000
+USER 10001:10001
+WORKDIR /home/dvd
+EXPOSE 8000
+# alive, not ready: without a vision worker it still answers texts, and must not be restarted for that
+HEALTHCHECK --interval=30s --timeout=10s --retries=3 --start-period=30s --start-interval=2s \
+    CMD ["dvd", "health", "http://127.0.0.1:8000/health/live"]
+ENTRYPOINT ["tini", "--", "dvd", "gateway"]

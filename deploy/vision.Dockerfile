@@ -1,0 +1,36 @@
+# A vision worker. From the root of the repository: docker build -f deploy/vision.Dockerfile -t dvd-vision .
+# DEVICE: cuda, or cpu for PyTorch's build without CUDA (a fifth of the size).
+ARG DEVICE=cuda
+
+FROM python:3.11.13-slim-bookworm AS build
+ARG DEVICE
+ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
+WORKDIR /src
+RUN pip install --no-cache-dir uv==0.13.8 && python -m venv /opt/dvd
+# what it needs before what it is: an edit of the source leaves this layer as it was
+COPY pyproject.toml ./
+RUN --mount=type=cache,target=/root/.cache/uv \
+    case "$DEVICE" in cpu) torch=--torch-backend=cpu ;; cuda) torch= ;; *) echo "DEVICE=$DEVICE: cpu or cuda" >&2; exit 1 ;; esac \
+    && uv pip install --python /opt/dvd/bin/python $torch -r pyproject.toml --extra vision
+COPY README.md LICENSE ./
+COPY protos protos
+COPY wire wire
+COPY server server
+COPY vision_worker vision_worker
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/dvd/bin/python --no-deps .
+
+FROM python:3.11.13-slim-bookworm
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --no-install-recommends -y tini && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --create-home dvd
+COPY --from=build /opt/dvd /opt/dvd
+ENV PATH=/opt/dvd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    DVD_LISTEN=0.0.0.0:50051 DVD_METRICS_PORT=9400
+USER 10001:10001
+WORKDIR /home/dvd
+EXPOSE 50051 9400
+HEALTHCHECK --interval=30s --timeout=10s --retries=3 --start-period=5m --start-interval=5s \
+    CMD ["dvd", "health", "127.0.0.1:50051"]
+ENTRYPOINT ["tini", "--", "dvd", "vision"]
