@@ -15,8 +15,10 @@ from pathlib import Path
 
 from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder
+from server.health import check
 from tests.deploy.files import ROOT, dockerfile, environment, services
 from tests.server.peers import Engine, free_port, until
+from wire import errors
 from wire.checkpoint import open_checkpoint
 
 PORTS = {str(port): str(free_port()) for service in ("gateway", "vision", "language") for port in dockerfile(service).ports()}
@@ -98,31 +100,41 @@ async def health(service: str) -> tuple[int | None, str]:
     return process.returncode, said.decode()
 
 
-async def healthy(service: str) -> bool:
-    return (await health(service))[0] == 0
+def asked(service: str) -> str:
+    """The address that the check names."""
+    return moved(services()[service]["healthcheck"]["test"][-1])
+
+
+async def well(address: str) -> bool:
+    with contextlib.suppress(errors.DvdError):
+        return bool(await check(address, 5))
+    return False
+
+
+async def becomes_healthy(service: str) -> None:
+    """Waited for here, where a question costs no start of a Python, and then asked as Compose asks."""
+    await until(lambda: well(asked(service)), f"{service} is well", PATIENCE)
+    status, said = await health(service)
+    assert status == 0, said
+    assert said.startswith(f"{asked(service)}: ")
 
 
 async def test_each_check_says_what_is_so(tmp_path: Path) -> None:
     """From nothing to all of it and back. The gateway finds both kinds of worker by name, as Compose's command says."""
-    from server.health import check
-
-    async def ready() -> bool:
-        with contextlib.suppress(Exception):
-            return await check(f"http://127.0.0.1:{PORTS['8000']}/health/ready", 20) == "200"
-        return False
-
-    for service in ("gateway", "vision", "language"):
-        status, said = await health(service)
+    for status, said in await asyncio.gather(*map(health, ("gateway", "vision", "language"))):
         assert status == 1
         assert said.startswith("dvd health: ")
+    ready = asked("gateway").replace("/live", "/ready")
     async with container("gateway"):
-        await until(lambda: healthy("gateway"), "the gateway lives without any worker", PATIENCE)
-        assert not await ready()
+        await becomes_healthy("gateway")
+        assert not await well(ready), "it lives without any worker, and says so"
         async with container("vision"), language_worker(tmp_path) as engine:
-            await until(lambda: healthy("vision"), "the vision worker answers", PATIENCE)
-            await until(lambda: healthy("language"), "the language worker answers", PATIENCE)
-            await until(ready, "the gateway has found both", PATIENCE)
+            await becomes_healthy("vision")
+            await becomes_healthy("language")
+            await until(lambda: well(ready), "the gateway has found both", PATIENCE)
             await engine.stop()
-            assert not await healthy("language"), "a sink without its vLLM is no language worker"
-            assert await healthy("gateway")
-        assert not await healthy("vision")
+            status, said = await health("language")
+            assert status == 1, "a sink without its vLLM is no language worker"
+            assert "does not answer" in said
+            assert await well(asked("gateway"))
+        assert not await well(asked("vision"))

@@ -216,7 +216,8 @@ class Engine:
         await self._runner.setup()
         path = self.address.removeprefix("unix:")
         host, _, port = self.address.rpartition(":")
-        site = web.TCPSite(self._runner, host, int(port)) if path == self.address else web.UnixSite(self._runner, path)
+        tcp = path == self.address
+        site = web.TCPSite(self._runner, host.strip("[]"), int(port)) if tcp else web.UnixSite(self._runner, path)
         await site.start()
 
     async def stop(self) -> None:
