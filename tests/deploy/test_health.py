@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator
+from functools import cache
 from pathlib import Path
 
 from lm_worker.sink import SinkOptions
@@ -21,20 +22,27 @@ from tests.server.peers import Engine, free_port, until
 from wire import errors
 from wire.checkpoint import open_checkpoint
 
-PORTS = {str(port): str(free_port()) for service in ("gateway", "vision", "language") for port in dockerfile(service).ports()}
+EXPOSED = [str(port) for service in ("gateway", "vision", "language") for port in dockerfile(service).ports()]
 CHECKPOINT = ROOT / "demo/checkpoint"
 VARIABLES = {"VISION_FLAGS": "--vision-backend=fake --device=cpu --cache=none"}
 """The last flag wins: no tower, and no redis."""
+
+
+@cache
+def free(port: str) -> str:
+    """The port of this machine that stands for one of a container."""
+    return str(free_port()) if port in EXPOSED else port
+
+
 PATIENCE = 200.0
 """Seconds until a process counts as one that never starts: only a failing test needs them."""
 
 
 def moved(text: str) -> str:
     """What a file says, on this machine: ports that are free, this host for every name, the bundled checkpoint."""
-    text = re.sub(r"\b(\d+)\b", lambda found: PORTS.get(found[1], found[1]), text)
-    return (
-        re.sub(r"dns:\w+", "dns:localhost", text).replace("/models/checkpoint", str(CHECKPOINT)).replace("0.0.0.0", "127.0.0.1")
-    )
+    text = re.sub(r"\b(\d+)\b", lambda found: free(found[1]), text)
+    text = re.sub(r"dns:\w+", "dns:localhost", text).replace("0.0.0.0", "127.0.0.1")
+    return text.replace("/models/checkpoint", str(CHECKPOINT))
 
 
 def program(words: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,63 +139,76 @@ class Hosts:
 
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
-VISION, SINK, HTTP = free_port(), free_port(), free_port()
 
 
-def at(host: str) -> tuple[Vision, Language]:
+@dataclass(frozen=True)
+class Ports:
+    """Of a kind of worker, the same on every host."""
+
+    vision: int = field(default_factory=free_port)
+    sink: int = field(default_factory=free_port)
+    http: int = field(default_factory=free_port)
+
+
+@pytest.fixture
+def ports() -> Ports:
+    return Ports()
+
+
+def at(host: str, ports: Ports) -> tuple[Vision, Language]:
     """A worker of each kind as a container has them: fixed ports, and vLLM on every address of the machine."""
-    language = Language(Path("/nowhere"), 0, f"{host}:{SINK}", f"{host}:{HTTP}")
-    language.sink.http = f"0.0.0.0:{HTTP}"
-    return Vision(f"{host}:{VISION}"), language
+    language = Language(Path("/nowhere"), 0, f"{host}:{ports.sink}", f"{host}:{ports.http}")
+    language.sink.http = f"0.0.0.0:{ports.http}"
+    return Vision(f"{host}:{ports.vision}"), language
 
 
 @contextlib.asynccontextmanager
-async def named(hosts: Hosts) -> AsyncIterator[Stack]:
+async def named(ports: Ports) -> AsyncIterator[Stack]:
     """A gateway that knows its workers by name; all of them run."""
-    visions, languages = zip(*map(at, HOSTS), strict=True)
-    lists = {"vision_workers": [f"dns:vision:{VISION}"], "language_workers": [f"dns:language:{SINK}"]}
+    visions, languages = zip(*(at(host, ports) for host in HOSTS), strict=True)
+    lists = {"vision_workers": [f"dns:vision:{ports.vision}"], "language_workers": [f"dns:language:{ports.sink}"]}
     async with serve(Path("/nowhere"), list(visions), list(languages), **lists) as stack:
         yield stack
 
 
-async def test_workers_by_the_systems_resolver(tmp_path: Path) -> None:
+async def test_workers_by_the_systems_resolver(tmp_path: Path, ports: Ports) -> None:
     """Two servers behind localhost, told apart by their ports, and a language worker whose embeddings come by TCP."""
     second = free_port()
-    visions, (_, language) = [Vision(f"127.0.0.1:{port}") for port in (VISION, second)], at("127.0.0.1")
-    lists = {"vision_workers": [f"dns:localhost:{port}" for port in (VISION, second)]}
-    async with serve(tmp_path, visions, [language], **lists, language_workers=[f"dns:localhost:{SINK}"]) as stack:
+    visions, (_, language) = [Vision(f"127.0.0.1:{port}") for port in (ports.vision, second)], at("127.0.0.1", ports)
+    lists = {"vision_workers": [f"dns:localhost:{port}" for port in (ports.vision, second)]}
+    async with serve(tmp_path, visions, [language], **lists, language_workers=[f"dns:localhost:{ports.sink}"]) as stack:
         await stack.counts("dvd_worker_up", 3)
         for i in range(20):
             assert (await stack.chat(image_part(picture(i)))).status == 200
         assert all(peer.calls for peer in stack.visions)
-        assert {call.deliver_to for peer in stack.visions for call in peer.calls} == {f"127.0.0.1:{SINK}"}
+        assert {call.deliver_to for peer in stack.visions for call in peer.calls} == {f"127.0.0.1:{ports.sink}"}
         assert len(stack.sink.rows) == 20
 
 
-async def test_replicas_of_one_name_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    hosts = Hosts(monkeypatch, vision=[*HOSTS], language=[*HOSTS])
-    async with named(hosts) as stack:
+async def test_replicas_of_one_name_share_the_work(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
+    Hosts(monkeypatch, vision=[*HOSTS], language=[*HOSTS])
+    async with named(ports) as stack:
         await stack.counts("dvd_worker_up", 4)
         for i in range(20):
             assert (await stack.chat(image_part(picture(i)))).status == 200
         assert all(peer.calls for peer in stack.visions)
         assert all(peer.engine.received for peer in stack.languages), "each at its own address, though all say 0.0.0.0"
-        assert {call.deliver_to for peer in stack.visions for call in peer.calls} == {f"{host}:{SINK}" for host in HOSTS}
+        assert {call.deliver_to for peer in stack.visions for call in peer.calls} == {f"{host}:{ports.sink}" for host in HOSTS}
 
 
-async def test_the_gateway_starts_before_its_workers_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_gateway_starts_before_its_workers_have_names(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
     hosts = Hosts(monkeypatch, vision=[], language=[])
     name_them = asyncio.get_running_loop().call_later(0.3, hosts.names.update, {"vision": [HOSTS[0]], "language": [HOSTS[0]]})
-    async with named(hosts) as stack:  # this waits until it is ready
+    async with named(ports) as stack:  # this waits until it is ready
         assert name_them.when() <= asyncio.get_running_loop().time()
         await stack.counts("dvd_worker_up", 2)
         hosts.names["vision"] = [*HOSTS]
         await stack.counts("dvd_worker_up", 3)
 
 
-async def test_an_answer_that_has_begun_ends_though_its_worker_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_has_begun_ends_though_its_worker_has_left(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
     hosts = Hosts(monkeypatch, vision=[HOSTS[0]], language=[HOSTS[0]])
-    async with named(hosts) as stack:
+    async with named(ports) as stack:
         more = asyncio.Event()
 
         async def later(_request: Any) -> Any:
@@ -205,7 +219,7 @@ async def test_an_answer_that_has_begun_ends_though_its_worker_has_left(monkeypa
         await until(lambda: stack.engine.received, "the engine answers")
         hosts.names["language"] = [HOSTS[1]]
         await stack.sink.stop()
-        left = f'dvd_worker_up{{address="{HOSTS[0]}:{SINK}"'
+        left = f'dvd_worker_up{{address="{HOSTS[0]}:{ports.sink}"'
         await until(lambda: gone(stack, left), "it is no longer shown")
         await stack.ready()
         assert (await stack.chat(image_part(picture(1)))).status == 200, "the other one serves"

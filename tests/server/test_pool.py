@@ -167,7 +167,8 @@ async def test_an_engine_that_moved_is_found(tmp_path: Path, monkeypatch: pytest
     "changed",
     [
         {"fingerprint": "e" * 64}, {"width": 5}, {"tile_size": 224}, {"tokens_per_tile": 64}, {"relative_threshold": 0.5},
-        {"compressed_tokens_per_tile": 0}, {"absolute_threshold": 0.5},
+        {"compressed_tokens_per_tile": 0}, {"absolute_threshold": 0.5}, {"min_tiles": 2}, {"max_tiles": 6},
+        {"thumbnail": False},
     ],
 )  # fmt: skip
 async def test_what_workers_disagree_in_is_named_with_both_values(
