@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
@@ -364,3 +367,36 @@ async def test_static_workers_and_names_are_one_list(tmp_path: Path, monkeypatch
         await workers.probe()
         await workers.vision.sweep()
         assert zone.shown() == {zone.visions[i].address: 0 for i in (0, 2)}, "the operator's own stay"
+
+
+SHOWN_TWICE = """
+import asyncio
+from server.metrics import Metrics
+from server.pool import Workers
+
+async def main():
+    metrics = Metrics()
+    workers = Workers(["a:1", "b:1"], ["c:1"], metrics)
+    metrics.encodes.inc(3)
+    print(metrics.text().decode(), "---", sep="\\n")
+    del workers.vision.members[0]
+    print(metrics.text().decode())
+    await workers.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_who_has_left_is_not_shown_by_one_of_several_processes_either(tmp_path: Path, several: bool) -> None:
+    variables = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)} if several else {}  # read when prometheus-client is imported
+    command = [sys.executable, "-c", SHOWN_TWICE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **variables})
+    before, after = done.stdout.split("---")
+    assert "dvd_encodes_total 3.0" in before
+    assert "dvd_encodes_total 3.0" in after
+    found = [{line for line in text.splitlines() if line.startswith("dvd_worker_up")} for text in (before, after)]
+    gone = 'dvd_worker_up{address="a:1",kind="vision"} 0.0'
+    stay = {'dvd_worker_up{address="b:1",kind="vision"} 0.0', 'dvd_worker_up{address="c:1",kind="language"} 0.0'}
+    assert found == [{gone} | stay, stay]
+    assert bool(list(tmp_path.iterdir())) == several
