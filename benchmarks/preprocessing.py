@@ -23,8 +23,9 @@ from PIL import Image
 from benchmarks.colocated import SITE
 from benchmarks.options import Options
 from benchmarks.result import Result
-from vision_worker import tiling
 from vision_worker.models.internvl import normalised
+from vision_worker.tiling import cut
+from wire.tiling import Tiling
 
 PHOTOGRAPH = "sample_data/grace_hopper.jpg"  # NASA/US Navy, public domain, comes with matplotlib
 SIZES = ((640, 480), (1280, 960), (1920, 1080))
@@ -45,7 +46,7 @@ def photographs() -> dict[str, bytes]:
 
 
 def ours(data: bytes) -> Any:
-    return tiling.cut(data, tiling.Tiling(1, MOST, True)).pixels
+    return cut(data, Tiling(1, MOST, True)).pixels
 
 
 def run(options: Options) -> Result:

@@ -57,6 +57,7 @@ def test_a_package_opens_only_its_own_doors(package: str) -> None:
         ("lm_worker.sink", ["torch", "vllm", "transformers"]),
         ("lm_worker.plugin", ["torch", "vllm"]),
         ("wire.rpc", ["torch", "vllm", "fastapi"]),
+        ("wire.tiling", ["torch", "numpy", "PIL"]),
     ],
 )
 def test_heavy_imports_stay_behind_the_name_that_needs_them(module: str, absent: list[str]) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vision_worker.models.vir import Policy
-from vision_worker.tiling import Tiles, Tiling
+from vision_worker.tiling import Tiles
 from vision_worker.weights import DTYPES
 from wire.checkpoint import Checkpoint, CheckpointError
 from wire.config import ConfigError, Vision
+from wire.tiling import Tiling
 
 FAMILIES = {"internvl": "vision_worker.models.internvl", "fake": "vision_worker.models.fake"}
 

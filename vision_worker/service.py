@@ -18,20 +18,18 @@ from vision_worker.delivery import Sinks
 from vision_worker.encoder import Encoder
 from vision_worker.metrics import Metrics
 from vision_worker.models import vir
-from vision_worker.tiling import Tiles, Tiling
+from vision_worker.tiling import Tiles
 from vision_worker.weights import DTYPES
 from wire import errors, messages
 from wire.cache import Embeddings
 from wire.layouts.base import Description, Thresholds
 from wire.tasks import Flights, together
 from wire.tensors import Header
+from wire.tiling import MOST_TILES, Tiling, bounds
 from wire.trace import Trace
 
 if TYPE_CHECKING:
     import grpc.aio
-
-MOST_TILES = 40
-"""Largest grid of one image: what InternVL 1.5 was evaluated with."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +151,7 @@ class Service(vision_pb2_grpc.VisionServicer):
 
 
 def _tiling(asked: pb.Tiling, said: Description, max_pixels: int) -> Tiling:
-    """A bound that is not given gives way to the one that is."""
-    most = asked.max_tiles or max(said.max_tiles, asked.min_tiles)
-    least = asked.min_tiles or min(said.min_tiles, most)
+    least, most = bounds(asked.min_tiles, asked.max_tiles, said.min_tiles, said.max_tiles)
     if least > most or most > MOST_TILES:
         raise errors.InvalidRequest(f"min_tiles {least} and max_tiles {most} must be ordered and at most {MOST_TILES}")
     return Tiling(least, most, said.thumbnail, said.tower.image_size, max_pixels)

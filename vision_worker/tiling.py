@@ -3,7 +3,6 @@
 No EXIF rotation, alpha is dropped and not blended, Pillow's bicubic filter. Runs in any thread, before the device.
 """
 
-import functools
 import hashlib
 import io
 from dataclasses import dataclass
@@ -14,19 +13,9 @@ from PIL import Image, UnidentifiedImageError
 
 from wire import errors
 from wire.config import IMAGE_FORMATS
+from wire.tiling import Tiling, grid, has_thumbnail
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard only warns up to twice its limit; `_open` checks ours from the header
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How images are cut: bounds of the grid (thumbnail not counted), side of a tile and largest image, in pixels."""
-
-    min_tiles: int
-    max_tiles: int
-    thumbnail: bool
-    side: int = 448
-    max_pixels: int = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -53,30 +42,9 @@ def cut_image(image: Image.Image, tiling: Tiling) -> Tiles:
     side = tiling.side
     whole = np.asarray(_resized(image, side * columns, side * rows))
     pixels = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    if tiling.thumbnail and len(pixels) > 1:
+    if has_thumbnail(columns, rows, tiling):
         pixels = np.concatenate([pixels, np.asarray(_resized(image, side, side))[None]])
     return Tiles(pixels, columns, rows, tuple(hashlib.blake2b(t.tobytes(), digest_size=16).digest() for t in pixels))
-
-
-def grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
-    """(columns, rows) whose ratio is nearest to the image's.
-
-    On an exact tie the later candidate wins if the image has more than half of that grid's pixels.
-    """
-    best, best_distance = (1, 1), float("inf")
-    for columns, rows in _candidates(tiling.min_tiles, tiling.max_tiles):
-        distance = abs(width / height - columns / rows)
-        large = width * height > 0.5 * tiling.side**2 * columns * rows
-        if distance < best_distance or (distance == best_distance and large):
-            best, best_distance = (columns, rows), distance
-    return best
-
-
-@functools.cache
-def _candidates(least: int, most: int) -> list[tuple[int, int]]:
-    # sorted is stable, so among grids of equal size the order is that of the set: built as the official code builds it
-    found = {(i, j) for n in range(least, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if least <= i * j <= most}
-    return sorted(found, key=lambda grid: grid[0] * grid[1])
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -12,7 +12,7 @@ from torch import Tensor
 from demo import batches, scenes
 from demo.scenes import Style
 from demo.words import Words, counts
-from vision_worker import tiling
+from wire import tiling
 
 TINY = Style(tile=112, smallest_digit=16)
 DRILL = replace(TINY, drill=True)

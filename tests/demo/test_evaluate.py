@@ -21,7 +21,8 @@ from demo import evaluate, scenes
 from demo.evaluate import CURVE, ROUTER, STYLES, TASKS, Answers, Failed, Group, Record, Setting
 from demo.scenes import Scene, Shape, Style
 from demo.words import Asked
-from vision_worker import tiling
+from vision_worker.tiling import cut
+from wire.tiling import grid
 
 PICTURE = Scene(1000, 500, "plain", (220, 220, 220), (Shape("square", "red", (10.0, 10.0, 90.0, 90.0)),))
 TILES = 3  # of it, with its thumbnail
@@ -95,7 +96,7 @@ def _always(value: Any) -> Callable[[web.Request], Awaitable[web.Response]]:
 
 def _tiles(file: bytes) -> int:
     with Image.open(io.BytesIO(file)) as image:
-        count = math.prod(tiling.grid(image.width, image.height, Style().tiling))
+        count = math.prod(grid(image.width, image.height, Style().tiling))
     return count + (count > 1)
 
 
@@ -198,7 +199,7 @@ def test_equal_scenes_become_equal_files() -> None:
         first, second = evaluate.data_urls(Group("trained pairs", index, (), (PICTURE, PICTURE)))
         assert first == second
         data = base64.b64decode(first.split(",")[1])
-        assert len(tiling.cut(data, Style().tiling)) == TILES
+        assert len(cut(data, Style().tiling)) == TILES
         assert first.startswith("data:image/png") == data.startswith(b"\x89PNG")
 
 

@@ -20,10 +20,10 @@ from tests import checkpoints
 from tests.e2e.serving import IMAGES, ROOT, text_part
 from vision_worker import encoder as encoders
 from vision_worker.models import vir
-from vision_worker.tiling import Tiling
 from wire import config
 from wire.checkpoint import open_checkpoint
 from wire.tensors import Header
+from wire.tiling import Tiling
 
 PICTURES = ("square.png", "palette_512x512.png", "wide_1300x800.jpg")
 

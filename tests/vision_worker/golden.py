@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from vision_worker.encoder import Embedded, Place
 from vision_worker.models import internvl, vir
 from vision_worker.models.internvl import InternVL
-from vision_worker.tiling import Tiles, Tiling
+from vision_worker.tiling import Tiles
 from wire.checkpoint import open_checkpoint
+from wire.tiling import Tiling
 
 FOLDER = Path(__file__).parents[1] / "data/golden"
 NAMES = ("flash-qwen3", "vit300m-qwen2", "vit6b-llama")

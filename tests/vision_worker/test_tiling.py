@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from tests.vision_worker import golden
-from vision_worker.tiling import Tiling, cut, grid
+from vision_worker.tiling import cut
 from wire import errors
+from wire.tiling import Tiling
 
 TILING = Tiling(min_tiles=1, max_tiles=12, thumbnail=True)
 
@@ -27,27 +28,6 @@ def bomb(width: int, height: int) -> bytes:
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [((800, 1300), (2, 3)), ((448, 448), (1, 1)), ((1, 10_000), (1, 12)), ((10_000, 1), (12, 1)), ((1, 1), (1, 1))],
-)
-def test_grid(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert grid(*size, TILING) == expected
-
-
-def test_a_tie_goes_to_the_larger_grid_only_if_the_image_is_large() -> None:
-    """2 × 1 and 4 × 2 fit a ratio of two equally well."""
-    assert grid(600, 300, TILING) == (2, 1)
-    assert grid(1600, 800, TILING) == (4, 2)
-
-
-@pytest.mark.parametrize(("least", "most"), [(1, 1), (4, 4), (3, 7), (1, 40)])
-def test_bounds_hold(least: int, most: int) -> None:
-    for size in [(100, 100), (1000, 300), (3, 2000)]:
-        columns, rows = grid(*size, Tiling(least, most, thumbnail=True))
-        assert least <= columns * rows <= most
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])

@@ -13,6 +13,7 @@ from vision_worker import tiling
 from vision_worker.encoder import Embedded, Place, Stager
 from vision_worker.models.vir import Policy
 from wire.checkpoint import Checkpoint
+from wire.tiling import Tiling
 
 _SCORES = 1 << 16
 
@@ -26,7 +27,7 @@ class Fake:
         table = torch.randn(4 * said.tokens_per_tile, said.width, generator=generator)
         self._table = table.to(place.device, place.dtype)
 
-    def prepare(self, data: bytes, options: tiling.Tiling) -> tiling.Tiles:
+    def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
         return tiling.cut(data, options)
 
     def look(self, pixels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from vision_worker.models.intern_vit import InternViT
 from vision_worker.models.vir import Gating, Policy, Pooling
 from wire.checkpoint import Checkpoint, CheckpointError
 from wire.layouts.base import Description
+from wire.tiling import Tiling
 
 _MEAN = (0.485, 0.456, 0.406)
 _DEVIATION = (0.229, 0.224, 0.225)
@@ -68,7 +69,7 @@ class InternVL:
         self.checkpoint, self.place, self.model = checkpoint, place, model.eval()
         self.stage = Stager(place.device).stage
 
-    def prepare(self, data: bytes, options: tiling.Tiling) -> tiling.Tiles:
+    def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
         return tiling.cut(data, options)
 
     @torch.inference_mode()
