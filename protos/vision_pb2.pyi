@@ -53,28 +53,32 @@ class Router(_message.Message):
     def __init__(self, mode: _Optional[_Union[Router.Mode, str]] = ..., relative_threshold: _Optional[float] = ..., absolute_threshold: _Optional[float] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint")
+    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint", "dry_run")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     TILING_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DELIVER_TO_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[Image]
     tiling: Tiling
     router: Router
     dtype: _embeddings_pb2.Dtype
     deliver_to: str
     fingerprint: str
-    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    dry_run: bool
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class EncodeReply(_message.Message):
-    __slots__ = ("images", "timings")
+    __slots__ = ("images", "timings", "cached")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[EncodedImage]
     timings: Timings
-    def __init__(self, images: _Optional[_Iterable[_Union[EncodedImage, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    cached: bool
+    def __init__(self, images: _Optional[_Iterable[_Union[EncodedImage, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class EncodedImage(_message.Message):
     __slots__ = ("key", "tokens", "columns", "rows", "compressed", "scores")

@@ -40,7 +40,7 @@ class _Asked:
     tiling: Tiling
     policy: vir.Policy
     dtype: str
-    deliver_to: str
+    deliver_to: str  # empty for a dry run
 
     @property
     def flight(self) -> str:
@@ -55,6 +55,7 @@ class _Made:
     images: list[pb.EncodedImage]
     values: list[memoryview]
     timings: pb.Timings
+    cached: bool = False
 
 
 class Service(vision_pb2_grpc.VisionServicer):
@@ -92,17 +93,22 @@ class Service(vision_pb2_grpc.VisionServicer):
         if self._flights.under_way(asked.flight):
             self._metrics.images.labels("joined").inc(len(asked.images))
         made = await self._flights.run(asked.flight, lambda: self._make(asked))
+        timings = pb.Timings()
+        timings.CopyFrom(made.timings)
+        if asked.deliver_to:
+            timings.deliver = await self._deliver(made, asked, context.time_remaining())
+        return pb.EncodeReply(images=made.images, timings=timings, cached=made.cached)
+
+    async def _deliver(self, made: _Made, asked: _Asked, seconds: float | None) -> float:
+        """The seconds that it took."""
         begin = time.monotonic()
         headers = (self._header(image.key, asked.dtype, image.tokens) for image in made.images)
         distinct = dict(zip(headers, made.values, strict=True))  # an image may be there twice
-        deliver = functools.partial(self._sinks.deliver, asked.deliver_to, seconds=context.time_remaining())
+        deliver = functools.partial(self._sinks.deliver, asked.deliver_to, seconds=seconds)
         with self._trace.span("deliver", bytes=sum(map(len, distinct.values()))):
             await together(*(deliver(header, values) for header, values in distinct.items()))
         self._metrics.delivered.inc(sum(map(len, distinct.values())))
-        timings = pb.Timings()
-        timings.CopyFrom(made.timings)
-        timings.deliver = time.monotonic() - begin
-        return pb.EncodeReply(images=made.images, timings=timings)
+        return time.monotonic() - begin
 
     async def _make(self, asked: _Asked) -> _Made:
         """From the cache, or by the tower."""
@@ -110,7 +116,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         kept = [one for one in found if one is not None]
         if len(kept) == len(found):  # a group is routed as one: a part of it is of no use
             self._metrics.images.labels("cached").inc(len(kept))
-            return _Made([image for image, _ in kept], [values for _, values in kept], pb.Timings())
+            return _Made([image for image, _ in kept], [values for _, values in kept], pb.Timings(), cached=True)
         begin = time.monotonic()
         tiles = await together(*(self._prepare(image.data, asked.tiling) for image in asked.images))
         prepared = time.monotonic()
@@ -133,8 +139,10 @@ class Service(vision_pb2_grpc.VisionServicer):
                 f"the caller expects checkpoint {request.fingerprint}, this vision worker serves {ours}: "
                 "start all workers from the same checkpoint"
             )
-        if not request.images or not request.deliver_to or not all(image.key for image in request.images):
-            raise errors.InvalidRequest("Encode needs at least one image, a key for each and deliver_to")
+        if not request.images or not all(image.key for image in request.images):
+            raise errors.InvalidRequest("Encode needs at least one image and a key for each")
+        if bool(request.deliver_to) == request.dry_run:
+            raise errors.InvalidRequest("Encode needs deliver_to, or dry_run, and not both")
         return _Asked(
             images=request.images,
             tiling=_tiling(request.tiling, said, self._max_pixels),

@@ -193,6 +193,7 @@ async def test_tiling_of_the_caller(flash: Worker, tiling: pb.Tiling, tiles: int
         ({"fingerprint": "other"}, errors.CheckpointMismatch, "expects checkpoint other, this vision worker serves"),
         ({"images": []}, errors.InvalidRequest, "at least one image"),
         ({"deliver_to": ""}, errors.InvalidRequest, "deliver_to"),
+        ({"dry_run": True}, errors.InvalidRequest, "and not both"),
         ({"dtype": 0}, errors.InvalidRequest, "dtype"),
         ({"tiling": pb.Tiling(min_tiles=5, max_tiles=4)}, errors.InvalidRequest, "5 and max_tiles 4"),
         ({"tiling": pb.Tiling(max_tiles=41)}, errors.InvalidRequest, "at most 40"),
@@ -278,6 +279,7 @@ async def test_another_sink_gets_what_was_made_before(caching: Worker) -> None:
     assert caching.outcomes() == (1, 1, 0)
     assert caching.sink.data["key-0"] == delivered
     assert first.images == second.images
+    assert (first.cached, second.cached) == (False, True)
     assert (second.timings.prepare, second.timings.encode) == (0, 0)
 
 
@@ -295,3 +297,13 @@ async def test_what_failed_is_not_kept(caching: Worker) -> None:
         await caching.encode(b"\x89PNG")
     assert (await caching.encode("square.png")).images[0].tokens == 256
     assert caching.outcomes() == (1, 0, 0)
+
+
+async def test_a_dry_run_delivers_nothing_and_is_not_made_twice(caching: Worker) -> None:
+    dry = await caching.encode("wide_1300x800.jpg", deliver_to="", dry_run=True)
+    assert not caching.sink.data
+    real = await caching.encode("wide_1300x800.jpg")
+    assert dry.images == real.images
+    assert (dry.cached, real.cached, dry.timings.deliver) == (False, True, 0)
+    assert caching.outcomes() == (1, 1, 0)
+    assert len(caching.sink.data["key-0"]) == real.images[0].tokens * 128 * 4
