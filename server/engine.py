@@ -11,6 +11,10 @@ import aiohttp
 from wire import errors
 
 _ERROR_EVENT = b'data: {"error"'
+_USAGE = b'"usage":{'
+_MOST_OF_USAGE = 4096
+"""Bytes; a real one has some hundred."""
+_DECODER = json.JSONDecoder()
 _END = b"\n\n"
 _SAME_BREATH = 0.05
 """Seconds."""
@@ -40,11 +44,54 @@ def _is_context(message: str) -> bool:
     return "maximum context length" in message or "longer than the maximum model length" in message
 
 
-class Stream:
-    """The events of a streamed answer. The first ones are looked at before anything goes to the caller."""
+def with_image_tokens(said: bytes, image_tokens: int) -> bytes:
+    """Every count of a prompt's tokens in an answer or in events, with how many of them are visual. All else stays as it is.
 
-    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+    Inside a text the quotes of `"usage":{` would be escaped; where it is the name of something else, no number of tokens is
+    in it.
+    """
+    parts, done = [], 0
+    while (at := said.find(_USAGE, done)) >= 0:
+        start = at + len(_USAGE) - 1
+        usage, end = _object(said, start)
+        parts += [said[done:start], _detailed(usage, image_tokens) or said[start:end]]
+        done = end
+    return b"".join([*parts, said[done:]]) if parts else said
+
+
+def _object(said: bytes, start: int) -> tuple[Any, int]:
+    """The JSON value that begins there, and where it ends; what is none ends at once."""
+    text = said[start : start + _MOST_OF_USAGE].decode(errors="surrogateescape")
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None, start + 1
+    return value, start + len(text[:end].encode(errors="surrogateescape"))
+
+
+def _detailed(usage: Any, image_tokens: int) -> bytes | None:
+    """None where it is no count of a prompt's tokens, or one of an API that has no place for details."""
+    if not isinstance(usage, dict):
+        return None
+    if type(usage.get("prompt_tokens")) is int:
+        name = "prompt_tokens_details"
+    elif type(usage.get("input_tokens")) is int and "input_tokens_details" in usage:  # Anthropic's has none
+        name = "input_tokens_details"
+    else:
+        return None
+    changed = {**usage, name: {**(usage.get(name) or {}), "image_tokens": image_tokens}}
+    return json.dumps(changed, separators=(",", ":")).encode()
+
+
+class Stream:
+    """The events of a streamed answer. The first ones are looked at before anything goes to the caller.
+
+    `image_tokens`: how many visual tokens the prompt has; 0: none, and nothing is said of them.
+    """
+
+    def __init__(self, answer: aiohttp.ClientResponse, image_tokens: int = 0) -> None:
         self._content = answer.content
+        self._image_tokens = image_tokens
         self._first = self._held = b""
 
     async def begin(self) -> tuple[int, dict[str, Any]] | None:
@@ -66,14 +113,17 @@ class Stream:
 
     async def events(self) -> AsyncIterator[bytes]:
         """Everything, from the first event on. A broken connection ends it with an error event."""
-        yield self._first
+        yield self._counted(self._first)
         try:
             while chunk := await self._next():
-                yield _passed(chunk)
+                yield self._counted(_passed(chunk))
         except TimeoutError:
             yield error_event(errors.DeadlineExceeded("the request's time is up"))
         except aiohttp.ClientError:
             yield error_event(errors.Unavailable("the language worker went away in the middle of its answer"))
+
+    def _counted(self, chunk: bytes) -> bytes:
+        return with_image_tokens(chunk, self._image_tokens) if self._image_tokens else chunk
 
     async def _next(self) -> bytes:
         """The bytes that have come, cut only between events; empty at the end. May be cancelled: nothing read is lost."""

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from server.engine import LOST, Stream, normalised
+from server.engine import LOST, Stream, normalised, with_image_tokens
 from wire import errors
 
 
@@ -64,9 +64,9 @@ class Content:
         return b""
 
 
-def stream(*chunks: bytes | asyncio.Event, then: Exception | None = None) -> Stream:
+def stream(*chunks: bytes | asyncio.Event, then: Exception | None = None, image_tokens: int = 0) -> Stream:
     answer: Any = SimpleNamespace(content=Content(*chunks, then=then))
-    return Stream(answer)
+    return Stream(answer, image_tokens)
 
 
 async def everything(made: Stream) -> bytes:
@@ -170,3 +170,55 @@ async def test_a_late_break_is_told(error: Exception, code: str) -> None:
     assert events[:2] == [A[:-2], B[:-2]]
     assert json.loads(events[2].removeprefix(b"data: "))["error"]["code"] == code
     assert events[3:] == [b"data: [DONE]", b""]
+
+
+CHAT = b'"usage":{"prompt_tokens":9,"total_tokens":12,"prompt_tokens_details":%s}'
+RESPONSES = b'"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":4},"output_tokens":3}'
+COUNTED = {
+    "details": (CHAT % b'{"cached_tokens":4}', CHAT % b'{"cached_tokens":4,"image_tokens":7}'),
+    "no details": (CHAT % b"null", CHAT % b'{"image_tokens":7}'),
+    "a name less": (b'"usage":{"prompt_tokens":9}', b'"usage":{"prompt_tokens":9,"prompt_tokens_details":{"image_tokens":7}}'),
+    "responses": (RESPONSES, RESPONSES.replace(b'"cached_tokens":4', b'"cached_tokens":4,"image_tokens":7')),
+}
+
+
+@pytest.mark.parametrize(("said", "made"), COUNTED.values(), ids=COUNTED)
+def test_visual_tokens_are_counted_in_usage_and_nothing_else_changes(said: bytes, made: bytes) -> None:
+    around = b'{"text":"\\u00e9 \xc3\xa9 \\"usage\\":{\\"prompt_tokens\\":1}","x":1.50, %s ,"y":[ ]}'
+    assert with_image_tokens(around % said, 7) == around % made
+    assert with_image_tokens(around % said + around % said, 7) == around % made + around % made
+
+
+NOT_COUNTED = {
+    "null": b'{"usage":null}',
+    "anthropic": b'{"usage":{"input_tokens":9,"output_tokens":3}}',
+    "the schema of a tool": b'{"usage":{"type":"object","properties":{"prompt_tokens":{"type":"integer"}}}}',
+    "a schema of such a name": b'{"usage":{"prompt_tokens":{"type":"integer"}}}',
+    "true": b'{"usage":{"prompt_tokens":true}}',
+    "cut": b'{"usage":{"prompt_tokens":9',
+    "no JSON": b'{"usage":{prompt_tokens:9}}',
+    "deep": b'{"usage":{"prompt_tokens":' + b"[" * 4000 + b"9" + b"]" * 4000 + b"}}",
+    "half a character": b'{"usage":{"a":"' + b"\xe2\x82\xac" * 3000 + b'"}}',
+    "no UTF-8": b'{"usage":{"a":"\xff"}}',
+}
+
+
+@pytest.mark.parametrize("said", NOT_COUNTED.values(), ids=NOT_COUNTED)
+def test_what_counts_no_prompt_stays_as_it_is(said: bytes) -> None:
+    assert with_image_tokens(said, 7) == said
+
+
+@pytest.mark.parametrize("size", [1, 20, 1000])
+async def test_a_stream_counts_visual_tokens_wherever_usage_comes(size: int) -> None:
+    usage = b'"usage":{"prompt_tokens":9,"completion_tokens":%d}'
+    said = b"".join(b"data: {%s}\n\n" % (usage % n) for n in range(3)) + A + b'data: {"usage":null}\n\n' + DONE
+    made = stream(*(said[i : i + size] for i in range(0, len(said), size)), image_tokens=7)
+    assert await made.begin() is None
+    assert await everything(made) == said.replace(b"}}", b',"prompt_tokens_details":{"image_tokens":7}}}')
+
+
+async def test_without_images_nothing_is_said_of_them() -> None:
+    said = b'data: {"usage":{"prompt_tokens":9}}\n\n'
+    made = stream(said)
+    assert await made.begin() is None
+    assert await everything(made) == said
