@@ -4,12 +4,21 @@ from typing import Any, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 
+from wire import handover
+from wire.handover import Handover
+
 
 class RefuseMedia:
-    """vLLM's media connector that fetches nothing. Every method it is asked for raises a 400."""
+    """vLLM's media connector that fetches nothing: an image is a key in a URL. For all else it raises a 400."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
+
+    def fetch_image(self, image_url: str, **_kwargs: Any) -> Handover:
+        return handover.parse(image_url) or self._refuse()
+
+    async def fetch_image_async(self, image_url: str, **_kwargs: Any) -> Handover:
+        return self.fetch_image(image_url)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith(("fetch_", "load_")):

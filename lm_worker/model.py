@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature
 from vllm.config import VllmConfig
+from vllm.inputs import MultiModalInput
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -19,12 +20,15 @@ from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
+    ProcessorInputs,
     PromptReplacement,
     PromptUpdate,
     PromptUpdateDetails,
+    TimingContext,
 )
 from vllm.sequence import IntermediateTensors
 
+from wire.handover import Handover
 from wire.layouts import LAYOUTS
 
 TOKENS = "image_num_tokens"
@@ -32,20 +36,31 @@ CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
 _NATIVE = "internvl"
 
 
+class KeyedItems(DictEmbeddingItems):
+    """Images that came as URLs, and so with their keys inside; where a part of a chat has a key, vLLM knows it already."""
+
+    keys: Sequence[str] = ()
+
+
 class ImageParser(MultiModalDataParser):
-    """Takes `{"image_num_tokens": [N]}` for an image; there is nothing else that an image could be here."""
+    """Takes images as numbers of visual tokens, `{"image_num_tokens": [N]}`, or as what their URLs say."""
 
     embedding_fields = {"image": {TOKENS: "metadata", "image_embeds": "values"}}  # noqa: RUF012
 
     def _parse_image_data(self, data: Any) -> DictEmbeddingItems | None:
         if not data:
             return None
+        if isinstance(data, list) and all(isinstance(one, Handover) for one in data):
+            items = self._items({TOKENS: torch.tensor([[one.tokens] for one in data])})
+            items.keys = [one.key for one in data]
+            return items
         if not isinstance(data, dict):
             raise ValueError("an image must come as its number of visual tokens, through the gateway")
+        return self._items(data)
+
+    def _items(self, data: Mapping[str, torch.Tensor]) -> KeyedItems:
         required, optional = self.embedding_field_sets("image")
-        return DictEmbeddingItems(
-            data, modality="image", required_fields=required, optional_fields=optional, fields_factory=_fields
-        )
+        return KeyedItems(data, modality="image", required_fields=required, optional_fields=optional, fields_factory=_fields)
 
 
 def _fields(_data: Mapping[str, Any]) -> Mapping[str, MultiModalFieldConfig]:
@@ -60,6 +75,11 @@ class ProcessingInfo(BaseProcessingInfo):
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
+
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        # the limit of 0 keeps vLLM from profiling images; whatever is no key has been refused when it was to be fetched
+        if modality != "image":
+            super().validate_num_items(modality, num_items)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         # vLLM sizes its encoder cache by this: with 0 it would refuse every image. A caller may ask for more tiles
@@ -93,6 +113,13 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
 
 class Processor(BaseMultiModalProcessor[ProcessingInfo]):
     """Turns each placeholder into `<img>`, one `<IMG_CONTEXT>` a visual token, `</img>`."""
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """vLLM names an image by its key, under which the connector looks for it, not by a digest of what stands for it."""
+        images = inputs.mm_data_items.get("image")
+        if isinstance(images, KeyedItems) and images.keys:
+            inputs.mm_uuid_items = {**(inputs.mm_uuid_items or {}), "image": images.keys}
+        return super().apply(inputs, timing_ctx)
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
