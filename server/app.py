@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import shapes
 from server.metrics import Metrics
 from server.processes import die_with_parent
 from server.routes import Routes, identity
@@ -56,6 +57,12 @@ def in_this_process(options: Gateway) -> FastAPI:
 def _add(app: FastAPI, routes: Routes) -> None:
     app.add_route("/v1/chat/completions", routes.chat, methods=["POST"])
     app.add_route("/v1/completions", routes.completions, methods=["POST"])
+    app.add_route("/v1/responses", routes.responses, methods=["POST"])
+    app.add_route("/v1/messages", routes.messages, methods=["POST"])
+    app.add_route("/v1/messages/count_tokens", routes.messages, methods=["POST"])
+    app.add_route("/tokenize", routes.tokenize, methods=["POST"])
+    app.add_route("/detokenize", routes.detokenize, methods=["POST"])
+    app.add_route("/v1/images/tokens", routes.image_tokens, methods=["POST"])
     app.add_route("/v1/models", routes.models, methods=["GET"])
     app.add_route("/version", routes.version, methods=["GET"])
     app.add_route("/health/live", routes.live, methods=["GET"])
@@ -97,11 +104,13 @@ class _Observed:
         return None
 
 
-async def _on_error(_request: Request, error: Any) -> Response:
+async def _on_error(request: Request, error: Any) -> Response:
     # an error that a worker raised does not say when to try again
     wait = error.retry_after or (1 if error.status in (429, 503) else None)
-    headers = {"Retry-After": str(math.ceil(wait))} if wait else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    headers = {"Retry-After": str(math.ceil(wait))} if wait else {}
+    if isinstance(error, errors.DeadlineExceeded):  # clients try whatever is a 5xx again, and this took all its time
+        headers["X-Should-Retry"] = "false"
+    return JSONResponse(shapes.of(request.scope["path"]).body(error.body()), status_code=error.status, headers=headers)
 
 
 async def _on_http(request: Request, error: Any) -> Response:

@@ -8,9 +8,11 @@ from typing import Any
 
 import aiohttp
 
+from server.shapes import CHAT, Shape
 from wire import errors
 
-_ERROR_EVENT = b'data: {"error"'
+_KEEP_ALIVE = b": keep-alive\n\n"
+_ERROR_EVENTS = (b'data: {"error"', b"event: error\n")
 _USAGE = b'"usage":{'
 _MOST_OF_USAGE = 4096
 """Bytes; a real one has some hundred."""
@@ -86,12 +88,15 @@ def _detailed(usage: Any, image_tokens: int) -> bytes | None:
 class Stream:
     """The events of a streamed answer. The first ones are looked at before anything goes to the caller.
 
-    `image_tokens`: how many visual tokens the prompt has; 0: none, and nothing is said of them.
+    `image_tokens`: how many visual tokens the prompt has; 0: none, and nothing is said of them. `keep_alive`: seconds of
+    silence, after the first events, until a comment is sent, which clients pass over and proxies take for life; 0: never.
     """
 
-    def __init__(self, answer: aiohttp.ClientResponse, image_tokens: int = 0) -> None:
-        self._content = answer.content
-        self._image_tokens = image_tokens
+    def __init__(
+        self, answer: aiohttp.ClientResponse, shape: Shape = CHAT, image_tokens: int = 0, keep_alive: float = 0
+    ) -> None:
+        self._content, self._shape = answer.content, shape
+        self._image_tokens, self._keep_alive = image_tokens, keep_alive or None
         self._first = self._held = b""
 
     async def begin(self) -> tuple[int, dict[str, Any]] | None:
@@ -109,21 +114,41 @@ class Stream:
             self._first = b""  # nothing has gone to the caller: the request can begin anew
         if not self._first:
             raise errors.Unavailable("the language worker went away before its answer began; try again")
-        return next((_failure(event) for event in self._first.split(_END) if event.startswith(_ERROR_EVENT)), None)
+        return next((_failure(event) for event in self._first.split(_END) if event.startswith(_ERROR_EVENTS)), None)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Everything, from the first event on. A broken connection ends it with an error event."""
         yield self._counted(self._first)
         try:
-            while chunk := await self._next():
-                yield self._counted(_passed(chunk))
+            while (chunk := await self._next_or_silence()) != b"":
+                yield _KEEP_ALIVE if chunk is None else self._counted(self._passed(chunk))
         except TimeoutError:
-            yield error_event(errors.DeadlineExceeded("the request's time is up"))
+            yield self._broken(errors.DeadlineExceeded("the request's time is up"))
         except aiohttp.ClientError:
-            yield error_event(errors.Unavailable("the language worker went away in the middle of its answer"))
+            yield self._broken(errors.Unavailable("the language worker went away in the middle of its answer"))
+
+    async def _next_or_silence(self) -> bytes | None:
+        """As `_next`; None where nothing came for a while."""
+        waiting = asyncio.timeout(self._keep_alive)
+        try:
+            async with waiting:
+                return await self._next()
+        except TimeoutError:
+            if waiting.expired():
+                return None
+            raise  # the request's own time
 
     def _counted(self, chunk: bytes) -> bytes:
         return with_image_tokens(chunk, self._image_tokens) if self._image_tokens else chunk
+
+    def _passed(self, chunk: bytes) -> bytes:
+        if not any(mark in chunk for mark in _ERROR_EVENTS):
+            return chunk
+        events = chunk.split(_END)
+        return _END.join(self._shape.event(_failure(e)[1]) if e.startswith(_ERROR_EVENTS) else e for e in events)
+
+    def _broken(self, error: errors.DvdError) -> bytes:
+        return self._shape.event(error.body()) + _END + self._shape.end
 
     async def _next(self) -> bytes:
         """The bytes that have come, cut only between events; empty at the end. May be cancelled: nothing read is lost."""
@@ -135,26 +160,11 @@ class Stream:
         return last
 
 
-def _passed(chunk: bytes) -> bytes:
-    if _ERROR_EVENT not in chunk:
-        return chunk
-    return _END.join(_normalised_event(e) if e.startswith(_ERROR_EVENT) else e for e in chunk.split(_END))
-
-
-def _normalised_event(event: bytes) -> bytes:
-    return b"data: " + json.dumps(_failure(event)[1]).encode()
-
-
 def _failure(event: bytes) -> tuple[int, dict[str, Any]]:
-    said = event.removeprefix(b"data: ")
+    said = event.partition(b"data: ")[2]
     try:
         status = int(json.loads(said)["error"]["code"])
     except (ValueError, KeyError, TypeError):
         status = 500
     status = status if 400 <= status < 600 else 500
     return status, normalised(status, said)
-
-
-def error_event(error: errors.DvdError) -> bytes:
-    """An error inside a stream that has begun."""
-    return b"data: " + json.dumps(error.body()).encode() + b"\n\ndata: [DONE]\n\n"

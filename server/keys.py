@@ -42,14 +42,15 @@ def digest(*fields: bytes) -> bytes:
     return made.digest()
 
 
-def keys_alone(caller: bytes, setting: Setting, images: Sequence[bytes]) -> list[str]:
-    """One key an image (digests of their bytes), each routed alone."""
-    return [digest(b"alone", caller, setting.digest(), image).hex() for image in images]
+def keys_alone(caller: bytes, settings: Sequence[Setting], images: Sequence[bytes]) -> list[str]:
+    """One key an image (digests of their bytes), each routed alone, with a setting of its own."""
+    asked = zip(settings, images, strict=True)
+    return [digest(b"alone", caller, setting.digest(), image).hex() for setting, image in asked]
 
 
 def keys_together(caller: bytes, setting: Setting, images: Sequence[bytes]) -> list[str]:
     """One key an image of a group that is routed as one: its neighbours decide its embedding too."""
     if len(images) == 1:
-        return keys_alone(caller, setting, images)
+        return keys_alone(caller, [setting], images)
     group = digest(*images)
     return [digest(b"group", caller, setting.digest(), group, str(i).encode()).hex() for i in range(len(images))]

@@ -157,8 +157,8 @@ def _from_base64(payload: str) -> bytes:
         raise errors.InvalidImage(f"a data: URL of {len(payload)} characters is not valid base64") from None
 
 
-def inspect(data: bytes, max_pixels: int) -> None:
-    """Raise `InvalidImage` or `ImageTooLarge` by the file's header alone."""
+def inspect(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Width and height in pixels, by the file's header alone. Raises `InvalidImage` or `ImageTooLarge`."""
     if not data:
         raise errors.InvalidImage("the image is empty: 0 bytes")
     try:
@@ -169,6 +169,9 @@ def inspect(data: bytes, max_pixels: int) -> None:
         raise errors.InvalidImage(f"{len(data)} bytes that are not an image in a format served here: {known}") from None
     if width * height > max_pixels:
         raise errors.ImageTooLarge(f"image of {width} × {height} pixels; at most {max_pixels} are accepted: shrink it")
+    if width * height == 0:
+        raise errors.InvalidImage(f"image of {width} × {height} pixels")
+    return width, height
 
 
 def _is_literal(host: str) -> bool:

@@ -3,17 +3,18 @@
 import asyncio
 import hashlib
 import time
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 
+from protos import embeddings_pb2
 from protos import vision_pb2 as pb
 from server import keys
 from server.media import Fetcher
 from server.metrics import Metrics
 from server.pool import Language, Vision, Workers
-from server.requests import Chat
+from server.requests.body import Asked, Image
 from wire import errors
 from wire.config import Gateway
 from wire.tasks import Flights, together
@@ -33,15 +34,26 @@ class Loaded:
     digest: bytes
 
 
+@dataclass(frozen=True)
+class Group:
+    """Images that are encoded by one call: their keys, and the setting of them all."""
+
+    names: list[str]
+    setting: keys.Setting
+
+
 @dataclass
 class Report:
-    """What happened to a request's images."""
+    """What happened to a request's images. Each one's embedding was the sink's already (`reused`), in the vision worker's
+    cache (`shared`), or had to be made (`encoded`)."""
 
     images: int = 0
     tiles: int = 0
     compressed: int = 0
     tokens: int = 0
     reused: int = 0
+    shared: int = 0
+    encoded: int = 0
 
     def header(self) -> str:
         return "; ".join(f"{name}={value}" for name, value in vars(self).items())
@@ -64,16 +76,16 @@ class Pipeline:
         self._options, self._workers, self._fetcher, self._metrics = options, workers, fetcher, metrics
         self._trace = trace
         self._together = options.router_scope == "request"
-        self._flights: Flights[list[pb.EncodedImage]] = Flights()
+        self._flights: Flights[pb.EncodeReply] = Flights()
         self._routes: OrderedDict[str, pb.EncodedImage] = OrderedDict()  # for reports only: what the router did last time
 
-    async def fetch(self, chat: Chat) -> list[Loaded]:
+    async def fetch(self, asked: Asked) -> list[Loaded]:
         """Each image; an equal URL is loaded once."""
         with self._stage("fetch"):
-            urls = list(dict.fromkeys(chat.urls))
+            urls = list(dict.fromkeys(image.url for image in asked.images))
             loaded = dict(zip(urls, await self._load(urls), strict=True))
-        self._metrics.images.inc(len(chat.urls))
-        return [loaded[url] for url in chat.urls]
+        self._metrics.images.inc(len(asked.images))
+        return [loaded[image.url] for image in asked.images]
 
     async def _load(self, urls: Sequence[str]) -> list[Loaded]:
         """A few at a time, and not more bytes than a body may have."""
@@ -93,7 +105,7 @@ class Pipeline:
 
     async def prepare(
         self,
-        chat: Chat,
+        asked: Asked,
         images: Sequence[Loaded],
         caller: bytes,
         held: AsyncExitStack,
@@ -103,30 +115,69 @@ class Pipeline:
 
         Raises `Unavailable` and what encoding raises.
         """
-        digests = [image.digest for image in images]
-        language = self._workers.language.pick(keys.digest(caller, digests[0]).hex() if digests else None, without)
-        held.enter_context(language.held())
         if not images:
-            return Prepared(language, chat.replaced([], []))
-        assert language.said is not None
-        if mismatch := self._workers.mismatch():
-            raise errors.CheckpointMismatch(mismatch.in_short)
-        setting = keys.Setting(language.said.checkpoint.fingerprint, pb.Tiling(), chat.router, language.said.dtype)
-        names = (keys.keys_together if self._together else keys.keys_alone)(caller, setting, digests)
+            language = self._workers.language.pick(None, without)
+            held.enter_context(language.held())
+            return Prepared(language, asked.replaced([], []))
+        language, said = self.choose(images, caller, without)
+        held.enter_context(language.held())
+        names, groups = self._named(asked.images, images, caller, said)
         there = dict(zip(names, await self._has(language, names), strict=True))
-        missing = [[*dict.fromkeys(names)]] if self._together else [[name] for name in dict.fromkeys(names)]
-        missing = [group for group in missing if not all(there[name] for name in group)]
+        missing = [group for group in groups if not all(there[name] for name in group.names)]
         content = {name: image.data for name, image in zip(names, images, strict=True)}
         with self._stage("encode"):
             try:
-                encoded = await together(*(self._encode(group, content, setting, language) for group in missing))
+                replies = await together(*(self._encode(group, content, language.client.address) for group in missing))
             except errors.SinkUnavailable:
                 language.said = None  # until it answers the next probe
                 raise
-        there |= {image.key: image.tokens for group in encoded for image in group}
+        there |= {image.key: image.tokens for reply in replies for image in reply.images}
         tokens = [there[name] for name in names]
-        lacked = {name for group in missing for name in group}
-        return Prepared(language, chat.replaced(names, tokens), names, self._report(names, tokens, lacked))
+        cached = {image.key: reply.cached for reply in replies for image in reply.images}
+        return Prepared(language, asked.replaced(names, tokens), names, self._report(names, tokens, cached))
+
+    async def route(self, asked: Asked, images: Sequence[Loaded], caller: bytes) -> list[pb.EncodedImage]:
+        """What the router does with each image; nothing is delivered, and a request that follows finds the work done."""
+        _, said = self.choose(images, caller)
+        names, groups = self._named(asked.images, images, caller, said)
+        content = {name: image.data for name, image in zip(names, images, strict=True)}
+        routes = {name: self._routes[name] for name in names if name in self._routes}
+        missing = [group for group in groups if not all(name in routes for name in group.names)]
+        with self._stage("encode"):
+            replies = await together(*(self._encode(group, content, "") for group in missing))
+        routes |= {image.key: image for reply in replies for image in reply.images}
+        return [routes[name] for name in names]
+
+    def choose(
+        self, images: Sequence[Loaded], caller: bytes, without: Collection[Language] = ()
+    ) -> tuple[Language, embeddings_pb2.LanguageDescription]:
+        """The language worker for these images, and what it says. Raises `Unavailable`, `CheckpointMismatch`."""
+        key = keys.digest(caller, images[0].digest).hex() if images else None
+        language = self._workers.language.pick(key, without)
+        assert language.said is not None
+        if mismatch := self._workers.mismatch():
+            raise errors.CheckpointMismatch(mismatch.in_short)
+        return language, language.said
+
+    def _named(
+        self, asked: Sequence[Image], images: Sequence[Loaded], caller: bytes, said: embeddings_pb2.LanguageDescription
+    ) -> tuple[list[str], list[Group]]:
+        """A key for each image, and the calls that make what is under the keys."""
+        own, dtype, most = said.checkpoint, said.dtype, self._options.max_tiles
+        settings = [keys.Setting(own.fingerprint, one.dial.tiling(own, most), one.dial.router, dtype) for one in asked]
+        digests = [image.digest for image in images]
+        if not self._together or not asked:
+            names = keys.keys_alone(caller, settings, digests)
+            return names, [Group([name], setting) for name, setting in dict(zip(names, settings, strict=True)).items()]
+        for one, setting in zip(asked, settings, strict=True):
+            if setting != settings[0]:
+                raise errors.InvalidRequest(
+                    f"{one.dial.where} is set in another way than the first image: this server routes all images of a "
+                    "request as one group, with one setting of detail, max_dynamic_patch and vir",
+                    param=one.dial.where,
+                )
+        names = keys.keys_together(caller, settings[0], digests)
+        return names, [Group(names, settings[0])]
 
     async def _has(self, language: Language, names: Sequence[str]) -> list[int]:
         try:
@@ -144,22 +195,23 @@ class Pipeline:
         except errors.DvdError:
             return False
 
-    async def _encode(
-        self, names: Sequence[str], content: dict[str, bytes], setting: keys.Setting, language: Language
-    ) -> list[pb.EncodedImage]:
-        flight = keys.digest(language.client.address.encode(), *(name.encode() for name in names)).hex()
+    async def _encode(self, group: Group, content: dict[str, bytes], deliver_to: str) -> pb.EncodeReply:
+        """Without an address to deliver to, a dry run."""
+        names, setting = group.names, group.setting
+        flight = keys.digest(deliver_to.encode(), *(name.encode() for name in names)).hex()
         self._metrics.joined.inc(len(names) * self._flights.under_way(flight))
         request = pb.EncodeRequest(
             images=[pb.Image(key=name, data=content[name]) for name in names],
             tiling=setting.tiling,
             router=setting.router,
             dtype=setting.dtype,  # type: ignore[arg-type]  # a number is what enums are on the wire
-            deliver_to=language.client.address,
+            deliver_to=deliver_to,
             fingerprint=setting.fingerprint,
+            dry_run=not deliver_to,
         )
         return await self._flights.run(flight, lambda: self._encode_somewhere(names[0], request))
 
-    async def _encode_somewhere(self, key: str, request: pb.EncodeRequest) -> list[pb.EncodedImage]:
+    async def _encode_somewhere(self, key: str, request: pb.EncodeRequest) -> pb.EncodeReply:
         """By the key's vision worker, or by another one where that is gone."""
         tried: list[Vision] = []
         while True:
@@ -175,22 +227,32 @@ class Pipeline:
                 worker.said = None  # until it answers the next probe
                 continue
             self._remember(reply)
-            return list(reply.images)
+            return reply
 
     def _remember(self, reply: pb.EncodeReply) -> None:
         for image in reply.images:
             self._routes[image.key] = image
-            self._metrics.tiles.labels("full").inc(len(image.compressed) - sum(image.compressed))
-            self._metrics.tiles.labels("compressed").inc(sum(image.compressed))
+            if not reply.cached:
+                self._metrics.tiles.labels("full").inc(len(image.compressed) - sum(image.compressed))
+                self._metrics.tiles.labels("compressed").inc(sum(image.compressed))
         while len(self._routes) > _REMEMBERED:
             self._routes.popitem(last=False)
 
-    def _report(self, names: Sequence[str], tokens: Sequence[int], lacked: Collection[str]) -> Report:
+    def _report(self, names: Sequence[str], tokens: Sequence[int], cached: Mapping[str, bool]) -> Report:
+        """`cached` has what the sink lacked: whether the vision worker had it."""
         routes = [self._routes[name].compressed for name in names if name in self._routes]
-        reused = sum(name not in lacked for name in names)
-        self._metrics.reused.inc(reused)
+        outcomes = Counter(cached.get(name) for name in names)
+        self._metrics.reused.inc(outcomes[None])
         self._metrics.visual_tokens.inc(sum(tokens))
-        return Report(len(names), sum(map(len, routes)), sum(map(sum, routes)), sum(tokens), reused)
+        return Report(
+            images=len(names),
+            tiles=sum(map(len, routes)),
+            compressed=sum(map(sum, routes)),
+            tokens=sum(tokens),
+            reused=outcomes[None],
+            shared=outcomes[True],
+            encoded=outcomes[False],
+        )
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

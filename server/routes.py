@@ -19,12 +19,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from protos import vision_pb2 as pb
-from server import engine
-from server.media import Fetcher
+from server import engine, shapes
+from server.costs import costs
+from server.media import Fetcher, inspect
 from server.metrics import Metrics
 from server.pipeline import Pipeline, Prepared, counted
 from server.pool import Language, Workers
-from server.requests import Chat, check_fields, parse_chat, parse_object
+from server.requests.body import Asked, parse_text
+from server.requests.chat import parse_chat, parse_tokenize
+from server.requests.dial import Allowed
+from server.requests.images import parse_images
+from server.requests.messages import parse_messages
+from server.requests.responses import parse_responses
 from wire import errors
 from wire.config import Gateway
 from wire.trace import Trace
@@ -36,9 +42,11 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks (a digest), the request's id, when its time is up (monotonic), and what is held until its last byte."""
+    """Who asks (a digest), for which path, the request's id, when its time is up (monotonic), and what is held until its
+    last byte."""
 
     digest: bytes
+    path: str
     identity: str
     deadline: float
     held: AsyncExitStack
@@ -54,6 +62,10 @@ class HeldStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+Parse = Callable[[bytes, Allowed], Asked]
+Answer = Callable[[Asked, Caller], Coroutine[Any, Any, Response]]
+
+
 class Routes:
     """The handlers and what they share. Make it inside the event loop; `close` it."""
 
@@ -63,11 +75,12 @@ class Routes:
         self._fetcher = Fetcher(options)
         self._trace = Trace(options.trace, "gateway")
         self._pipeline = Pipeline(options, self._workers, self._fetcher, metrics, self._trace)
-        self._router = pb.Router(
+        router = pb.Router(
             mode=options.vir.upper(),
             relative_threshold=options.vir_relative_threshold,
             absolute_threshold=options.vir_absolute_threshold,
         )
+        self._allowed = Allowed(options.max_images, router, options.allow_vir)
         self._key = options.api_key.get_secret_value() if options.api_key else None
         self._in_flight = 0
 
@@ -78,11 +91,31 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        return await self._serve(request, lambda raw: parse_chat(raw, self._options.max_images, self._router))
+        return await self._serve(request, parse_chat, self._answer)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions: text only."""
-        return await self._serve(request, _parse_text)
+        return await self._serve(request, parse_text, self._answer)
+
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses"""
+        return await self._serve(request, parse_responses, self._answer)
+
+    async def messages(self, request: Request) -> Response:
+        """POST /v1/messages and /v1/messages/count_tokens: Anthropic's."""
+        return await self._serve(request, parse_messages, self._answer)
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize"""
+        return await self._serve(request, parse_tokenize, self._answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize"""
+        return await self._serve(request, parse_text, self._answer)
+
+    async def image_tokens(self, request: Request) -> Response:
+        """POST /v1/images/tokens: what images would cost. Only to route them is a vision worker asked."""
+        return await self._serve(request, parse_images, self._measure)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
@@ -119,23 +152,24 @@ class Routes:
         """GET /metrics"""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _serve(self, request: Request, parse: Callable[[bytes], Chat]) -> Response:
+    async def _serve(self, request: Request, parse: Parse, answer: Answer) -> Response:
         """From the permit to the first byte of the answer; the permit goes back with the last one."""
         async with AsyncExitStack() as held:
             held.enter_context(self._permit())
             who, seconds = self._authenticate(request), self._timeout(request)
-            caller = Caller(who, request.scope["request_id"], time.monotonic() + seconds, held)
+            # not request.url: that is made of the Host header, which could name any path of the engine
+            path, identity = request.scope["path"], request.scope["request_id"]
+            caller = Caller(who, path, identity, time.monotonic() + seconds, held)
             try:
                 async with asyncio.timeout(seconds):
-                    chat = parse(await self._body(request))
-                    await self._check_model(chat.model)
-                    # not request.url: that is made of the Host header, which could name any path of the engine
-                    answer = await _unless_gone(request, self._answer(request.scope["path"], chat, caller))
+                    asked = parse(await self._body(request), self._allowed)
+                    await self._check_model(asked.model)
+                    made = await _unless_gone(request, answer(asked, caller))
             except TimeoutError:
                 raise errors.DeadlineExceeded("the request's time is up; ask for less, or allow it more time") from None
-            if isinstance(answer, HeldStream):
-                answer.held = held.pop_all()
-        return answer
+            if isinstance(made, HeldStream):
+                made.held = held.pop_all()
+        return made
 
     @contextlib.contextmanager
     def _permit(self) -> Iterator[None]:
@@ -152,6 +186,8 @@ class Routes:
     def _authenticate(self, request: Request) -> bytes:
         """Who asks, as a digest: part of every key. Raises `Unauthorized`."""
         said = request.headers.get("authorization", "")
+        if not said and "x-api-key" in request.headers:  # as Anthropic's clients send it
+            said = f"Bearer {request.headers['x-api-key']}"
         if self._key is not None:
             scheme, _, key = said.partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key.encode()):
@@ -192,15 +228,23 @@ class Routes:
         if name not in served:
             raise errors.ModelNotFound(f"no model {name[:200]!r} here; served: {', '.join(served)}", param="model")
 
-    async def _answer(self, path: str, chat: Chat, caller: "Caller") -> Response:
+    async def _measure(self, asked: Asked, caller: Caller) -> Response:
+        images = await self._pipeline.fetch(asked)
+        sizes = [await asyncio.to_thread(inspect, image.data, self._options.max_image_pixels) for image in images]
+        _, said = self._pipeline.choose(images, caller.digest)
+        routes = await self._pipeline.route(asked, images, caller.digest) if asked.body.get("route") else None
+        dials = [image.dial for image in asked.images]
+        return JSONResponse(costs(sizes, dials, said.checkpoint, self._options.max_tiles, routes))
+
+    async def _answer(self, asked: Asked, caller: Caller) -> Response:
         """The engine's answer. One more try where an embedding was lost, or a language worker is not there any more."""
-        images = await self._pipeline.fetch(chat) if chat.images else []
-        others = [worker for worker in self._workers.language.members if chat.model not in (None, *worker.models)]
+        images = await self._pipeline.fetch(asked) if asked.images else []
+        others = [worker for worker in self._workers.language.members if asked.model not in (None, *worker.models)]
         for last in (False, True):
             try:
-                prepared = await self._pipeline.prepare(chat, images, caller.digest, caller.held, without=others)
+                prepared = await self._pipeline.prepare(asked, images, caller.digest, caller.held, without=others)
                 with _put_aside(prepared.language):
-                    answer = await self._ask(path, chat, prepared, caller)
+                    answer = await self._ask(prepared, caller)
             except errors.Unavailable:
                 # what did not answer has been put aside until it does; is there another one?
                 if last or not self._workers.language.up():
@@ -210,34 +254,32 @@ class Routes:
                 break
         return answer
 
-    async def _ask(self, path: str, chat: Chat, prepared: Prepared, caller: "Caller") -> Response:
+    async def _ask(self, prepared: Prepared, caller: Caller) -> Response:
         headers = {"Content-Type": "application/json", "X-Request-Id": caller.identity}
         async with AsyncExitStack() as mine:
             mine.enter_context(counted(prepared.language))
             mine.enter_context(self._trace.span("answer", request=caller.identity))
             # a little later than the request's own deadline, which is the one to be heard before the answer begins
             timeout = caller.deadline - time.monotonic() + 1
-            asked = prepared.language.client.request("POST", path, prepared.body, headers, timeout)
+            asked = prepared.language.client.request("POST", caller.path, prepared.body, headers, timeout)
             answer = await mine.enter_async_context(asked)
-            report = {"X-DvD-Images": prepared.report.header()} if chat.images else {}
+            report = {"X-DvD-Images": prepared.report.header()} if prepared.names else {}
+            tokens = prepared.report.tokens
+            shape = shapes.of(caller.path)
             if answer.status != 200:
-                body = engine.normalised(answer.status, await _whole(answer))
-                return JSONResponse(body, status_code=answer.status, headers=report)
+                error = engine.normalised(answer.status, await _whole(answer))
+                return JSONResponse(shape.body(error), status_code=answer.status, headers=report)
             kind = answer.headers.get("Content-Type", "application/json")
             if not kind.startswith("text/event-stream"):
-                return Response(await _whole(answer), media_type=kind, headers=report)
-            stream = engine.Stream(answer)
+                body = await _whole(answer)
+                said = engine.with_image_tokens(body, tokens) if tokens else body
+                return Response(said, media_type=kind, headers=report)
+            stream = engine.Stream(answer, shape, tokens, self._options.stream_keep_alive)
             if failure := await stream.begin():
-                return JSONResponse(failure[1], status_code=failure[0], headers=report)
+                return JSONResponse(shape.body(failure[1]), status_code=failure[0], headers=report)
             # with the caller at once, not in the answer: a deadline may still come before that is returned
             caller.held.push_async_exit(mine.pop_all())
             return HeldStream(stream.events(), media_type=kind, headers=report)
-
-
-def _parse_text(raw: bytes) -> Chat:
-    body = parse_object(raw)
-    check_fields(body)
-    return Chat(raw, body, [])
 
 
 def identity(request: Request) -> str:

@@ -19,6 +19,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
+from wire.tiling import MOST_TILES
+
 PREFIX = "DVD_"
 
 _ADDRESS = r"unix:/.+|[^:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+"
@@ -96,6 +98,9 @@ class Serving(Limits, Traced):
     workers: int = Field(1, ge=1, le=64, description="processes of the gateway, which share its port and its limit")
     fetch_timeout: float = Field(20.0, gt=0, description="seconds to fetch one image")
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is given up (504)")
+    stream_keep_alive: float = Field(
+        15.0, ge=0, description="seconds of silence in a stream until a comment says that it lives; 0: never"
+    )
     router_scope: Literal["image", "request"] = Field(
         "image", description="tiles over which the router's quantile runs; request: as the official code does"
     )
@@ -107,6 +112,11 @@ class Serving(Limits, Traced):
     )
     vir_absolute_threshold: float | None = Field(
         None, ge=0, le=1, description="score that a compressed tile has at least, 0 to 1; none: the checkpoint's"
+    )
+
+    allow_vir: bool = Field(True, description="callers may say what the router does (vir); false: who does gets an error")
+    max_tiles: int | None = Field(
+        None, ge=1, le=MOST_TILES, description="tiles of one image, at most, thumbnail not counted; none: the checkpoint's own"
     )
 
     @field_validator("vir", mode="before")

@@ -21,6 +21,7 @@ class Golden:
     vision: Served
     language: Served
     vllm_url: str
+    workers: tuple[str, ...]  # flash's, as flags of another gateway
     others: dict[str, Served]
 
     def __getitem__(self, name: str) -> Served:
@@ -37,7 +38,7 @@ def golden() -> Iterator[Golden]:
     workers = (f"--vision-workers={vision_at}", f"--language-workers={sink_at}")
     flash = start("gateway", *workers, f"--port={port}", "--router-scope=request", url=f"http://127.0.0.1:{port}")
     others = {name: start_up(GOLDEN / name / "checkpoint", "--vision-workers=2") for name in ("vit300m-qwen2", "vit6b-llama")}
-    made = Golden(flash, vision, language, f"http://{http_at}", others)
+    made = Golden(flash, vision, language, f"http://{http_at}", workers, others)
     try:
         wait_ready(flash, *others.values())
         yield made

@@ -159,16 +159,3 @@ def test_an_unknown_model_is_named(served: Served) -> None:
     assert (answer.status, answer.error["code"]) == (404, "model_not_found")
     assert "'gpt-4o'" in answer.error["message"]
     assert "checkpoint" in answer.error["message"]
-
-
-def test_the_official_client_is_served(served: Served) -> None:
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
-    message = {"role": "user", "content": [SQUARE, text_part("x")]}
-    said = client.chat.completions.create(model="checkpoint", messages=[message], max_tokens=4)
-    assert said.usage.completion_tokens == 4
-    chunks = list(client.chat.completions.create(model="checkpoint", messages=[message], max_tokens=4, stream=True))
-    assert chunks[-1].choices[0].finish_reason == "length"
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.chat.completions.create(model="absent", messages=[message])
-    assert caught.value.code == "model_not_found"

@@ -27,7 +27,7 @@ from wire import errors, rpc
 from wire.config import Gateway
 
 MODEL = "internvl"
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds until a test gives up waiting: only a failing test ever needs them."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -78,6 +78,7 @@ class Vision(vision_pb2_grpc.VisionServicer):
         self.calls: list[vision_pb2.EncodeRequest] = []
         self.cancelled = 0
         self.error: Exception | None = None
+        self.cached = False  # what it says of its cache
         self.free = asyncio.Event()  # Encode waits for it
         self.free.set()
         self.answers = asyncio.Event()  # Describe waits for it
@@ -107,8 +108,10 @@ class Vision(vision_pb2_grpc.VisionServicer):
             raise
         if self.error is not None:
             raise self.error
-        await asyncio.gather(*(self._deliver(request, image) for image in request.images))
-        return vision_pb2.EncodeReply(images=[_encoded(image, request.router.mode) for image in request.images])
+        if not request.dry_run:
+            await asyncio.gather(*(self._deliver(request, image) for image in request.images))
+        images = [_encoded(image, request.router.mode) for image in request.images]
+        return vision_pb2.EncodeReply(images=images, cached=self.cached)
 
     async def _deliver(self, request: vision_pb2.EncodeRequest, image: vision_pb2.Image) -> None:
         rows = tokens_of(image.data)

@@ -39,6 +39,7 @@ from tests.server.peers import (
     usual,
 )
 from wire import errors
+from wire.handover import parse
 
 A, B, C = (picture(i) for i in range(3))
 
@@ -69,6 +70,15 @@ async def good(stack: Stack) -> None:
 def sent(stack: Stack, message: int = 0) -> Any:
     """The content of a message as the engine got it."""
     return stack.engine.last()["messages"][message]["content"]
+
+
+def answering(body: bytes) -> Any:
+    """An engine that says this, whatever it is asked."""
+
+    async def respond(_request: web.Request) -> web.Response:
+        return web.Response(body=body, content_type="application/json")
+
+    return respond
 
 
 def placeholder(image: bytes, part: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +139,10 @@ async def test_an_image_goes_to_the_vision_worker_and_its_key_to_the_engine(stac
     body = stack.engine.last()
     assert (body["temperature"], body["unknown"], body["model"]) == (0.5, {"a": [1, None]}, MODEL)
     assert b"base64" not in stack.engine.received[-1].raw
-    assert answer.headers["X-DvD-Images"] == f"images=1; tiles=2; compressed=1; tokens={tokens_of(A)}; reused=0"
+    assert (
+        answer.headers["X-DvD-Images"]
+        == f"images=1; tiles=2; compressed=1; tokens={tokens_of(A)}; reused=0; shared=0; encoded=1"
+    )
 
 
 @pytest.mark.parametrize("scope", ["image", "request"])
@@ -155,7 +168,7 @@ async def test_images_in_several_turns_keep_their_places(tmp_path: Path, scope: 
         else:
             assert stack.vision.images == [A, B, C, A], "one call: all are routed as a group"
         again = await stack.post({"model": MODEL, "messages": messages})
-        assert again.headers["X-DvD-Images"].endswith("reused=4")
+        assert again.headers["X-DvD-Images"].endswith("reused=4; shared=0; encoded=0")
 
 
 async def test_an_image_has_an_embedding_and_a_report_for_each_setting_of_the_router(stack: Stack) -> None:
@@ -163,7 +176,8 @@ async def test_an_image_has_an_embedding_and_a_report_for_each_setting_of_the_ro
     for reused in (0, 1):
         for vir, compressed in zip(said, (1, 0, 2, 1), strict=True):
             answer = await stack.chat(image_part(A), vir=vir)
-            report = f"images=1; tiles=2; compressed={compressed}; tokens={tokens_of(A)}; reused={reused}"
+            report = f"images=1; tiles=2; compressed={compressed}; tokens={tokens_of(A)}; reused={reused}; shared=0"
+            report += f"; encoded={1 - reused}"
             assert (answer.status, answer.headers["X-DvD-Images"]) == (200, report)
             assert "vir" not in stack.engine.last()
     modes = [(call.router.mode, call.router.HasField("relative_threshold")) for call in stack.vision.calls]
@@ -200,6 +214,157 @@ async def test_why_the_vision_worker_does_not_compress_reaches_the_caller(stack:
     await good(stack)
 
 
+# The dial
+
+
+def with_words(image: bytes, **words: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": inline(image), **words}}
+
+
+async def test_each_image_of_a_request_has_a_setting_of_its_own(stack: Stack) -> None:
+    said: list[dict[str, Any]] = [
+        {}, {"detail": "low"}, {"max_dynamic_patch": 6}, {"vir": {"mode": "all"}}, {"detail": "high", "vir": {"mode": "off"}},
+    ]  # fmt: skip
+    answer = await stack.chat(*(with_words(A, **words) for words in said), vir={"mode": "off"})
+    assert answer.status == 200
+    calls = {call.images[0].key: (call.tiling.max_tiles, call.router.mode) for call in stack.vision.calls}
+    off, compressing = pb.Router.OFF, pb.Router.ALL
+    parts = sent(stack)
+    assert [calls[part["uuid"]] for part in parts] == [(12, off), (1, off), (6, off), (12, compressing), (12, off)]
+    assert parts[0] == parts[4], "the same in other words is the same embedding"
+    assert all(set(part) == {"type", "image_embeds", "uuid"} for part in parts)
+    assert answer.headers["X-DvD-Images"].endswith("reused=0; shared=0; encoded=5")
+    assert len(stack.vision.calls) == 4
+
+
+@pytest.mark.parametrize(("bound", "original", "usual"), [(None, 12, 12), (40, 40, 12), (3, 3, 3)])
+async def test_the_operator_bounds_tiles(tmp_path: Path, bound: int | None, original: int, usual: int) -> None:
+    async with serve(tmp_path, max_tiles=bound) as stack:
+        for detail, most in (("original", original), ("high", usual), ("auto", usual), ("low", 1)):
+            assert (await stack.chat(with_words(picture(most), detail=detail))).status == 200
+            assert stack.vision.calls[-1].tiling == pb.Tiling(min_tiles=1, max_tiles=most), detail
+        answer = await stack.chat(text_part("a"), with_words(B, max_dynamic_patch=original + 1)) if original < 40 else None
+        if answer is not None:
+            assert (answer.status, answer.error["param"]) == (400, "messages[0].content[1].image_url.max_dynamic_patch")
+            assert f"is above {original}" in answer.error["message"]
+        await good(stack)
+
+
+async def test_callers_may_be_kept_from_the_router(tmp_path: Path) -> None:
+    async with serve(tmp_path, allow_vir=False, vir="all") as stack:
+        for body in (chat("a", vir={"mode": "off"}), chat(with_words(A, vir={}))):
+            answer = await stack.post(body)
+            assert (answer.status, answer.error["code"]) == (400, "invalid_request")
+        await good(stack)
+        assert stack.vision.calls[-1].router.mode == pb.Router.ALL
+
+
+async def test_a_group_has_one_setting(tmp_path: Path) -> None:
+    async with serve(tmp_path, router_scope="request") as stack:
+        same = await stack.chat(with_words(A, detail="high"), with_words(B, max_dynamic_patch=12))
+        assert same.status == 200
+        for words in ({"detail": "low"}, {"vir": {"mode": "off"}}):
+            answer = await stack.chat(image_part(A), text_part("and"), with_words(B, **words))
+            assert (answer.status, answer.error["param"]) == (400, "messages[0].content[2].image_url")
+            assert "as one group" in answer.error["message"]
+        await good(stack)
+
+
+async def test_the_answer_says_which_cache_had_an_image(stack: Stack) -> None:
+    await stack.chat(image_part(A))
+    stack.vision.cached = True
+    await stack.chat(image_part(B))
+    stack.vision.cached = False
+    stack.sink.rows.pop(stack.vision.calls[-1].images[0].key)
+    tiles = await stack.metric("dvd_tiles_total")
+    stack.vision.cached = True
+    answer = await stack.chat(image_part(A), image_part(B), image_part(B))
+    assert answer.headers["X-DvD-Images"].endswith("reused=1; shared=2; encoded=0")
+    assert await stack.metric("dvd_tiles_total") == tiles, "what comes from a cache has not been encoded"
+
+
+# What images cost
+
+
+async def test_the_costs_of_images_are_arithmetic(tmp_path: Path) -> None:
+    async with serve(tmp_path, max_tiles=40) as stack:
+        wide = picture(1, (1300, 800))
+        images = [{"url": inline(wide), **words} for words in ({}, {"detail": "low"}, {"max_dynamic_patch": 2})]
+        answer = await stack.post({"images": [*images, {"url": inline(A), "vir": {"mode": "all"}}]}, path="/v1/images/tokens")
+        assert answer.status == 200, answer.body
+        assert [image["tiles"] for image in answer.json["images"]] == [
+            {"columns": 3, "rows": 2, "thumbnail": True, "total": 7},
+            {"columns": 1, "rows": 1, "thumbnail": False, "total": 1},
+            {"columns": 2, "rows": 1, "thumbnail": True, "total": 3},
+            {"columns": 1, "rows": 1, "thumbnail": False, "total": 1},
+        ]
+        first, last = answer.json["images"][0], answer.json["images"][3]
+        assert (first["width"], first["height"], first["mode"], last["mode"]) == (1300, 800, "auto", "all")
+        assert first["tokens"] == {"off": 7 * 256, "all": 7 * 64, "auto": [7 * 64, 7 * 256]}
+        assert answer.json["total"] == {
+            "tiles": 12,
+            "tokens": {"off": 12 * 256, "all": 12 * 64, "auto": [12 * 64, 12 * 256]},
+        }
+        assert (stack.vision.calls, stack.engine.received, stack.sink.rows) == ([], [], {})
+        assert "X-DvD-Images" not in answer.headers
+        await stack.settled()
+
+
+async def test_without_a_router_nothing_can_be_compressed(stack: Stack) -> None:
+    plain = described(compressed_tokens_per_tile=0, thumbnail=False, tile_size=64, min_tiles=2)
+    stack.vision.checkpoint, stack.sink.checkpoint = plain, plain
+
+    async def known() -> bool:
+        answer = await stack.post(chat(image_part(picture(2, (200, 100)))), path="/v1/images/tokens")
+        return bool(answer.status == 200 and answer.json["images"][0]["tokens"]["all"] is None)
+
+    await until(known, "the gateway knows of the other checkpoint")
+    answer = await stack.post(chat(image_part(picture(2, (200, 100)))), path="/v1/images/tokens")
+    (image,) = answer.json["images"]
+    assert image["tiles"] == {"columns": 4, "rows": 2, "thumbnail": False, "total": 8}
+    assert image["tokens"] == {"off": 2048, "all": None, "auto": [2048, 2048]}
+    assert answer.json["total"]["tokens"] == {"off": 2048, "all": None, "auto": [2048, 2048]}
+
+
+@pytest.mark.parametrize("scope", ["image", "request"])
+async def test_the_routers_decision_costs_no_second_encode(tmp_path: Path, scope: str) -> None:
+    async with serve(tmp_path, router_scope=scope) as stack:
+        body = {**chat(image_part(A), image_part(B)), "route": True}
+        for _ in range(2):
+            answer = await stack.post(body, path="/v1/images/tokens")
+            assert answer.status == 200, answer.body
+            routed = [image["routed"] for image in answer.json["images"]]
+            assert routed == [{"tokens": tokens_of(image), "compressed": [False, True]} for image in (A, B)]
+            assert answer.json["total"]["routed"] == {"tokens": tokens_of(A) + tokens_of(B), "compressed": 2}
+        assert all(call.dry_run and not call.deliver_to for call in stack.vision.calls)
+        assert sorted(stack.vision.images) == sorted([A, B]), "what is known is not asked again"
+        assert (stack.engine.received, stack.sink.rows) == ([], {})
+        keys = {image.key for call in stack.vision.calls for image in call.images}
+        del body["route"]
+        assert (await stack.post(body)).status == 200
+        assert {part["uuid"] for part in sent(stack)} == keys, "the request that follows finds it under the same key"
+
+
+async def test_the_costs_of_no_image_are_none(shared: Stack) -> None:
+    answer = await shared.post({**chat("a"), "route": True}, path="/v1/images/tokens")
+    assert (answer.status, answer.json["images"]) == (200, [])
+    assert answer.json["total"]["tiles"] == 0
+
+
+async def test_what_cannot_be_measured_is_refused(shared: Stack) -> None:
+    for body, param in (
+        ({"images": [{"url": "file:///etc/passwd"}]}, None),
+        ({"images": [{"url": inline(b"text")}]}, None),
+        ({"images": [{"url": inline(A), "max_dynamic_patch": 13}]}, "images[0].max_dynamic_patch"),
+        ({"images": [{"url": inline(A)}], "model": "other"}, "model"),
+        ({"images": []}, "images"),
+    ):
+        answer = await shared.post(body, path="/v1/images/tokens")
+        assert answer.status in (400, 404)
+        assert answer.error["param"] == param
+    await good(shared)
+
+
 async def test_images_by_url(stack: Stack) -> None:
     async with files(a=sends(A), b=sends(B, Content_Type="text/plain")) as url:
         answer = await stack.chat(image_part(f"{url}/a"), image_part(f"{url}/b"), image_part(f"{url}/a"))
@@ -223,6 +388,111 @@ async def test_plain_completions_take_text(stack: Stack) -> None:
     assert stack.engine.last() == {"model": MODEL, "prompt": "a"}
     refused = await stack.post({"model": MODEL, "prompt_embeds": "AAAA"}, path="/v1/completions")
     assert (refused.status, refused.error["param"]) == (400, "prompt_embeds")
+
+
+# The other routes
+
+
+def handed(image: bytes, url: str) -> None:
+    """What an engine is given where it takes no embedding."""
+    found = parse(url)
+    assert found is not None
+    assert found.tokens == tokens_of(image)
+
+
+async def test_responses_take_images(stack: Stack) -> None:
+    said = b'{"id":"resp_1","usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":0},"output_tokens":1}}'
+    stack.engine.respond = answering(said)
+    part = {"type": "input_image", "image_url": inline(A), "detail": "low"}
+    given = [{"role": "user", "content": [part, {"type": "input_text", "text": "what is it?"}]}]
+    answer = await stack.post({"model": MODEL, "input": given, "vir": {"mode": "off"}}, path="/v1/responses")
+    assert (answer.status, stack.engine.received[-1].path) == (200, "/v1/responses")
+    counted = b'{"cached_tokens":0,"image_tokens":%d}' % tokens_of(A)
+    assert answer.body == said.replace(b'{"cached_tokens":0}', counted)
+    assert answer.headers["X-DvD-Images"].startswith("images=1; ")
+    assert (stack.vision.calls[-1].tiling.max_tiles, stack.vision.calls[-1].router.mode) == (1, pb.Router.OFF)
+    body = stack.engine.last()
+    handed(A, body["input"][0]["content"][0]["image_url"])
+    assert "vir" not in body
+    assert (await stack.post({"model": MODEL, "input": "a"}, path="/v1/responses")).body == said
+
+
+async def test_messages_take_images(stack: Stack) -> None:
+    said = b'{"id":"msg_1","type":"message","usage":{"input_tokens":9,"output_tokens":1}}'
+    stack.engine.respond = answering(said)
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(A).decode()}
+    messages = [{"role": "user", "content": [{"type": "image", "source": source}, text_part("what is it?")]}]
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        answer = await stack.post({"model": MODEL, "max_tokens": 5, "messages": messages}, path=path)
+        assert (answer.status, answer.body) == (200, said), "there is no place for visual tokens in this usage"
+        assert stack.engine.received[-1].path == path
+        handed(A, sent(stack)[0]["source"]["url"])
+    assert stack.vision.images == [A]
+    text = json.dumps({"model": MODEL, "max_tokens": 5, "messages": [{"role": "user", "content": "a"}]}).encode()
+    assert (await stack.post(text, path="/v1/messages")).status == 200
+    assert stack.engine.received[-1].raw == text
+
+
+async def test_messages_have_anthropics_errors_and_keys(tmp_path: Path) -> None:
+    body = {"model": MODEL, "max_tokens": 5, "messages": [{"role": "user", "content": "a"}]}
+    async with serve(tmp_path, api_key="secret") as stack:
+        answer = await stack.post(body, path="/v1/messages")
+        assert (answer.status, answer.json["type"], answer.json["error"]["type"]) == (401, "error", "authentication_error")
+        key = {"x-api-key": "secret"}
+        assert (await stack.post(body, key, path="/v1/messages")).status == 200
+        answer = await stack.post({**body, "messages": 5, "model": "other"}, key, path="/v1/messages")
+        assert (answer.status, answer.json["type"], answer.json["error"]["type"]) == (404, "error", "not_found_error")
+        stack.engine.respond = failing(400, "max_tokens must be positive")
+        answer = await stack.post(body, key, path="/v1/messages")
+        assert (answer.status, answer.json["error"]["message"]) == (400, "max_tokens must be positive")
+        assert (answer.json["type"], answer.json["error"]["type"]) == ("error", "invalid_request_error")
+
+
+async def test_a_caller_is_the_same_by_either_header(stack: Stack) -> None:
+    for headers in ({"Authorization": "Bearer me"}, {"x-api-key": "me"}, {"x-api-key": "you"}):
+        await stack.chat(image_part(A), headers=headers)
+    assert len(stack.vision.calls) == 2
+
+
+async def test_text_is_counted_and_uncounted(stack: Stack) -> None:
+    answer = await stack.post(chat(image_part(A), text_part("a")), path="/tokenize")
+    assert (answer.status, stack.engine.received[-1].path) == (200, "/tokenize")
+    assert sent(stack)[0] == placeholder(A, sent(stack)[0])
+    for path, body in (("/tokenize", {"model": MODEL, "prompt": "a"}), ("/detokenize", {"model": MODEL, "tokens": [1]})):
+        raw = json.dumps(body).encode()
+        assert (await stack.post(raw, path=path)).status == 200
+        assert (stack.engine.received[-1].path, stack.engine.received[-1].raw) == (path, raw)
+
+
+async def test_usage_says_which_tokens_are_visual_in_answers_and_in_streams(stack: Stack) -> None:
+    said = b'{"usage":{"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":4}},"x": 1.50}'
+    made = said.replace(b'"cached_tokens":4', b'"cached_tokens":4,"image_tokens":%d' % (2 * tokens_of(A)))
+    stack.engine.respond = answering(said)
+    assert (await stack.chat(image_part(A), image_part(A))).body == made
+    assert (await stack.chat("a")).body == said
+    stack.engine.respond = streamed(EVENTS[0], EVENTS[1], b"data: " + said + b"\n\n", EVENTS[-1])
+    answer = await stack.chat(image_part(A), image_part(A), stream=True)
+    assert answer.body == EVENTS[0] + EVENTS[1] + b"data: " + made + b"\n\n" + EVENTS[-1]
+    answer = await stack.chat("a", stream=True)
+    assert answer.body == EVENTS[0] + EVENTS[1] + b"data: " + said + b"\n\n" + EVENTS[-1]
+
+
+async def test_a_silent_stream_is_kept_alive_once_it_has_begun(tmp_path: Path) -> None:
+    async with serve(tmp_path, stream_keep_alive=0.01) as stack:
+        more = asyncio.Event()
+
+        async def later(_request: Any) -> Any:
+            await more.wait()
+
+        stack.engine.respond = in_turn(streamed(EVENTS[0], then=later), failing(400))
+        reader, writer = await stack.begin(chat("a", stream=True))
+        async with asyncio.timeout(20):
+            assert b"data" in await reader.readuntil(b": keep-alive\n\n")
+        more.set()
+        await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 20)
+        writer.close()
+        await stack.settled()
+        assert (await stack.chat("a", stream=True)).status == 400, "till then a status is still to be given"
 
 
 async def test_other_doors(stack: Stack) -> None:
@@ -544,6 +814,7 @@ async def test_a_timeout_that_is_none_is_refused(shared: Stack, said: str) -> No
 
 async def timed_out(stack: Stack, answer: Answer) -> None:
     assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
+    assert answer.headers["X-Should-Retry"] == "false", "another try would take as long"
     await stack.settled()
 
 
@@ -719,7 +990,7 @@ async def test_a_hundred_equal_images_at_once_are_encoded_once(stack: Stack) -> 
     assert len(stack.vision.calls) == 1
     assert len(stack.engine.received) == 100
     for _ in range(3):
-        assert (await stack.chat(image_part(A))).headers["X-DvD-Images"].endswith("reused=1")
+        assert (await stack.chat(image_part(A))).headers["X-DvD-Images"].endswith("reused=1; shared=0; encoded=0")
     assert len(stack.vision.calls) == 1, "nor ever again"
 
 

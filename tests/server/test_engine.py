@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from server import shapes
 from server.engine import LOST, Stream, normalised, with_image_tokens
 from wire import errors
 
@@ -64,9 +65,9 @@ class Content:
         return b""
 
 
-def stream(*chunks: bytes | asyncio.Event, then: Exception | None = None, image_tokens: int = 0) -> Stream:
+def stream(*chunks: bytes | asyncio.Event, then: Exception | None = None, **options: Any) -> Stream:
     answer: Any = SimpleNamespace(content=Content(*chunks, then=then))
-    return Stream(answer, image_tokens)
+    return Stream(answer, **options)
 
 
 async def everything(made: Stream) -> bytes:
@@ -222,3 +223,51 @@ async def test_without_images_nothing_is_said_of_them() -> None:
     made = stream(said)
     assert await made.begin() is None
     assert await everything(made) == said
+
+
+async def test_a_silent_stream_says_that_it_lives() -> None:
+    later = asyncio.Event()
+    made = stream(A, B[:5], later, B[5:], DONE, keep_alive=0.01)
+    assert await made.begin() is None
+    events = made.events()
+    assert await anext(events) == A
+    assert [await anext(events) for _ in range(3)] == [b": keep-alive\n\n"] * 3
+    later.set()
+    rest = [event async for event in events if event != b": keep-alive\n\n"]
+    assert b"".join(rest) == B + DONE, "what had come of an event is not lost"
+
+
+async def test_the_requests_own_time_is_no_silence() -> None:
+    made = stream(A, B, then=TimeoutError(), keep_alive=60)
+    assert await made.begin() is None
+    said = await everything(made)
+    assert b"deadline_exceeded" in said
+    assert b"keep-alive" not in said
+
+
+NAMED = b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"/root/x.py failed"}}\n\n'
+
+
+@pytest.mark.parametrize("shape", [shapes.RESPONSES, shapes.MESSAGES], ids=["responses", "messages"])
+async def test_apis_whose_events_have_names_have_errors_with_names(shape: shapes.Shape) -> None:
+    start = b"event: message_start\ndata: {}\n\n"
+    made = stream(start, start, start + NAMED, shape=shape)
+    assert await made.begin() is None
+    events = (await everything(made)).split(b"\n\n")
+    assert events[:3] == [start[:-2]] * 3
+    assert events[4:] == [b""]
+    name, _, data = events[3].partition(b"\n")
+    said = json.loads(data.removeprefix(b"data: "))
+    assert (name, said["type"], said["error"]["message"]) == (b"event: error", "error", LOST)
+    assert said["error"]["type"] == ("api_error" if shape is shapes.MESSAGES else "server_error")
+    made = stream(start, start, then=aiohttp.ClientPayloadError(), shape=shape)
+    assert await made.begin() is None
+    last = (await everything(made)).removesuffix(b"\n\n").split(b"\n\n")[-1]
+    assert last.startswith(b"event: error\ndata: {")
+    assert json.loads(last.partition(b"data: ")[2])["error"]["code"] == "unavailable"
+
+
+async def test_a_named_error_at_once_is_no_beginning() -> None:
+    failure = await stream(NAMED, shape=shapes.MESSAGES).begin()
+    assert failure is not None
+    assert (failure[0], failure[1]["error"]["message"]) == (500, LOST)

@@ -19,17 +19,17 @@ OTHERS = {
 
 
 def test_a_key_is_a_safe_name_and_stable() -> None:
-    (key,) = keys_alone(b"me", SETTING, [A])
+    (key,) = keys_alone(b"me", [SETTING], [A])
     assert len(key) == 64
     assert set(key) <= set("0123456789abcdef")
-    assert keys_alone(b"me", SETTING, [A]) == [key]
-    assert keys_alone(b"me", SETTING, [B, A, A])[1:] == [key, key], "alone, a neighbour changes nothing"
+    assert keys_alone(b"me", [SETTING], [A]) == [key]
+    assert keys_alone(b"me", [SETTING] * 3, [B, A, A])[1:] == [key, key], "alone, a neighbour changes nothing"
 
 
 @pytest.mark.parametrize("field", OTHERS)
 def test_whatever_decides_an_embedding_changes_its_key(field: str) -> None:
     changed = dataclasses.replace(SETTING, **{field: OTHERS[field]})
-    assert keys_alone(b"me", changed, [A]) != keys_alone(b"me", SETTING, [A])
+    assert keys_alone(b"me", [changed], [A]) != keys_alone(b"me", [SETTING], [A])
 
 
 def test_two_settings_of_the_router_are_two_keys_even_at_zero() -> None:
@@ -43,12 +43,18 @@ def test_two_settings_of_the_router_are_two_keys_even_at_zero() -> None:
         vision_pb2.Router(relative_threshold=0.25),
         vision_pb2.Router(absolute_threshold=0.25),
     ]
-    keys = [keys_alone(b"me", dataclasses.replace(SETTING, router=router), [A])[0] for router in routers]
+    keys = [keys_alone(b"me", [dataclasses.replace(SETTING, router=router)], [A])[0] for router in routers]
     assert len(set(keys)) == len(routers)
 
 
+def test_each_image_has_a_setting_of_its_own() -> None:
+    other = dataclasses.replace(SETTING, tiling=vision_pb2.Tiling(max_tiles=6))
+    one, two, three = keys_alone(b"me", [SETTING, other, SETTING], [A, A, A])
+    assert one == three != two == keys_alone(b"me", [other], [A])[0]
+
+
 def test_callers_share_no_key() -> None:
-    assert keys_alone(b"me", SETTING, [A]) != keys_alone(b"you", SETTING, [A])
+    assert keys_alone(b"me", [SETTING], [A]) != keys_alone(b"you", [SETTING], [A])
     assert not set(keys_together(b"me", SETTING, [A, B])) & set(keys_together(b"you", SETTING, [A, B]))
 
 
@@ -59,11 +65,11 @@ def test_in_a_group_neighbours_and_places_count() -> None:
     for other in ([B, A], [A, C], [A, B, C], [A, A]):
         assert not set(keys_together(b"me", SETTING, other)) & set(group)
     assert len(set(keys_together(b"me", SETTING, [A, A]))) == 2, "the same image twice may be routed twice"
-    assert not set(group) & set(keys_alone(b"me", SETTING, [A, B]))
+    assert not set(group) & set(keys_alone(b"me", [SETTING] * 2, [A, B]))
 
 
 def test_a_group_of_one_is_an_image_alone() -> None:
-    assert keys_together(b"me", SETTING, [A]) == keys_alone(b"me", SETTING, [A])
+    assert keys_together(b"me", SETTING, [A]) == keys_alone(b"me", [SETTING], [A])
 
 
 @pytest.mark.parametrize(("one", "other"), [((b"ab", b"c"), (b"a", b"bc")), ((b"",), ()), ((b"a", b""), (b"a",))])

@@ -25,6 +25,8 @@ def test_a_flag_wins_over_a_variable_over_the_file(tmp_path: Path) -> None:
         (["--port=70000"], {}, "70000"),
         ([], {"DVD_PROT": "1"}, "unknown variable DVD_PROT: did you mean DVD_PORT"),
         (["--router-scope=tile"], {}, "--router-scope = 'tile'"),
+        (["--max-tiles=41"], {}, "--max-tiles = '41'"),
+        (["--allow-vir=maybe"], {}, "--allow-vir = 'maybe'"),
         (["--vir=on"], {}, "--vir = 'on'"),
         (["--vir-relative-threshold=1.5"], {}, "--vir-relative-threshold = '1.5'"),
         (["--vir-absolute-threshold=nan"], {}, "--vir-absolute-threshold = 'nan'"),

@@ -1,0 +1,165 @@
+"""What the bodies of all APIs have in common: parsed, checked, their images found, and these replaced for the engine."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from server.requests.dial import Allowed, Dial
+from wire import errors
+
+Path = tuple[str | int, ...]
+"""From the body to a value in it: names and numbers."""
+
+_NOT_FROM_CALLERS = (
+    "mm_processor_kwargs", "media_io_kwargs", "chat_template", "kv_transfer_params", "ec_transfer_params", "vllm_xargs",
+    "prompt_embeds", "mm_payload", "return_mm_kwargs",
+)  # fmt: skip
+MEDIA = frozenset({
+    "audio_embeds", "audio_url", "file", "image_embeds", "image_pil", "image_url", "input_audio", "input_image",
+    "prompt_embeds", "uuid", "video_embeds", "video_url",
+})  # fmt: skip
+"""The engine looks for these whatever the type of a part says."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_PROMPTED = (
+    "messages", "input", "instructions", "system", "tools", "functions", "documents", "chat_template_kwargs",
+)  # fmt: skip
+_PLACEHOLDERS = ("<image>", "<IMG_CONTEXT>")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of a request: where its part is in the body, its file, and how it is to be cut and routed."""
+
+    path: Path
+    url: str
+    dial: Dial
+
+
+def by_number(key: str, tokens: int) -> dict[str, Any]:
+    """A part of a chat that stands for an image: its key and its number of visual tokens."""
+    return {"type": "image_embeds", "image_embeds": {"image_num_tokens": [tokens]}, "uuid": key}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A parsed body and its images in their order; `replaced` makes the engine's, with `stand_in` for each image."""
+
+    raw: bytes
+    body: dict[str, Any]
+    images: list[Image] = field(default_factory=list)
+    stand_in: Callable[[str, int], dict[str, Any]] = by_number
+
+    @property
+    def model(self) -> str | None:
+        return self.body.get("model")
+
+    def replaced(self, keys: Sequence[str], tokens: Sequence[int]) -> bytes:
+        """The body without `vir`, each image part replaced by its key and number of visual tokens."""
+        if not self.images and "vir" not in self.body:
+            return self.raw
+        body = {name: value for name, value in self.body.items() if name != "vir"}
+        for image, key, count in zip(self.images, keys, tokens, strict=True):
+            body = _with(body, image.path, self.stand_in(key, count))
+        try:
+            return json.dumps(body, ensure_ascii=False).encode()
+        except RecursionError:
+            raise errors.InvalidRequest("the body is nested too deeply") from None
+
+
+def _with(value: Any, path: Path, new: Any) -> Any:
+    """A copy of `value`, as deep as it must be, with `new` at the path."""
+    if not path:
+        return new
+    copied = value.copy()
+    copied[path[0]] = _with(value[path[0]], path[1:], new)
+    return copied
+
+
+def place(path: Path) -> str:
+    """A path as callers write it: `messages[0].content[1]`."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)[1:]
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object that is valid UTF-8 all through. Raises `InvalidRequest`."""
+    try:
+        body = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_finite)
+        if _SURROGATE.search(raw):  # a lone one passes the parser but is no text
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise errors.InvalidRequest("the body is not valid UTF-8") from None
+    except RecursionError:
+        raise errors.InvalidRequest("the body is nested too deeply") from None
+    except ValueError as error:
+        raise errors.InvalidRequest(f"the body is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(body, dict):
+        raise errors.InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
+    return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_constant(text[:100])
+
+
+def parse_text(raw: bytes, _allowed: Allowed) -> Asked:
+    """A body without images."""
+    body = parse_object(raw)
+    check_fields(body)
+    return Asked(raw, body)
+
+
+def check_fields(body: Mapping[str, Any], refused: Collection[str] = ()) -> None:
+    """Refuse a model that is no name, and what only the operator may set. Raises `InvalidRequest`."""
+    if not isinstance(body.get("model"), str | None):
+        raise errors.InvalidRequest(f"model must be a string, not {type(body['model']).__name__}", param="model")
+    for name in (*_NOT_FROM_CALLERS, *refused):
+        if body.get(name) is not None:
+            raise errors.InvalidRequest(f"{name} is not accepted from callers: leave it out", param=name)
+
+
+def check_images(body: dict[str, Any], images: Sequence[Image], allowed: Allowed, named: str) -> None:
+    """Not too many, and nothing beside them that could be taken for one. Raises `TooManyImages`, `InvalidRequest`."""
+    if len(images) > allowed.max_images:
+        said = f"{len(images)} images in one request, at most {allowed.max_images} are served"
+        raise errors.TooManyImages(said, param=named)
+    if images:
+        _refuse_placeholders(body, {id(_at(body, image.path)) for image in images})
+
+
+def _at(value: Any, path: Path) -> Any:
+    for step in path:
+        value = value[step]
+    return value
+
+
+def _refuse_placeholders(body: dict[str, Any], images: Collection[int]) -> None:
+    """The engine finds the place of an image by a word; nothing else that a prompt is made of may hold it."""
+    for name in _PROMPTED:
+        for where, text in _texts(name, body.get(name), images):
+            for word in _PLACEHOLDERS:
+                if word in text:
+                    raise errors.InvalidRequest(
+                        f"{where} holds {word!r}, which marks the place of an image: put an image there", param=where
+                    )
+
+
+def _texts(where: str, value: Any, images: Collection[int]) -> Iterator[tuple[str, str]]:
+    """Every string in a value but those of image parts (by their identity), the names of fields too; and its place."""
+    waiting = [(where, value)]  # no recursion: the caller decides how deep it would go
+    while waiting:
+        at, found = waiting.pop()
+        if isinstance(found, str):
+            yield at, found
+        elif isinstance(found, list):
+            waiting += [(f"{at}[{i}]"[:200], inner) for i, inner in enumerate(found)]
+        elif isinstance(found, dict) and id(found) not in images:
+            waiting += [(at, name) for name in found]
+            waiting += [(f"{at}.{name}"[:200], inner) for name, inner in found.items()]
