@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.e2e.serving import EXACT, GOLDEN, Served, free_port, start, start_up, stop, wait_ready
+from tests.e2e.serving import EXACT, GOLDEN, TOOLS, Served, free_port, start, start_up, stop, wait_ready
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +34,7 @@ def golden() -> Iterator[Golden]:
     vision_at, sink_at, http_at = (f"127.0.0.1:{free_port()}" for _ in range(3))
     port = free_port()
     vision = start("vision", checkpoint, f"--listen={vision_at}")
-    language = start("language", checkpoint, f"--listen={sink_at}", f"--http={http_at}", "--", *EXACT)
+    language = start("language", checkpoint, f"--listen={sink_at}", f"--http={http_at}", "--", *EXACT, *TOOLS)
     workers = (f"--vision-workers={vision_at}", f"--language-workers={sink_at}")
     flash = start("gateway", *workers, f"--port={port}", "--router-scope=request", url=f"http://127.0.0.1:{port}")
     others = {name: start_up(GOLDEN / name / "checkpoint", "--vision-workers=2") for name in ("vit300m-qwen2", "vit6b-llama")}

@@ -27,6 +27,7 @@ MARK = "SERVED_FOR_TEST"
 # a small cache and no compilation: starts are what a test suite pays for
 QUICK = ("--enforce-eager", "--kv-cache-memory-bytes=268435456", "--max-num-seqs=32")
 EXACT = (*QUICK, "--dtype=float32")
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
 
 SYSTEM = {
     "internvl2_5": "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、"
