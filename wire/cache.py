@@ -30,8 +30,9 @@ _REST = 1.0
 
 
 class Cache(Protocol):
-    """Bytes by key. `get` and `put` may raise anything but may not hang; None is a miss."""
+    """Bytes by key. `get` and `put` may raise anything but may not hang; None is a miss. `tier` is its name in metrics."""
 
+    tier: str
     evictions: int
 
     async def get(self, key: str) -> Buffer | None: ...
@@ -44,6 +45,8 @@ class Cache(Protocol):
 
 class Memory:
     """Bounded by bytes; the least recently used go first."""
+
+    tier = "memory"
 
     def __init__(self, budget: int) -> None:
         self.evictions = 0
@@ -99,6 +102,11 @@ class Embeddings:
         self._silent_until = 0.0
         self._writing: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
+
+    @property
+    def tier(self) -> str | None:
+        """What kind of cache it is: `memory`, `redis`; None where there is none."""
+        return self._cache.tier if self._cache else None
 
     @property
     def evictions(self) -> int:

@@ -59,6 +59,13 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much to log, on stderr")
+    log_format: Literal["text", "json"] = Field("text", description="how to log: for people, or one JSON object a line")
+
+
+class Metered(Options):
+    """What is counted in a process that serves no HTTP of its own."""
+
+    metrics_port: int = Field(0, ge=0, le=65535, description="port to serve Prometheus metrics on; 0: none")
 
 
 class Traced(Options):
@@ -156,7 +163,7 @@ class Encoding(Limits, Traced):
     prepare_threads: int = Field(0, ge=0, description="threads that decode and cut images; 0: one a core")
 
 
-class Vision(Model, Encoding):
+class Vision(Model, Encoding, Metered):
     """`dvd vision MODEL`: one vision worker."""
 
     cache: CacheUrl = Field(
@@ -165,7 +172,6 @@ class Vision(Model, Encoding):
 
     listen: Address = Field("127.0.0.1:50051", description="address to serve gRPC on")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto: a GPU if there is one")
-    metrics_port: int = Field(0, ge=0, le=65535, description="port to serve Prometheus metrics on; 0: none")
 
 
 class Storing(Options):
@@ -180,7 +186,7 @@ class Storing(Options):
     )
 
 
-class Language(Model, Storing):
+class Language(Model, Storing, Metered):
     """`dvd language MODEL [-- vllm serve flags]`: one language worker, vLLM's server and the sink beside it."""
 
     listen: Address = Field("127.0.0.1:50052", description="address of the sink's gRPC")
@@ -192,6 +198,9 @@ class Up(Model, Serving, Encoding, Storing):
 
     cache: CacheUrl | Literal["redis"] = Field(
         "memory://", description="embeddings already made: none, memory:// of each vision worker, redis: one is started, a URL"
+    )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port to serve the first worker's Prometheus metrics on, then one for each; 0: none"
     )
     vision_workers: int = Field(1, ge=1, description="vision workers to run")
     language_workers: int = Field(1, ge=1, description="language workers to run")

@@ -19,6 +19,7 @@ DvdError
 └── InternalError             ours
 """
 
+import asyncio
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -130,6 +131,13 @@ class InternalError(DvdError):
 def all_errors(root: type[DvdError] = DvdError) -> list[type[DvdError]]:
     """Every class of the tree, the root first."""
     return [root] + [c for child in root.__subclasses__() for c in all_errors(child)]
+
+
+def code_of(error: BaseException) -> str:
+    """Of any exception that ended a call, for metrics and logs."""
+    if isinstance(error, DvdError):
+        return error.code
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else InternalError.code
 
 
 def by_code(code: str) -> type[DvdError] | None:

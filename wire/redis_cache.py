@@ -19,6 +19,8 @@ _TIMEOUT = 2.0
 
 
 class Redis:
+    tier = "redis"
+
     def __init__(self, url: str) -> None:
         self.evictions = 0  # redis counts its own
         # one try: a miss costs less than waiting for a cache that is away
