@@ -15,8 +15,6 @@ SECONDS = 6.0
 def draw(traces: Path, name: str) -> str:
     """`results/NAME-timeline.png`: some seconds from the middle of the trace; a sentence about it."""
     events = [event for event in read(traces) if event["name"] in STAGES]
-    # of the vision worker's "encode", not the gateway's, which is all that an Encode call takes
-    events = [event for event in events if event["name"] != "encode" or event["cat"] == "vision"]
     middle = (events[0]["ts"] + events[-1]["ts"]) / 2
     shown = [event for event in events if abs(event["ts"] - middle) < SECONDS / 2 * 1e6]
     figure = Figure(figsize=(9, 4), layout="constrained")

@@ -97,13 +97,19 @@ class EncodedImage(_message.Message):
     def __init__(self, key: _Optional[str] = ..., tokens: _Optional[int] = ..., columns: _Optional[int] = ..., rows: _Optional[int] = ..., compressed: _Optional[_Iterable[bool]] = ..., scores: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("prepare", "queue", "encode", "deliver")
-    PREPARE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("wait", "decode", "tile", "queue", "encode", "route", "deliver")
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    TILE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     ENCODE_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
     DELIVER_FIELD_NUMBER: _ClassVar[int]
-    prepare: float
+    wait: float
+    decode: float
+    tile: float
     queue: float
     encode: float
+    route: float
     deliver: float
-    def __init__(self, prepare: _Optional[float] = ..., queue: _Optional[float] = ..., encode: _Optional[float] = ..., deliver: _Optional[float] = ...) -> None: ...
+    def __init__(self, wait: _Optional[float] = ..., decode: _Optional[float] = ..., tile: _Optional[float] = ..., queue: _Optional[float] = ..., encode: _Optional[float] = ..., route: _Optional[float] = ..., deliver: _Optional[float] = ...) -> None: ...

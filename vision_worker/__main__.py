@@ -16,7 +16,7 @@ from vision_worker.delivery import Sinks
 from vision_worker.encoder import Encoder
 from vision_worker.metrics import Metrics
 from vision_worker.service import Service
-from wire import config, rpc
+from wire import config, logs, meters, rpc
 from wire.cache import Embeddings, open_cache
 from wire.checkpoint import CheckpointError, open_checkpoint
 from wire.trace import Trace
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 for a bad option, 1 where the worker cannot serve, 0 after a signal."""
     try:
         options = config.read(config.Vision, sys.argv[1:] if arguments is None else arguments)
-        _log_to_stderr(options.log_level)
+        logs.configure(options.log_level, options.log_format)
         asyncio.run(_serve(options))
     except config.ConfigError as error:
         return _failed(error, 2)
@@ -50,11 +50,6 @@ def _failed(error: Exception, status: int) -> int:
     return status
 
 
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("PIL").setLevel(logging.INFO)
-
-
 async def _serve(options: config.Vision) -> None:
     begin = time.monotonic()
     checkpoint = open_checkpoint(options.model)
@@ -62,25 +57,30 @@ async def _serve(options: config.Vision) -> None:
     encoder = encoders.load(options, checkpoint)
     tiles = options.max_batch_tiles or _BATCH_TILES.get(encoder.place.device.type, 32)
     log.info("warming %d tiles on %s after %.1f s", tiles, encoder.place.device, time.monotonic() - begin)
-    trace = Trace(options.trace, "vision")
-    async with Batcher(encoder, tiles, trace) as batcher:
+    trace, metrics = Trace(options.trace, "vision"), Metrics()
+    metrics.common.serves(checkpoint.fingerprint, checkpoint.description.family, encoder.place.dtype_name)
+    async with Batcher(encoder, tiles, metrics, trace) as batcher:
         await batcher.warm()
-        await _answer(options, encoder, batcher, trace, begin)
+        await _answer(options, encoder, batcher, metrics, trace, begin)
 
 
-async def _answer(options: config.Vision, encoder: Encoder, batcher: Batcher, trace: Trace, begin: float) -> None:
+async def _answer(
+    options: config.Vision, encoder: Encoder, batcher: Batcher, metrics: Metrics, trace: Trace, begin: float
+) -> None:
     sinks, server = Sinks(), rpc.server(options.listen)
     preparing = ThreadPoolExecutor(options.prepare_threads or os.cpu_count() or 1, "prepare")
-    cache, metrics = Embeddings(open_cache(options.cache)), Metrics()
+    cache = Embeddings(open_cache(options.cache))
     metrics.watch(cache)
     if options.metrics_port:
-        metrics.serve(options.metrics_port)
+        meters.serve(metrics.registry, options.metrics_port)
+    watching = asyncio.create_task(metrics.common.watch_loop())
     service = Service(encoder, batcher, sinks, cache, preparing, options.max_image_pixels, metrics, trace)
     vision_pb2_grpc.add_VisionServicer_to_server(service, server)
     stop = _on_signal()
     await server.start()
     log.info("ready on %s after %.1f s", options.listen, time.monotonic() - begin)
     await stop.wait()
+    watching.cancel()
     log.info("stopping: %.0f s for calls in flight", _GRACE)
     await server.stop(_GRACE)
     await sinks.close()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vision_worker.encoder import Encoder
+from vision_worker.metrics import Metrics
 from vision_worker.models.vir import Fixed, Policy
 from vision_worker.tiling import Tiles
 from wire import errors
@@ -43,11 +44,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Answer:
-    """A group's images in order, and the seconds its tiles waited and were computed."""
+    """A group's images in order, and the seconds its tiles waited, were computed and routed."""
 
     images: list[Encoded]
     queue: float
     encode: float
+    route: float
 
 
 @dataclass(eq=False)
@@ -65,6 +67,7 @@ class _Group:
     started: float = 0.0
     taken: int = 0  # tiles handed to batches
     features: list[Tensor] = field(default_factory=list)  # the device thread's
+    routing: float = 0.0  # likewise
 
     def __post_init__(self) -> None:
         digests = [digest for image in self.images for digest in image.digests]
@@ -89,8 +92,8 @@ _Settled = list[tuple[_Group, list[Encoded] | errors.DvdError]]
 class Batcher:
     """`async with Batcher(encoder, max_tiles) as batcher: await batcher.encode(…)`."""
 
-    def __init__(self, encoder: Encoder, max_tiles: int, trace: Trace | None = None) -> None:
-        self._encoder, self._trace = encoder, trace or Trace(None, "vision")
+    def __init__(self, encoder: Encoder, max_tiles: int, metrics: Metrics | None = None, trace: Trace | None = None) -> None:
+        self._encoder, self._metrics, self._trace = encoder, metrics or Metrics(), trace or Trace(None, "vision")
         self._max_tiles = max_tiles
         self._waiting: deque[_Group] = deque()
         self._arrived = asyncio.Event()
@@ -124,6 +127,7 @@ class Batcher:
         """Embed one group. A caller that is cancelled leaves the queue. Raises `InternalError`."""
         group = _Group(images, policy, dtype, asyncio.get_running_loop().create_future())
         self._waiting.append(group)
+        self._metrics.waiting_tiles.inc(len(group.tiles))
         self._arrived.set()
         return await group.future
 
@@ -148,10 +152,13 @@ class Batcher:
                     some = group.take(self._max_tiles - len(tiles))
                     batch.append((group, len(some)))
                     tiles += some
+                    self._metrics.waiting_tiles.dec(len(some))
                 if group.future.done() or group.taken == len(group.tiles):
                     self._waiting.popleft()
+                    self._metrics.waiting_tiles.dec(len(group.tiles) - group.taken)
             if not self._waiting:
                 self._arrived.clear()
+        self._metrics.batch_tiles.observe(len(tiles))
         return batch, tiles
 
     def _compute(self, batch: _Batch, staged: "Future[Tensor]") -> _Settled:
@@ -175,6 +182,7 @@ class Batcher:
     def _finish(self, group: _Group) -> list[Encoded]:
         embedded = self._encoder.embed(torch.cat(group.features), group.copies, group.policy)
         group.features.clear()
+        group.routing = embedded.routing
         tokens = torch.cat(embedded.blocks).to(group.dtype)
         if not bool(torch.isfinite(tokens).all()):
             raise errors.InternalError(
@@ -193,7 +201,8 @@ class Batcher:
                 group.future.set_exception(result)
             else:
                 now = time.monotonic()
-                group.future.set_result(Answer(result, group.started - group.arrived, now - group.started))
+                computed_for = now - group.started - group.routing
+                group.future.set_result(Answer(result, group.started - group.arrived, computed_for, group.routing))
 
 
 def _guarded(compute: Callable[[], Any]) -> Any:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wire import chunks, errors, rpc
+from wire import chunks, errors, logs, rpc
 from wire.tensors import Header
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Sinks:
             if opened:
                 await self._close_unused()
             with rpc.translated("language worker's sink"):
-                await chunks.deliver(road.channel)(chunks.chunks(header, data), timeout=seconds)
+                sent = chunks.chunks(header, data)
+                await chunks.deliver(road.channel)(sent, timeout=seconds, metadata=logs.metadata())
         except errors.Unavailable as error:
             if type(error) is errors.Unavailable:  # ours would look like this vision worker's own absence
                 raise errors.SinkUnavailable(str(error)) from None

@@ -34,11 +34,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A group's visual tokens, tile after tile. `scores` is empty where the policy asked for none."""
+    """A group's visual tokens, tile after tile. `scores` is empty where the policy asked for none; `routing`: seconds."""
 
     blocks: list[Tensor]  # one a tile, [tokens, width] each
     compressed: list[bool]
     scores: list[float]
+    routing: float = 0.0
 
 
 class Encoder(Protocol):

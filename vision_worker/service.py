@@ -4,10 +4,12 @@ from __future__ import annotations  # grpc.aio is generic for type checkers only
 
 import asyncio
 import functools
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from vision_worker.metrics import Metrics
 from vision_worker.models import vir
 from vision_worker.tiling import Tiles
 from vision_worker.weights import DTYPES
-from wire import errors, messages
+from wire import errors, logs, messages
 from wire.cache import Embeddings
 from wire.layouts.base import Description, Thresholds
 from wire.tasks import Flights, together
@@ -30,6 +32,8 @@ from wire.trace import Trace
 
 if TYPE_CHECKING:
     import grpc.aio
+
+log = logging.getLogger("dvd.encode")
 
 
 @dataclass(frozen=True)
@@ -89,26 +93,49 @@ class Service(vision_pb2_grpc.VisionServicer):
         self, request: pb.EncodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.EncodeReply:
         """gRPC cancels this task when the caller leaves or the deadline passes; every stage below drops its work then."""
-        asked = self._check(request)
-        if self._flights.under_way(asked.flight):
-            self._metrics.images.labels("joined").inc(len(asked.images))
-        made = await self._flights.run(asked.flight, lambda: self._make(asked))
-        timings = pb.Timings()
-        timings.CopyFrom(made.timings)
-        if asked.deliver_to:
-            timings.deliver = await self._deliver(made, asked, context.time_remaining())
-        return pb.EncodeReply(images=made.images, timings=timings, cached=made.cached)
+        logs.adopt(context)
+        with self._call(len(request.images)) as line:
+            asked = self._check(request)
+            joined = self._flights.under_way(asked.flight)
+            if joined:
+                self._metrics.images.labels("joined").inc(len(asked.images))
+            made = await self._flights.run(asked.flight, lambda: self._make(asked))
+            line["outcome"] = "joined" if joined else "cached" if made.cached else "encoded"
+            line["tiles"] = sum(len(image.compressed) for image in made.images)
+            line["tokens"] = sum(image.tokens for image in made.images)
+            timings = pb.Timings()
+            timings.CopyFrom(made.timings)
+            if asked.deliver_to:
+                timings.deliver = await self._deliver(made, asked, context.time_remaining())
+            return pb.EncodeReply(images=made.images, timings=timings, cached=made.cached)
+
+    @contextmanager
+    def _call(self, images: int) -> Iterator[dict[str, Any]]:
+        """An Encode call is being served: counted, and a line in the log when it ends."""
+        began, line = time.monotonic(), dict[str, Any](images=images)
+        self._metrics.calls.inc()
+        try:
+            yield line
+        except BaseException as error:  # also of who has left
+            line["error"] = errors.code_of(error)
+            self._metrics.errors.labels(line["error"]).inc()
+            raise
+        finally:
+            self._metrics.calls.dec()
+            log.info("encoded", extra=logs.fields(**line, seconds=round(time.monotonic() - began, 4)))
 
     async def _deliver(self, made: _Made, asked: _Asked, seconds: float | None) -> float:
-        """The seconds that it took."""
-        begin = time.monotonic()
+        """The seconds that it took, of at most so many."""
+        began = time.monotonic()
         headers = (self._header(image.key, asked.dtype, image.tokens) for image in made.images)
         distinct = dict(zip(headers, made.values, strict=True))  # an image may be there twice
         deliver = functools.partial(self._sinks.deliver, asked.deliver_to, seconds=seconds)
-        with self._trace.span("deliver", bytes=sum(map(len, distinct.values()))):
+        size = sum(map(len, distinct.values()))
+        with self._trace.span("deliver", bytes=size):
             await together(*(deliver(header, values) for header, values in distinct.items()))
-        self._metrics.delivered.inc(sum(map(len, distinct.values())))
-        return time.monotonic() - begin
+        took = time.monotonic() - began
+        self._metrics.sent(took, size)
+        return took
 
     async def _make(self, asked: _Asked) -> _Made:
         """From the cache, or by the tower."""
@@ -117,10 +144,9 @@ class Service(vision_pb2_grpc.VisionServicer):
         if len(kept) == len(found):  # a group is routed as one: a part of it is of no use
             self._metrics.images.labels("cached").inc(len(kept))
             return _Made([image for image, _ in kept], [values for _, values in kept], pb.Timings(), cached=True)
-        begin = time.monotonic()
-        tiles = await together(*(self._prepare(image.data, asked.tiling) for image in asked.images))
-        prepared = time.monotonic()
-        self._trace.record("prepare", begin, prepared, images=len(tiles))
+        with self._trace.span("prepare", images=len(asked.images)):
+            prepared = await together(*(self._prepare(image.data, asked.tiling) for image in asked.images))
+        tiles = [cut for _, cut in prepared]
         answer = await self._batcher.encode(tiles, asked.policy, DTYPES[asked.dtype])
         self._metrics.images.labels("encoded").inc(len(tiles))
         self._metrics.tiles.inc(sum(map(len, tiles)))
@@ -128,7 +154,15 @@ class Service(vision_pb2_grpc.VisionServicer):
         images = list(map(_reported, keys, tiles, answer.images))
         for image, encoded in zip(images, answer.images, strict=True):
             self._cache.put(self._header(image.key, asked.dtype, image.tokens), image, encoded.data)
-        timings = pb.Timings(prepare=prepared - begin, queue=answer.queue, encode=answer.encode)
+        timings = pb.Timings(
+            wait=max(waited for waited, _ in prepared),
+            decode=max(cut.decoding for cut in tiles),
+            tile=max(cut.cutting for cut in tiles),
+            queue=answer.queue,
+            encode=answer.encode,
+            route=answer.route,
+        )
+        self._metrics.made(timings)
         return _Made(images, [encoded.data for encoded in answer.images], timings)
 
     def _check(self, request: pb.EncodeRequest) -> _Asked:
@@ -151,8 +185,22 @@ class Service(vision_pb2_grpc.VisionServicer):
             deliver_to=request.deliver_to,
         )
 
-    async def _prepare(self, data: bytes, tiling: Tiling) -> Tiles:
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, self._encoder.prepare, data, tiling)
+    async def _prepare(self, data: bytes, tiling: Tiling) -> tuple[float, Tiles]:
+        """An image's tiles, and the seconds that it waited for a thread."""
+        asked, waiting = time.monotonic(), self._metrics.waiting_images
+
+        def prepare() -> tuple[float, Tiles]:
+            waiting.dec()
+            waited = time.monotonic() - asked
+            return waited, self._encoder.prepare(data, tiling)
+
+        waiting.inc()
+        work = self._preparing.submit(prepare)
+        try:
+            return await asyncio.wrap_future(work)
+        finally:
+            if work.cancel():  # its caller has left before a thread was free
+                waiting.dec()
 
     def _header(self, key: str, dtype: str, rows: int) -> Header:
         return Header(key, self._checkpoint.fingerprint, dtype, rows, self._checkpoint.width)

@@ -5,7 +5,8 @@ No EXIF rotation, alpha is dropped and not blended, Pillow's bicubic filter. Run
 
 import hashlib
 import io
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,17 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard only warns up to twice its l
 
 @dataclass(frozen=True)
 class Tiles:
-    """One image: `pixels` uint8 [n, side, side, 3] row by row, thumbnail last; `digests` tell equal tiles, one a tile."""
+    """One image: `pixels` uint8 [n, side, side, 3] row by row, thumbnail last; `digests` tell equal tiles, one a tile.
+
+    `decoding` and `cutting` are the seconds that it took.
+    """
 
     pixels: npt.NDArray[np.uint8]
     columns: int
     rows: int
     digests: tuple[bytes, ...]
+    decoding: float = 0.0
+    cutting: float = 0.0
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -33,7 +39,11 @@ class Tiles:
 
 def cut(data: bytes, tiling: Tiling) -> Tiles:
     """Decode, resize and cut. Raises `InvalidImage` or `ImageTooLarge`."""
-    return cut_image(_decode(data, tiling.max_pixels), tiling)
+    began = time.monotonic()
+    image = _decode(data, tiling.max_pixels)
+    decoded = time.monotonic()
+    tiles = cut_image(image, tiling)
+    return replace(tiles, decoding=decoded - began, cutting=time.monotonic() - decoded)
 
 
 def cut_image(image: Image.Image, tiling: Tiling) -> Tiles:

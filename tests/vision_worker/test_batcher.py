@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.vision_worker import golden
 from vision_worker.batcher import Answer, Batcher
 from vision_worker.encoder import Place
+from vision_worker.metrics import Metrics
 from vision_worker.models import fake, vir
 from vision_worker.models.fake import Fake
 from vision_worker.tiling import Tiles
@@ -116,6 +117,26 @@ async def test_a_caller_who_leaves_half_way_stops_its_other_tiles() -> None:
         encoder.open.set()
         await encode(batcher, made_of(9))
     assert encoder.batches in ([[0], [1], [9]], [[0], [9]])
+
+
+async def test_tiles_wait_until_a_batch_takes_them_or_their_caller_leaves() -> None:
+    encoder, metrics = Watched(), Metrics()
+    encoder.open.clear()
+    waiting, batches = "dvd_vision_waiting_tiles", "dvd_vision_batch_tiles_sum"
+    async with Batcher(encoder, 2, metrics) as batcher:
+        first = asyncio.create_task(encode(batcher, made_of(0)))
+        await until_it_runs(encoder)
+        staying = asyncio.create_task(encode(batcher, made_of(1, 2, 3, 4, 5)))
+        leaving = asyncio.create_task(encode(batcher, made_of(6, 7, 8, 8)))
+        async with asyncio.timeout(10):
+            while metrics.registry.get_sample_value(waiting) != 3 + 3:  # two are in the batch that is ready; 8 is 8
+                await asyncio.sleep(0.01)
+        leaving.cancel()
+        encoder.open.set()
+        await asyncio.gather(first, staying)
+        await encode(batcher, made_of(9))
+    assert metrics.registry.get_sample_value(waiting) == 0
+    assert metrics.registry.get_sample_value(batches) == sum(map(len, encoder.batches)) == 1 + 5 + 1
 
 
 async def test_a_failing_batch_fails_its_calls_and_no_other() -> None:

@@ -1,7 +1,9 @@
 """A vision worker over a real socket, with a small sink behind it."""
 
 import asyncio
+import logging
 import math
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,10 +21,11 @@ from vision_worker.batcher import Batcher
 from vision_worker.delivery import Sinks
 from vision_worker.metrics import Metrics
 from vision_worker.service import Service
-from wire import errors, rpc
+from wire import errors, logs, rpc
 from wire.cache import Cache, Embeddings, Memory
 from wire.trace import Trace
 
+STAGES = ("decode", "tile", "encode", "route", "deliver")
 FLASH = golden.cases("flash-qwen3")
 
 
@@ -53,9 +56,10 @@ class Worker:
     batcher: Batcher
     metrics: Metrics
     cache: Embeddings
+    threads: ThreadPoolExecutor
 
     async def encode(
-        self, *images: str | bytes, seconds: float | None = None, name: str = "key", **fields: Any
+        self, *images: str | bytes, seconds: float | None = None, name: str = "key", metadata: Any = (), **fields: Any
     ) -> pb.EncodeReply:
         request = {
             "images": [
@@ -65,7 +69,7 @@ class Worker:
             "dtype": embeddings_pb2.FLOAT32, "deliver_to": self.sink_address, "fingerprint": self.fingerprint,
         } | fields  # fmt: skip
         with rpc.translated("vision worker"):
-            return await self.stub.Encode(pb.EncodeRequest(**request), timeout=seconds)
+            return await self.stub.Encode(pb.EncodeRequest(**request), timeout=seconds, metadata=metadata)
 
     def delivered(self, key: str) -> torch.Tensor:
         header = self.sink.headers[key]
@@ -74,6 +78,9 @@ class Worker:
 
     def count(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"dvd_vision_{name}_total", labels) or 0
+
+    def seen(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"dvd_vision_{name}", labels) or 0
 
     def outcomes(self) -> tuple[float, ...]:
         """Images that were encoded, found in the cache, and shared with another call."""
@@ -84,15 +91,16 @@ async def serving(name: str, folder: Path, cache: Cache | None = None) -> AsyncI
     sink, sink_address, address = Sink(), f"unix:{folder}/sink", f"unix:{folder}/vision"
     sink_server, server = rpc.server(sink_address), rpc.server(address)
     embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, sink_server)
-    encoder, sinks = golden.encoder(name), Sinks()
-    async with Batcher(encoder, 16) as batcher, rpc.channel(address) as channel:
-        metrics, embeddings = Metrics(), Embeddings(cache)
-        service = Service(encoder, batcher, sinks, embeddings, ThreadPoolExecutor(2), 3_000_000, metrics, Trace(None, "vision"))
+    encoder, sinks, metrics, threads = golden.encoder(name), Sinks(), Metrics(), ThreadPoolExecutor(2)
+    async with Batcher(encoder, 16, metrics) as batcher, rpc.channel(address) as channel:
+        embeddings = Embeddings(cache)
+        metrics.watch(embeddings)
+        service = Service(encoder, batcher, sinks, embeddings, threads, 3_000_000, metrics, Trace(None, "vision"))
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)
         await sink_server.start()
         await server.start()
         stub = vision_pb2_grpc.VisionStub(channel)
-        yield Worker(stub, sink, sink_address, encoder.checkpoint.fingerprint, batcher, metrics, embeddings)
+        yield Worker(stub, sink, sink_address, encoder.checkpoint.fingerprint, batcher, metrics, embeddings, threads)
         await server.stop(0)
         await sinks.close()
         await sink_server.stop(0)
@@ -128,7 +136,7 @@ async def test_several_images_are_one_group(flash: Worker, case: golden.Case) ->
         assert wanted is not None
         assert golden.relative(flash.delivered(image.key)[:: golden.SAMPLE], wanted) < 1e-5
         assert len(image.scores) == len(image.compressed)
-    assert min(reply.timings.prepare, reply.timings.encode, reply.timings.deliver) > 0
+    assert min(getattr(reply.timings, stage) for stage in STAGES) > 0
 
 
 async def test_routes_of_single_images_in_one_crowd(flash: Worker) -> None:
@@ -256,6 +264,82 @@ async def test_a_caller_who_leaves_frees_the_queue(flash: Worker, monkeypatch: p
     assert (await flash.encode("square.png")).images[0].tokens == 256
 
 
+# What can be seen of it
+
+
+async def test_each_stage_is_timed_and_counted_once(caching: Worker) -> None:
+    await asyncio.gather(*(caching.encode("wide_1300x800.jpg") for _ in range(2)))
+    await caching.encode("wide_1300x800.jpg")
+    stages = {stage: caching.seen("stage_seconds_count", stage=stage) for stage in STAGES}
+    assert stages == {"decode": 1, "tile": 1, "encode": 1, "route": 1, "deliver": 3}
+    assert [caching.seen("wait_seconds_count", stage=stage) for stage in ("decode", "encode")] == [1, 1]
+    assert (caching.seen("batch_tiles_count"), caching.seen("batch_tiles_sum")) == (1, 7)
+    assert caching.outcomes() == (1, 1, 1)
+    for event, count in (("hits", 1), ("misses", 1), ("errors", 0), ("evictions", 0)):
+        labels = {"tier": "memory", "event": event}
+        assert caching.metrics.registry.get_sample_value("dvd_cache_events_total", labels) == count
+
+
+async def test_errors_are_counted_by_their_code_and_nothing_stays_behind(flash: Worker) -> None:
+    bad: list[dict[str, Any]] = [{"images": [pb.Image(key="k", data=b"text")]}, {"fingerprint": "x"}, {"deliver_to": "[::1]:9"}]
+    for fields in bad:
+        with pytest.raises(errors.DvdError):
+            await flash.encode("square.png", **fields)
+    codes = [flash.count("errors", code=code) for code in ("invalid_image", "checkpoint_mismatch", "sink_unavailable")]
+    assert codes == [1, 1, 1]
+    assert [flash.seen(gauge) for gauge in ("calls_in_flight", "waiting_images", "waiting_tiles")] == [0, 0, 0]
+
+
+async def test_who_leaves_before_a_thread_is_free_waits_no_more(flash: Worker) -> None:
+    free = threading.Event()
+    busy = [flash.threads.submit(free.wait, 60) for _ in range(2)]
+    call = asyncio.create_task(flash.encode("square.png"))
+    async with asyncio.timeout(20):
+        while flash.seen("waiting_images") != 1:
+            await asyncio.sleep(0.01)
+        call.cancel()
+        while flash.seen("calls_in_flight"):
+            await asyncio.sleep(0.01)
+        assert flash.seen("waiting_images") == 0
+        free.set()
+        await asyncio.gather(*map(asyncio.wrap_future, busy))
+    assert flash.count("errors", code="cancelled") == 1
+    await flash.encode("square.png")
+    assert flash.seen("waiting_images") == 0
+
+
+@pytest.mark.parametrize(("said", "logged"), [("a-request.1", "a-request.1"), ('no id"', ""), (None, "")])
+async def test_a_call_is_a_line_in_the_log_under_its_callers_id(
+    flash: Worker, caplog: pytest.LogCaptureFixture, said: str | None, logged: str
+) -> None:
+    names = Names()
+    log = logging.getLogger("dvd.encode")
+    log.addFilter(names)
+    caplog.set_level("INFO", log.name)
+    metadata = ((logs.METADATA, said),) if said else ()
+    await flash.encode("wide_1300x800.jpg", metadata=metadata)
+    with pytest.raises(errors.InvalidImage):
+        await flash.encode(b"text", metadata=metadata)
+    log.removeFilter(names)
+    first, second = (record.__dict__["fields"] for record in caplog.records if record.name == log.name)
+    assert first.pop("seconds") > 0
+    assert first == {"images": 1, "outcome": "encoded", "tiles": 7, "tokens": first["tokens"]}
+    assert second["error"] == "invalid_image"
+    assert names.seen == [logged, logged]
+
+
+class Names(logging.Filter):
+    """The request under which each record was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.seen.append(logs.request_id.get())
+        return True
+
+
 # Never twice
 
 
@@ -280,7 +364,7 @@ async def test_another_sink_gets_what_was_made_before(caching: Worker) -> None:
     assert caching.sink.data["key-0"] == delivered
     assert first.images == second.images
     assert (first.cached, second.cached) == (False, True)
-    assert (second.timings.prepare, second.timings.encode) == (0, 0)
+    assert (second.timings.decode, second.timings.encode) == (0, 0)
 
 
 async def test_a_group_of_which_a_part_is_kept_is_made_anew(caching: Worker) -> None:

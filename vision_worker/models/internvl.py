@@ -1,5 +1,6 @@
 """The InternVL family, every generation: InternViT, pixel shuffle, one projector a resolution, and in Flash the router."""
 
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -79,11 +80,15 @@ class InternVL:
 
     @torch.inference_mode()
     def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
+        if features.is_cuda:
+            torch.cuda.current_stream().synchronize()  # the tower may still compute, which is not the router's time
+        began = time.monotonic()
         scores = self.scores(features)[list(copies)] if policy.needs_scores else torch.zeros(len(copies))
         compressed = policy.route(scores).tolist()
+        routing = time.monotonic() - began
         routed = dict(zip(copies, compressed, strict=True))  # equal tiles have equal scores, hence equal routes
         blocks = self._projected(features, [routed[i] for i in range(len(features))])
-        return Embedded([blocks[i] for i in copies], compressed, scores.tolist() if policy.needs_scores else [])
+        return Embedded([blocks[i] for i in copies], compressed, scores.tolist() if policy.needs_scores else [], routing)
 
     def scores(self, features: Tensor) -> Tensor:
         """The router's probability of "compress", float32 [n] on the CPU."""
