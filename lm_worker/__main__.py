@@ -60,6 +60,7 @@ def _run(options: config.Language, vllm_flags: Sequence[str]) -> None:
     folder = _SHARED_MEMORY / f"dvd-{hashlib.sha256(options.listen.encode()).hexdigest()[:16]}"
     store.create_folder(folder)
     os.environ[plugin.ENABLED] = "1"
+    os.environ[plugin.LOGGED] = f"{options.log_level} {options.log_format}"
     os.environ["VLLM_MEDIA_CONNECTOR"] = plugin.MEDIA_CONNECTOR
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -142,6 +143,9 @@ async def _serve(options: config.Language, folder: Path, args: Namespace) -> Non
             folder=str(folder),
             budget=options.sink_bytes,
             lease=options.sink_lease,
+            metrics_port=options.metrics_port,
+            log_level=options.log_level,
+            log_format=options.log_format,
         )
         with _running(sink):
             stopped = await build_and_serve(engine, address, listening, args)

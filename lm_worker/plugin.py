@@ -9,6 +9,9 @@ import os
 ENABLED = "DVD_LANGUAGE_WORKER"
 """Set by the language worker, inherited by vLLM's processes."""
 
+LOGGED = "DVD_LANGUAGE_WORKER_LOG"
+"""Likewise: level and format of what we log there."""
+
 MEDIA_CONNECTOR = "dvd-refuse"
 
 _MODEL = "lm_worker.model:InternVLLanguageModel"
@@ -23,7 +26,10 @@ def register() -> None:
 
     from lm_worker.configuration import register_configurations
     from lm_worker.media import RefuseMedia
+    from wire import logs
 
+    level, form = os.environ.get(LOGGED, "info text").split()
+    logs.configure(level, form, "lm_worker", "wire")  # the rest is vLLM's, which has a format of its own
     register_configurations()
     for architecture in ("InternVLChatModel", "InternVLForConditionalGeneration"):
         ModelRegistry.register_model(architecture, _MODEL)

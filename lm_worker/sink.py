@@ -7,20 +7,22 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_worker.metrics import Metrics
 from lm_worker.store import Store, checked_key, default_budget, remove_folder
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
-from wire import chunks, errors, rpc, tensors
+from wire import chunks, errors, logs, meters, rpc, tensors
 from wire.checkpoint import open_checkpoint
 from wire.messages import describe, from_dtype, to_dtype
 from wire.tensors import Header
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 
 GRACE = 5.0
 
@@ -36,6 +38,9 @@ class SinkOptions:
     folder: str
     budget: int
     lease: float
+    metrics_port: int = 0
+    log_level: str = "info"
+    log_format: str = "text"
 
     def arguments(self) -> list[str]:
         """To start the sink with."""
@@ -45,9 +50,10 @@ class SinkOptions:
 class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     """Serves `EmbeddingSink` for one language worker."""
 
-    def __init__(self, options: SinkOptions, store: Store) -> None:
+    def __init__(self, options: SinkOptions, store: Store, metrics: Metrics) -> None:
         checkpoint = open_checkpoint(options.model)
-        self._store = store
+        self._store, self._metrics = store, metrics
+        metrics.common.serves(checkpoint.fingerprint, checkpoint.description.family, options.dtype)
         self._dtype = options.dtype
         self._width = checkpoint.description.width
         self._fingerprint = checkpoint.fingerprint
@@ -66,22 +72,46 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
+        logs.adopt(context)
+        with self._delivery() as line:
+            already_here = await self._store_delivery(request, line)
+            line["outcome"] = "already_here" if already_here else "stored"
+            self._metrics.deliveries.labels(line["outcome"]).inc()
+        return pb.DeliverReply(already_here=already_here)
+
+    @contextlib.contextmanager
+    def _delivery(self) -> Iterator[dict[str, Any]]:
+        """A delivery is being served: counted where it fails, and a line in the log when it ends."""
+        began, line, level = time.monotonic(), dict[str, Any](), logging.DEBUG
+        try:
+            yield line
+        except BaseException as error:  # also of a sender who has left
+            line["error"], level = errors.code_of(error), logging.WARNING
+            self._metrics.refusals.labels(line["error"]).inc()
+            raise
+        finally:
+            log.log(level, "delivery", extra=logs.fields(**line, seconds=round(time.monotonic() - began, 4)))
+
+    async def _store_delivery(self, request: AsyncIterator[bytes], line: dict[str, Any]) -> bool:
+        """Whether the embedding was here already."""
         said = await anext(aiter(request), None)
         first = None if said is None else chunks.read(said)
         if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
             raise errors.InvalidRequest("a delivery begins with a header")
         header = self._checked(first.header)
+        line["bytes"] = header.length
         while (other := self._arriving.get(header.key)) is not None:
             await asyncio.wait([other])
         if self._store.rows(header.key):
-            return pb.DeliverReply(already_here=True)
+            return True
         self._arriving[header.key] = done = asyncio.get_running_loop().create_future()
         try:
             await self._receive(header, request)
         finally:
             del self._arriving[header.key]
             done.set_result(None)
-        return pb.DeliverReply()
+        self._metrics.received.inc(header.length)
+        return False
 
     def _checked(self, said: pb.EmbeddingHeader) -> Header:
         """The header, if its embedding is one that this language model can read. Raises `InvalidRequest` or
@@ -127,10 +157,15 @@ async def serve(options: SinkOptions) -> None:
     folder = Path(options.folder)
     store = Store(folder, options.budget or default_budget(folder), options.lease)
     server = rpc.server(options.listen)
-    chunks.add_sink(Sink(options, store), server)
+    metrics = Metrics(store)
+    chunks.add_sink(Sink(options, store, metrics), server)
+    if options.metrics_port:
+        meters.serve(metrics.registry, options.metrics_port)
+    watching = asyncio.create_task(metrics.common.watch_loop())
     await server.start()
     log.info("sink ready on %s, %.1f GiB", options.listen, store.budget / 2**30)
     await _parent_gone()
+    watching.cancel()
     await server.stop(GRACE)
     remove_folder(folder)  # the language worker may have been killed before it could
 
@@ -146,8 +181,8 @@ async def _parent_gone() -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = SinkOptions(**json.loads(sys.argv[1]))
+    logs.configure(options.log_level, options.log_format)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(serve(options))

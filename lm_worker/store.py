@@ -97,6 +97,9 @@ class Store:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._writes = 0
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def rows(self, key: str) -> int:
         """Visual tokens under `key`, 0 when it is not here. Counts as use and renews the lease."""
         entry = self._entries.get(key)

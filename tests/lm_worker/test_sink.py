@@ -1,8 +1,10 @@
 """The sink as a process, over a real socket: what it takes, what it refuses, when it ends."""
 
 import asyncio
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,11 @@ class RunningSink:
     process: "subprocess.Popen[bytes]"
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
     folder = tmp_path_factory.mktemp("sink")
@@ -42,6 +49,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
         folder=str(folder / "store"),
         budget=8 << 20,
         lease=0.0,
+        metrics_port=free_port(),
     )
     process = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE)
     yield RunningSink(options, process)
@@ -127,6 +135,35 @@ async def test_a_bad_delivery_is_refused_and_leaves_nothing(
     assert (await sink.Has(pb.HasRequest(keys=["bad"]))).tokens == [0]
 
 
+def counted(running: RunningSink) -> dict[str, float]:
+    """Every sample that the sink exports, by its name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{running.options.metrics_port}/metrics", timeout=20) as answer:
+        samples = (line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
+
+
+async def test_what_is_counted(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    before = await asyncio.to_thread(counted, running)
+    for _ in range(2):
+        await deliver(sink, header("counted"), bytes(LENGTH))
+    for said, error in ((header("c", fingerprint="x"), errors.CheckpointMismatch), (header("../c"), errors.InvalidRequest)):
+        with pytest.raises(error):
+            await deliver(sink, said, bytes(LENGTH))
+    after = await asyncio.to_thread(counted, running)
+    said = await sink.Describe(pb.DescribeRequest())
+    assert (after["dvd_sink_used_bytes"], after["dvd_sink_budget_bytes"]) == (said.used_bytes, said.budget_bytes)
+    grown = {name: value - before.get(name, 0) for name, value in after.items() if "_created" not in name}
+    assert {name: value for name, value in grown.items() if value and "lag" not in name} == {
+        'dvd_sink_deliveries_total{outcome="stored"}': 1,
+        'dvd_sink_deliveries_total{outcome="already_here"}': 1,
+        'dvd_sink_refusals_total{code="checkpoint_mismatch"}': 1,
+        'dvd_sink_refusals_total{code="invalid_request"}': 1,
+        "dvd_sink_received_bytes_total": LENGTH,
+        "dvd_sink_used_bytes": LENGTH + HEADER_SIZE,
+        "dvd_sink_embeddings": 1,
+    }
+
+
 async def test_bytes_without_a_header_are_refused(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
     with pytest.raises(errors.InvalidRequest, match="begins with a header"):
         await deliver(sink, None, b"pickle")
@@ -148,9 +185,11 @@ async def test_a_sender_that_leaves_midway_leaves_nothing(sink: embeddings_pb2_g
     assert (await sink.Describe(pb.DescribeRequest())).used_bytes <= before + LENGTH + HEADER_SIZE
 
 
-async def test_a_full_sink_evicts_and_goes_on(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+async def test_a_full_sink_evicts_and_goes_on(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
     for i in range(80):
         await deliver(sink, header(f"many-{i}"), bytes(LENGTH))
     said = await sink.Describe(pb.DescribeRequest())
     assert said.budget_bytes - LENGTH - HEADER_SIZE < said.used_bytes <= said.budget_bytes
     assert (await sink.Has(pb.HasRequest(keys=["many-0", "many-79"]))).tokens == [0, ROWS]
+    samples = await asyncio.to_thread(counted, running)
+    assert samples['dvd_cache_events_total{event="evictions",tier="sink"}'] >= 80 - samples["dvd_sink_embeddings"]
