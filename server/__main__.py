@@ -1,6 +1,7 @@
 """`python -m server`: the gateway."""
 
 import functools
+import logging
 import os
 import socket
 import sys
@@ -12,7 +13,9 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from server.app import in_this_process
-from wire import config
+from wire import config, logs
+
+log = logging.getLogger("dvd.gateway")
 
 _GRACE = 15
 """Seconds that answers in flight have to end after a signal."""
@@ -45,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         server_header=False,
         timeout_graceful_shutdown=_GRACE,
     )
-    print(f"dvd gateway: listening on http://{options.host}:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
+    logs.configure(options.log_level, options.log_format)
+    log.info("listening on http://%s:%d", options.host, listening.getsockname()[1])
     if options.workers == 1:
         uvicorn.Server(serving).run(sockets=[listening])
         return

@@ -1,8 +1,8 @@
 """The gateway's application: routes, and errors in OpenAI's shape."""
 
+import asyncio
 import logging
 import math
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,16 +15,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import shapes
+from server.account import Account
 from server.metrics import Metrics
 from server.processes import die_with_parent
 from server.routes import Routes, identity
-from wire import errors
+from wire import errors, logs
 from wire.config import Gateway
 
 log = logging.getLogger(__name__)
+access = logging.getLogger("dvd.access")
 
 _GONE = 499
 """What nobody receives: the caller has left. nginx's number, for the metrics."""
+_LEFT = "client_gone"
+"""The code of such a request, and of one whose caller left in the middle of the answer."""
 
 
 def create_app(options: Gateway) -> FastAPI:
@@ -35,7 +39,9 @@ def create_app(options: Gateway) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         routes = Routes(options, metrics)
         _add(app, routes)
+        watching = asyncio.create_task(metrics.common.watch_loop())
         yield
+        watching.cancel()
         await routes.close()
 
     app = FastAPI(title="dvd-serve", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, redirect_slashes=False)
@@ -48,7 +54,7 @@ def create_app(options: Gateway) -> FastAPI:
 
 def in_this_process(options: Gateway) -> FastAPI:
     """The application, where it may be one of several that share a port."""
-    logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(options.log_level, options.log_format)
     if options.workers > 1:
         die_with_parent()
     return create_app(options)
@@ -68,10 +74,11 @@ def _add(app: FastAPI, routes: Routes) -> None:
     app.add_route("/health/live", routes.live, methods=["GET"])
     app.add_route("/health/ready", routes.ready, methods=["GET"])
     app.add_route("/metrics", routes.metrics, methods=["GET"])
+    app.add_route("/metrics/engine/{index}", routes.engine_metrics, methods=["GET"])
 
 
 class _Observed:
-    """Gives every answer the request's id and counts it."""
+    """Opens each request's account, writes the head of its answer from it, and closes it: counted, and one line in the log."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -79,32 +86,48 @@ class _Observed:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        name = scope["request_id"] = identity(Request(scope))
-        status = _GONE
+        account = scope["account"] = Account(identity(Request(scope)))
+        logs.request_id.set(account.identity)  # uvicorn gives each request a task, and so a context, of its own
+        status, whole = _GONE, False
 
         async def observed(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = name
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"], headers["Server-Timing"] = account.identity, account.server_timing()
+            else:
+                whole = not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, observed)
         except Exception:
-            log.exception("request %s failed", name)
+            log.exception("a request failed")
+            account.error = errors.InternalError.code
             if status != _GONE:  # an answer has begun: all that can be done is to cut it
                 raise
             await JSONResponse(errors.InternalError("internal error of the gateway").body(), status_code=500)(
                 scope, receive, observed
             )
         finally:
+            if status == _GONE or not whole:
+                account.error = account.error or _LEFT
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, status).inc()
+            self._metrics.count(account, route, status)
+            _log(account, route, status)
         return None
 
 
+def _log(account: Account, route: str, status: int) -> None:
+    """One line a request; those of probes and scrapes only at debug."""
+    level = logging.INFO if route.startswith("/v1/") or route == "other" else logging.DEBUG
+    line = {"route": route, "status": status, "seconds": round(account.elapsed(), 4), **account.images}
+    access.log(level, "answered", extra=logs.fields(**line, cache=account.cache, error=account.error))
+
+
 async def _on_error(request: Request, error: Any) -> Response:
+    request.scope["account"].error = error.code
     # an error that a worker raised does not say when to try again
     wait = error.retry_after or (1 if error.status in (429, 503) else None)
     headers = {"Retry-After": str(math.ceil(wait))} if wait else {}
@@ -116,7 +139,8 @@ async def _on_error(request: Request, error: Any) -> Response:
 async def _on_http(request: Request, error: Any) -> Response:
     """Unknown paths and methods, in OpenAI's shape."""
     known = {404: f"no such path: {request.scope['path'][:200]}", 405: f"{request.method} is not possible here"}
-    body = errors.InvalidRequest(known.get(error.status_code, str(error.detail))).body()
+    made = errors.InvalidRequest(known.get(error.status_code, str(error.detail)))
+    request.scope["account"].error, body = made.code, made.body()
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import logging
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ import aiohttp
 
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
-from wire import errors, rpc
+from server.metrics import Load
+from wire import errors, logs, rpc
 
 log = logging.getLogger(__name__)
 
 _HERE = "127.0.0.1"
+_LOAD = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+_MOST_METRICS = 4 << 20
 
 
 class VisionClient:
@@ -32,7 +36,7 @@ class VisionClient:
 
     async def encode(self, request: vision_pb2.EncodeRequest, timeout: float) -> vision_pb2.EncodeReply:
         with rpc.translated("vision worker"):
-            reply: vision_pb2.EncodeReply = await self._stub.Encode(request, timeout=timeout)
+            reply: vision_pb2.EncodeReply = await self._stub.Encode(request, timeout=timeout, metadata=logs.metadata())
         return reply
 
     async def close(self) -> None:
@@ -73,6 +77,38 @@ class LanguageClient:
                 raise errors.DeadlineExceeded("the language worker did not answer in time") from None
             except (aiohttp.ClientError, ValueError):
                 raise errors.Unavailable("the language worker's answer broke off") from None
+
+    async def text(self, path: str, timeout: float, limit: int) -> bytes:
+        """What vLLM's server answers, of at most `limit` bytes. Raises `Unavailable`, `DeadlineExceeded`."""
+        # identity: where vLLM may, it compresses
+        async with self.request("GET", path, headers={"Accept-Encoding": "identity"}, timeout=timeout) as answer:
+            body = bytearray()
+            try:
+                async for chunk in answer.content.iter_any():
+                    body += chunk
+                    if len(body) > limit:
+                        raise errors.Unavailable(f"the language worker's {path} has more than {limit} bytes")
+            except TimeoutError:
+                raise errors.DeadlineExceeded("the language worker did not answer in time") from None
+            except aiohttp.ClientError:
+                raise errors.Unavailable("the language worker's answer broke off") from None
+            if answer.status != 200:
+                raise errors.Unavailable(f"the language worker answered {answer.status}")
+        return bytes(body)
+
+    async def load(self, timeout: float) -> Load | None:
+        """What vLLM says of its own load; None where it says nothing."""
+        wanted = "&".join(f"name[]={name}" for name in _LOAD)
+        try:
+            # with the slash: only there does vLLM look at name[], which makes a few lines of a thousand
+            said = await self.text(f"/metrics/?{wanted}", timeout, _MOST_METRICS)
+            found = {name: [float(value) for value in _samples(name, said)] for name in _LOAD}
+        except (errors.DvdError, ValueError):
+            return None
+        if not all(found.values()):
+            return None
+        waiting, running, kv_cache = found.values()
+        return Load(sum(waiting), sum(running), max(kv_cache))
 
     @contextlib.asynccontextmanager
     async def request(
@@ -139,3 +175,8 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address({"": "0.0.0.0", "localhost": _HERE}.get(host, host.strip("[]")))
     except ValueError:
         return None
+
+
+def _samples(name: str, text: bytes) -> list[bytes]:
+    """Values of one metric, of any labels, in Prometheus' text format."""
+    return re.findall(rb"^" + name.encode() + rb"(?:\{.*\})? (\S+)", text, re.MULTILINE)

@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 
+from server.metrics import Listener
 from server.shapes import CHAT, Shape
 from wire import errors
 
@@ -93,9 +94,14 @@ class Stream:
     """
 
     def __init__(
-        self, answer: aiohttp.ClientResponse, shape: Shape = CHAT, image_tokens: int = 0, keep_alive: float = 0
+        self,
+        answer: aiohttp.ClientResponse,
+        listener: Listener,
+        shape: Shape = CHAT,
+        image_tokens: int = 0,
+        keep_alive: float = 0,
     ) -> None:
-        self._content, self._shape = answer.content, shape
+        self._content, self._listener, self._shape = answer.content, listener, shape
         self._image_tokens, self._keep_alive = image_tokens, keep_alive or None
         self._first = self._held = b""
 
@@ -144,10 +150,15 @@ class Stream:
     def _passed(self, chunk: bytes) -> bytes:
         if not any(mark in chunk for mark in _ERROR_EVENTS):
             return chunk
-        events = chunk.split(_END)
-        return _END.join(self._shape.event(_failure(e)[1]) if e.startswith(_ERROR_EVENTS) else e for e in events)
+        return _END.join(self._normalised(e) if e.startswith(_ERROR_EVENTS) else e for e in chunk.split(_END))
+
+    def _normalised(self, event: bytes) -> bytes:
+        body = _failure(event)[1]
+        self._listener.failed(body["error"]["code"])
+        return self._shape.event(body)
 
     def _broken(self, error: errors.DvdError) -> bytes:
+        self._listener.failed(error.code)
         return self._shape.event(error.body()) + _END + self._shape.end
 
     async def _next(self) -> bytes:
@@ -155,6 +166,7 @@ class Stream:
         while chunk := await self._content.readany():
             whole, end, self._held = (self._held + chunk).rpartition(_END)
             if end:
+                self._listener.saw(whole)
                 return whole + end
         last, self._held = self._held, b""
         return last

@@ -2,15 +2,16 @@
 
 import asyncio
 import hashlib
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from protos import embeddings_pb2
 from protos import vision_pb2 as pb
+from protos.embeddings_pb2 import CheckpointDescription
 from server import keys
+from server.account import Account, Caller
 from server.media import Fetcher
 from server.metrics import Metrics
 from server.pool import Language, Vision, Workers
@@ -79,9 +80,9 @@ class Pipeline:
         self._flights: Flights[pb.EncodeReply] = Flights()
         self._routes: OrderedDict[str, pb.EncodedImage] = OrderedDict()  # for reports only: what the router did last time
 
-    async def fetch(self, asked: Asked) -> list[Loaded]:
+    async def fetch(self, asked: Asked, caller: Caller) -> list[Loaded]:
         """Each image; an equal URL is loaded once."""
-        with self._stage("fetch"):
+        with self._stage("fetch", caller.account):
             urls = list(dict.fromkeys(image.url for image in asked.images))
             loaded = dict(zip(urls, await self._load(urls), strict=True))
         self._metrics.images.inc(len(asked.images))
@@ -104,12 +105,7 @@ class Pipeline:
         return await together(*(one(url) for url in urls))
 
     async def prepare(
-        self,
-        asked: Asked,
-        images: Sequence[Loaded],
-        caller: bytes,
-        held: AsyncExitStack,
-        without: Collection[Language] = (),
+        self, asked: Asked, images: Sequence[Loaded], caller: Caller, without: Collection[Language] = ()
     ) -> Prepared:
         """Choose a language worker, which is the caller's until `held` closes, and see that it has every embedding.
 
@@ -117,42 +113,51 @@ class Pipeline:
         """
         if not images:
             language = self._workers.language.pick(None, without)
-            held.enter_context(language.held())
+            caller.held.enter_context(language.held())
             return Prepared(language, asked.replaced([], []))
         language, said = self.choose(images, caller, without)
-        held.enter_context(language.held())
+        caller.held.enter_context(language.held())
         names, groups = self._named(asked.images, images, caller, said)
-        there = dict(zip(names, await self._has(language, names), strict=True))
+        with self._stage("lookup", caller.account):
+            there = dict(zip(names, await self._has(language, names), strict=True))
         missing = [group for group in groups if not all(there[name] for name in group.names)]
         content = {name: image.data for name, image in zip(names, images, strict=True)}
-        with self._stage("encode"):
-            try:
-                replies = await together(*(self._encode(group, content, language.client.address) for group in missing))
-            except errors.SinkUnavailable:
-                language.said = None  # until it answers the next probe
-                raise
+        replies = await self._encoded(missing, content, language, caller.account) if missing else []
+        for reply in replies:
+            caller.account.encoded(reply.timings)
         there |= {image.key: image.tokens for reply in replies for image in reply.images}
         tokens = [there[name] for name in names]
         cached = {image.key: reply.cached for reply in replies for image in reply.images}
-        return Prepared(language, asked.replaced(names, tokens), names, self._report(names, tokens, cached))
+        report = self._report(names, tokens, cached, said.checkpoint)
+        return Prepared(language, asked.replaced(names, tokens), names, report)
 
-    async def route(self, asked: Asked, images: Sequence[Loaded], caller: bytes) -> list[pb.EncodedImage]:
+    async def _encoded(
+        self, groups: Sequence[Group], content: dict[str, bytes], language: Language, account: Account
+    ) -> list[pb.EncodeReply]:
+        with self._stage("vision", account):
+            try:
+                return await together(*(self._encode(group, content, language.client.address) for group in groups))
+            except errors.SinkUnavailable:
+                language.said = None  # until it answers the next probe
+                raise
+
+    async def route(self, asked: Asked, images: Sequence[Loaded], caller: Caller) -> list[pb.EncodedImage]:
         """What the router does with each image; nothing is delivered, and a request that follows finds the work done."""
         _, said = self.choose(images, caller)
         names, groups = self._named(asked.images, images, caller, said)
         content = {name: image.data for name, image in zip(names, images, strict=True)}
         routes = {name: self._routes[name] for name in names if name in self._routes}
         missing = [group for group in groups if not all(name in routes for name in group.names)]
-        with self._stage("encode"):
+        with self._stage("vision", caller.account):
             replies = await together(*(self._encode(group, content, "") for group in missing))
         routes |= {image.key: image for reply in replies for image in reply.images}
         return [routes[name] for name in names]
 
     def choose(
-        self, images: Sequence[Loaded], caller: bytes, without: Collection[Language] = ()
+        self, images: Sequence[Loaded], caller: Caller, without: Collection[Language] = ()
     ) -> tuple[Language, embeddings_pb2.LanguageDescription]:
         """The language worker for these images, and what it says. Raises `Unavailable`, `CheckpointMismatch`."""
-        key = keys.digest(caller, images[0].digest).hex() if images else None
+        key = keys.digest(caller.digest, images[0].digest).hex() if images else None
         language = self._workers.language.pick(key, without)
         assert language.said is not None
         if mismatch := self._workers.mismatch():
@@ -160,14 +165,14 @@ class Pipeline:
         return language, language.said
 
     def _named(
-        self, asked: Sequence[Image], images: Sequence[Loaded], caller: bytes, said: embeddings_pb2.LanguageDescription
+        self, asked: Sequence[Image], images: Sequence[Loaded], caller: Caller, said: embeddings_pb2.LanguageDescription
     ) -> tuple[list[str], list[Group]]:
         """A key for each image, and the calls that make what is under the keys."""
         own, dtype, most = said.checkpoint, said.dtype, self._options.max_tiles
         settings = [keys.Setting(own.fingerprint, one.dial.tiling(own, most), one.dial.router, dtype) for one in asked]
         digests = [image.digest for image in images]
         if not self._together or not asked:
-            names = keys.keys_alone(caller, settings, digests)
+            names = keys.keys_alone(caller.digest, settings, digests)
             return names, [Group([name], setting) for name, setting in dict(zip(names, settings, strict=True)).items()]
         for one, setting in zip(asked, settings, strict=True):
             if setting != settings[0]:
@@ -176,13 +181,14 @@ class Pipeline:
                     "request as one group, with one setting of detail, max_dynamic_patch and vir",
                     param=one.dial.where,
                 )
-        names = keys.keys_together(caller, settings[0], digests)
+        names = keys.keys_together(caller.digest, settings[0], digests)
         return names, [Group(names, settings[0])]
 
     async def _has(self, language: Language, names: Sequence[str]) -> list[int]:
         try:
             return await language.client.has(names, _ASKING)
         except (errors.Unavailable, errors.DeadlineExceeded):
+            self._metrics.cache.labels("sink", "errors").inc()
             language.said = None  # until it answers the next probe
             raise errors.Unavailable("the language worker does not answer; try again", retry_after=1) from None
 
@@ -233,21 +239,26 @@ class Pipeline:
         for image in reply.images:
             self._routes[image.key] = image
             if not reply.cached:
+                self._metrics.image_tiles.observe(len(image.compressed))
                 self._metrics.tiles.labels("full").inc(len(image.compressed) - sum(image.compressed))
                 self._metrics.tiles.labels("compressed").inc(sum(image.compressed))
         while len(self._routes) > _REMEMBERED:
             self._routes.popitem(last=False)
 
-    def _report(self, names: Sequence[str], tokens: Sequence[int], cached: Mapping[str, bool]) -> Report:
+    def _report(
+        self, names: Sequence[str], tokens: Sequence[int], cached: Mapping[str, bool], checkpoint: CheckpointDescription
+    ) -> Report:
         """`cached` has what the sink lacked: whether the vision worker had it."""
         routes = [self._routes[name].compressed for name in names if name in self._routes]
-        outcomes = Counter(cached.get(name) for name in names)
-        self._metrics.reused.inc(outcomes[None])
+        outcomes, compressed = Counter(cached.get(name) for name in names), sum(map(sum, routes))
+        self._metrics.cache.labels("sink", "hits").inc(outcomes[None])
+        self._metrics.cache.labels("sink", "misses").inc(len(names) - outcomes[None])
         self._metrics.visual_tokens.inc(sum(tokens))
+        self._metrics.saved_tokens.inc(compressed * (checkpoint.tokens_per_tile - checkpoint.compressed_tokens_per_tile))
         return Report(
             images=len(names),
             tiles=sum(map(len, routes)),
-            compressed=sum(map(sum, routes)),
+            compressed=compressed,
             tokens=sum(tokens),
             reused=outcomes[None],
             shared=outcomes[True],
@@ -255,12 +266,9 @@ class Pipeline:
         )
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        ended = time.monotonic()
-        self._metrics.stages.labels(name).observe(ended - began)
-        self._trace.record(name, began, ended)
+    def _stage(self, name: str, account: Account) -> Iterator[None]:
+        with self._metrics.stage(name, account), self._trace.span(name):
+            yield
 
 
 @contextmanager

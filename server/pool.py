@@ -13,7 +13,7 @@ from protos import embeddings_pb2 as pb
 from protos import vision_pb2
 from server import discovery
 from server.clients import LanguageClient, VisionClient
-from server.metrics import Metrics
+from server.metrics import Load, Metrics, Worker
 from wire import errors, messages
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Language(_Worker):
     client: LanguageClient
     said: pb.LanguageDescription | None = None
     models: list[str] = field(default_factory=list)
+    load: Load | None = None
 
 
 W = TypeVar("W", Vision, Language)
@@ -168,6 +169,7 @@ class Workers:
             "language", lambda address: Language(LanguageClient(address)), "no language worker is there; try again"
         )
         self._complained: str | None = None
+        self._metrics = metrics
         metrics.watch(self._up)
         self._tasks = [
             *self._follow(vision, resolve, self.vision, self._probe_vision),
@@ -203,9 +205,10 @@ class Workers:
         language = await asyncio.gather(*(self._probe_language(worker) for worker in self.language.members))
         return any(vision), any(language)
 
-    def _up(self) -> Iterator[tuple[str, str, bool]]:
+    def _up(self) -> Iterator[Worker]:
         for kind, worker in self._members():
-            yield kind, worker.client.address, worker.said is not None
+            load = worker.load if isinstance(worker, Language) else None
+            yield Worker(kind, worker.client.address, worker.said is not None, load)
 
     def _members(self) -> Iterator[tuple[str, Vision | Language]]:
         for pool in (self.vision, self.language):
@@ -216,11 +219,23 @@ class Workers:
             try:
                 await self.probe()
                 self._complain(self.mismatch())
+                await asyncio.gather(*map(self._read_load, self.language.members))
                 await self.vision.sweep()
                 await self.language.sweep()
             except Exception:
                 log.exception("asking the workers failed")
             await asyncio.sleep(POLL_EVERY)
+
+    async def _read_load(self, worker: Language) -> None:
+        """What is shown of a language worker that is there; of another one nothing is."""
+        if worker.said is None:
+            worker.load = None
+            return
+        checkpoint, dtype = worker.said.checkpoint, worker.said.dtype
+        name = messages.from_dtype(dtype) if dtype in _DELIVERED else f"number {dtype}"
+        self._metrics.common.serves(checkpoint.fingerprint, checkpoint.family, name)
+        with worker.held():
+            worker.load = await worker.client.load(PROBE_TIMEOUT)
 
     async def _probe_vision(self, worker: Vision) -> bool:
         try:

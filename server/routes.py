@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
@@ -20,9 +19,10 @@ from starlette.types import Receive, Scope, Send
 
 from protos import vision_pb2 as pb
 from server import engine, shapes
+from server.account import Account, Caller
 from server.costs import costs
 from server.media import Fetcher, inspect
-from server.metrics import Metrics
+from server.metrics import Listener, Metrics
 from server.pipeline import Pipeline, Prepared, counted
 from server.pool import Language, Workers
 from server.requests.body import Asked, parse_text
@@ -31,25 +31,15 @@ from server.requests.dial import Allowed
 from server.requests.images import parse_images
 from server.requests.messages import parse_messages
 from server.requests.responses import parse_responses
-from wire import errors
+from server.shapes import Shape
+from wire import errors, logs
 from wire.config import Gateway
 from wire.trace import Trace
 
 T = TypeVar("T")
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who asks (a digest), for which path, the request's id, when its time is up (monotonic), and what is held until its
-    last byte."""
-
-    digest: bytes
-    path: str
-    identity: str
-    deadline: float
-    held: AsyncExitStack
+_ENGINE_METRICS = 16 << 20
+"""Bytes of vLLM's metrics that are passed on at most."""
 
 
 class HeldStream(StreamingResponse):
@@ -152,17 +142,28 @@ class Routes:
         """GET /metrics"""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def engine_metrics(self, request: Request) -> Response:
+        """GET /metrics/engine/{index}: vLLM's own of one language worker, which may listen where nobody else can ask it."""
+        said, workers = request.path_params["index"], self._workers.language.members
+        if not said.isdecimal() or int(said[:9]) >= len(workers):
+            raise errors.InvalidRequest(f"no language worker {said[:50]!r}: they are numbered from 0 to {len(workers) - 1}")
+        worker = workers[int(said)]
+        with worker.held():
+            text = await worker.client.text("/metrics", 10, _ENGINE_METRICS)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
     async def _serve(self, request: Request, parse: Parse, answer: Answer) -> Response:
         """From the permit to the first byte of the answer; the permit goes back with the last one."""
         async with AsyncExitStack() as held:
             held.enter_context(self._permit())
             who, seconds = self._authenticate(request), self._timeout(request)
             # not request.url: that is made of the Host header, which could name any path of the engine
-            path, identity = request.scope["path"], request.scope["request_id"]
-            caller = Caller(who, path, identity, time.monotonic() + seconds, held)
+            path, account = request.scope["path"], request.scope["account"]
+            caller = Caller(who, path, account, time.monotonic() + seconds, held)
             try:
                 async with asyncio.timeout(seconds):
-                    asked = parse(await self._body(request), self._allowed)
+                    with self._metrics.stage("receive", account):
+                        asked = parse(await self._body(request), self._allowed)
                     await self._check_model(asked.model)
                     made = await _unless_gone(request, answer(asked, caller))
             except TimeoutError:
@@ -229,20 +230,20 @@ class Routes:
             raise errors.ModelNotFound(f"no model {name[:200]!r} here; served: {', '.join(served)}", param="model")
 
     async def _measure(self, asked: Asked, caller: Caller) -> Response:
-        images = await self._pipeline.fetch(asked)
+        images = await self._pipeline.fetch(asked, caller)
         sizes = [await asyncio.to_thread(inspect, image.data, self._options.max_image_pixels) for image in images]
-        _, said = self._pipeline.choose(images, caller.digest)
-        routes = await self._pipeline.route(asked, images, caller.digest) if asked.body.get("route") else None
+        _, said = self._pipeline.choose(images, caller)
+        routes = await self._pipeline.route(asked, images, caller) if asked.body.get("route") else None
         dials = [image.dial for image in asked.images]
         return JSONResponse(costs(sizes, dials, said.checkpoint, self._options.max_tiles, routes))
 
     async def _answer(self, asked: Asked, caller: Caller) -> Response:
         """The engine's answer. One more try where an embedding was lost, or a language worker is not there any more."""
-        images = await self._pipeline.fetch(asked) if asked.images else []
+        images = await self._pipeline.fetch(asked, caller) if asked.images else []
         others = [worker for worker in self._workers.language.members if asked.model not in (None, *worker.models)]
         for last in (False, True):
             try:
-                prepared = await self._pipeline.prepare(asked, images, caller.digest, caller.held, without=others)
+                prepared = await self._pipeline.prepare(asked, images, caller, without=others)
                 with _put_aside(prepared.language):
                     answer = await self._ask(prepared, caller)
             except errors.Unavailable:
@@ -255,37 +256,47 @@ class Routes:
         return answer
 
     async def _ask(self, prepared: Prepared, caller: Caller) -> Response:
-        headers = {"Content-Type": "application/json", "X-Request-Id": caller.identity}
+        account, shape, tokens = caller.account, shapes.of(caller.path), prepared.report.tokens
+        account.images, account.error = vars(prepared.report) if prepared.names else {}, None
+        report = {"X-DvD-Images": prepared.report.header()} if prepared.names else {}
+        headers = {"Content-Type": "application/json", "X-Request-Id": account.identity}
         async with AsyncExitStack() as mine:
             mine.enter_context(counted(prepared.language))
-            mine.enter_context(self._trace.span("answer", request=caller.identity))
+            mine.enter_context(self._trace.span("answer", request=account.identity))
             # a little later than the request's own deadline, which is the one to be heard before the answer begins
             timeout = caller.deadline - time.monotonic() + 1
-            asked = prepared.language.client.request("POST", caller.path, prepared.body, headers, timeout)
-            answer = await mine.enter_async_context(asked)
-            report = {"X-DvD-Images": prepared.report.header()} if prepared.names else {}
-            tokens = prepared.report.tokens
-            shape = shapes.of(caller.path)
-            if answer.status != 200:
-                error = engine.normalised(answer.status, await _whole(answer))
-                return JSONResponse(shape.body(error), status_code=answer.status, headers=report)
-            kind = answer.headers.get("Content-Type", "application/json")
-            if not kind.startswith("text/event-stream"):
-                body = await _whole(answer)
-                said = engine.with_image_tokens(body, tokens) if tokens else body
-                return Response(said, media_type=kind, headers=report)
-            stream = engine.Stream(answer, shape, tokens, self._options.stream_keep_alive)
-            if failure := await stream.begin():
-                return JSONResponse(shape.body(failure[1]), status_code=failure[0], headers=report)
+            account.handed_over()
+            with self._metrics.stage("engine", account):
+                answer = await mine.enter_async_context(
+                    prepared.language.client.request("POST", caller.path, prepared.body, headers, timeout)
+                )
+                kind = answer.headers.get("Content-Type", "application/json")
+                if answer.status != 200:
+                    error = engine.normalised(answer.status, await _whole(answer))
+                    return _failed(answer.status, error, shape, report, account)
+                if not kind.startswith("text/event-stream"):
+                    body = await _whole(answer)
+                    said = engine.with_image_tokens(body, tokens) if tokens else body
+                    return Response(said, media_type=kind, headers=report)
+                stream = engine.Stream(answer, Listener(self._metrics, account), shape, tokens, self._options.stream_keep_alive)
+                if failure := await stream.begin():
+                    return _failed(*failure, shape, report, account)
+            mine.enter_context(self._metrics.stage("stream", account))
             # with the caller at once, not in the answer: a deadline may still come before that is returned
             caller.held.push_async_exit(mine.pop_all())
             return HeldStream(stream.events(), media_type=kind, headers=report)
 
 
+def _failed(status: int, body: dict[str, Any], shape: Shape, headers: dict[str, str], account: Account) -> Response:
+    """The engine's error, in OpenAI's object."""
+    account.error = body["error"]["code"]
+    return JSONResponse(shape.body(body), status_code=status, headers=headers)
+
+
 def identity(request: Request) -> str:
     """The caller's X-Request-Id where it is harmless, else a new one."""
-    said = request.headers.get("x-request-id", "")
-    return said if _REQUEST_ID.fullmatch(said) else uuid.uuid4().hex
+    said = request.headers.get(logs.METADATA, "")
+    return said if logs.is_id(said) else uuid.uuid4().hex
 
 
 @contextlib.contextmanager

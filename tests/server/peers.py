@@ -196,6 +196,21 @@ COMPLETION = b'{"id": "chatcmpl-1",  "object":"chat.completion", "choices": [{"m
 EVENTS = [b'data: {"n": 0}\n\n', b'data: {"n": 1, "text": "a"}\n\n', b'data: {"n": 2}\n\n', b"data: [DONE]\n\n"]
 
 
+METRICS = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="internvl"} 3.0
+vllm:num_requests_running{engine="1",model_name="internvl"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="internvl"} 7.0
+vllm:num_requests_waiting{engine="1",model_name="internvl"} 1.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="internvl",reason="capacity"} 100.0
+vllm:kv_cache_usage_perc{engine="0",model_name="internvl"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="internvl"} 0.5
+vllm:prompt_tokens_total{engine="0",model_name="internvl"} 11.0
+"""
+"""Of vLLM with two engines (data parallelism)."""
+
+
 class Engine:
     """vLLM's HTTP server. `respond` decides what a completion gets."""
 
@@ -204,6 +219,7 @@ class Engine:
         self.received: list[Received] = []
         self.respond: Handler = usual
         self.models: Any = {"object": "list", "data": [{"id": MODEL, "root": "/secret/folder"}]}
+        self.metrics = METRICS
         self.answers = asyncio.Event()  # everything waits for it
         self.answers.set()
         self.left = 0  # callers who went before their answer was whole
@@ -214,6 +230,8 @@ class Engine:
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", self._version)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/metrics/", self._metrics)
         app.router.add_post("/{path:.*}", self._complete)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)
         await self._runner.setup()
@@ -234,6 +252,14 @@ class Engine:
 
     async def _version(self, _request: web.Request) -> web.Response:
         return web.json_response({"version": "0.0.1"})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        """As prometheus-client's application does: those that `name[]` asks for, or all."""
+        wanted = tuple(f"{name}{{" for name in request.query.getall("name[]", []))
+        lines = [line for line in self.metrics.splitlines(keepends=True) if line.startswith(wanted or "")]
+        answer = web.Response(text="".join(lines))
+        answer.enable_compression()  # of whoever says that he can read it
+        return answer
 
     async def _models(self, _request: web.Request) -> web.Response:
         return web.json_response(self.models)

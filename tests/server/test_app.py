@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from server.engine import LOST
 from tests.server.peers import (
     COMPLETION,
     EVENTS,
+    METRICS,
     MODEL,
     Answer,
     Stack,
@@ -512,7 +514,8 @@ async def test_what_is_counted(stack: Stack) -> None:
     counted = {
         "dvd_images_total": 3,
         "dvd_encodes_total": 2,
-        "dvd_embeddings_reused_total": 1,
+        'dvd_cache_events_total{event="hits",tier="sink"}': 1,
+        'dvd_cache_events_total{event="misses",tier="sink"}': 2,
         "dvd_visual_tokens_total": 2 * tokens_of(A) + tokens_of(B),
         'dvd_tiles_total{resolution="full"}': 2,
         'dvd_tiles_total{resolution="compressed"}': 2,
@@ -521,11 +524,104 @@ async def test_what_is_counted(stack: Stack) -> None:
         'dvd_requests_total{code="404",route="other"}': 1,
         f'dvd_worker_up{{address="{stack.vision.address}",kind="vision"}}': 1,
         f'dvd_worker_up{{address="{stack.sink.address}",kind="language"}}': 1,
-        'dvd_stage_seconds_count{stage="encode"}': 2,
+        'dvd_stage_seconds_count{stage="receive"}': 4,
+        'dvd_stage_seconds_count{stage="fetch"}': 3,
+        'dvd_stage_seconds_count{stage="lookup"}': 2,
+        'dvd_stage_seconds_count{stage="vision"}': 1,
+        'dvd_stage_seconds_count{stage="engine"}': 3,
+        'dvd_stage_seconds_count{stage="stream"}': 1,
+        "dvd_time_to_engine_seconds_count": 3,
+        "dvd_time_to_first_token_seconds_count": 1,
+        "dvd_inter_token_seconds_count": 0,
+        'dvd_request_seconds_count{route="/v1/chat/completions"}': 3,
+        "dvd_image_tiles_count": 2,
+        "dvd_image_tiles_sum": 4,
+        "dvd_visual_tokens_saved_total": 3 * 192,
+        'dvd_errors_total{code="invalid_request"}': 2,
     }
+    await stack.settled()
     text = (await stack.get("/metrics")).body.decode().splitlines()
     found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text if not line.startswith("#")}
     assert {name: found.get(name) for name in counted} == counted
+
+
+async def test_what_vllm_says_of_itself(stack: Stack) -> None:
+    whole = await stack.get("/metrics/engine/0")
+    assert (whole.status, whole.body.decode()) == (200, METRICS)
+    assert whole.headers["Content-Type"].startswith("text/plain")
+    for name, value in (("requests_waiting", 8), ("requests_running", 5), ("kv_cache_usage", 0.5)):
+        await stack.counts(f"dvd_engine_{name}", value)
+    stack.engine.metrics = "vllm:num_requests_waiting 3\n"  # of another version: no half of it is shown
+    await until(_gone(stack, "dvd_engine_requests_waiting{"), "nothing is shown of what is not known")
+    await good(stack)
+    await stack.languages[0].stop()
+    assert (await stack.get("/metrics/engine/0")).status == 503
+
+
+def _gone(stack: Stack, line: str) -> Callable[[], Awaitable[bool]]:
+    async def gone() -> bool:
+        return line not in (await stack.get("/metrics")).body.decode()
+
+    return gone
+
+
+@pytest.mark.parametrize("index", ["1", "-1", "x", "9" * 30, "%C2%B2"])
+async def test_a_language_worker_that_is_none_has_no_metrics(shared: Stack, index: str) -> None:
+    refused = await shared.get(f"/metrics/engine/{index}")
+    assert (refused.status, refused.error["code"]) == (400, "invalid_request")
+    assert "numbered from 0 to 0" in refused.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "stages"),
+    [
+        (chat("a"), ["receive", "engine", "total"]),
+        (chat("a", stream=True), ["receive", "engine", "total"]),
+        (b"{", ["receive", "total"]),
+        (chat(image_part("data:,")), ["receive", "fetch", "total"]),
+    ],
+    ids=["text", "stream", "no JSON", "no image"],
+)
+async def test_every_answer_says_where_its_time_went(shared: Stack, body: Any, stages: list[str]) -> None:
+    said = (await shared.post(body)).headers["Server-Timing"]
+    assert re.fullmatch(r"[a-z]+;dur=\d+\.\d(, [a-z]+;dur=\d+\.\d)*", said)
+    assert [stage.partition(";")[0] for stage in said.split(", ")] == stages
+    assert "total;dur=" in (await shared.get("/health/live")).headers["Server-Timing"]
+
+
+async def test_what_ends_in_an_error_is_counted_by_its_code(stack: Stack) -> None:
+    stack.engine.respond = in_turn(failing(500), failing(400), streamed(EVENTS[0], EVENTS[1], then=cut), hang)
+    for body in (chat("a"), chat("a"), chat("a", stream=True), b"{"):
+        await stack.post(body)
+    _, writer = await stack.begin(chat("a"))
+    await until(lambda: len(stack.engine.received) == 4, "the engine has it")
+    writer.close()
+    await stack.settled()
+    for code, count in (("engine_error", 1), ("invalid_request", 2), ("unavailable", 1), ("client_gone", 1)):
+        await stack.counts(f'dvd_errors_total{{code="{code}"', count)
+    assert await stack.metric("dvd_errors_total") == 5
+    assert await stack.metric("dvd_request_seconds_count") == 0, "none of them is a good answer"
+    assert await stack.metric("dvd_stage_requests") == 0
+
+
+async def test_each_request_is_a_line_in_the_log(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "dvd.access")
+    await stack.chat(image_part(A), image_part(B))
+    await stack.chat(image_part(A), image_part(C))
+    await stack.chat(image_part("data:,"))
+    await stack.get("/nowhere/a-secret")
+    await stack.get("/health/live")
+    lines = [record.__dict__["fields"] for record in caplog.records if record.name == "dvd.access"]
+    told = [{name: line.get(name) for name in ("route", "status", "images", "cache", "error")} for line in lines]
+    route = "/v1/chat/completions"
+    expected = [
+        (route, 200, 2, "miss", None), (route, 200, 2, "part", None), (route, 400, None, None, "invalid_image"),
+        ("other", 404, None, None, "invalid_request"), ("/health/live", 200, None, None, None),
+    ]  # fmt: skip
+    assert [tuple(line.values()) for line in told] == expected
+    assert lines[0]["tokens"] == tokens_of(A) + tokens_of(B)
+    levels = [record.levelname for record in caplog.records if record.name == "dvd.access"]
+    assert levels == ["INFO"] * 4 + ["DEBUG"], "probes are no news"
 
 
 # What is refused

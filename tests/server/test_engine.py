@@ -9,7 +9,9 @@ import aiohttp
 import pytest
 
 from server import shapes
+from server.account import Account
 from server.engine import LOST, Stream, normalised, with_image_tokens
+from server.metrics import Listener, Metrics
 from wire import errors
 
 
@@ -65,9 +67,11 @@ class Content:
         return b""
 
 
-def stream(*chunks: bytes | asyncio.Event, then: Exception | None = None, **options: Any) -> Stream:
+def stream(
+    *chunks: bytes | asyncio.Event, then: Exception | None = None, listener: Listener | None = None, **options: Any
+) -> Stream:
     answer: Any = SimpleNamespace(content=Content(*chunks, then=then))
-    return Stream(answer, **options)
+    return Stream(answer, listener or Listener(Metrics(), Account("request")), **options)
 
 
 async def everything(made: Stream) -> bytes:

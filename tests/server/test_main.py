@@ -1,6 +1,7 @@
 """The gateway as a process, and as several."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -71,6 +72,11 @@ async def test_two_processes_serve_one_port_and_count_as_one(two: Gateway) -> No
     assert await two.metric("dvd_images_total") == 40
     await two.settled()
     assert await two.metric("dvd_worker_up") == 2, "one vision and one language worker, however many processes ask"
+    assert await two.metric("dvd_build_info") == await two.metric("dvd_model_info") == 1
+    assert await two.metric('dvd_stage_seconds_count{stage="engine"') == 40
+    assert await two.metric('dvd_request_seconds_count{route="/v1/chat/completions"') == 40
+    assert await two.metric("dvd_stage_requests") == 0
+    await until(lambda: _is(two, "dvd_engine_requests_waiting", 8), "the engine's, not once for each process")
     await two.vision.stop()
     shown = 'dvd_worker_up{{address="{}",kind="{}"}} {}.0'
     wanted = [shown.format(two.vision.address, "vision", 0), shown.format(two.sink.address, "language", 1)]
@@ -90,6 +96,40 @@ async def test_a_process_that_is_killed_is_replaced(two: Gateway) -> None:
     assert stays in two.workers()
     await two.ready()
     assert {answer.status for answer in await asked(two, 20)} == {200}
+
+
+async def test_requests_of_a_process_that_was_killed_are_not_in_flight_for_ever(two: Gateway) -> None:
+    two.engine.respond = hang
+    waiting = [asyncio.create_task(two.post(chat("hello"))) for _ in range(30)]
+    await until(lambda: _is(two, "dvd_requests_in_flight", 30), "all are in flight")
+    gone, _ = two.workers()
+    os.kill(gone, signal.SIGKILL)
+    await until(lambda: any(task.done() for task in waiting), "some have lost their connection")
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await two.settled()
+    assert await two.metric("dvd_stage_requests") == 0
+
+
+async def test_json_is_all_that_is_said(tmp_path: Path) -> None:
+    async with serve(tmp_path) as stack:
+        addresses = [f"--vision-workers={stack.vision.address}", f"--language-workers={stack.sink.address}"]
+        command = ["-m", "server", "--port=0", "--workers=2", "--log-format=json", *addresses]
+        process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
+        assert process.stderr is not None
+        first = json.loads(await process.stderr.readline())
+        assert (first["logger"], first["level"]) == ("dvd.gateway", "info")
+        assert re.fullmatch(r"listening on http://127.0.0.1:\d+", first["message"])
+        lines = [json.loads(await process.stderr.readline()) for _ in range(4)]
+        process.terminate()
+        lines += [json.loads(line) for line in (await process.stderr.read()).splitlines()]
+        assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+        assert await process.wait() == 0
+
+
+async def _is(gateway: Gateway, name: str, value: float) -> bool:
+    return await gateway.metric(name) == value
 
 
 async def test_the_limit_of_requests_is_that_of_all_processes(tmp_path: Path) -> None:

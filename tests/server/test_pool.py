@@ -22,7 +22,7 @@ from server.clients import VisionClient
 from server.metrics import Metrics
 from server.pool import Pool, Workers
 from server.pool import Vision as Member
-from tests.server.peers import Language, Vision, described, until
+from tests.server.peers import METRICS, Language, Vision, described, until
 from wire import errors
 
 KEYS = [f"key-{i}" for i in range(600)]
@@ -164,6 +164,25 @@ async def test_an_engine_that_moved_is_found(tmp_path: Path, monkeypatch: pytest
         await language.engine.start()
         assert all(await asyncio.gather(workers.probe(), workers.probe()))
         assert there(workers) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "", "# nothing\n", "x" * 5_000_000, "vllm:num_requests_waiting 1\n", METRICS.replace(" 7.0", " many"),
+        METRICS.replace("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+    ],
+    ids=["empty", "a comment", "too much", "a part", "no number", "another name"],
+)  # fmt: skip
+async def test_an_engine_that_does_not_say_its_load_is_there_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    async with asked(tmp_path, monkeypatch) as (workers, _, language):
+        client = workers.language.members[0].client
+        assert await client.load(20) == (8, 5, 0.5), "of both engines: requests together, the fullest cache"
+        language.engine.metrics = said
+        assert await client.load(20) is None
+        assert await workers.probe() == (True, True)
 
 
 @pytest.mark.parametrize(

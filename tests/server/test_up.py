@@ -31,6 +31,15 @@ def test_a_cache_goes_to_every_vision_worker(tmp_path: Path, url: str) -> None:
     assert "redis" not in found
 
 
+@pytest.mark.parametrize(("flags", "ports"), [(["--metrics-port=9400"], [9400, 9401, 9402]), ([], [0, 0, 0])])
+def test_each_worker_has_a_port_for_its_metrics_or_none(tmp_path: Path, flags: list[str], ports: list[int]) -> None:
+    found = planned(tmp_path, "--vision-workers=2", "--log-format=json", *flags)
+    for name, port in zip(("vision-0", "vision-1", "language-0"), ports, strict=True):
+        assert f"--metrics-port={port}" in found[name].arguments
+    assert not any(word.startswith("--metrics-port") for word in found["gateway"].arguments)
+    assert all("--log-format=json" in child.arguments for child in found.values())
+
+
 async def test_a_redis_of_its_own_is_private_and_bounded(tmp_path: Path) -> None:
     """The real one, with the flags that it is started with."""
     found = planned(tmp_path, "--cache=redis")
