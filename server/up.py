@@ -24,7 +24,7 @@ from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2_grpc
 from server.devices import Devices, assign
 from server.processes import die_with_parent
-from wire import config, errors, rpc
+from wire import config, errors, logs, rpc
 from wire.checkpoint import CheckpointError, open_checkpoint
 
 STOP_GRACE = 20.0
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     except CheckpointError as error:
         sys.exit(f"dvd up: {error}")
     said = checkpoint.description
-    _say(f"{options.model}: {said.family}, {said.language_model}, {said.tower.layers}-layer InternViT")
+    _say(f"{options.model}: {said.family}, {said.language_model}, {said.tower.layers}-layer InternViT", options.log_format)
     with tempfile.TemporaryDirectory(prefix="dvd-") as folder:
         try:
             children = plan(options, list(arguments[at + 1 :]), Path(folder))
@@ -115,7 +115,8 @@ async def _answers_ping(socket: Path) -> bool:
 def _vision(options: config.Up, number: int, folder: Path, devices: Devices) -> Child:
     listen = f"unix:{folder}/vision-{number}"
     cache = f"unix://{_redis_socket(folder)}" if options.cache == "redis" else options.cache
-    arguments = config.as_arguments(options, config.Vision, listen=listen, cache=cache)
+    port = _metrics_port(options, number)
+    arguments = config.as_arguments(options, config.Vision, listen=listen, cache=cache, metrics_port=port)
     return Child(
         f"vision-{number}",
         ["-m", "vision_worker", *arguments],
@@ -126,7 +127,8 @@ def _vision(options: config.Up, number: int, folder: Path, devices: Devices) -> 
 
 def _language(options: config.Up, number: int, folder: Path, devices: Devices, vllm_flags: list[str]) -> Child:
     listen = f"unix:{folder}/language-{number}"
-    arguments = config.as_arguments(options, config.Language, listen=listen, http=f"unix:{folder}/vllm-{number}")
+    http, port = f"unix:{folder}/vllm-{number}", _metrics_port(options, options.vision_workers + number)
+    arguments = config.as_arguments(options, config.Language, listen=listen, http=http, metrics_port=port)
     quiet = {} if options.log_level == "debug" else {"VLLM_LOGGING_LEVEL": "WARNING"}
     return Child(
         f"language-{number}",
@@ -134,6 +136,11 @@ def _language(options: config.Up, number: int, folder: Path, devices: Devices, v
         lambda: _described(embeddings_pb2_grpc.EmbeddingSinkStub, listen),
         {**quiet, **devices.environment(devices.language[number])},
     )
+
+
+def _metrics_port(options: config.Up, number: int) -> int:
+    """One after another, vision workers first; the gateway's are at its own door."""
+    return options.metrics_port + number if options.metrics_port else 0
 
 
 def _gateway(options: config.Up, folder: Path) -> Child:
@@ -185,8 +192,8 @@ async def _supervise(children: list[Child], options: config.Up) -> str | None:
     tasks: set[asyncio.Task[object]] = {asyncio.create_task(stop.wait())}
     try:
         for child in children:
-            await _start(child)
-            watchers.append(asyncio.create_task(_watch(child)))
+            await _start(child, options.log_format)
+            watchers.append(asyncio.create_task(_watch(child, options.log_format)))
         announcing = asyncio.create_task(_announce(children, options))
         done, _ = await asyncio.wait([*tasks, *watchers], return_when=asyncio.FIRST_COMPLETED)
         announcing.cancel()
@@ -197,7 +204,7 @@ async def _supervise(children: list[Child], options: config.Up) -> str | None:
         await _stop(children)
 
 
-async def _start(child: Child) -> None:
+async def _start(child: Child, form: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(config.PREFIX)}
     child.process = await asyncio.create_subprocess_exec(
         child.program, *child.arguments,
@@ -206,34 +213,35 @@ async def _start(child: Child) -> None:
         # a session of its own: Ctrl-C reaches only us, and the whole family can be killed by its group
         start_new_session=True, preexec_fn=die_with_parent, limit=1 << 20,
     )  # fmt: skip
-    _say(f"{child.name}: starting")
+    _say(f"{child.name}: starting", form)
 
 
-async def _watch(child: Child) -> str:
+async def _watch(child: Child, form: str) -> str:
     """Print what the process says until it ends; how it ended."""
     assert child.process is not None
     assert child.process.stdout is not None
     async for line in child.process.stdout:
-        print(f"{child.name:>12} | {line.decode(errors='replace').rstrip()}", file=sys.stderr, flush=True)
+        print(logs.relayed(child.name, line.decode(errors="replace").rstrip(), form), file=sys.stderr, flush=True)
     return f"{child.name} ended with {await child.process.wait()}; see its last lines above"
 
 
 async def _announce(children: list[Child], options: config.Up) -> None:
     began = time.monotonic()
-    await asyncio.gather(*(_until_ready(child) for child in children))
+    await asyncio.gather(*(_until_ready(child, options.log_format) for child in children))
     while not await _http(options, "/health/ready"):
         await asyncio.sleep(_PROBE_EVERY)
-    _say(f"ready in {time.monotonic() - began:.0f} s: {_url(options)}  (Ctrl-C stops everything)\n\n{_example(options)}\n")
+    said = f"ready in {time.monotonic() - began:.0f} s: {_url(options)}  (Ctrl-C stops everything)\n\n{_example(options)}\n"
+    _say(said, options.log_format)
 
 
-async def _until_ready(child: Child) -> None:
+async def _until_ready(child: Child, form: str) -> None:
     began = reminded = time.monotonic()
     while not await child.ready():
         await asyncio.sleep(_PROBE_EVERY)
         if time.monotonic() - reminded > _REMIND_EVERY:
             reminded = time.monotonic()
-            _say(f"{child.name}: still starting, {reminded - began:.0f} s")
-    _say(f"{child.name}: ready in {time.monotonic() - began:.1f} s")
+            _say(f"{child.name}: still starting, {reminded - began:.0f} s", form)
+    _say(f"{child.name}: ready in {time.monotonic() - began:.1f} s", form)
 
 
 def _example(options: config.Up) -> str:
@@ -286,5 +294,5 @@ def _kill_group(group: int) -> None:
         return
 
 
-def _say(text: str) -> None:
-    print(f"dvd: {text}", file=sys.stderr, flush=True)
+def _say(text: str, form: str) -> None:
+    print(logs.relayed("dvd", text, form) if form == "json" else f"dvd: {text}", file=sys.stderr, flush=True)
