@@ -39,6 +39,7 @@ def create_app(options: Gateway) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         routes = Routes(options, metrics)
         _add(app, routes)
+        await routes.meet()
         watching = asyncio.create_task(metrics.common.watch_loop())
         yield
         watching.cancel()

@@ -74,6 +74,10 @@ class Routes:
         self._key = options.api_key.get_secret_value() if options.api_key else None
         self._in_flight = 0
 
+    async def meet(self) -> None:
+        """Ask all workers once: a process that listens before that would refuse what it can serve."""
+        await self._workers.probe()
+
     async def close(self) -> None:
         await self._fetcher.close()
         await self._workers.close()
