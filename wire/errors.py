@@ -4,6 +4,7 @@ DvdError
 ├── InvalidRequest            the caller's fault
 │   ├── InvalidImage          bytes that are not an image we decode
 │   ├── ImageTooLarge         bytes or pixels over the limit
+│   ├── InvalidVideo          bytes that are not a video we decode
 │   ├── TooManyImages
 │   ├── BodyTooLarge
 │   ├── ImageFetchFailed      the URL cannot be had, or may not be fetched
@@ -59,6 +60,10 @@ class InvalidImage(InvalidRequest):
 
 class ImageTooLarge(InvalidRequest):
     code = "image_too_large"
+
+
+class InvalidVideo(InvalidRequest):
+    code = "invalid_video"
 
 
 class TooManyImages(InvalidRequest):
