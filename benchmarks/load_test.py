@@ -225,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (said.out / "load.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     draw(points, asked, said.out / "load.png")
     print(f"{said.out / 'load.md'}, load.json, load.png", file=sys.stderr)
-    for error in {error for point in points for error in point.errors}:
-        print(f"failed: {error}", file=sys.stderr)
+    for why in sorted({why for point in points for why in point.errors}):
+        print(f"failed: {why}", file=sys.stderr)
     return int(any(point.failed for point in points))
 
 

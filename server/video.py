@@ -30,7 +30,7 @@ def frames(data: bytes, count: int, max_pixels: int, seconds: float) -> list[byt
     """
     until = time.monotonic() + seconds
     try:
-        with av.open(io.BytesIO(data), format=_container(data), metadata_errors="ignore") as opened:
+        with av.open(io.BytesIO(data), "r", format=_container(data), metadata_errors="ignore") as opened:
             if not opened.streams.video:
                 raise errors.InvalidVideo("the video has no pictures, only sound or text")
             stream = opened.streams.video[0]
@@ -108,5 +108,5 @@ def _in_time(until: float) -> None:
 def _png(frame: VideoFrame, max_pixels: int) -> bytes:
     _check_size(frame.width, frame.height, max_pixels)  # a stream may change its size as it goes
     file = io.BytesIO()
-    frame.to_image().save(file, "PNG", compress_level=1)
+    frame.to_image().save(file, "PNG", compress_level=1)  # type: ignore[no-untyped-call]
     return file.getvalue()
