@@ -14,7 +14,7 @@ EXTRAS_cuda := gateway,vision,language
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH := $(if $(FIND_LINKS),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend=$(if $(filter cpu,$(DEVICE)),cpu,auto))
 
-.PHONY: help install dev check fix test serve train evaluate bench baseline load protos
+.PHONY: help install dev check fix test serve train evaluate bench baseline load protos docs
 
 help:
 	@echo "make serve    install and serve MODEL=$(MODEL) on PORT=$(PORT)"
@@ -23,7 +23,7 @@ help:
 	@echo "make evaluate measure the model that is served on PORT=$(PORT)"
 	@echo "make load     offer the server on PORT=$(PORT) requests at rates up to saturation"
 	@echo "make bench    measure what the documentation says of speed; NAME=… one of it"
-	@echo "make install | check | fix | protos"
+	@echo "make install | check | fix | protos | docs"
 
 install: $(VENV)/installed-$(DEVICE)
 
@@ -86,6 +86,9 @@ baseline: .venv-baseline/installed
 # the server on PORT at request rates up to saturation
 load: dev
 	@$(BIN)/python -m benchmarks.load_test --url http://127.0.0.1:$(PORT) $(ARGS)
+
+docs: dev
+	$(BIN)/python -m tests.docs.reference > docs/configuration.md
 
 protos: dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotos=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

@@ -35,10 +35,10 @@ RUN if [ "$DEVICE" = cuda ]; then set -- gcc libc6-dev; fi \
 COPY --from=build /opt/dvd /opt/dvd
 ENV PATH=/opt/dvd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility HF_HUB_OFFLINE=1 \
-    DVD_LISTEN=0.0.0.0:50052 DVD_HTTP=0.0.0.0:8001
+    DVD_LISTEN=0.0.0.0:50052 DVD_HTTP=0.0.0.0:8001 DVD_METRICS_PORT=9401
 USER 10001:10001
 WORKDIR /home/dvd
-EXPOSE 50052 8001
+EXPOSE 50052 8001 9401
 # loading and compiling take minutes: until then nobody is told that it is unhealthy
 HEALTHCHECK --interval=30s --timeout=10s --retries=3 --start-period=15m --start-interval=5s \
     CMD ["dvd", "health", "127.0.0.1:50052"]

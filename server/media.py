@@ -1,4 +1,4 @@
-"""Image parts to bytes: `data:` URLs decoded, https URLs fetched, the file's header looked at. Nothing is decoded to pixels.
+"""URLs of images and videos to bytes: `data:` decoded, https fetched, an image's header looked at. Nothing becomes pixels.
 
 An address is checked when the connection is made, not when the name is first looked up, so a name that changes its address
 in between gains nothing.
@@ -7,11 +7,13 @@ in between gains nothing.
 import asyncio
 import base64
 import binascii
+import functools
 import io
 import ipaddress
 import re
 import socket
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -20,9 +22,12 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from PIL import Image
 from yarl import URL
 
+from server import video
 from wire import errors
 from wire.config import IMAGE_FORMATS, Serving
 
+_VIDEOS = 2
+"""Videos that are decoded at once."""
 _MAX_REDIRECTS = 3
 _MAX_URL = 8192
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -62,10 +67,12 @@ def is_public(address: str) -> bool:
 
 
 class Fetcher:
-    """Fetches images. Make it inside the event loop; `close` it."""
+    """Fetches images and videos. Make it inside the event loop; `close` it."""
 
     def __init__(self, options: Serving, resolver: AbstractResolver | None = None) -> None:
         self._options = options
+        # not the loop's own threads: a few long videos would hold up everybody's images
+        self._videos = ThreadPoolExecutor(_VIDEOS, "video")
         plain = resolver or aiohttp.ThreadedResolver()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(resolver=plain if options.allow_private_images else PublicResolver(plain)),
@@ -78,34 +85,37 @@ class Fetcher:
 
     async def close(self) -> None:
         await self._session.close()
+        self._videos.shutdown(wait=False, cancel_futures=True)
 
     async def load(self, url: str) -> bytes:
         """The bytes of one image part's URL. Raises `InvalidImage`, `ImageTooLarge`, `ImageFetchFailed`."""
-        data = self._inline(url) if url[:5].lower() == "data:" else await self._fetch(url)
-        if len(data) > self._options.max_image_bytes:
-            raise self._too_large()
+        data = await self._load(url, self._options.max_image_bytes)
         await asyncio.to_thread(inspect, data, self._options.max_image_pixels)
         return data
 
-    def _inline(self, url: str) -> bytes:
-        head, comma, payload = url.partition(",")
-        if not comma or not head.lower().endswith(";base64"):
-            raise errors.InvalidImage("a data: URL must read data:image/png;base64,… with the file in base64")
-        if len(payload) // 4 * 3 > self._options.max_image_bytes + 3:
-            raise self._too_large()
-        return _from_base64(payload)
+    async def load_frames(self, url: str, count: int) -> list[bytes]:
+        """`count` frames of a video, or fewer, as files. Raises `InvalidVideo`, `DeadlineExceeded`, and what `load` raises."""
+        data, options = await self._load(url, self._options.max_video_bytes), self._options
+        work = functools.partial(video.frames, data, count, options.max_image_pixels, options.fetch_timeout)
+        return await asyncio.get_running_loop().run_in_executor(self._videos, work)
 
-    async def _fetch(self, url: str) -> bytes:
+    async def _load(self, url: str, limit: int) -> bytes:
+        data = _inline(url, limit) if url[:5].lower() == "data:" else await self._fetch(url, limit)
+        if len(data) > limit:
+            raise _too_large(limit)
+        return data
+
+    async def _fetch(self, url: str, limit: int) -> bytes:
         target = self._checked(url)
         try:
             async with asyncio.timeout(self._options.fetch_timeout):
                 for _ in range(_MAX_REDIRECTS + 1):
                     async with self._session.get(target, allow_redirects=False) as answer:
                         if answer.status not in _REDIRECTS:
-                            return await self._body(answer)
+                            return await _body(answer, limit)
                         target = self._checked(str(target.join(URL(answer.headers.get("Location", "")))))
         except TimeoutError:
-            raise errors.ImageFetchFailed(f"no image from {_shown(url)} within {self._options.fetch_timeout:g} s") from None
+            raise errors.ImageFetchFailed(f"no file from {_shown(url)} within {self._options.fetch_timeout:g} s") from None
         except (aiohttp.ClientError, ValueError, OSError) as error:
             raise errors.ImageFetchFailed(f"cannot fetch {_shown(url)}: {_reason(error)}") from None
         raise errors.ImageFetchFailed(f"{_shown(url)} redirects more than {_MAX_REDIRECTS} times")
@@ -127,20 +137,31 @@ class Fetcher:
             raise _private(host)
         return parsed
 
-    async def _body(self, answer: aiohttp.ClientResponse) -> bytes:
-        if answer.status != 200:
-            raise errors.ImageFetchFailed(f"{_shown(str(answer.url))} answered {answer.status}")
-        if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise errors.ImageFetchFailed(f"{_shown(str(answer.url))} sent a compressed body that was not asked for")
-        body = bytearray()
-        async for chunk in answer.content.iter_any():
-            body += chunk
-            if len(body) > self._options.max_image_bytes:
-                raise self._too_large()
-        return bytes(body)
 
-    def _too_large(self) -> errors.ImageTooLarge:
-        return errors.ImageTooLarge(f"an image has more than {self._options.max_image_bytes} bytes: shrink it")
+def _inline(url: str, limit: int) -> bytes:
+    head, comma, payload = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise errors.InvalidImage("a data: URL must read data:image/png;base64,… with the file in base64")
+    if len(payload) // 4 * 3 > limit + 3:
+        raise _too_large(limit)
+    return _from_base64(payload)
+
+
+async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    if answer.status != 200:
+        raise errors.ImageFetchFailed(f"{_shown(str(answer.url))} answered {answer.status}")
+    if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise errors.ImageFetchFailed(f"{_shown(str(answer.url))} sent a compressed body that was not asked for")
+    body = bytearray()
+    async for chunk in answer.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> errors.ImageTooLarge:
+    return errors.ImageTooLarge(f"an image or video has more than {limit} bytes: shrink it")
 
 
 def _from_base64(payload: str) -> bytes:

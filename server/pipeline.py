@@ -5,7 +5,7 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from protos import embeddings_pb2
 from protos import vision_pb2 as pb
@@ -80,29 +80,31 @@ class Pipeline:
         self._flights: Flights[pb.EncodeReply] = Flights()
         self._routes: OrderedDict[str, pb.EncodedImage] = OrderedDict()  # for reports only: what the router did last time
 
-    async def fetch(self, asked: Asked, caller: Caller) -> list[Loaded]:
-        """Each image; an equal URL is loaded once."""
+    async def fetch(self, asked: Asked, caller: Caller) -> tuple[Asked, list[Loaded]]:
+        """Each image's file, and the request with the frames of its videos as images. An equal URL is loaded once."""
         with self._stage("fetch", caller.account):
-            urls = list(dict.fromkeys(image.url for image in asked.images))
-            loaded = dict(zip(urls, await self._load(urls), strict=True))
-        self._metrics.images.inc(len(asked.images))
-        return [loaded[image.url] for image in asked.images]
+            wanted = list(dict.fromkeys((image.url, image.frames) for image in asked.images))
+            loaded = dict(zip(wanted, await self._load(wanted), strict=True))
+        files = [loaded[image.url, image.frames] for image in asked.images]
+        images = [shown for image, those in zip(asked.images, files, strict=True) for shown in _shown(image, len(those))]
+        self._metrics.images.inc(len(images))
+        return replace(asked, images=images), [file for those in files for file in those]
 
-    async def _load(self, urls: Sequence[str]) -> list[Loaded]:
-        """A few at a time, and not more bytes than a body may have."""
+    async def _load(self, wanted: Sequence[tuple[str, int]]) -> list[list[Loaded]]:
+        """Of each URL its image, or so many frames of its video. A few at a time, and not more bytes than a body may have."""
         slots, left = asyncio.Semaphore(_FETCHES), self._options.max_body_bytes
 
-        async def one(url: str) -> Loaded:
+        async def one(url: str, frames: int) -> list[Loaded]:
             nonlocal left
             async with slots:
-                data = await self._fetcher.load(url)
-            left -= len(data)
+                files = await self._fetcher.load_frames(url, frames) if frames else [await self._fetcher.load(url)]
+            left -= sum(map(len, files))
             if left < 0:
                 raise errors.ImageTooLarge(f"the images have more than {self._options.max_body_bytes} bytes together")
             # in a thread: a digest of megabytes would hold up everybody's streams
-            return Loaded(data, await asyncio.to_thread(lambda: hashlib.sha256(data).digest()))
+            return await asyncio.to_thread(lambda: [Loaded(file, hashlib.sha256(file).digest()) for file in files])
 
-        return await together(*(one(url) for url in urls))
+        return await together(*(one(url, frames) for url, frames in wanted))
 
     async def prepare(
         self, asked: Asked, images: Sequence[Loaded], caller: Caller, without: Collection[Language] = ()
@@ -269,6 +271,13 @@ class Pipeline:
     def _stage(self, name: str, account: Account) -> Iterator[None]:
         with self._metrics.stage(name, account), self._trace.span(name):
             yield
+
+
+def _shown(image: Image, files: int) -> list[Image]:
+    """An image as it is; a video as its frames, named as InternVL is taught to read them."""
+    if not image.frames:
+        return [image]
+    return [replace(image, frames=0, label=f"Frame{number}: ") for number in range(1, files + 1)]
 
 
 @contextmanager

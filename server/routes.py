@@ -234,7 +234,7 @@ class Routes:
             raise errors.ModelNotFound(f"no model {name[:200]!r} here; served: {', '.join(served)}", param="model")
 
     async def _measure(self, asked: Asked, caller: Caller) -> Response:
-        images = await self._pipeline.fetch(asked, caller)
+        asked, images = await self._pipeline.fetch(asked, caller)
         sizes = [await asyncio.to_thread(inspect, image.data, self._options.max_image_pixels) for image in images]
         _, said = self._pipeline.choose(images, caller)
         routes = await self._pipeline.route(asked, images, caller) if asked.body.get("route") else None
@@ -243,7 +243,7 @@ class Routes:
 
     async def _answer(self, asked: Asked, caller: Caller) -> Response:
         """The engine's answer. One more try where an embedding was lost, or a language worker is not there any more."""
-        images = await self._pipeline.fetch(asked, caller) if asked.images else []
+        asked, images = await self._pipeline.fetch(asked, caller) if asked.images else (asked, [])
         others = [worker for worker in self._workers.language.members if asked.model not in (None, *worker.models)]
         for last in (False, True):
             try:

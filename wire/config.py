@@ -98,12 +98,13 @@ class Serving(Limits, Traced):
     allow_private_images: bool = Field(
         False, description="fetch images over http and from private addresses too: only where every caller is trusted"
     )
-    max_images: int = Field(32, ge=1, description="images in one request")
+    max_images: int = Field(32, ge=1, description="images in one request, each frame of a video being one")
     max_image_bytes: int = Field(32 << 20, ge=1, description="bytes of one encoded image")
+    max_video_bytes: int = Field(64 << 20, ge=1, description="bytes of one video")
     max_body_bytes: int = Field(128 << 20, ge=1, description="bytes of one request's body")
     max_in_flight: int = Field(512, ge=1, description="requests at once; one more is answered 429")
     workers: int = Field(1, ge=1, le=64, description="processes of the gateway, which share its port and its limit")
-    fetch_timeout: float = Field(20.0, gt=0, description="seconds to fetch one image")
+    fetch_timeout: float = Field(20.0, gt=0, description="seconds to fetch one image or video; and to decode a video")
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is given up (504)")
     stream_keep_alive: float = Field(
         15.0, ge=0, description="seconds of silence in a stream until a comment says that it lives; 0: never"

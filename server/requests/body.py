@@ -31,11 +31,16 @@ _PLACEHOLDERS = ("<image>", "<IMG_CONTEXT>")
 
 @dataclass(frozen=True)
 class Image:
-    """An image of a request: where its part is in the body, its file, and how it is to be cut and routed."""
+    """An image of a request: where its part is in the body, its file, and how it is to be cut and routed.
+
+    `frames`: more than 0 for a video, how many images are to be made of it. Those have its path, and a `label` before each.
+    """
 
     path: Path
     url: str
     dial: Dial
+    frames: int = 0
+    label: str = ""
 
 
 def by_number(key: str, tokens: int) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def by_number(key: str, tokens: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A parsed body and its images in their order; `replaced` makes the engine's, with `stand_in` for each image."""
+    """A parsed body and its images as they follow each other; `replaced` makes the engine's, with `stand_in` for each."""
 
     raw: bytes
     body: dict[str, Any]
@@ -57,24 +62,30 @@ class Asked:
         return self.body.get("model")
 
     def replaced(self, keys: Sequence[str], tokens: Sequence[int]) -> bytes:
-        """The body without `vir`, each image part replaced by its key and number of visual tokens."""
+        """The body without `vir`, each image part replaced by its key and number of visual tokens, a video's by its frames."""
         if not self.images and "vir" not in self.body:
             return self.raw
         body = {name: value for name, value in self.body.items() if name != "vir"}
+        parts: dict[Path, list[dict[str, Any]]] = {}
         for image, key, count in zip(self.images, keys, tokens, strict=True):
-            body = _with(body, image.path, self.stand_in(key, count))
+            label = [{"type": "text", "text": image.label}] if image.label else []
+            parts.setdefault(image.path, []).extend([*label, self.stand_in(key, count)])
+        for path, new in reversed(parts.items()):  # from the end: the places before stay where they are
+            body = _with(body, path, new)
         try:
             return json.dumps(body, ensure_ascii=False).encode()
         except RecursionError:
             raise errors.InvalidRequest("the body is nested too deeply") from None
 
 
-def _with(value: Any, path: Path, new: Any) -> Any:
-    """A copy of `value`, as deep as it must be, with `new` at the path."""
-    if not path:
-        return new
-    copied = value.copy()
-    copied[path[0]] = _with(value[path[0]], path[1:], new)
+def _with(value: Any, path: Path, new: list[dict[str, Any]]) -> Any:
+    """A copy of `value`, as deep as it must be, with `new` for the one element of a list that is at the path."""
+    copied, (step, *rest) = value.copy(), path
+    if rest:
+        copied[step] = _with(value[step], tuple(rest), new)
+    else:
+        assert isinstance(step, int)
+        copied[step : step + 1] = new
     return copied
 
 
@@ -127,8 +138,10 @@ def check_fields(body: Mapping[str, Any], refused: Collection[str] = ()) -> None
 
 def check_images(body: dict[str, Any], images: Sequence[Image], allowed: Allowed, named: str) -> None:
     """Not too many, and nothing beside them that could be taken for one. Raises `TooManyImages`, `InvalidRequest`."""
-    if len(images) > allowed.max_images:
-        said = f"{len(images)} images in one request, at most {allowed.max_images} are served"
+    count = sum(image.frames or 1 for image in images)
+    if count > allowed.max_images:
+        frames = ", frames of videos counted" if count > len(images) else ""
+        said = f"{count} images in one request{frames}, at most {allowed.max_images} are served"
         raise errors.TooManyImages(said, param=named)
     if images:
         _refuse_placeholders(body, {id(_at(body, image.path)) for image in images})

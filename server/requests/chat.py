@@ -7,11 +7,14 @@ business and passes through as it came.
 from collections.abc import Iterator
 from typing import Any
 
+from protos import vision_pb2 as pb
 from server.requests.body import MEDIA, Asked, Image, Path, check_fields, check_images, parse_object, place
 from server.requests.dial import Allowed, read_dial, read_router, shown
 from wire import errors
 
-_PARTS = {"text", "image_url", "refusal"}
+_PARTS = {"text", "image_url", "video_url", "refusal"}
+_FRAMES = 8
+"""Of a video, where nothing is said: `load_video` of the official model card's example."""
 
 
 def parse_chat(raw: bytes, allowed: Allowed) -> Asked:
@@ -36,8 +39,13 @@ def chat_images(body: dict[str, Any], allowed: Allowed) -> list[Image]:
         raise errors.InvalidRequest("messages must be a list with at least one message", param="messages")
     images = []
     for path, part in _parts(messages):
-        if image := _image(part, place(path)):
-            images.append(Image(path, image["url"], read_dial(image, f"{place(path)}.image_url", router, allowed)))
+        kind = _kind(part, place(path))
+        if kind in ("image_url", "video_url"):
+            said, where = _link(part, kind, place(path)), f"{place(path)}.{kind}"
+            if kind == "video_url":
+                images.append(_video(path, said, where, router, allowed))
+            else:
+                images.append(Image(path, said["url"], read_dial(said, where, router, allowed)))
     check_images(body, images, allowed, "messages")
     return images
 
@@ -52,18 +60,34 @@ def _parts(messages: list[Any]) -> Iterator[tuple[Path, Any]]:
                 yield ("messages", i, "content", j), part
 
 
-def _image(part: Any, where: str) -> dict[str, Any] | None:
-    """What an image part says, None for text; raises `InvalidRequest` where it is something that may not pass."""
+def _kind(part: Any, where: str) -> str:
+    """What a part is; raises `InvalidRequest` where it is something that may not pass."""
     if isinstance(part, str):
-        return None
+        return "text"
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in _PARTS:
-        raise errors.InvalidRequest(f"{where}: type {shown(kind)} is not served; expected text or image_url", param=where)
+        said = f"{where}: type {shown(kind)} is not served; expected text, image_url or video_url"
+        raise errors.InvalidRequest(said, param=where)
     if foreign := sorted(MEDIA & part.keys() - {kind}):
         raise errors.InvalidRequest(f"{where}: {foreign[0]} is not accepted in a part of type {kind}", param=where)
-    if kind != "image_url":
-        return None
-    image = part.get("image_url")
-    if not isinstance(image, dict) or not isinstance(image.get("url"), str) or not image["url"]:
-        raise errors.InvalidRequest(f'{where}: image_url must read {{"url": "data:… or https://…"}}', param=where)
-    return image
+    return kind
+
+
+def _link(part: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """What a part says of its image or video: a URL at least."""
+    said = part.get(kind)
+    if not isinstance(said, dict) or not isinstance(said.get("url"), str) or not said["url"]:
+        raise errors.InvalidRequest(f'{where}: {kind} must read {{"url": "data:… or https://…"}}', param=where)
+    return said
+
+
+def _video(path: Path, video: dict[str, Any], where: str, router: pb.Router, allowed: Allowed) -> Image:
+    """A video, whose frames are one tile each unless it says otherwise."""
+    count = video.get("num_frames")
+    if count is not None and (type(count) is not int or count < 1):
+        param = f"{where}.num_frames"
+        raise errors.InvalidRequest(
+            f"{param} {shown(count)} is not a whole number above 0; leave it out for {_FRAMES}", param=param
+        )
+    free = video if {"detail", "max_dynamic_patch"} & video.keys() else {"detail": "low", **video}
+    return Image(path, video["url"], read_dial(free, where, router, allowed), frames=count or min(_FRAMES, allowed.max_images))

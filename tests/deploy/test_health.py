@@ -81,6 +81,7 @@ async def language_worker(folder: Path) -> AsyncIterator[Engine]:
     options = SinkOptions(
         model=str(said.path), listen=ours["DVD_LISTEN"], http=ours["DVD_HTTP"].replace("127.0.0.1", "0.0.0.0"),
         dtype="float32", folder=str(folder / "sink"), budget=1 << 20, lease=60,
+        metrics_port=int(ours["DVD_METRICS_PORT"]),
     )  # fmt: skip
     create_folder(folder / "sink")
     engine = Engine(ours["DVD_HTTP"])

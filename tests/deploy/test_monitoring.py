@@ -9,8 +9,13 @@ import yaml
 from tests.deploy.files import DEPLOY, OURS, dockerfile, environment, services
 
 PROMETHEUS: Any = yaml.safe_load((DEPLOY / "prometheus/prometheus.yaml").read_text())
-METRICS = {"gateway": "DVD_PORT", "vision": "DVD_METRICS_PORT", "language": "DVD_HTTP"}
-"""Which option of a process says where its metrics are."""
+METRICS = {
+    "gateway": ("gateway", "DVD_PORT"),
+    "vision": ("vision", "DVD_METRICS_PORT"),
+    "sink": ("language", "DVD_METRICS_PORT"),
+    "language": ("language", "DVD_HTTP"),
+}
+"""By Prometheus' job, the service, and which option of it says where its metrics are."""
 
 
 def inside(service: str, path: str) -> Path:
@@ -23,12 +28,12 @@ def inside(service: str, path: str) -> Path:
 
 def test_every_replica_of_every_process_is_scraped() -> None:
     jobs = {job["job_name"]: job for job in PROMETHEUS["scrape_configs"]}
-    assert set(OURS) <= set(jobs)
-    for service in OURS:
-        (found,) = jobs[service]["dns_sd_configs"]
+    assert set(OURS) == {service for service, _ in METRICS.values()}
+    for job, (service, option) in METRICS.items():
+        (found,) = jobs[job]["dns_sd_configs"]
         said = services()[service]
         assert (found["names"], found["type"]) == ([service], "A")
-        assert str(found["port"]) == environment(service, said)[METRICS[service]].rpartition(":")[2]
+        assert str(found["port"]) == environment(service, said)[option].rpartition(":")[2]
         assert found["port"] in dockerfile(service).ports()
 
 

@@ -1,5 +1,6 @@
 """What an OpenAI client may ask for, through the real path; and what a bad request gets."""
 
+import base64
 import json
 import re
 import socket
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from server.video import frames
 from tests.e2e.conftest import Golden
 from tests.e2e.serving import Served, image_part, request, text_part
+from tests.videos import made
 
 SQUARE = image_part("square.png")
 PALETTE = image_part("palette_512x512.png")
@@ -69,6 +72,24 @@ def test_images_may_come_in_any_turn_and_any_place(served: Served) -> None:
     one, other = ask(SQUARE), ask(PALETTE)
     assert one[0] == other[0] == 3, "three images, each closed by its own </img>"
     assert one != other
+
+
+def test_a_video_is_what_its_frames_are_one_by_one(served: Served) -> None:
+    clip = made("mp4", "mpeg4", 40, size=(640, 480))
+    url = f"data:video/mp4;base64,{base64.b64encode(clip).decode()}"
+    video = {"type": "video_url", "video_url": {"url": url, "num_frames": 3}}
+    asked = {"logprobs": True, "max_tokens": 8}
+    answer = served.chat(SQUARE, video, "What happens?", **asked)
+    assert answer.status == 200, answer.text
+    assert answer.headers["x-dvd-images"].startswith("images=4; ")
+    parts: list[Any] = []
+    for number, frame in enumerate(frames(clip, 3, 1 << 20, 60), start=1):
+        link = f"data:image/png;base64,{base64.b64encode(frame).decode()}"
+        parts += [f"Frame{number}: ", {"type": "image_url", "image_url": {"url": link, "detail": "low"}}]
+    again = served.chat(SQUARE, *parts, "What happens?", **asked)
+    assert again.json["choices"] == answer.json["choices"]
+    assert again.json["usage"]["prompt_tokens"] == answer.json["usage"]["prompt_tokens"]
+    assert "reused=4" in again.headers["x-dvd-images"], "one key, one encode: the frames are where the video left them"
 
 
 def test_choices_seed_stop_and_log_probabilities(served: Served) -> None:

@@ -40,6 +40,7 @@ from tests.server.peers import (
     until,
     usual,
 )
+from tests.videos import made, read
 from wire import errors
 from wire.handover import parse
 
@@ -375,6 +376,37 @@ async def test_images_by_url(stack: Stack) -> None:
     assert url.encode() not in stack.engine.received[-1].raw
 
 
+async def test_a_video_is_its_frames(stack: Stack) -> None:
+    clip = made("mp4", "mpeg4", 100)
+    async with files(v=sends(clip)) as url:
+        for link in (f"{url}/v", inline(clip, "video/mp4")):
+            video = {"type": "video_url", "video_url": {"url": link, "num_frames": 4}}
+            answer = await stack.chat(image_part(A), video, text_part("what happens?"))
+            assert answer.status == 200
+            assert answer.headers["X-DvD-Images"].startswith("images=5; ")
+            told = [part.get("text") or part["type"] for part in sent(stack)]
+            frames = [text for i in range(1, 5) for text in (f"Frame{i}: ", "image_embeds")]
+            assert told == ["image_embeds", *frames, "what happens?"]
+            assert b"base64" not in stack.engine.received[-1].raw
+    assert {call.tiling.max_tiles for call in stack.vision.calls if call.images[0].data != A} == {1}
+    frames_sent = [data for data in stack.vision.images if data != A]
+    assert sorted(map(read, frames_sent)) == [12, 37, 62, 86], "the second time none is encoded again"
+    assert sent(stack)[-2]["uuid"] in stack.sink.rows
+
+
+async def test_videos_that_are_none(shared: Stack) -> None:
+    async def refused(link: str, code: str, **words: Any) -> None:
+        answer = await shared.chat({"type": "video_url", "video_url": {"url": link, **words}}, text_part("?"))
+        assert (answer.status, answer.error["code"]) == (400, code)
+
+    await refused(inline(A), "invalid_video")
+    await refused(inline(made("mp4", "mpeg4", 3, size=(128, 96)), "video/mp4"), "image_too_large")
+    await refused("https://127.0.0.1/a.mp4", "invalid_request")
+    await refused("file:///etc/passwd", "invalid_request")
+    await refused(inline(made("mp4", "mpeg4", 3)), "too_many_images", num_frames=5)
+    await good(shared)
+
+
 async def test_a_url_whose_image_changes_is_looked_at_again(stack: Stack) -> None:
     async with files(a=in_turn(sends(A), sends(B))) as url:
         for _ in range(2):
@@ -650,7 +682,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "empty messages": ({"model": MODEL, "messages": []}, "invalid_request"),
     "part without type": (chat({"text": "a"}, "b"), "invalid_request"),
     "type is a list": (chat({"type": []}, "b"), "invalid_request"),
-    "video": (chat({"type": "video_url", "video_url": {"url": "https://example.org"}}, "b"), "invalid_request"),
+    "sound": (chat({"type": "audio_url", "audio_url": {"url": "https://example.org"}}, "b"), "invalid_request"),
     "key of another's image": (
         chat({"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}, "uuid": "a" * 64}, "b"), "invalid_request"
     ),

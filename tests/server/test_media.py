@@ -268,7 +268,7 @@ async def test_servers_that_never_answer_or_never_end() -> None:
             await answer.write(b"x")
             await asyncio.sleep(0.05)
 
-    await fails(hang, says="no image from .* within 0.2 s", fetch_timeout=0.2)
+    await fails(hang, says="no file from .* within 0.2 s", fetch_timeout=0.2)
     await fails(trickling, says="within 0.3 s", fetch_timeout=0.3)
 
 

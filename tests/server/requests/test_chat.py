@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,7 +80,8 @@ PARTS: dict[str, Any] = {
     "type deep": {"type": deep(900)},
     "type long": {"type": "x" * 100_000},
     "type unknown": {"type": "hologram"},
-    "video": {"type": "video_url", "video_url": {"url": "https://example.org/a"}},
+    "video without URL": {"type": "video_url", "video_url": {"num_frames": 4}},
+    "video beside an image": {**IMAGE, "video_url": {"url": "https://example.org/a"}},
     "audio": {"type": "input_audio", "input_audio": {}},
     "embedding": {"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}, "uuid": "a"},
     "embedding in a text": {"type": "text", "text": "a", "image_embeds": {}},
@@ -239,3 +241,38 @@ def test_any_depth_is_either_read_and_written_or_refused(depth: int) -> None:
     )
     with contextlib.suppress(errors.InvalidRequest) if depth > 100 else contextlib.nullcontext():
         assert json.loads(parse_chat(body, Allowed(1)).replaced(["k"], [1]))["model"] == "m"
+
+
+def video(**words: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": "https://example.org/a.mp4", **words}}
+
+
+def test_a_video_is_eight_frames_of_one_tile_unless_it_says_otherwise() -> None:
+    parts = [video(), video(num_frames=3, vir={"mode": "off"}), video(max_dynamic_patch=2), video(detail="high")]
+    images = parse_chat(raw(chat(IMAGE, *parts)), Allowed(28)).images
+    assert [image.frames for image in images] == [0, 8, 3, 8, 8]
+    assert [image.dial.detail for image in images] == ["auto", "low", "low", "auto", "high"]
+    assert [image.dial.max_tiles for image in images] == [None, None, None, 2, None]
+    assert [image.dial.router.mode for image in images] == [0, 0, pb.Router.OFF, 0, 0]
+
+
+def test_frames_count_as_images() -> None:
+    with pytest.raises(errors.TooManyImages, match="12 images in one request, frames of videos counted, at most 11"):
+        parse_chat(raw(chat(IMAGE, video(), video(num_frames=3))), Allowed(11))
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, "8", True, [8]])
+def test_bad_numbers_of_frames_are_refused_with_their_place(count: Any) -> None:
+    with pytest.raises(errors.InvalidRequest, match="not a whole number above 0") as caught:
+        parse_chat(raw(chat(text_part("a"), video(num_frames=count))), Allowed(9))
+    assert caught.value.param == "messages[0].content[1].video_url.num_frames"
+
+
+def test_frames_take_their_videos_place_and_all_else_stays() -> None:
+    parsed = parse_chat(raw(chat(IMAGE, video(), text_part("and"), video(num_frames=1), IMAGE, text_part("?"))), Allowed(28))
+    image, long, short, last = parsed.images
+    frames = [replace(long, label=f"Frame{i}: ") for i in (1, 2)]
+    shown = replace(parsed, images=[image, *frames, replace(short, label="Frame1: "), last])
+    (message,) = json.loads(shown.replaced([*"abcde"], [1] * 5))["messages"]
+    told = [part.get("uuid") or part["text"] for part in message["content"]]
+    assert told == ["a", "Frame1: ", "b", "Frame2: ", "c", "and", "Frame1: ", "d", "e", "?"]
