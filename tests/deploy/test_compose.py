@@ -120,7 +120,7 @@ def test_processes_listen_on_the_ports_that_their_images_expose(files: tuple[Pat
     listening: dict[str, list[str]] = {
         "gateway": [f"{(door := options('gateway', said['gateway'])).host}:{door.port}"],
         "vision": [(eye := options("vision", said["vision"])).listen, f"0.0.0.0:{eye.metrics_port}"],
-        "language": [(tongue := options("language", said["language"])).listen, tongue.http],
+        "language": [(tongue := options("language", said["language"])).listen, tongue.http, f"0.0.0.0:{tongue.metrics_port}"],
     }
     for service, addresses in listening.items():
         assert {host for host, _, _ in (a.rpartition(":") for a in addresses)} == {"0.0.0.0"}

@@ -47,7 +47,7 @@ async def test_a_request_leaves_its_id_and_its_times_and_nothing_else(processes:
     assert [record["cache"] for record in access] == ["miss", "hit"]
     assert {name: value for name, value in access[0].items() if name not in VARIES} == {
         "level": "info", "logger": "dvd.access", "message": "answered", "request_id": NAME, "route": "/v1/chat/completions",
-        "status": 200, "images": 1, "reused": 0, "cache": "miss",
+        "status": 200, "images": 1, "reused": 0, "shared": 0, "encoded": 1, "cache": "miss",
     }  # fmt: skip
     (encode,) = [record for record in processes.records("vision") if record["logger"] == "dvd.encode"]
     assert (encode["request_id"], encode["outcome"], encode["images"]) == (NAME, "encoded", 1)

@@ -14,9 +14,10 @@ HEAD = f"""# Configuration
 
 Generated from the schema of the options (`make docs`); a test holds it against that.
 
-Each option is a flag (`--max-in-flight 64`), a variable (`{PREFIX}MAX_IN_FLIGHT=64`) and a key of the file that `--config FILE.yaml` or `{PREFIX}CONFIG` names (`max_in_flight: 64`);
-the first of these that is there counts. One file may serve all commands. `--print-config` prints what is in force, secrets masked. What `dvd language` and `dvd up` have after `--`
-goes to vLLM as it is. Options of `dvd plan` are in its `--help`.
+Each option is a flag (`--max-in-flight 64`), a variable (`{PREFIX}MAX_IN_FLIGHT=64`) and a key of the file that
+`--config FILE.yaml` or `{PREFIX}CONFIG` names (`max_in_flight: 64`); the first that is there counts. One file may serve
+all commands. `--print-config` prints what is in force, secrets masked. What `dvd language` and `dvd up` have after `--` goes to
+vLLM as it is. Options of `dvd plan` are in its `--help`.
 
 | option | commands | values | default | |
 |---|---|---|---|---|
@@ -60,9 +61,9 @@ def _bound(said: object) -> tuple[str, object]:
 def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "must be said"
-    return (
-        "–" if field.default is None else f"`{str(field.default).lower() if field.default in (True, False) else field.default}`"
-    )
+    if field.default is None:
+        return "–"
+    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 
 def _escaped(text: str) -> str:
