@@ -41,7 +41,8 @@ async def test_a_request_leaves_its_id_and_its_times_and_nothing_else(processes:
 
     async def written() -> bool:  # the caller has the answer before the line is there
         lines = [record for record in processes.records("gateway") if record.get("cache")]
-        return len(lines) == 2 and all("dvd." in processes.log(name) and NAME in processes.log(name) for name in processes.ports)
+        logs = [processes.log(name) for name in processes.ports]
+        return len(lines) == 2 and all("dvd." in log and NAME in log for log in logs)
 
     await until(written, lambda: "".join(map(processes.log, processes.ports)))
     access = [record for record in processes.records("gateway") if record["logger"] == "dvd.access" and "images" in record]
