@@ -86,17 +86,20 @@ def router(model: Trainee, judged: Judged, share: float) -> Callable[[Tensor], t
     """A step over some tiles: cross entropy of the router's choice.
 
     A tile is to be compressed (logit 0) if its ratio is within the lowest `share` of all, as the report's moving
-    percentile has it.
+    percentile has it. Each tile counts by how far its logarithm is from the limit's: few tiles cost anything, and what the
+    others' ratios are is chance, which the router learned by heart when all counted alike.
     """
     limit = torch.quantile(judged.ratios, share)
     keep = (judged.ratios > limit).long()
+    stakes = (judged.ratios / limit).log().abs()
 
     def step(chosen: Tensor) -> tuple[Tensor, dict[str, float]]:
         told = keep[chosen.cpu()].to(chosen.device)
         features = judged.features[chosen.cpu()].to(chosen.device).float()
+        stake = stakes[chosen.cpu()].to(chosen.device)
         logits = model.vision.gating(model.vision.pooling_before_gating(features))
-        loss = F.cross_entropy(logits, told)
-        right = (logits.argmax(-1) == told).float().mean()
+        loss = (F.cross_entropy(logits, told, reduction="none") * stake).sum() / stake.sum()
+        right = ((logits.argmax(-1) == told) * stake).sum() / stake.sum()
         return loss, {"loss": float(loss.detach()), "right": float(right)}
 
     return step

@@ -1,0 +1,36 @@
+"""The router learns what is at stake, not what was chance when costs were judged."""
+
+import torch
+
+from demo import vico
+from demo.model import WIDTH, Trainee
+from demo.words import Words
+
+
+def judged(count: int, seed: int) -> tuple[vico.Judged, torch.Tensor]:
+    """Tiles of which some hold something: compressing those doubles the loss; of the others the cost is chance."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(count, 16, WIDTH, generator=generator) * 0.3
+    holds = torch.rand(count, generator=generator) < 0.2
+    features[holds, 5, :20] += 3.0
+    chance = 1 + 0.02 * torch.randn(count, generator=generator)
+    return vico.Judged(features.half(), torch.where(holds, 2 * chance, chance)), holds
+
+
+def test_the_router_keeps_what_is_costly_among_tiles_it_has_not_seen() -> None:
+    torch.manual_seed(0)
+    model = Trainee(Words())
+    step = vico.router(model, judged(150, 1)[0], share=0.5)
+    parameters = [*model.vision.pooling_before_gating.parameters(), *model.vision.gating.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=5e-4)
+    for number in range(60):
+        loss, _ = step(torch.arange(48) * (number + 1) % 150)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    fresh, holds = judged(60, 2)
+    with torch.no_grad():
+        features = fresh.features.float()
+        kept = model.vision.gating(model.vision.pooling_before_gating(features)).softmax(-1)[:, 1]
+    assert kept[holds].min() > kept[~holds].max()
+    assert kept[~holds].mean() < 0.5 < kept[holds].mean()
