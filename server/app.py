@@ -72,6 +72,7 @@ def _add(app: FastAPI, routes: Routes) -> None:
     app.add_route("/v1/images/tokens", routes.image_tokens, methods=["POST"])
     app.add_route("/v1/models", routes.models, methods=["GET"])
     app.add_route("/version", routes.version, methods=["GET"])
+    app.add_route("/health", routes.ready, methods=["GET"])  # what vLLM's clients ask before they begin
     app.add_route("/health/live", routes.live, methods=["GET"])
     app.add_route("/health/ready", routes.ready, methods=["GET"])
     app.add_route("/metrics", routes.metrics, methods=["GET"])

@@ -537,6 +537,7 @@ async def test_other_doors(stack: Stack) -> None:
     assert version["version"]
     assert (await stack.get("/health/live")).json == {"status": "live"}
     assert (await stack.get("/health/ready")).json == {"status": "ready", "reasons": []}
+    assert (await stack.get("/health")).status == 200
 
 
 async def test_what_is_counted(stack: Stack) -> None:
