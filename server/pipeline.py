@@ -109,7 +109,7 @@ class Pipeline:
     async def prepare(
         self, asked: Asked, images: Sequence[Loaded], caller: Caller, without: Collection[Language] = ()
     ) -> Prepared:
-        """Choose a language worker, which is the caller's until `held` closes, and see that it has every embedding.
+        """Choose a language worker, the caller's until its `held` closes, and see that it has every embedding.
 
         Raises `Unavailable` and what encoding raises.
         """

@@ -300,6 +300,11 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def shown(name: str) -> str:
+    """An option as a command line has it: its flag, or MODEL where it has none."""
+    return name.upper() if name in _POSITIONAL else _flag(name)
+
+
 def _kind(annotation: Any) -> str:
     if isinstance(annotation, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
@@ -352,8 +357,7 @@ def _explained(error: ValidationError, options: type[Options]) -> str:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
     if first["type"] == "missing":
-        given = name.upper() if name in _POSITIONAL else f"{_flag(name)} (or {PREFIX}{name.upper()})"
+        given = shown(name) if name in _POSITIONAL else f"{shown(name)} (or {PREFIX}{name.upper()})"
         return f"missing {given}: {options.model_fields[name].description}"
     secret = "secret" if name == "api_key" else repr(first["input"])
-    option = name.upper() if name in _POSITIONAL else _flag(name)
-    return f"{option} = {secret}: {first['msg'].lower()} ({options.model_fields[name].description})"
+    return f"{shown(name)} = {secret}: {first['msg'].lower()} ({options.model_fields[name].description})"

@@ -8,7 +8,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from wire.config import COMMANDS, PREFIX
+from wire.config import COMMANDS, PREFIX, shown
 
 HEAD = f"""# Configuration
 
@@ -31,14 +31,10 @@ def reference() -> str:
         for name, field in options.model_fields.items():
             rows[name, _values(field), _default(field), str(field.description)].append(command)
     lines = [
-        f"| `{_flag(name)}` | {', '.join(commands)} | {values} | {default} | {_escaped(description)} |"
+        f"| `{shown(name)}` | {', '.join(commands)} | {values} | {default} | {_escaped(description)} |"
         for (name, values, default, description), commands in sorted(rows.items())
     ]
     return HEAD + "\n".join(lines) + "\n"
-
-
-def _flag(name: str) -> str:
-    return name.upper() if name in ("model", "address") else f"--{name.replace('_', '-')}"
 
 
 def _values(field: FieldInfo) -> str:
