@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.options import Options
 from benchmarks.result import Result
+from vision_worker.models.compiled import Compiled
 from vision_worker.models.intern_vit import InternViT
 from wire.layouts.base import Tower
 
@@ -33,8 +34,10 @@ def run(options: Options) -> Result:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tiles = 32 if cuda else 2
     pixels = torch.randn(tiles, 3, 448, 448, device=device, dtype=dtype)
+    tower = _ours(M300, device, dtype)
     towers: dict[str, Callable[[Tensor], Any]] = {
-        "ours": _ours(M300, device, dtype),
+        "ours": tower,
+        "ours, compiled": Compiled(tower, tiles, torch.device(device)),
         "transformers": _transformers(device, dtype),
         "vllm": _vllm(device, dtype),
     }
@@ -115,6 +118,9 @@ def _vllm(device: str, dtype: torch.dtype) -> nn.Module:
         init_distributed_environment(1, 0, "tcp://127.0.0.1:29511", 0, "nccl" if device == "cuda" else "gloo")
         initialize_model_parallel(1, 1)
         model = _random(InternVisionModel(config)).to(dtype)
+        for layer in model.modules():  # as vLLM's loader does when the weights are there
+            if method := getattr(layer, "quant_method", None):
+                method.process_weights_after_loading(layer)
 
     class InSettings(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
@@ -133,10 +139,13 @@ def _on_gpu(options: Options) -> dict[str, Any]:
         model = _ours(shape, "cuda", torch.bfloat16)
         for count in (8, 32, 128):
             pixels = torch.randn(count, 3, 448, 448, device="cuda", dtype=torch.bfloat16)
-            rate = statistics.median(_rates({name: model}, pixels, options.repeats(5))[name])
-            tflops = rate * TFLOP[name]
-            share = {"share of the peak": round(tflops / peak, 3)} if peak else {}
-            found[f"{name}, {count} tiles"] = {"tiles/s": round(rate, 1), "TFLOP/s": round(tflops, 1), **share}
-        del model
+            compiled = Compiled(model, count, torch.device("cuda"))
+            both: dict[str, Callable[[Tensor], Any]] = {name: model, f"{name}, compiled": compiled}
+            for which, rates in _rates(both, pixels, options.repeats(5)).items():
+                rate = statistics.median(rates)
+                tflops = rate * TFLOP[name]
+                share = {"share of the peak": round(tflops / peak, 3)} if peak else {}
+                found[f"{which}, {count} tiles"] = {"tiles/s": round(rate, 1), "TFLOP/s": round(tflops, 1), **share}
+        del model, both, compiled
         torch.cuda.empty_cache()
     return {"gpu": found}

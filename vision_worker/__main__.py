@@ -23,9 +23,6 @@ from wire.trace import Trace
 
 log = logging.getLogger("dvd.vision")
 
-_BATCH_TILES = {"cpu": 4}
-"""A CPU gains nothing from larger batches, and warms one before it is ready."""
-
 _GRACE = 10.0
 """Seconds that calls in flight have to end after a signal."""
 
@@ -55,7 +52,7 @@ async def _serve(options: config.Vision) -> None:
     checkpoint = open_checkpoint(options.model)
     log.info("loading %s from %s", checkpoint.description.family, checkpoint.path)
     encoder = encoders.load(options, checkpoint)
-    tiles = options.max_batch_tiles or _BATCH_TILES.get(encoder.place.device.type, 32)
+    tiles = encoders.batch_tiles(options, encoder.place.device)
     log.info("warming %d tiles on %s after %.1f s", tiles, encoder.place.device, time.monotonic() - begin)
     trace, metrics = Trace(options.trace, "vision"), Metrics()
     metrics.common.serves(checkpoint.fingerprint, checkpoint.description.family, encoder.place.dtype_name)

@@ -111,15 +111,16 @@ class Batcher:
             executor.shutdown(wait=False, cancel_futures=True)
 
     async def warm(self) -> None:
-        """Run the largest batch once, on the device thread."""
+        """Run batches of every size that the encoder wants to have seen, on the device thread."""
         side = self._encoder.checkpoint.description.tower.image_size
-        tiles = [np.zeros((side, side, 3), dtype=np.uint8)] * self._max_tiles
+        blank = np.zeros((side, side, 3), dtype=np.uint8)
         policies = [Fixed(False), *([Fixed(True)] if self._encoder.checkpoint.description.thresholds else [])]
 
         def run() -> None:
-            features = self._encoder.look(self._encoder.stage(tiles))
+            for size in self._encoder.sizes(self._max_tiles):
+                features = self._encoder.look(self._encoder.stage([blank] * size))
             for policy in policies:
-                self._encoder.embed(features, range(len(tiles)), policy)
+                self._encoder.embed(features, range(len(features)), policy)
 
         await asyncio.get_running_loop().run_in_executor(self._device, run)
 

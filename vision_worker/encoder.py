@@ -19,6 +19,9 @@ from wire.tiling import Tiling
 
 FAMILIES = {"internvl": "vision_worker.models.internvl", "fake": "vision_worker.models.fake"}
 
+_BATCH_TILES = {"cpu": 4}
+"""A CPU gains nothing from larger batches, and warms one before it is ready."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -26,6 +29,8 @@ class Place:
 
     device: torch.device
     dtype: torch.dtype
+    compile_for: int = 0
+    """Tiles in the largest batch that the tower is compiled for; 0: it is not."""
 
     @property
     def dtype_name(self) -> str:
@@ -48,6 +53,9 @@ class Encoder(Protocol):
     checkpoint: Checkpoint
     place: Place
 
+    def sizes(self, largest: int) -> Sequence[int]:
+        """Of batches to run once before the first request, in tiles."""
+
     def prepare(self, data: bytes, tiling: Tiling) -> Tiles:
         """Any thread. Raises `InvalidImage` or `ImageTooLarge`."""
 
@@ -64,8 +72,15 @@ class Encoder(Protocol):
 def load(options: Vision, checkpoint: Checkpoint) -> Encoder:
     """Raises `CheckpointError` or `ConfigError`."""
     family = importlib.import_module(FAMILIES[options.vision_backend])
-    place = Place(_device(options.device), _dtype(options.vision_dtype, checkpoint))
+    device = _device(options.device)
+    largest = batch_tiles(options, device) if options.vision_compile else 0
+    place = Place(device, _dtype(options.vision_dtype, checkpoint), largest)
     return cast(Encoder, family.load(checkpoint, place, dummy=options.load_format == "dummy"))
+
+
+def batch_tiles(options: Vision, device: torch.device) -> int:
+    """Tiles in one forward pass, at most."""
+    return options.max_batch_tiles or _BATCH_TILES.get(device.type, 32)
 
 
 class Stager:

@@ -161,6 +161,9 @@ class Encoding(Limits, Traced):
         "internvl", description="fake: embeddings from a hash of the image, to price everything but the tower"
     )
     max_batch_tiles: int = Field(0, ge=0, description="tiles in one forward pass; 0: 4 on a CPU, 32 on a GPU")
+    vision_compile: bool = Field(
+        False, description="compile the tower, on a GPU into CUDA graphs: a slower start, and a C++ compiler is needed"
+    )
     prepare_threads: int = Field(0, ge=0, description="threads that decode and cut images; 0: one a core")
 
 

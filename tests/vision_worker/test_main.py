@@ -1,5 +1,6 @@
 """The process: start, signals and what it says when it cannot serve."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -25,6 +26,16 @@ def test_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bad_option(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([CHECKPOINT, flag]) == 2
     assert "dvd vision: --" in capsys.readouterr().err
+
+
+def test_compiling_without_a_compiler(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vision_worker", CHECKPOINT, "--vision-compile=true", "--max-batch-tiles=1"],
+        env={**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "dvd vision: --vision-compile: torch cannot compile here" in done.stderr.splitlines()[-1]
 
 
 def test_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,9 @@ class Fake:
         table = torch.randn(4 * said.tokens_per_tile, said.width, generator=generator)
         self._table = table.to(place.device, place.dtype)
 
+    def sizes(self, largest: int) -> Sequence[int]:
+        return [largest]
+
     def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
         return tiling.cut(data, options)
 

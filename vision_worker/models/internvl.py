@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vision_worker import tiling, weights
 from vision_worker.encoder import Embedded, Place, Stager
+from vision_worker.models.compiled import Compiled
 from vision_worker.models.intern_vit import InternViT
 from vision_worker.models.vir import Gating, Policy, Pooling
 from wire.checkpoint import Checkpoint, CheckpointError
@@ -69,6 +70,10 @@ class InternVL:
     def __init__(self, checkpoint: Checkpoint, place: Place, model: Model) -> None:
         self.checkpoint, self.place, self.model = checkpoint, place, model.eval()
         self.stage = Stager(place.device).stage
+        self._tower = Compiled(model.vision_model, place.compile_for, place.device) if place.compile_for else model.vision_model
+
+    def sizes(self, largest: int) -> Sequence[int]:
+        return self._tower.sizes if isinstance(self._tower, Compiled) else [largest]
 
     def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
         return tiling.cut(data, options)
@@ -76,7 +81,7 @@ class InternVL:
     @torch.inference_mode()
     def look(self, pixels: Tensor) -> Tensor:
         """Features [n, patches, width of the tower]."""
-        return cast(Tensor, self.model.vision_model(normalised(pixels).to(self.place.dtype)))
+        return cast(Tensor, self._tower(normalised(pixels).to(self.place.dtype)))
 
     @torch.inference_mode()
     def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:

@@ -45,6 +45,15 @@ def test_an_embedding_does_not_depend_on_its_batch(together: int) -> None:
     assert golden.relative(torch.cat(second.blocks), torch.cat(first.blocks)) < 2e-6
 
 
+def test_compiled_it_sees_the_same() -> None:
+    checkpoint = open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint")
+    made = internvl.load(checkpoint, Place(torch.device("cpu"), torch.float32, compile_for=2))
+    plain = golden.encoder("flash-qwen3")
+    assert (made.sizes(2), plain.sizes(2)) == ([1, 2], [2])
+    tiles = golden.tiles(made, "wide_1300x800.jpg").pixels[:2]
+    assert golden.relative(made.look(made.stage(tiles)), plain.look(plain.stage(tiles))) < 2e-6
+
+
 @pytest.mark.parametrize("compress", [False, True])
 def test_equal_tiles_are_computed_once(compress: bool) -> None:
     made = golden.encoder("flash-qwen3")
