@@ -75,8 +75,11 @@ class Stack:
         return felt
 
 
-async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int) -> Costs:
-    """`size`: of a picture that makes so many tiles, thumbnail counted; `count`: of requests in each of six measurements."""
+async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, step_tokens: int = 4096) -> Costs:
+    """`size`: of a picture that makes so many tiles, thumbnail counted; `count`: of requests in each of six measurements.
+
+    `step_tokens`: what vLLM was told of them, `--max-num-batched-tokens`.
+    """
     checkpoint = open_checkpoint(stack.model).description
     pictures = stack.pictures(count, size)
     vision = await stack.images(pictures)
@@ -93,7 +96,7 @@ async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int) 
     return Costs(
         vision=VisionCosts(prepare=1e-6, tile=1 / vision / tiles, batch_tiles=BATCH),
         language=LanguageCosts(
-            step=step, request=request, prefill=prefill, decode=max(0.0, one - step), step_tokens=4096, sequences=64
+            step=step, request=request, prefill=prefill, decode=max(0.0, one - step), step_tokens=step_tokens, sequences=64
         ),
         tokens_per_tile=checkpoint.tokens_per_tile,
         bytes_per_token=4 * checkpoint.width,

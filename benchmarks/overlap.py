@@ -20,6 +20,8 @@ from benchmarks.result import Result
 from server.planning.model import Kind
 
 SIZE = (448, 448)  # one tile
+STEP = 1024
+"""Tokens that the engine takes at once. With vLLM's usual thousands it takes all that are in flight, and vision runs dry."""
 
 
 def run(options: Options) -> Result:
@@ -38,16 +40,20 @@ def _started(folder: Path, traces: Path, held: ExitStack) -> Stack:
     eye, tongue = cores[:1], cores[-1:]
     seeing = ("--cache=none", f"--trace={traces}", f"--max-batch-tiles={costs.BATCH}")
     held.enter_context(processes.vision(folder, model, eye, *seeing))
-    held.enter_context(processes.language(folder, model, tongue, "--no-enable-prefix-caching", "--dtype=float32"))
+    held.enter_context(
+        processes.language(
+            folder, model, tongue, "--no-enable-prefix-caching", "--dtype=float32", f"--max-num-batched-tokens={STEP}"
+        )
+    )
     server, url = processes.gateway(folder, cores, f"--trace={traces}")
     held.enter_context(server)
     return Stack(folder, url, model, itertools.count())
 
 
 async def _measured(stack: Stack, options: Options) -> Result:
-    count = 48 if options.quick else 160
+    count = 48 if options.quick else 120
     await stack.requests([[picture] for picture in stack.pictures(IN_FLIGHT, SIZE)], 4)  # warms everything
-    priced, text = await costs.measured(stack, SIZE, 1, count), await costs.prompt(stack)
+    priced, text = await costs.measured(stack, SIZE, 1, count, STEP), await costs.prompt(stack)
     tokens = costs.balanced(priced, 1, text)
     found: dict[str, list[float]] = {"V": [], "L": [], "E": []}
     for _ in range(options.repeats(3)):
