@@ -8,6 +8,7 @@ mix: two tiles and a thumbnail an image, an answer as long as makes both halves 
 import asyncio
 import itertools
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import checkpoint, colocated, costs, load, processes
-from benchmarks.costs import IN_FLIGHT, TEXT, Stack
+from benchmarks.costs import IN_FLIGHT, Stack
 from benchmarks.options import Options
 from benchmarks.result import Result
 from server.planning.model import Costs, Kind
@@ -23,6 +24,8 @@ from server.planning.model import Costs, Kind
 MIXES = {"one tile": (448, 448), "three tiles": (896, 448), "five tiles": (896, 896), "thirteen tiles": (1792, 1344)}
 TILES = {"one tile": 1, "three tiles": 3, "five tiles": 5, "thirteen tiles": 13}
 BALANCED = "three tiles"
+FOUR = "four images of one tile"
+COLOCATED = ("colocated, both cores", "colocated, one for its front end")
 LOADS = (0.4, 0.7, 0.9)
 """Offered, as shares of what colocated does at most."""
 HALF = ("--vir-relative-threshold=0.5", "--vir-absolute-threshold=0")
@@ -45,89 +48,100 @@ class _Run:
     def __init__(self, options: Options, folder: Path, stock: Path) -> None:
         self._options, self._folder, self._stock = options, folder, stock
         self._numbers = itertools.count()
-        self._count = 32 if options.quick else 96
+        self._count = 32 if options.quick else 64
 
     @contextmanager
-    def ours(self, model: Path, flags: Sequence[str] = (), engine: Sequence[str] = ()) -> Iterator[str]:
-        """`flags` are the gateway's, `engine` are vLLM's."""
+    def ours(self, model: Path, flags: Sequence[str] = (), engine: Sequence[str] = (), spare: bool = False) -> Iterator[Stack]:
+        """`flags`: the gateway's; `engine`: vLLM's; `spare`: a second vision worker takes what language leaves of its core."""
         cores = processes.cores()
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
         with ExitStack() as held:
-            held.enter_context(
-                processes.vision(self._folder, model, cores[:1], "--cache=none", f"--max-batch-tiles={costs.BATCH}")
-            )
-            held.enter_context(processes.language(self._folder, model, cores[-1:], "--dtype=float32", *engine))
-            server, url = processes.gateway(self._folder, cores, *flags)
+            seeing = ("--cache=none", f"--max-batch-tiles={costs.BATCH}")
+            held.enter_context(processes.vision(folder, model, cores[:1], *seeing))
+            if spare:
+                held.enter_context(processes.yielding(processes.vision(folder, model, cores[-1:], *seeing, name="vision-1")))
+            held.enter_context(processes.language(folder, model, cores[-1:], "--dtype=float32", *engine))
+            server, url = processes.gateway(folder, cores, *flags, visions=1 + spare)
             held.enter_context(server)
-            yield url
+            yield Stack(folder, url, model, self._numbers)
 
     @contextmanager
-    def colocated(self, reserve: int) -> Iterator[str]:
+    def colocated(self, reserve: int) -> Iterator[Stack]:
         """`reserve`: cores that vLLM leaves to its front end."""
         assert self._options.baseline is not None
         cores = processes.cores()
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
         server, url = processes.colocated(
-            self._folder, self._options.baseline, self._stock, cores[reserve:] or cores, "--dtype=float32"
+            folder, self._options.baseline, self._stock, cores[reserve:] or cores, "--dtype=float32"
         )
         server.cores = cores
         with server:
-            yield url
-
-    def bodies(self, model: str, mix: str, tokens: int, count: int, images: int = 1) -> list[bytes]:
-        return [
-            load.chat(model, TEXT, [load.picture(next(self._numbers), *MIXES[mix]) for _ in range(images)], tokens)
-            for _ in range(count)
-        ]
-
-    def saturated(self, url: str, model: str, mix: str, tokens: int, images: int = 1) -> float:
-        count = max(3 * IN_FLIGHT, self._count // images)
-        return load.throughput(asyncio.run(load.closed(url, self.bodies(model, mix, tokens, count, images), IN_FLIGHT)))
+            yield Stack(folder, url, self._stock, self._numbers)
 
     def priced(self, model: Path) -> tuple[Costs, int]:
         """What stages cost, and tokens of a prompt without images."""
-        with self.ours(model, engine=("--no-enable-prefix-caching",)) as url:
-            stack = Stack(self._folder, url, model, self._numbers)
+        with self.ours(model, engine=("--no-enable-prefix-caching",)) as stack:
             found = asyncio.run(costs.measured(stack, MIXES[BALANCED], TILES[BALANCED], self._count))
             return found, asyncio.run(costs.prompt(stack))
 
+    def saturated(self, stack: Stack, mix: str, tokens: int, images: int = 1) -> float:
+        """Requests a second; of larger images fewer, so that all mixes take about as long."""
+        count = max(3 * IN_FLIGHT, self._count * TILES[BALANCED] // (TILES[mix] * images))
+        shown = [stack.pictures(images, MIXES[mix]) for _ in range(count)]
+        return asyncio.run(stack.requests(shown, tokens))
+
     def compared(self, plain: Path, flash: Path, priced: Costs, text: int) -> Result:
         tokens = costs.balanced(priced, TILES[BALANCED], text)
-        found: dict[str, list[float]] = {}
-        felt: dict[str, Any] = {}
-        for repeat in range(self._options.repeats(3)):
-            for name, serving, model in (
-                ("colocated, both cores", self.colocated(0), self._stock.name),
-                ("colocated, one for its front end", self.colocated(1), self._stock.name),
-                ("ours", self.ours(plain), plain.name),
-                ("ours, half compressed", self.ours(flash, HALF), flash.name),
-            ):
-                with serving as url:
-                    self.saturated(url, model, BALANCED, tokens)
-                    rate = self.saturated(url, model, BALANCED, tokens)
-                    found.setdefault(name, []).append(rate)
-                    if repeat == 0:
-                        felt[name] = self.felt(url, model, tokens, found["colocated, both cores"][0])
-                        felt[name]["mixes, requests/s"] = {
-                            mix: round(self.saturated(url, model, mix, tokens), 3) for mix in MIXES if mix != BALANCED
-                        }
-                        felt[name]["four images, requests/s"] = round(self.saturated(url, model, "one tile", tokens, 4), 3)
-        found_here = _result(found, felt, tokens)
-        found_here.figures["what compression allows"] = round(_allowed(priced, tokens, text), 3)
-        found_here.figures["costs"] = priced.model_dump()
-        found_here.figures["cases"] = _cases(found_here.figures, tokens, text)
-        return found_here
+        with ExitStack() as held:  # all of them stay: those that are not asked cost nothing but memory
+            stacks = {
+                "colocated, both cores": held.enter_context(self.colocated(0)),
+                "colocated, one for its front end": held.enter_context(self.colocated(1)),
+                "ours": held.enter_context(self.ours(plain)),
+                "ours, half compressed": held.enter_context(self.ours(flash, HALF, spare=True)),
+            }
+            found: dict[str, list[float]] = {name: [] for name in stacks}
+            for repeat in range(self._options.repeats(3) + 1):
+                for name, stack in stacks.items():
+                    rate = self.saturated(stack, BALANCED, tokens)
+                    _progress(f"{name}: {rate:.2f} requests/s")
+                    if repeat:  # the first warms
+                        found[name].append(rate)
+            best = max(COLOCATED, key=lambda name: statistics.median(found[name]))
+            most = statistics.median(found[best])
+            shown = {name: stacks[name] for name in (best, "ours", "ours, half compressed")}
+            felt = {name: self.felt(stack, tokens, most) for name, stack in shown.items()}
+            mixes = {name: self.mixes(stacks[name], tokens) for name in (best, "ours")}
+        made = _result(found, felt, tokens, best)
+        allowed = _allowed(priced, tokens, text)
+        made.figures |= {
+            "mixes, requests/s": mixes, "what compression allows": round(allowed, 3), "costs": priced.model_dump(),
+            "cases": _cases(made.figures["requests/s"]["ours"], mixes["ours"], tokens, text),
+        }  # fmt: skip
+        return made
 
-    def felt(self, url: str, model: str, tokens: int, most: float) -> dict[str, Any]:
+    def felt(self, stack: Stack, tokens: int, most: float) -> dict[str, Any]:
         """TTFT and ITL at each offered load, milliseconds."""
         said: dict[str, Any] = {}
         for share in LOADS:
-            bodies = self.bodies(model, BALANCED, tokens, self._count // 2)
-            done = asyncio.run(load.offered(url, bodies, share * most))
+            bodies = [stack.chat([picture], tokens) for picture in stack.pictures(self._count // 2, MIXES[BALANCED])]
+            done = asyncio.run(load.offered(stack.url, bodies, share * most))
             ttft, gaps = [f.ttft for f in done], [gap for f in done for gap in f.gaps]
-            said[f"offered {share:.0%} of {most:.2f}/s"] = {
+            said[load_of := f"offered {share:.0%} of {most:.2f}/s"] = {
                 f"{name} {int(100 * p)}": round(1e3 * load.percentile(values, p), 1)
                 for name, values in (("TTFT", ttft), ("ITL", gaps)) for p in (0.5, 0.99)
             }  # fmt: skip
+            _progress(f"{load_of}: {said[load_of]}")
         return said
+
+    def mixes(self, stack: Stack, tokens: int) -> dict[str, float]:
+        """Requests a second, saturated, of other images."""
+        found = {mix: self.saturated(stack, mix, tokens) for mix in MIXES if mix != BALANCED}
+        found[FOUR] = self.saturated(stack, "one tile", tokens, 4)
+        return {name: round(rate, 3) for name, rate in found.items()}
+
+
+def _progress(said: str) -> None:
+    print(said, file=sys.stderr, flush=True)
 
 
 def _allowed(priced: Costs, tokens: int, text: int) -> float:
@@ -139,20 +153,20 @@ def _allowed(priced: Costs, tokens: int, text: int) -> float:
     return (vision + read + rest) / (vision + kept * read + rest)
 
 
-def _cases(figures: dict[str, Any], tokens: int, text: int) -> list[dict[str, Any]]:
+def _cases(balanced: float, mixes: dict[str, float], tokens: int, text: int) -> list[dict[str, Any]]:
     """What ours did, for `dvd plan` to be held against."""
-    measured = {BALANCED: figures["requests/s"]["ours"], **figures["felt"]["ours"]["mixes, requests/s"]}
-    cases = [costs.case(mix, Kind(tiles=TILES[mix], text=text, output=tokens), rate) for mix, rate in measured.items()]
-    four = Kind(images=4, tiles=1, text=text, output=tokens)
-    return [*cases, costs.case("four images", four, figures["felt"]["ours"]["four images, requests/s"])]
+    kinds = {mix: Kind(tiles=tiles, text=text, output=tokens) for mix, tiles in TILES.items()}
+    kinds[FOUR] = Kind(images=4, tiles=1, text=text, output=tokens)
+    return [costs.case(name, kinds[name], rate) for name, rate in {BALANCED: balanced, **mixes}.items()]
 
 
-def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int) -> Result:
-    best = max(("colocated, both cores", "colocated, one for its front end"), key=lambda name: statistics.median(found[name]))
+def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int, best: str) -> Result:
     ratios = [ours / theirs for ours, theirs in zip(found["ours"], found[best], strict=True)]
+    routed = [some / ours for some, ours in zip(found["ours, half compressed"], found["ours"], strict=True)]
     ratio = statistics.median(ratios)
     figures = {
         "requests/s": {name: round(statistics.median(rates), 3) for name, rates in found.items()},
+        "half compressed over not": round(statistics.median(routed), 3),
         "colocated's best": best, "tokens of an answer": tokens, "in flight": IN_FLIGHT, "felt": felt,
     }  # fmt: skip
     return Result("equal-hardware", ratio, 1.0, (max(ratios) - min(ratios)) / ratio, figures)

@@ -30,21 +30,22 @@ def run(options: Options) -> Result:
     if options.baseline is None:
         raise RuntimeError("stock vLLM to compare with: name its Python with --baseline")
     cores = processes.cores()
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "colocated": []}
-    with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name, ExitStack() as held:
         folder = Path(name)
         plain = checkpoint.make(folder / "plain", flash=False, language=checkpoint.SMALL)
         stock = colocated.copied(plain, folder / "stock")
-        for repeat in range(options.repeats(3)):
-            with ExitStack() as held:
-                held.enter_context(processes.vision(folder, plain, cores[:1], "--cache=none"))
-                held.enter_context(processes.language(folder, plain, cores[-1:], "--dtype=float32", STEP))
-                server, url = processes.gateway(folder, cores)
-                held.enter_context(server)
-                found["ours"].append(asyncio.run(_felt(url, plain.name, repeat)))
-            server, url = processes.colocated(folder, options.baseline, stock, cores, "--dtype=float32", STEP)
-            with server:
-                found["colocated"].append(asyncio.run(_felt(url, stock.name, repeat)))
+        held.enter_context(processes.vision(folder, plain, cores[:1], "--cache=none"))
+        held.enter_context(processes.language(folder, plain, cores[-1:], "--dtype=float32", STEP))
+        ours, our_url = processes.gateway(folder, cores)
+        theirs, their_url = processes.colocated(folder, options.baseline, stock, cores, "--dtype=float32", STEP)
+        held.enter_context(ours)
+        held.enter_context(theirs)
+        found: dict[str, list[dict[str, float]]] = {"ours": [], "colocated": []}
+        for repeat in range(options.repeats(3) + 1):
+            for side, url, model in (("ours", our_url, plain.name), ("colocated", their_url, stock.name)):
+                felt = asyncio.run(_felt(url, model, repeat))
+                if repeat:  # the first warms
+                    found[side].append(felt)
     return _result(found)
 
 
@@ -61,25 +62,23 @@ def _result(found: dict[str, list[dict[str, float]]]) -> Result:
 
 async def _felt(url: str, model: str, seed: int) -> dict[str, float]:
     """99th percentile of the streams' gaps, seconds: alone, and while images come."""
-    await _streams(url, model, seed, 0)
-    return {"alone": await _streams(url, model, seed + 1, 0), "with images": await _streams(url, model, seed + 2, BURSTS)}
+    return {"alone": await _streams(url, model, 2 * seed, 0), "with images": await _streams(url, model, 2 * seed + 1, BURSTS)}
 
 
 async def _streams(url: str, model: str, seed: int, bursts: int) -> float:
+    texts = [load.chat(model, f"Tell me about {seed} and {i}.", tokens=TOKENS) for i in range(STREAMS)]
+    pictures = [load.picture(1000 * seed + i, *SIZE) for i in range(bursts * BURST)]  # not while somebody listens
+    images = [load.chat(model, "What is this?", [picture], tokens=1) for picture in pictures]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
-        texts = [load.chat(model, f"Tell me about {seed} and {i}.", tokens=TOKENS) for i in range(STREAMS)]
         speaking = [asyncio.create_task(load.ask(session, url, body)) for body in texts]
         await asyncio.sleep(1)
-        images = []
-        for burst in range(bursts):
-            for i in range(BURST):
-                picture = load.picture(1000 * seed + 10 * burst + i, *SIZE)
-                body = load.chat(model, "What is this?", [picture], tokens=1)
-                images.append(asyncio.create_task(load.ask(session, url, body)))
+        shown = []
+        for start in range(0, len(images), BURST):
+            shown += [asyncio.create_task(load.ask(session, url, body)) for body in images[start : start + BURST]]
             await asyncio.sleep(PAUSE)
         done = await asyncio.gather(*speaking)
-        await asyncio.gather(*images)
-    for felt in (*done, *(task.result() for task in images)):
+        seen = await asyncio.gather(*shown)
+    for felt in (*done, *seen):
         if felt.error:
             raise RuntimeError(felt.error)
     return load.percentile([gap for felt in done for gap in felt.gaps], 0.99)
