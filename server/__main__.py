@@ -13,16 +13,13 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from server.app import in_this_process
+from server.protocol import served
 from wire import config, logs
 
 log = logging.getLogger("dvd.gateway")
 
 _GRACE = 15
 """Seconds that answers in flight have to end after a signal."""
-
-
-_MAX_HEAD = 64 << 10
-"""Bytes of a request's head; of uvicorn's two parsers only h11 can be told."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,17 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"dvd gateway: cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port")
     each = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
-    serving = uvicorn.Config(
-        functools.partial(in_this_process, each),
-        factory=True,
-        workers=options.workers,
-        http="h11",
-        h11_max_incomplete_event_size=_MAX_HEAD,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_GRACE,
-    )
+    serving = served(functools.partial(in_this_process, each), _GRACE, factory=True, workers=options.workers)
     logs.configure(options.log_level, options.log_format)
     log.info("listening on http://%s:%d", options.host, listening.getsockname()[1])
     if options.workers == 1:

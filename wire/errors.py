@@ -7,6 +7,7 @@ DvdError
 │   ├── InvalidVideo          bytes that are not a video we decode
 │   ├── TooManyImages
 │   ├── BodyTooLarge
+│   ├── HeadTooLarge          the request's line and headers
 │   ├── ImageFetchFailed      the URL cannot be had, or may not be fetched
 │   └── ContextLengthExceeded
 ├── Unauthorized
@@ -73,6 +74,11 @@ class TooManyImages(InvalidRequest):
 class BodyTooLarge(InvalidRequest):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     code = "body_too_large"
+
+
+class HeadTooLarge(InvalidRequest):
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    code = "head_too_large"
 
 
 class ImageFetchFailed(InvalidRequest):

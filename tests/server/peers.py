@@ -23,6 +23,7 @@ from PIL import Image
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
 from server.app import create_app
+from server.protocol import served
 from wire import errors, rpc
 from wire.config import Gateway
 
@@ -466,10 +467,7 @@ async def serve(
         **{"vision_workers": [v.address for v in visions], "language_workers": [w.sink.address for w in languages], **options}
     )
     listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        create_app(chosen), http="h11", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(served(create_app(chosen), grace=1))
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     try:
