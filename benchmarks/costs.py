@@ -119,10 +119,13 @@ def predicted(costs: Costs, kind: Kind, in_flight: int = IN_FLIGHT) -> float:
 
 
 def balanced(costs: Costs, tiles: int, text: int) -> int:
-    """Tokens of an answer for which a request with such an image keeps one half as busy as the other."""
+    """Tokens of an answer for which a request with such an image keeps one half as busy as the other.
+
+    About half of those in flight are then with the engine, and share its steps.
+    """
     engine = costs.language
     read = engine.request + engine.prefill * (text + tiles * costs.tokens_per_tile)
-    return max(4, round((tiles * costs.vision.tile - read) / (engine.decode + engine.step / IN_FLIGHT)))
+    return max(4, round((tiles * costs.vision.tile - read) / (engine.decode + engine.step / (IN_FLIGHT / 2))))
 
 
 def case(name: str, kind: Kind, rate: float) -> dict[str, Any]:

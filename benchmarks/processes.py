@@ -95,12 +95,6 @@ def vision(folder: Path, model: Path, on: Sequence[int], *flags: str, name: str 
     return Server(name, command, on, folder, lambda: _listens(listen))
 
 
-def yielding(server: Server) -> Server:
-    """One that runs while others on its cores have nothing to do."""
-    server.command = ["nice", "-n", "19", *server.command]
-    return server
-
-
 def language(folder: Path, model: Path, on: Sequence[int], *flags: str, name: str = "language") -> Server:
     """A language worker, its sink at `unix:FOLDER/NAME`, vLLM at `unix:FOLDER/NAME-http`."""
     http = folder / f"{name}-http"
