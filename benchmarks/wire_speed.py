@@ -15,45 +15,34 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import arrival
+from benchmarks import arrival, checkpoint, processes
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
+from lm_worker.sink import SinkOptions
+from lm_worker.store import create_folder
+from wire.checkpoint import open_checkpoint
 
 SIZES = {"2 MiB": 2 << 20, "26 MiB": 26 << 20}
 WIDTH = 4096
+WIDE = checkpoint.SMALL | {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1}
 _TOTAL = 512 << 20
 """Bytes of one measurement."""
 
 # The two ends; each is a process: python -m benchmarks.wire_speed ROLE ARGUMENTS
 
 
-async def _grpc_sink(address: str, folder: str) -> None:
-    from lm_worker.sink import Sink
-    from lm_worker.store import Store, create_folder
-    from wire import chunks, rpc
-
-    create_folder(Path(folder))
-    sink = Sink.__new__(Sink)
-    sink._store, sink._dtype, sink._width, sink._fingerprint = Store(Path(folder), 2 << 30, 0.0), "bfloat16", WIDTH, "f" * 64
-    sink._context, sink._arriving = 1 << 30, {}
-    server = rpc.server(address)
-    chunks.add_sink(sink, server)
-    await server.start()
-    print("ready", flush=True)
-    await server.wait_for_termination()
-
-
-async def _grpc_sender(address: str, size: int, at_once: int, total: int) -> float:
+async def _grpc_sender(address: str, fingerprint: str, size: int, at_once: int, total: int) -> float:
     from vision_worker.delivery import Sinks
     from wire.tensors import Header
 
     sinks, data, rows = Sinks(), memoryview(bytes(size)), size // (2 * WIDTH)
-    await sinks.deliver(address, Header("warm", "f" * 64, "bfloat16", rows, WIDTH), data, 60)
+    await sinks.deliver(address, Header("warm", fingerprint, "bfloat16", rows, WIDTH), data, 60)
     numbers = iter(range(max(at_once, total // size)))
 
     async def send() -> None:
         for number in numbers:
-            await sinks.deliver(address, Header(f"k-{os.getpid()}-{number}", "f" * 64, "bfloat16", rows, WIDTH), data, 60)
+            header = Header(f"k-{os.getpid()}-{number}", fingerprint, "bfloat16", rows, WIDTH)
+            await sinks.deliver(address, header, data, 60)
 
     began = time.monotonic()
     await asyncio.gather(*(send() for _ in range(at_once)))
@@ -66,7 +55,6 @@ def _raw_sink(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()
-        print("ready", flush=True)
         buffer = memoryview(bytearray(1 << 20))
         while True:
             connection, _ = listening.accept()
@@ -92,9 +80,7 @@ def _raw_sender(address: str, size: int, total: int) -> float:
 def _main(role: str, *arguments: str) -> None:
     said = [int(word) if word.isdigit() else word for word in arguments]
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0 if role.endswith("sink") else -1]})
-    if role == "grpc-sink":
-        asyncio.run(_grpc_sink(*said))  # type: ignore[arg-type]
-    elif role == "grpc-sender":
+    if role == "grpc-sender":
         print(asyncio.run(_grpc_sender(*said)))  # type: ignore[arg-type]
     elif role == "raw-sink":
         _raw_sink(*said)  # type: ignore[arg-type]
@@ -110,6 +96,15 @@ def _process(role: str, *arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+def _sink(folder: Path, model: Path) -> "subprocess.Popen[str]":
+    """As a language worker starts its own."""
+    create_folder(folder / "store")
+    said = SinkOptions(str(model), f"unix:{folder / 'grpc'}", "", "bfloat16", str(folder / "store"), 2 << 30, 0.0, 0, "warning")
+    sink = subprocess.Popen([sys.executable, *said.arguments()], stdin=subprocess.PIPE, text=True)
+    os.sched_setaffinity(sink.pid, processes.cores()[:1])
+    return sink
+
+
 def _measured(role: str, *arguments: object) -> float:
     process = _process(role, *arguments)
     said, _ = process.communicate(timeout=300)
@@ -121,13 +116,16 @@ def _measured(role: str, *arguments: object) -> float:
 def run(options: Options) -> Result:
     """The headline is the least of the four settings."""
     total = _TOTAL // 4 if options.quick else _TOTAL
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        ends = [_process("grpc-sink", f"unix:{folder}/grpc", f"{folder}/store"), _process("raw-sink", f"{folder}/raw")]
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        folder = Path(name)
+        model = checkpoint.make(folder / "wide", flash=False, dtype="bfloat16", language=WIDE)
+        ends = [_sink(folder, model), _process("raw-sink", folder / "raw")]
         try:
-            for end in ends:
-                assert end.stdout is not None
-                assert end.stdout.readline() == "ready\n"
-            found = _compared(folder, total, options.repeats(5))
+            while not ((folder / "grpc").exists() and (folder / "raw").exists()):
+                if any(end.poll() is not None for end in ends):
+                    raise RuntimeError("an end of the wire did not start")
+                time.sleep(0.1)
+            found = _compared(folder, open_checkpoint(model).fingerprint, total, options.repeats(5))
         finally:
             for end in ends:
                 end.kill()
@@ -136,15 +134,15 @@ def run(options: Options) -> Result:
     return found
 
 
-def _compared(folder: str, total: int, repeats: int) -> Result:
+def _compared(folder: Path, fingerprint: str, total: int, repeats: int) -> Result:
     figures: dict[str, dict[str, float]] = {}
     least, spread = float("inf"), 0.0
     for name, size in SIZES.items():
         for at_once in (1, 4):
             raw, grpc = [], []
             for _ in range(repeats):
-                raw.append(_measured("raw-sender", f"{folder}/raw", size, total))
-                grpc.append(_measured("grpc-sender", f"unix:{folder}/grpc", size, at_once, total))
+                raw.append(_measured("raw-sender", folder / "raw", size, total))
+                grpc.append(_measured("grpc-sender", f"unix:{folder / 'grpc'}", fingerprint, size, at_once, total))
             ratio, width = ratio_of(grpc, raw)
             figures[f"{name}, {at_once} at once"] = {
                 "grpc GB/s": round(statistics.median(grpc) / 1e9, 2), "raw GB/s": round(statistics.median(raw) / 1e9, 2),
