@@ -4,10 +4,8 @@ Both ends are processes of their own, pinned to one core each. The sink is the p
 shared memory, every value checked to be finite. The raw socket writes into a buffer and checks nothing.
 """
 
-import asyncio
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,81 +16,19 @@ from pathlib import Path
 from benchmarks import arrival, checkpoint, processes
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
+from benchmarks.wire_ends import WIDTH
 from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder
 from wire.checkpoint import open_checkpoint
 
 SIZES = {"2 MiB": 2 << 20, "26 MiB": 26 << 20}
-WIDTH = 4096
 WIDE = checkpoint.SMALL | {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1}
 _TOTAL = 512 << 20
 """Bytes of one measurement."""
 
-# The two ends; each is a process: python -m benchmarks.wire_speed ROLE ARGUMENTS
-
-
-async def _grpc_sender(address: str, fingerprint: str, size: int, at_once: int, total: int) -> float:
-    from vision_worker.delivery import Sinks
-    from wire.tensors import Header
-
-    sinks, data, rows = Sinks(), memoryview(bytes(size)), size // (2 * WIDTH)
-    await sinks.deliver(address, Header("warm", fingerprint, "bfloat16", rows, WIDTH), data, 60)
-    numbers = iter(range(max(at_once, total // size)))
-
-    async def send() -> None:
-        for number in numbers:
-            header = Header(f"k-{os.getpid()}-{number}", fingerprint, "bfloat16", rows, WIDTH)
-            await sinks.deliver(address, header, data, 60)
-
-    began = time.monotonic()
-    await asyncio.gather(*(send() for _ in range(at_once)))
-    seconds = time.monotonic() - began
-    await sinks.close()
-    return max(at_once, total // size) * size / seconds
-
-
-def _raw_sink(address: str) -> None:
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(address)
-        listening.listen()
-        buffer = memoryview(bytearray(1 << 20))
-        while True:
-            connection, _ = listening.accept()
-            with connection:
-                while connection.recv_into(buffer):
-                    pass
-                connection.sendall(b"!")
-
-
-def _raw_sender(address: str, size: int, total: int) -> float:
-    data, count = memoryview(bytes(size)), total // size
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(address)
-        began = time.monotonic()
-        for _ in range(count):
-            for start in range(0, size, 1 << 20):
-                connection.sendall(data[start : start + (1 << 20)])
-        connection.shutdown(socket.SHUT_WR)
-        connection.recv(1)
-        return count * size / (time.monotonic() - began)
-
-
-def _main(role: str, *arguments: str) -> None:
-    said = [int(word) if word.isdigit() else word for word in arguments]
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0 if role.endswith("sink") else -1]})
-    if role == "grpc-sender":
-        print(asyncio.run(_grpc_sender(*said)))  # type: ignore[arg-type]
-    elif role == "raw-sink":
-        _raw_sink(*said)  # type: ignore[arg-type]
-    else:
-        print(_raw_sender(*said))  # type: ignore[arg-type]
-
-
-# The run
-
 
 def _process(role: str, *arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "benchmarks.wire_speed", role, *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.wire_ends", role, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -152,7 +88,3 @@ def _compared(folder: Path, fingerprint: str, total: int, repeats: int) -> Resul
                 least, spread = ratio, width
             print(json.dumps({f"{name}, {at_once} at once": figures[f"{name}, {at_once} at once"]}), file=sys.stderr)
     return Result("wire", least, 0.5, spread, figures)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

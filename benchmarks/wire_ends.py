@@ -1,0 +1,74 @@
+"""The ends of a wire under measurement, each a process: `python -m benchmarks.wire_ends ROLE ARGUMENTS`.
+
+Apart from the run, so that they begin at once: what they import is what they need.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+import time
+
+WIDTH = 4096
+"""Values of a token, two bytes each."""
+
+
+async def _grpc_sender(address: str, fingerprint: str, size: int, at_once: int, total: int) -> float:
+    from vision_worker.delivery import Sinks
+    from wire.tensors import Header
+
+    sinks, data, rows = Sinks(), memoryview(bytes(size)), size // (2 * WIDTH)
+    await sinks.deliver(address, Header("warm", fingerprint, "bfloat16", rows, WIDTH), data, 60)
+    numbers = iter(range(max(at_once, total // size)))
+
+    async def send() -> None:
+        for number in numbers:
+            header = Header(f"k-{os.getpid()}-{number}", fingerprint, "bfloat16", rows, WIDTH)
+            await sinks.deliver(address, header, data, 60)
+
+    began = time.monotonic()
+    await asyncio.gather(*(send() for _ in range(at_once)))
+    seconds = time.monotonic() - began
+    await sinks.close()
+    return max(at_once, total // size) * size / seconds
+
+
+def _raw_sink(address: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen()
+        buffer = memoryview(bytearray(1 << 20))
+        while True:
+            connection, _ = listening.accept()
+            with connection:
+                while connection.recv_into(buffer):
+                    pass
+                connection.sendall(b"!")
+
+
+def _raw_sender(address: str, size: int, total: int) -> float:
+    data, count = memoryview(bytes(size)), total // size
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        began = time.monotonic()
+        for _ in range(count):
+            for start in range(0, size, 1 << 20):
+                connection.sendall(data[start : start + (1 << 20)])
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+        return count * size / (time.monotonic() - began)
+
+
+def _main(role: str, *arguments: str) -> None:
+    said = [int(word) if word.isdigit() else word for word in arguments]
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0 if role.endswith("sink") else -1]})
+    if role == "grpc-sender":
+        print(asyncio.run(_grpc_sender(*said)))  # type: ignore[arg-type]
+    elif role == "raw-sink":
+        _raw_sink(*said)  # type: ignore[arg-type]
+    else:
+        print(_raw_sender(*said))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
