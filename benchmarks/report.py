@@ -52,11 +52,13 @@ def _ratios(found: dict[str, Any]) -> Figure:
     shares = [found[name]["ratio"] / found[name]["target"] for name in names]
     colours = [OURS if found[name]["met"] else THEIRS for name in names]
     axes.barh(names, shares, color=colours, xerr=[s * found[n]["spread"] / 2 for n, s in zip(names, shares, strict=True)])
-    for place, name in enumerate(names):
-        axes.text(
-            0.02, place, f"{found[name]['ratio']:.2f} of {found[name]['target']:g}", va="center", color="white", fontsize=9
-        )
+    for place, (name, share) in enumerate(zip(names, shares, strict=True)):
+        right = max(1.0, share * (1 + found[name]["spread"] / 2))
+        label = f"{found[name]['ratio']:.2f} of {found[name]['target']:g}"
+        axes.text(1.08 * right, place, label, va="center", fontsize=9)
     axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.margins(x=0.3)
     axes.set_xlabel("ratio over target (whiskers: spread of the repeats)")
     axes.invert_yaxis()
     return figure
