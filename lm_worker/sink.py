@@ -17,7 +17,7 @@ from lm_worker.metrics import Metrics
 from lm_worker.store import Store, checked_key, default_budget, remove_folder
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
-from wire import chunks, errors, logs, meters, rpc, tensors
+from wire import chunks, errors, logs, meters, rpc
 from wire.checkpoint import open_checkpoint
 from wire.messages import describe, from_dtype, to_dtype
 from wire.tensors import Header
@@ -59,6 +59,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._fingerprint = checkpoint.fingerprint
         self._context = checkpoint.description.context
         self._http = options.http
+        self._shares_files = options.listen.startswith("unix:")  # whoever reaches it is on this machine
         self._checkpoint = describe(checkpoint)
         self._arriving: dict[str, asyncio.Future[None]] = {}
 
@@ -74,7 +75,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
         logs.adopt(context)
         with self._delivery() as line:
-            already_here = await self._store_delivery(request, line)
+            already_here = await self._store_delivery(request, line, context)
             line["outcome"] = "already_here" if already_here else "stored"
             self._metrics.deliveries.labels(line["outcome"]).inc()
         return pb.DeliverReply(already_here=already_here)
@@ -92,7 +93,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         finally:
             log.log(level, "delivery", extra=logs.fields(**line, seconds=round(time.monotonic() - began, 4)))
 
-    async def _store_delivery(self, request: AsyncIterator[bytes], line: dict[str, Any]) -> bool:
+    async def _store_delivery(self, request: AsyncIterator[bytes], line: dict[str, Any], context: Any) -> bool:
         """Whether the embedding was here already."""
         said = await anext(aiter(request), None)
         first = None if said is None else chunks.read(said)
@@ -102,11 +103,12 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         line["bytes"] = header.length
         while (other := self._arriving.get(header.key)) is not None:
             await asyncio.wait([other])
-        if self._store.rows(header.key):
+        if header.key in self._store:
+            self._store.rows(header.key)
             return True
         self._arriving[header.key] = done = asyncio.get_running_loop().create_future()
         try:
-            await self._receive(header, request)
+            await self._receive(header, request, context)
         finally:
             del self._arriving[header.key]
             done.set_result(None)
@@ -136,20 +138,14 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
             )
         return header
 
-    async def _receive(self, header: Header, parts: AsyncIterator[bytes]) -> None:
-        with self._store.writing(header) as values:
-            at = 0
+    async def _receive(self, header: Header, parts: AsyncIterator[bytes], context: Any) -> None:
+        with self._store.writing(header) as incoming:
+            await chunks.accept(context, incoming.path if self._shares_files else None)
             async for part in parts:
                 chunk = chunks.read(part)
-                data = chunk if isinstance(chunk, memoryview) else chunk.data
-                end = at + len(data)
-                if end > header.length:
-                    raise errors.InvalidRequest(f"more than the {header.length} bytes that the header promised")
-                values[at:end] = data
-                at = end
-            if at != header.length:
-                raise errors.InvalidRequest(f"{at} bytes arrived of {header.length} that the header promised")
-            await asyncio.to_thread(tensors.check_finite, values, header.dtype)
+                incoming.add(chunk if isinstance(chunk, memoryview) else chunk.data)
+            if not incoming.given:  # the sender has written them: there is more to look at than a loop has time for
+                await asyncio.to_thread(incoming.end)
 
 
 async def serve(options: SinkOptions) -> None:

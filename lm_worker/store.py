@@ -5,6 +5,7 @@ in `held/`: it cannot vanish under the reader, and its link count tells the sink
 """
 
 import contextlib
+import errno
 import mmap
 import os
 import re
@@ -76,16 +77,29 @@ class Holder:
 
 @dataclass
 class _Entry:
+    """`asked`: how often it was asked for, by whoever had it delivered or after that; `changed`: the file's change time when
+    it was last asked for, which a reader's hold and release move on."""
+
     rows: int
     size: int
+    leased_until: float
+    asked: int
+    changed: int
+
+
+@dataclass
+class _Wish:
+    """A key that was asked for and is not here yet."""
+
+    asked: int
     leased_until: float
 
 
 class Store:
     """The sink's view: owns the folder and its budget. All methods run in one thread; sizes in bytes, times in seconds.
 
-    Evicts the least recently used first, and never what was announced, asked for or delivered within `lease` seconds nor
-    what a reader holds.
+    Evicts the least recently used first, and never what a reader holds, nor what was asked for or delivered within `lease`
+    seconds. What was asked for once, and was held and let go of since, has served: its lease is over.
     """
 
     def __init__(self, folder: Path, budget: int, lease: float) -> None:
@@ -95,25 +109,41 @@ class Store:
         self.evictions = 0
         self._lease = lease
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._wishes: OrderedDict[str, _Wish] = OrderedDict()
         self._writes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
     def rows(self, key: str) -> int:
         """Visual tokens under `key`, 0 when it is not here. Counts as use and renews the lease."""
+        until = time.monotonic() + self._lease
         entry = self._entries.get(key)
         if entry is None:
+            self._wish(key, until)
             return 0
-        entry.leased_until = time.monotonic() + self._lease
+        file = self._status(key)
+        entry.asked = 1 if self._may_go(entry, file) else entry.asked + 1
+        entry.changed, entry.leased_until = file.st_ctime_ns, until
         self._entries.move_to_end(key)
         return entry.rows
 
-    @contextlib.contextmanager
-    def writing(self, header: Header) -> Iterator[memoryview]:
-        """Memory for the values of one embedding, visible under its key when the block ends without an error.
+    def _wish(self, key: str, until: float) -> None:
+        now = time.monotonic()
+        while self._wishes and next(iter(self._wishes.values())).leased_until < now:
+            self._wishes.popitem(last=False)
+        before = self._wishes.pop(key, None)
+        self._wishes[key] = _Wish(before.asked + 1 if before else 1, until)
 
-        Raises `SinkFull` where the budget cannot be met without evicting what is in use.
+    @contextlib.contextmanager
+    def writing(self, header: Header) -> Iterator["Incoming"]:
+        """Takes the values of one embedding, visible under its key when the block ends without an error.
+
+        Raises `SinkFull` where the budget cannot be met without evicting what is in use or the file system is full, and
+        `InvalidRequest` where values are missing at the end.
         """
         size = tensors.HEADER_SIZE + header.length
         self._make_room(size)
@@ -121,34 +151,43 @@ class Store:
         self._writes += 1
         temporary = self.folder / "incoming" / str(self._writes)
         try:
-            with _mapped_file(temporary, header) as values:
-                yield values
+            with contextlib.closing(Incoming(temporary, header)) as incoming:
+                yield incoming
+                incoming.end()
             self._publish(header, temporary, size)
-        except BaseException:
+        except BaseException as error:
             self.used -= size
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise errors.SinkFull("the sink's file system is full: give it more memory, or lower --sink-bytes") from None
             raise
 
     def _publish(self, header: Header, temporary: Path, size: int) -> None:
         if header.key in self._entries:  # delivered twice at once: equal values, keep the older file
             raise errors.InvalidRequest(f"embedding {header.key} was delivered twice at once")
         temporary.rename(self.folder / header.key)
-        self._entries[header.key] = _Entry(header.rows, size, time.monotonic() + self._lease)
+        wish = self._wishes.pop(header.key, None)
+        self._entries[header.key] = _Entry(
+            header.rows, size, time.monotonic() + self._lease, wish.asked if wish else 1, self._status(header.key).st_ctime_ns
+        )
 
     def _make_room(self, size: int) -> None:
         if size > self.budget:
             raise errors.SinkFull(f"an embedding of {size} bytes can never fit the sink's {self.budget}: raise --sink-bytes")
-        now = time.monotonic()
-        for key in list(self._entries):
+        for key, entry in list(self._entries.items()):
             if self.used + size <= self.budget:
                 return
-            if self._entries[key].leased_until < now and not self._is_held(key):
+            if self._may_go(entry, self._status(key)):
                 self._evict(key)
         if self.used + size > self.budget:
             raise errors.SinkFull(f"the sink is full: {self.used} of {self.budget} bytes in use; try again", retry_after=1)
 
-    def _is_held(self, key: str) -> bool:
-        return (self.folder / key).stat().st_nlink > 1
+    def _may_go(self, entry: _Entry, file: os.stat_result) -> bool:
+        served = entry.asked == 1 and file.st_ctime_ns != entry.changed
+        return file.st_nlink == 1 and (served or entry.leased_until < time.monotonic())
+
+    def _status(self, key: str) -> os.stat_result:
+        return (self.folder / key).stat()
 
     def _evict(self, key: str) -> None:
         (self.folder / key).unlink(missing_ok=True)
@@ -156,16 +195,54 @@ class Store:
         self.evictions += 1
 
 
-@contextlib.contextmanager
-def _mapped_file(path: Path, header: Header) -> Iterator[memoryview]:
-    """A new file of the right size with its header written; yields the memory of its values."""
-    with path.open("w+b") as file:
-        # allocate now: a full /dev/shm must be an error here, not a SIGBUS at the first write
-        os.posix_fallocate(file.fileno(), 0, tensors.HEADER_SIZE + header.length)
-        with mmap.mmap(file.fileno(), 0) as mapped, memoryview(mapped) as whole:
-            whole[: tensors.HEADER_SIZE] = header.pack()
+class Incoming:
+    """The file of an embedding that is arriving: its header, then what `add` is given, or what the sender itself writes.
+
+    Written, not mapped: a new page that is written whole need not be zeroed nor faulted in first, which halves the cost.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        self.given = 0  # bytes
+        self._header = header
+        self._file = path.open("w+b", buffering=0)
+        self._whole = False
+        tensors.write_all(self._file, memoryview(header.pack()))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def add(self, values: bytes | memoryview) -> None:
+        """The next values. Raises `InvalidRequest` where they are too many, not whole, or not finite."""
+        length, size = self._header.length, tensors.DTYPE_SIZES[self._header.dtype]
+        if len(values) % size:
+            raise errors.InvalidRequest(f"a part of {len(values)} bytes, expected whole values of {size}")
+        if self.given + len(values) > length:
+            raise errors.InvalidRequest(f"more than the {length} bytes that the header promised")
+        tensors.check_finite(values, self._header.dtype)
+        tensors.write_all(self._file, memoryview(values))
+        self.given += len(values)
+
+    def end(self) -> None:
+        """Raises `InvalidRequest` where values are missing, or where the sender wrote what `add` would not have taken."""
+        if self._whole:
+            return
+        there = os.fstat(self._file.fileno()).st_size - tensors.HEADER_SIZE
+        if there != self._header.length or self.given not in (0, there):
+            raise errors.InvalidRequest(
+                f"{self.given or there} bytes arrived of {self._header.length} that the header promised"
+            )
+        if not self.given:
+            self._check()
+        self._whole = True
+
+    def _check(self) -> None:
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all pages at once: a fault for each would cost more than the check
+        with mmap.mmap(self._file.fileno(), 0, flags=flags, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as whole:
+            if whole[: tensors.HEADER_SIZE] != self._header.pack():
+                raise errors.InvalidRequest("the header of the embedding was written over")
             with whole[tensors.HEADER_SIZE :] as values:
-                yield values
+                tensors.check_finite(values, self._header.dtype)
 
 
 def create_folder(folder: Path) -> None:

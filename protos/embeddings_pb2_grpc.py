@@ -71,7 +71,8 @@ class EmbeddingSinkServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Deliver(self, request_iterator, context):
-        """One embedding: its header, then its bytes in chunks. Visible complete or not at all.
+        """One embedding: its header; then, once the sink has sent the initial metadata "dvd-wanted", its bytes in chunks of whole
+        values. A sink that has it already, or no room, answers at once. Visible complete or not at all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,8 +40,7 @@ class Sinks:
             if opened:
                 await self._close_unused()
             with rpc.translated("language worker's sink"):
-                sent = chunks.chunks(header, data)
-                await chunks.deliver(road.channel)(sent, timeout=seconds, metadata=logs.metadata())
+                await chunks.deliver(road.channel, header, data, seconds, logs.metadata())
         except errors.Unavailable as error:
             if type(error) is errors.Unavailable:  # ours would look like this vision worker's own absence
                 raise errors.SinkUnavailable(str(error)) from None

@@ -6,7 +6,10 @@ that one field is a tag, a length and the bytes: it is written and read here, an
 
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
-from collections.abc import AsyncIterator
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,22 +17,27 @@ import grpc
 from protos import embeddings_pb2 as pb
 from protos.embeddings_pb2_grpc import EmbeddingSinkServicer
 from wire import errors, messages, rpc
-from wire.tensors import Header
+from wire.tensors import HEADER_SIZE, Header, write_all
 
 if TYPE_CHECKING:
     import grpc.aio
 
 _SERVICE = "dvd.v1.EmbeddingSink"
+_WANTED = "dvd-wanted"
 _DATA = pb.DeliverChunk.DATA_FIELD_NUMBER << 3 | 2  # the tag: a field of that number, with a length
 
 
-async def chunks(header: Header, data: memoryview) -> AsyncIterator[bytes]:
-    """The messages of one delivery, as they go over the wire."""
+def opening(header: Header) -> bytes:
+    """The first message of a delivery."""
     first = pb.EmbeddingHeader(
         key=header.key, fingerprint=header.fingerprint, dtype=messages.to_dtype(header.dtype),
         rows=header.rows, width=header.width, length=header.length,
     )  # fmt: skip
-    yield pb.DeliverChunk(header=first).SerializeToString()
+    return pb.DeliverChunk(header=first).SerializeToString()
+
+
+def parts(data: memoryview) -> Iterator[bytes]:
+    """All others."""
     for start in range(0, len(data), rpc.CHUNK):
         part = data[start : start + rpc.CHUNK]
         yield b"".join((bytes([_DATA]), _varint(len(part)), part))
@@ -47,11 +55,52 @@ def read(message: bytes) -> pb.DeliverChunk | memoryview:
         raise errors.InvalidRequest("a part of a delivery is no DeliverChunk") from None
 
 
-def deliver(channel: grpc.aio.Channel) -> Any:
-    """`EmbeddingSink.Deliver` for a stream of `chunks`."""
-    return channel.stream_unary(
+async def deliver(
+    channel: grpc.aio.Channel, header: Header, data: memoryview, seconds: float | None = None, metadata: Any = None
+) -> pb.DeliverReply:
+    """`EmbeddingSink.Deliver`: the header, and, once the sink has said that it wants them (`accept`), the values.
+
+    A sink that has them already, or no room, answers instead: nothing is shipped in vain, and nothing is written to a call
+    that has just ended, of which grpc.aio would say "internal error" and no more. A sink on this machine names the file
+    that they are to be in, and they are written there. Raises `grpc.aio.AioRpcError`.
+    """
+    start: Any = channel.stream_unary(
         f"/{_SERVICE}/Deliver", request_serializer=None, response_deserializer=pb.DeliverReply.FromString
     )
+    call = start(timeout=seconds, metadata=metadata)
+    try:
+        await call.write(opening(header))
+        wanted = dict(await call.initial_metadata()).get(_WANTED)
+        if wanted is not None:
+            if not (wanted and await asyncio.to_thread(_written, wanted, header, data)):
+                for part in parts(data):
+                    await call.write(part)
+            await call.done_writing()
+    except asyncio.InvalidStateError:  # ended meanwhile
+        pass
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    reply: pb.DeliverReply = await call
+    return reply
+
+
+def _written(file: str, header: Header, data: memoryview) -> bool:
+    """Whether the values are now in the sink's file. It is known by the header in it, wherever the name came from."""
+    try:
+        with open(os.open(file, os.O_RDWR | os.O_NOFOLLOW), "r+b", buffering=0) as opened:
+            if opened.read(HEADER_SIZE) != header.pack():
+                return False
+            write_all(opened, data)
+    except OSError:  # the sink sees no such file, or this process may not write it, or there is no room: it says which
+        return False
+    return True
+
+
+async def accept(context: Any, file: Path | None) -> None:
+    """Of a sink: the values that belong to the header are wanted; in `file`, after its header, of a sender that can."""
+    said = str(file) if file is not None and str(file).isascii() else ""
+    await context.send_initial_metadata(((_WANTED, said),))
 
 
 def add_sink(sink: EmbeddingSinkServicer, server: grpc.aio.Server) -> None:

@@ -184,7 +184,9 @@ class Storing(Options):
     sink_bytes: int = Field(
         0, ge=0, description="shared memory for embeddings; 0: a quarter of what /dev/shm has free, at most 8 GiB"
     )
-    sink_lease: float = Field(60.0, gt=0, description="seconds a delivered or asked-for embedding is safe from eviction")
+    sink_lease: float = Field(
+        60.0, gt=0, description="seconds a delivered or asked-for embedding that was not read yet is safe from eviction"
+    )
     wait_for_embeddings: float = Field(
         10.0, gt=0, description="seconds a request waits in vLLM for an embedding that has not come yet"
     )

@@ -95,7 +95,9 @@ def _ours(error: grpc.aio.AioRpcError, peer: str, quiet: bool) -> errors.DvdErro
     known = errors.by_code(str(trailers.get(_CODE_KEY, "")))
     if known is not None:
         return known(error.details() or known.code)
-    kind = _FALLBACK.get(error.code(), errors.InternalError)
+    # what grpc.aio says of writing to a call that has just ended: the other side is gone
+    lost = error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core"
+    kind = errors.Unavailable if lost else _FALLBACK.get(error.code(), errors.InternalError)
     # gRPC's own details name addresses and paths, which are nobody's business outside: log them, send a plain sentence
     log.log(logging.DEBUG if quiet else logging.WARNING, "%s failed: %s: %s", peer, error.code().name, error.details())
     return kind(f"the {peer} did not answer ({error.code().name.lower()}); try again")

@@ -4,6 +4,7 @@ The header is what makes a value checkable wherever it is found (shared memory, 
 width, length, fingerprint and key. No pickle anywhere: reading foreign bytes must not run code.
 """
 
+import io
 import struct
 from dataclasses import dataclass
 
@@ -62,6 +63,12 @@ def unpack(data: bytes | memoryview) -> Header:
     if header.length != length:
         raise errors.InvalidRequest(f"embedding of {rows} × {width} {header.dtype} claims {length} bytes")
     return header
+
+
+def write_all(file: io.FileIO, data: memoryview) -> None:
+    """An unbuffered file may take less than it is given. Raises `OSError`."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def check_finite(data: bytes | memoryview, dtype: str) -> None:

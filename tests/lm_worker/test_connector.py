@@ -34,8 +34,8 @@ def scheduler(store: Store) -> SharedMemoryConnector:
 
 
 def put(store: Store, key: str, values: torch.Tensor) -> None:
-    with store.writing(Header(key, "f" * 64, "float32", *values.shape)) as memory:
-        memory[:] = values.numpy().tobytes()
+    with store.writing(Header(key, "f" * 64, "float32", *values.shape)) as incoming:
+        incoming.add(values.numpy().tobytes())
 
 
 def request(name: str, *keys: str, rows: int = ROWS) -> Any:

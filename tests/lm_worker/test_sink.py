@@ -1,6 +1,8 @@
 """The sink as a process, over a real socket: what it takes, what it refuses, when it ends."""
 
 import asyncio
+import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -16,9 +18,9 @@ from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder, map_payload
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
-from wire import errors, rpc
+from wire import chunks, errors, rpc
 from wire.checkpoint import open_checkpoint
-from wire.tensors import HEADER_SIZE
+from wire.tensors import HEADER_SIZE, Header
 
 CHECKPOINT = Path(__file__).parents[1] / "data/golden/flash-qwen3/checkpoint"
 FINGERPRINT = open_checkpoint(CHECKPOINT).fingerprint
@@ -111,8 +113,9 @@ NAN = np.full(ROWS * WIDTH, np.nan, "float32").tobytes()
 @pytest.mark.parametrize(
     ("changed", "data", "error", "says"),
     [
-        ({}, bytes(LENGTH - 1), errors.InvalidRequest, f"{LENGTH - 1} bytes arrived of {LENGTH}"),
-        ({}, bytes(LENGTH + 1), errors.InvalidRequest, f"more than the {LENGTH} bytes"),
+        ({}, bytes(LENGTH - 4), errors.InvalidRequest, f"{LENGTH - 4} bytes arrived of {LENGTH}"),
+        ({}, bytes(LENGTH + 4), errors.InvalidRequest, f"more than the {LENGTH} bytes"),
+        ({}, bytes(LENGTH - 1), errors.InvalidRequest, "expected whole values of 4"),
         ({}, b"", errors.InvalidRequest, "0 bytes arrived"),
         ({}, NAN, errors.InvalidRequest, "infinite or undefined"),
         ({"width": 127}, bytes(LENGTH), errors.InvalidRequest, r"256 × 127, expected 1 or more × 128"),
@@ -183,6 +186,63 @@ async def test_a_sender_that_leaves_midway_leaves_nothing(sink: embeddings_pb2_g
         await call
     await deliver(sink, header("left"), bytes(LENGTH))
     assert (await sink.Describe(pb.DescribeRequest())).used_bytes <= before + LENGTH + HEADER_SIZE
+
+
+async def send(running: RunningSink, key: str, rows: int, data: bytes) -> pb.DeliverReply:
+    """As a vision worker does."""
+    said = Header(key, FINGERPRINT, "float32", rows, WIDTH)
+    channel = rpc.channel(running.options.listen)
+    try:
+        with rpc.translated("sink"):
+            return await chunks.deliver(channel, said, memoryview(data), 30)
+    finally:
+        await channel.close()
+
+
+VALUES = np.random.default_rng(1).standard_normal(ROWS * WIDTH).astype("float32").tobytes()
+
+
+async def test_on_one_machine_the_sender_writes_the_values(running: RunningSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "parts", lambda _data: pytest.fail("they were sent"))
+    assert not (await send(running, "written", ROWS, VALUES)).already_here
+    _, mapped = map_payload(Path(running.options.folder) / "written")
+    assert mapped[HEADER_SIZE:] == VALUES
+    with pytest.raises(errors.InvalidRequest, match="infinite or undefined"):
+        await send(running, "written-nan", ROWS, NAN)
+    with pytest.raises(errors.InvalidRequest, match=f"{LENGTH - 4} bytes arrived"):
+        await send(running, "written-short", ROWS, VALUES[4:])
+    assert not any((Path(running.options.folder) / "incoming").iterdir())
+
+
+async def test_a_sender_that_cannot_write_the_file_sends_the_values(
+    running: RunningSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    assert not (await send(running, "sent", ROWS, VALUES)).already_here
+    _, mapped = map_payload(Path(running.options.folder) / "sent")
+    assert mapped[HEADER_SIZE:] == VALUES
+
+
+async def test_a_sender_learns_why_however_much_it_has_to_send(running: RunningSink) -> None:
+    rows = 4 * ROWS
+    large = bytes(4 * LENGTH)
+    replies = await asyncio.gather(*(send(running, "large-0", rows, large) for _ in range(8)))
+    assert sorted(reply.already_here for reply in replies) == [False] + 7 * [True]
+    folder = Path(running.options.folder)
+    held = []
+    with contextlib.suppress(errors.SinkFull):
+        for number in range(1, 100):
+            await send(running, f"large-{number}", rows, large)
+            os.link(folder / f"large-{number}", folder / "held" / f"large-{number}")
+            held.append(folder / "held" / f"large-{number}")
+    before = (await asyncio.to_thread(counted, running))["dvd_sink_received_bytes_total"]
+    for number in range(30):
+        with pytest.raises(errors.SinkFull):
+            await send(running, f"more-{number}", rows, large)
+    assert (await asyncio.to_thread(counted, running))["dvd_sink_received_bytes_total"] == before
+    for path in held:
+        path.unlink()
+    assert not (await send(running, "more", rows, large)).already_here
 
 
 async def test_a_full_sink_evicts_and_goes_on(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:

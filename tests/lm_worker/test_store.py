@@ -25,8 +25,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def put(store: Store, key: str, fill: int = 1) -> None:
-    with store.writing(header(key)) as values:
-        values[:] = bytes([fill]) * len(values)
+    with store.writing(header(key)) as incoming:
+        incoming.add(bytes([fill]) * header(key).length)
 
 
 def test_what_was_written_is_read_back(folder: Path) -> None:
@@ -46,6 +46,16 @@ def test_a_broken_write_leaves_nothing(folder: Path) -> None:
     assert store.rows("a") == 0
     assert not (folder / "a").exists()
     assert not list((folder / "incoming").iterdir())
+
+
+def test_a_full_file_system_is_a_full_sink(folder: Path) -> None:
+    store = Store(folder, budget=10 * SIZE, lease=0)
+    (folder / "incoming" / "1").symlink_to("/dev/full")
+    with pytest.raises(errors.SinkFull, match="file system is full"):
+        put(store, "a")
+    assert store.used == 0
+    put(store, "a")
+    assert store.rows("a") == ROWS
 
 
 def test_the_least_recently_used_goes_first(folder: Path) -> None:
@@ -76,6 +86,50 @@ def test_what_was_just_delivered_or_asked_for_stays(folder: Path) -> None:
     with pytest.raises(errors.SinkFull):
         put(store, "b")
     assert store.rows("a") == ROWS
+
+
+def read_once(folder: Path, key: str) -> None:
+    """Held and let go of, until the file system's clock has seen it."""
+    holder, before = Holder(folder), (folder / key).stat().st_ctime_ns
+    while (folder / key).stat().st_ctime_ns == before:
+        assert holder.hold(key)
+        holder.release(key)
+
+
+def test_what_was_asked_for_once_and_read_goes(folder: Path) -> None:
+    store = Store(folder, budget=SIZE, lease=60)
+    for key in "abc":
+        assert store.rows(key) == 0  # asked for before it was made, as a request does
+        put(store, key)
+        read_once(folder, key)
+    assert store.rows("c") == ROWS  # asked for again: it stays until that one has read it, too
+    with pytest.raises(errors.SinkFull):
+        put(store, "d")
+    read_once(folder, "c")
+    put(store, "d")
+    assert (store.rows("c"), store.evictions) == (0, 3)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_what_two_have_asked_for_stays_when_one_has_read_it(folder: Path, before: int) -> None:
+    store = Store(folder, budget=SIZE, lease=60)
+    store.rows("a")
+    if before:
+        store.rows("a")
+    put(store, "a")
+    if not before:
+        store.rows("a")
+    read_once(folder, "a")
+    with pytest.raises(errors.SinkFull):
+        put(store, "b")
+    assert store.rows("a") == ROWS
+
+
+def test_wishes_that_never_come_true_are_forgotten(folder: Path) -> None:
+    store = Store(folder, budget=SIZE, lease=0)
+    for number in range(100):
+        store.rows(str(number))
+    assert len(store._wishes) < 3
 
 
 def test_what_can_never_fit_says_how_to_make_it_fit(folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from protos import embeddings_pb2, embeddings_pb2_grpc
 from vision_worker import delivery
 from vision_worker.delivery import Sinks
-from wire import rpc
+from wire import chunks, rpc
 from wire.tensors import Header
 
 HEADER = Header("key", "f" * 64, "float32", 1, 4)
@@ -23,10 +23,11 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self.free, self.begun = asyncio.Event(), asyncio.Event()
         self.free.set()
 
-    async def Deliver(self, chunks: AsyncIterator[Any], context: Any) -> embeddings_pb2.DeliverReply:  # noqa: N802
+    async def Deliver(self, request: AsyncIterator[Any], context: Any) -> embeddings_pb2.DeliverReply:  # noqa: N802
         self.begun.set()
         await self.free.wait()
-        assert b"".join([chunk.data async for chunk in chunks]) == DATA
+        await chunks.accept(context, None)
+        assert b"".join([chunk.data async for chunk in request]) == DATA
         return embeddings_pb2.DeliverReply()
 
 

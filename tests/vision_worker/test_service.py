@@ -21,7 +21,7 @@ from vision_worker.batcher import Batcher
 from vision_worker.delivery import Sinks
 from vision_worker.metrics import Metrics
 from vision_worker.service import Service
-from wire import errors, logs, rpc
+from wire import chunks, errors, logs, rpc
 from wire.cache import Cache, Embeddings, Memory
 from wire.trace import Trace
 
@@ -37,11 +37,12 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     data: dict[str, bytes] = field(default_factory=dict)
     fail: errors.DvdError | None = None
 
-    async def Deliver(self, chunks: AsyncIterator[Any], context: Any) -> embeddings_pb2.DeliverReply:  # noqa: N802
+    async def Deliver(self, request: AsyncIterator[Any], context: Any) -> embeddings_pb2.DeliverReply:  # noqa: N802
         if self.fail:
             raise self.fail
-        header = (await anext(chunks)).header
-        parts = [chunk.data async for chunk in chunks]
+        header = (await anext(request)).header
+        await chunks.accept(context, None)
+        parts = [chunk.data async for chunk in request]
         assert all(len(part) <= rpc.CHUNK for part in parts)
         self.headers[header.key], self.data[header.key] = header, b"".join(parts)
         return embeddings_pb2.DeliverReply()
