@@ -14,7 +14,6 @@ import re
 import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import aiohttp
@@ -28,6 +27,8 @@ from wire.config import IMAGE_FORMATS, Serving
 
 _VIDEOS = 2
 """Videos that are decoded at once."""
+_PIECE = 1 << 18
+"""Characters of base64 that are decoded at once, holding the interpreter: a millisecond's. A multiple of four."""
 _MAX_REDIRECTS = 3
 _MAX_URL = 8192
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -100,7 +101,12 @@ class Fetcher:
         return await asyncio.get_running_loop().run_in_executor(self._videos, work)
 
     async def _load(self, url: str, limit: int) -> bytes:
-        data = _inline(url, limit) if url[:5].lower() == "data:" else await self._fetch(url, limit)
+        if url[:5].lower() != "data:":
+            data = await self._fetch(url, limit)
+        elif len(url) < _PIECE:
+            data = _inline(url, limit)
+        else:
+            data = await asyncio.to_thread(_inline, url, limit)
         if len(data) > limit:
             raise _too_large(limit)
         return data
@@ -170,10 +176,12 @@ def _from_base64(payload: str) -> bytes:
     if b"\n" in raw or b"\r" in raw or b" " in raw:
         raw = b"".join(raw.split())
     raw = raw.rstrip(b"=")
+    altchars = b"-_" if b"-" in raw or b"_" in raw else None
     try:
-        return base64.b64decode(
-            raw + b"=" * (-len(raw) % 4), altchars=b"-_" if b"-" in raw or b"_" in raw else None, validate=True
-        )
+        if b"=" in raw:
+            raise binascii.Error  # padding where a piece may end
+        pieces = (raw[at : at + _PIECE] for at in range(0, len(raw), _PIECE))  # between two the interpreter may turn to others
+        return b"".join(base64.b64decode(piece + b"=" * (-len(piece) % 4), altchars, validate=True) for piece in pieces)
     except binascii.Error:
         raise errors.InvalidImage(f"a data: URL of {len(payload)} characters is not valid base64") from None
 
@@ -213,5 +221,17 @@ def _shown(url: str) -> str:
     return repr(url.split("?")[0].split("#")[0][:200])
 
 
-def _reason(error: Any) -> str:
-    return type(error).__name__.removeprefix("Client").removesuffix("Error").lower() or "failed"
+_REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; aiohttp's own words name addresses
+    (aiohttp.ClientConnectorDNSError, "no such host name"),
+    (aiohttp.ClientConnectorCertificateError, "its certificate is not valid"),
+    (aiohttp.ClientSSLError, "it does not speak TLS"),
+    (aiohttp.ClientConnectorError, "nothing answers at that address"),
+    (aiohttp.ServerDisconnectedError, "the connection was closed"),
+    (aiohttp.ClientPayloadError, "the file ended early"),
+    (aiohttp.ClientResponseError, "what answers is no HTTP server"),
+    (aiohttp.InvalidURL, "not a valid URL"),
+)
+
+
+def _reason(error: Exception) -> str:
+    return next((said for kind, said in _REASONS if isinstance(error, kind)), "the connection failed")

@@ -28,15 +28,20 @@ class VisionCosts(_Part):
 
 
 class LanguageCosts(_Part):
-    """One language worker. A step takes `step + prefill × tokens read + decode × sequences that go on`, and `request` for each
-    request that it begins."""
+    """One language worker. A step takes `step + reading + decode × sequences that go on`, and `request` for each request that
+    it begins; reading is `prefill` for each token, and `attention` for each token that stands before it in its prompt."""
 
     step: float = Field(default=0.0, ge=0, description="of a step whatever is in it")
     request: float = Field(default=0.0, ge=0, description="of a request whatever is in it, HTTP on the same core")
     prefill: Positive = Field(description="a token that is read")
+    attention: float = Field(default=0.0, ge=0, description="of a token that is read to one before it")
     decode: float = Field(default=0.0, ge=0, description="a sequence that goes on by one token")
     step_tokens: int = Field(default=8192, ge=1, description="tokens in a step, at most")
     sequences: int = Field(default=256, ge=1, description="sequences at once, at most")
+
+    def reading(self, tokens: int, before: int = 0) -> float:
+        """Seconds to read so many tokens of a prompt, as many `before` them having been read."""
+        return tokens * (self.prefill + self.attention * (before + tokens / 2))
 
 
 class Costs(_Part):
@@ -114,7 +119,7 @@ def work(costs: Costs, load: Load) -> tuple[float, float]:
         engine = costs.language
         language += share * (
             engine.request
-            + read * engine.prefill
+            + engine.reading(read)
             + kind.output * (engine.decode + engine.step / engine.sequences)
             + engine.step * read / engine.step_tokens
         )

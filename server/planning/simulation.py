@@ -23,6 +23,7 @@ class _Request:
     arrived: float
     images: int  # that are still on their way
     left: int  # tokens to read
+    read: int = 0  # tokens that were
     unseen: int = 0  # tiles to encode before it is read: in a colocated engine
     begun: bool = False
     said: list[float] = field(default_factory=list)  # when each token of the answer came
@@ -152,7 +153,8 @@ class _Language:
             return
         engine, eye = self._costs.language, self._costs.vision
         room = engine.step_tokens - len(self._going)
-        read = tiles = begun = 0
+        tiles = begun = 0
+        reading = 0.0
         while self._waiting and room > 0 and len(self._going) < engine.sequences:
             request = self._waiting[0]
             tiles += request.unseen
@@ -160,15 +162,16 @@ class _Language:
             begun += not request.begun
             request.begun = True
             some = min(room, request.left)
+            reading += engine.reading(some, request.read)
             request.left -= some
+            request.read += some
             room -= some
-            read += some
             if request.left:
                 break
             self._going.append(self._waiting.popleft())
         speaking = list(self._going)
         looking = tiles * eye.tile + eye.batch * -(-tiles // eye.batch_tiles)
-        seconds = engine.step + engine.request * begun + engine.prefill * read + engine.decode * len(speaking) + looking
+        seconds = engine.step + engine.request * begun + reading + engine.decode * len(speaking) + looking
         self._running = True
         self.busy += seconds
         self.looking += looking

@@ -1,13 +1,12 @@
 """What the bodies of all APIs have in common: parsed, checked, their images found, and these replaced for the engine."""
 
 import json
-import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from server.requests.dial import Allowed, Dial
+from server.requests.parsing import parse_object
 from wire import errors
 
 Path = tuple[str | int, ...]
@@ -22,7 +21,6 @@ MEDIA = frozenset({
     "prompt_embeds", "uuid", "video_embeds", "video_url",
 })  # fmt: skip
 """The engine looks for these whatever the type of a part says."""
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _PROMPTED = (
     "messages", "input", "instructions", "system", "tools", "functions", "documents", "chat_template_kwargs",
 )  # fmt: skip
@@ -92,32 +90,6 @@ def _with(value: Any, path: Path, new: list[dict[str, Any]]) -> Any:
 def place(path: Path) -> str:
     """A path as callers write it: `messages[0].content[1]`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)[1:]
-
-
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object that is valid UTF-8 all through. Raises `InvalidRequest`."""
-    try:
-        body = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_finite)
-        if _SURROGATE.search(raw):  # a lone one passes the parser but is no text
-            json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeError:
-        raise errors.InvalidRequest("the body is not valid UTF-8") from None
-    except RecursionError:
-        raise errors.InvalidRequest("the body is nested too deeply") from None
-    except ValueError as error:
-        raise errors.InvalidRequest(f"the body is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(body, dict):
-        raise errors.InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
-    return body
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _no_constant(text[:100])
 
 
 def parse_text(raw: bytes, _allowed: Allowed) -> Asked:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from protos import vision_pb2 as pb
-from server.requests.body import MEDIA, Asked, Image, Path, check_fields, check_images, parse_object, place
+from server.requests.body import MEDIA, Asked, Image, Path, check_fields, check_images, place
 from server.requests.dial import Allowed, read_dial, read_router, shown
+from server.requests.parsing import parse_object
 from wire import errors
 
 _PARTS = {"text", "image_url", "video_url", "refusal"}

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from server.requests.body import Asked, Image, check_fields, check_images, parse_object
+from server.requests.body import Asked, Image, check_fields, check_images
 from server.requests.chat import chat_images
 from server.requests.dial import Allowed, read_dial, read_router, shown
+from server.requests.parsing import parse_object
 from wire import errors
 
 _FIELDS = ("model", "images", "vir", "route")

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from server.requests.body import Asked, Image, Path, check_fields, check_images, parse_object, place
+from server.requests.body import Asked, Image, Path, check_fields, check_images, place
 from server.requests.dial import Allowed, read_dial, read_router, shown
+from server.requests.parsing import parse_object
 from wire import errors
 from wire.handover import Handover
 

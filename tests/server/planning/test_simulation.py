@@ -53,6 +53,14 @@ def test_what_is_there_already_is_not_encoded() -> None:
     assert outcome.busy["vision"] == outcome.network == 0
 
 
+@pytest.mark.parametrize("step_tokens", [64, 100, 4096])
+def test_a_long_prompt_costs_more_than_its_tokens_in_however_many_steps(step_tokens: int) -> None:
+    outcome = simulate(costs(attention=1e-6, step_tokens=step_tokens), load(repeated=1.0), Fleet(), requests=20)
+    assert ttft(outcome) == pytest.approx(257 * 0.00025 + 257**2 / 2 * 1e-6 + 0.001)
+    vision, language = work(costs(attention=1e-6), load(repeated=1.0))
+    assert (vision, language) == (0, pytest.approx(257 * 0.00025 + 257**2 / 2 * 1e-6 + 0.001))
+
+
 def test_a_request_costs_its_share_once_however_long_it_is_read() -> None:
     outcome = simulate(costs(request=0.5, step_tokens=64), load(), Fleet(), requests=20)
     assert ttft(outcome) == pytest.approx(0.001 + 0.1 + 257 * 0.00025 + 0.001 + 0.5)
