@@ -155,13 +155,15 @@ def talk(
     budget: int,
     sizes: tuple[int, ...] = (),
     pairs: float = 0.2,
+    near: float = 0.12,
     extras: float = 1.0,
     labelled: bool = True,
 ) -> Talk:
     """About `budget` tiles in all.
 
     `sizes`: tiles of an image, thumbnail not counted, if not any that the style has; `pairs`: share of the batches that
-    compare two images; `extras`: how often more is asked than the tasks; `labelled`: whether patches come with labels.
+    compare two images, `near` of which differ in one thing only; `extras`: how often more is asked than the tasks;
+    `labelled`: whether patches come with labels.
     """
     count = int(rng.choice(sizes or ((1,) if style.max_tiles == 1 else scenes.TILES)))
     tiles = count + (count > 1)
@@ -169,7 +171,7 @@ def talk(
     paired = pairs > 0 and rng.random() < (pairs if images > 1 else pairs / 2)
     couples: list[tuple[Scene, Scene]] = []
     if paired:
-        drawn = [scenes.near_pair if rng.random() < 0.12 else scenes.pair for _ in range(max(1, images // 2))]
+        drawn = [scenes.near_pair if rng.random() < near else scenes.pair for _ in range(max(1, images // 2))]
         couples = [draw(rng, style, count) for draw in drawn]
         every, images = [scene for two in couples for scene in two], 2 * len(couples)
     else:

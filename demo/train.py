@@ -8,7 +8,8 @@ Stages, each with its own batches (demo/batches.py):
 4. large        the tower again, on tiles of 448 pixels
 5. tiles, full, mixed   answers about pictures of several tiles and a thumbnail: small tiles, large ones, both
 6. drill        long numbers and many of one shape, over a tower that stays
-7. alone, many, whole, sight   both again: in one small tile, in several, and in pictures as they are served
+7. alone, many, whole, sight   both again: in one small tile, in several, and in pictures as they are served; between the
+   last two, compare: pairs of pictures of several tiles
 8. consistency  the short path learns to answer as the long one (ViCO's first half, demo/vico.py)
 9. judging      what the short path costs, tile by tile
 10. router      the router learns from that which tiles to compress
@@ -396,6 +397,7 @@ STAGES = (
     Stage("alone", 1500, 4e-4),
     Stage("many", 450, 4e-4),
     Stage("whole", 800, 4e-4),
+    Stage("compare", 1200, 3e-4),
     Stage("sight", 1000, 1.5e-4),
     Stage("consistency", 120, 2e-4),
     Stage("judging", 120, 0),
@@ -425,6 +427,13 @@ TEACH = {
     "whole": partial(
         learn_answers,
         make=partial(batches.either, often=(WHOLE, 16), now_and_then=(replace(WHOLE, max_tiles=1), 12), extras=0.3),
+        tower=0,
+    ),
+    "compare": partial(
+        learn_answers,
+        make=partial(
+            batches.either, often=(DRILL, 40), now_and_then=(WHOLE, 14), sizes=SEVERAL, extras=0.3, pairs=0.6, near=0.2
+        ),
         tower=0,
     ),
     "sight": partial(
