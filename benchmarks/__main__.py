@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repeats: whether it runs, not how fast")
     said = parser.parse_args(arguments)
     options = Options(baseline=said.baseline, quick=said.quick)
+    result.FOLDER.mkdir(exist_ok=True)  # for what a benchmark draws, and what is written of it
     failed = []
     for name in said.names or MODULES:
         began = time.monotonic()

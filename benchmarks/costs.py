@@ -17,7 +17,7 @@ import aiohttp
 
 from benchmarks import load
 from protos import embeddings_pb2, vision_pb2, vision_pb2_grpc
-from server.planning.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts
+from server.planning.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, visual_tokens
 from server.planning.search import saturated
 from wire import rpc
 from wire.checkpoint import open_checkpoint
@@ -27,6 +27,8 @@ TEXT = "What do you see?"
 TOKENS = 2, 34
 BATCH = 4
 """Tiles in a batch of a vision worker on a CPU."""
+DEEP = (1792, 1344), 13
+"""A picture and its tiles, read to see what attention adds."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Stack:
 
 
 async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, step_tokens: int = 4096) -> Costs:
-    """`size`: of a picture that makes so many tiles, thumbnail counted; `count`: of requests in each of six measurements.
+    """`size`: of a picture that makes so many tiles, thumbnail counted; `count`: of requests in each measurement.
 
     `step_tokens`: what vLLM was told of them, `--max-num-batched-tokens`.
     """
@@ -88,19 +90,32 @@ async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, 
     alone = [1 / await stack.requests(texts[: count // 3], tokens, 1) for tokens in TOKENS]
     one, many = ((seconds[1] - seconds[0]) / (TOKENS[1] - TOKENS[0]) for seconds in (alone, several))
     step = max(0.0, (one - many) * IN_FLIGHT / (IN_FLIGHT - 1))
-    shown = [[picture] for picture in pictures]
-    await stack.requests(shown, 1)
-    read = 1 / await stack.requests(shown, TOKENS[0]) - several[0]
-    prefill = read / (tiles * checkpoint.tokens_per_tile)
+    shallow = await _reading(stack, [[picture] for picture in pictures], several[0])
+    deep = await _reading(stack, [[picture] for picture in stack.pictures(max(IN_FLIGHT, count // 4), DEEP[0])], several[0])
+    prefill, attention = _by_depth({tiles * checkpoint.tokens_per_tile: shallow, DEEP[1] * checkpoint.tokens_per_tile: deep})
     request = max(0.0, several[0] - TOKENS[0] * many - prefill * await prompt(stack))
     return Costs(
         vision=VisionCosts(prepare=1e-6, tile=1 / vision / tiles, batch_tiles=BATCH),
         language=LanguageCosts(
-            step=step, request=request, prefill=prefill, decode=max(0.0, one - step), step_tokens=step_tokens, sequences=64
+            step=step, request=request, prefill=prefill, attention=attention, decode=max(0.0, one - step),
+            step_tokens=step_tokens, sequences=64,
         ),
         tokens_per_tile=checkpoint.tokens_per_tile,
         bytes_per_token=4 * checkpoint.width,
-    )
+    )  # fmt: skip
+
+
+async def _reading(stack: Stack, shown: Sequence[Sequence[str]], without: float) -> float:
+    """Seconds a request that its image's tokens cost, once the embedding is there; `without`: a request's that has none."""
+    await stack.requests(shown, 1)
+    return 1 / await stack.requests(shown, TOKENS[0]) - without
+
+
+def _by_depth(seconds: dict[int, float]) -> tuple[float, float]:
+    """Prefill and attention, of prompts of two lengths."""
+    (few, short), (many, long) = sorted(seconds.items())
+    attention = max(0.0, 2 * (long / many - short / few) / (many - few))
+    return max(1e-9, short / few - attention * few / 2), attention
 
 
 async def prompt(stack: Stack) -> int:
@@ -118,14 +133,30 @@ def predicted(costs: Costs, kind: Kind, in_flight: int = IN_FLIGHT) -> float:
     return saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
 
 
-def balanced(costs: Costs, tiles: int, text: int) -> int:
-    """Tokens of an answer for which a request with such an image keeps one half as busy as the other.
+def halves(costs: Costs, tiles: int, text: int, tokens: int, compressed: float = 0.0) -> tuple[float, float]:
+    """Seconds of a vision worker and of a language worker that a request with such an image takes, an answer of `tokens`.
 
-    About half of those in flight are then with the engine, and share its steps.
+    About half of those in flight are with the engine, and share its steps.
     """
     engine = costs.language
-    read = engine.request + engine.prefill * (text + tiles * costs.tokens_per_tile)
-    return max(4, round((tiles * costs.vision.tile - read) / (engine.decode + engine.step / (IN_FLIGHT / 2))))
+    spoken = tokens * (engine.decode + engine.step / (IN_FLIGHT / 2))
+    return tiles * costs.vision.tile, engine.request + engine.reading(text + visual_tokens(costs, tiles, compressed)) + spoken
+
+
+def balanced(costs: Costs, tiles: int, text: int) -> int:
+    """Tokens of an answer for which a request with such an image keeps one half as busy as the other."""
+    vision, reading = halves(costs, tiles, text, 0)
+    return max(4, round((vision - reading) / (halves(costs, tiles, text, 1)[1] - reading)))
+
+
+def between(first: Costs, second: Costs) -> Costs:
+    """The mean of what was measured before and after."""
+    parts: dict[str, Any] = {}
+    for name in ("vision", "language"):
+        one, other = getattr(first, name), getattr(second, name)
+        values = {key: (value + getattr(other, key)) / 2 for key, value in one if isinstance(value, float)}
+        parts[name] = one.model_copy(update=values)
+    return first.model_copy(update=parts)
 
 
 def case(name: str, kind: Kind, rate: float) -> dict[str, Any]:

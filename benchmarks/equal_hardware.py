@@ -21,11 +21,13 @@ from benchmarks.options import Options
 from benchmarks.result import Result
 from server.planning.model import Costs, Kind
 
-MIXES = {"one tile": (448, 448), "three tiles": (896, 448), "five tiles": (896, 896), "thirteen tiles": (1792, 1344)}
-TILES = {"one tile": 1, "three tiles": 3, "five tiles": 5, "thirteen tiles": 13}
+MIXES = {"one tile": (448, 448), "three tiles": (896, 448), "five tiles": (896, 896), "thirteen tiles": costs.DEEP[0]}
+TILES = {"one tile": 1, "three tiles": 3, "five tiles": 5, "thirteen tiles": costs.DEEP[1]}
 BALANCED = "three tiles"
 FOUR = "four images of one tile"
 COLOCATED = ("colocated, both cores", "colocated, one for its front end")
+"""By how many cores vLLM leaves to its front end."""
+OURS, ROUTED = "ours", "ours, half compressed"
 LOADS = (0.4, 0.7, 0.9)
 """Offered, as shares of what colocated does at most."""
 HALF = ("--vir-relative-threshold=0.5", "--vir-absolute-threshold=0")
@@ -92,10 +94,9 @@ class _Run:
         tokens = costs.balanced(priced, TILES[BALANCED], text)
         with ExitStack() as held:  # all of them stay: those that are not asked cost nothing but memory
             stacks = {
-                "colocated, both cores": held.enter_context(self.colocated(0)),
-                "colocated, one for its front end": held.enter_context(self.colocated(1)),
-                "ours": held.enter_context(self.ours(plain)),
-                "ours, half compressed": held.enter_context(self.ours(flash, HALF)),
+                **{name: held.enter_context(self.colocated(reserve)) for reserve, name in enumerate(COLOCATED)},
+                OURS: held.enter_context(self.ours(plain)),
+                ROUTED: held.enter_context(self.ours(flash, HALF)),
             }
             warm = {name: self.saturated(stack, BALANCED, tokens) for name, stack in stacks.items()}
             _progress(f"warm, tokens of an answer {tokens}: {warm}")
@@ -108,13 +109,14 @@ class _Run:
                     _progress(f"{name}: {found[name][-1]:.2f} requests/s")
             most = statistics.median(found[best])
             felt = {name: self.felt(stack, tokens, most) for name, stack in stacks.items()}
-            mixes = {name: self.mixes(stacks[name], tokens) for name in (best, "ours")}
+            mixes = {name: self.mixes(stacks[name], tokens) for name in (best, OURS)}
+        priced = costs.between(priced, self.priced(plain)[0])
         made = _result(found, felt, tokens, best)
         made.figures["requests/s, the other binding, once"] = {worse: round(warm[worse], 3)}
         allowed = _allowed(priced, tokens, text)
         made.figures |= {
             "mixes, requests/s": mixes, "what compression allows": round(allowed, 3), "costs": priced.model_dump(),
-            "cases": _cases(made.figures["requests/s"]["ours"], mixes["ours"], tokens, text),
+            "cases": _cases(made.figures["requests/s"][OURS], mixes[OURS], tokens, text),
         }  # fmt: skip
         return made
 
@@ -145,11 +147,8 @@ def _progress(said: str) -> None:
 
 def _allowed(priced: Costs, tokens: int, text: int) -> float:
     """Requests/s with half of the tiles compressed over without: (V + L) / (V + r L), both cores busy all the time."""
-    kept = (1 + priced.compressed_tokens_per_tile / priced.tokens_per_tile) / 2
-    tiles, engine = TILES[BALANCED], priced.language
-    vision, read = tiles * priced.vision.tile, tiles * priced.tokens_per_tile * engine.prefill
-    rest = engine.request + text * engine.prefill + tokens * (engine.decode + engine.step / IN_FLIGHT)
-    return (vision + read + rest) / (vision + kept * read + rest)
+    (vision, language), (_, less) = (costs.halves(priced, TILES[BALANCED], text, tokens, share) for share in (0.0, 0.5))
+    return (vision + language) / (vision + less)
 
 
 def _cases(balanced: float, mixes: dict[str, float], tokens: int, text: int) -> list[dict[str, Any]]:
@@ -160,8 +159,8 @@ def _cases(balanced: float, mixes: dict[str, float], tokens: int, text: int) -> 
 
 
 def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int, best: str) -> Result:
-    ratios = [ours / theirs for ours, theirs in zip(found["ours"], found[best], strict=True)]
-    routed = [some / ours for some, ours in zip(found["ours, half compressed"], found["ours"], strict=True)]
+    ratios = [ours / theirs for ours, theirs in zip(found[OURS], found[best], strict=True)]
+    routed = [some / ours for some, ours in zip(found[ROUTED], found[OURS], strict=True)]
     ratio = statistics.median(ratios)
     figures = {
         "requests/s": {name: round(statistics.median(rates), 3) for name, rates in found.items()},

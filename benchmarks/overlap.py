@@ -61,6 +61,7 @@ async def _measured(stack: Stack, options: Options) -> Result:
         found["V"].append(await stack.images(stack.pictures(count, SIZE)))
         found["E"].append(await stack.requests(fresh, tokens))
         found["L"].append(await stack.requests(fresh, tokens))  # now they are there
+    priced = costs.between(priced, await costs.measured(stack, SIZE, 1, count, STEP))
     ratios = [e / min(v, language) for v, language, e in zip(found["V"], found["L"], found["E"], strict=True)]
     middle = {name: round(statistics.median(values), 3) for name, values in found.items()}
     ratio = statistics.median(ratios)

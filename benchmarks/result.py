@@ -42,7 +42,6 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, flo
 
 def write(result: Result) -> Path:
     """`results/NAME.json`."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
     said = asdict(result)
     notes = said.pop("notes")
     whole = {

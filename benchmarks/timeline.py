@@ -31,7 +31,6 @@ def draw(traces: Path, name: str) -> str:
     axes.set_xlim(0, SECONDS)
     axes.set_xlabel("seconds")
     axes.spines[["top", "right"]].set_visible(False)
-    FOLDER.mkdir(parents=True, exist_ok=True)
     figure.savefig(FOLDER / f"{name}-timeline.png", dpi=130)
     return f"{name}-timeline.png: {SECONDS:g} s from the middle of the run, a bar for each span of the trace"
 

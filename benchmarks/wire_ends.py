@@ -4,10 +4,13 @@ Apart from the run, so that they begin at once: what they import is what they ne
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
 import time
+
+from benchmarks import processes
 
 WIDTH = 4096
 """Values of a token, two bytes each."""
@@ -33,14 +36,23 @@ async def _grpc_sender(address: str, fingerprint: str, size: int, at_once: int, 
     return max(at_once, total // size) * size / seconds
 
 
+def socket_of(address: str) -> tuple[socket.socket, str | tuple[str, int]]:
+    """For `unix:PATH` or `HOST:PORT`, and the address as the socket wants it."""
+    if address.startswith("unix:"):
+        return socket.socket(socket.AF_UNIX), address.removeprefix("unix:")
+    host, _, port = address.rpartition(":")
+    return socket.socket(socket.AF_INET), (host, int(port))
+
+
 def _raw_sink(address: str) -> None:
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(address)
+    listening, at = socket_of(address)
+    with listening:
+        listening.bind(at)
         listening.listen()
         buffer = memoryview(bytearray(1 << 20))
         while True:
             connection, _ = listening.accept()
-            with connection:
+            with connection, contextlib.suppress(OSError):  # of one who only looked whether anybody is here
                 while connection.recv_into(buffer):
                     pass
                 connection.sendall(b"!")
@@ -48,8 +60,9 @@ def _raw_sink(address: str) -> None:
 
 def _raw_sender(address: str, size: int, total: int) -> float:
     data, count = memoryview(bytes(size)), total // size
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(address)
+    connection, at = socket_of(address)
+    with connection:
+        connection.connect(at)
         began = time.monotonic()
         for _ in range(count):
             for start in range(0, size, 1 << 20):
@@ -61,7 +74,7 @@ def _raw_sender(address: str, size: int, total: int) -> float:
 
 def _main(role: str, *arguments: str) -> None:
     said = [int(word) if word.isdigit() else word for word in arguments]
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0 if role.endswith("sink") else -1]})
+    os.sched_setaffinity(0, {processes.cores()[0 if role.endswith("sink") else -1]})
     if role == "grpc-sender":
         print(asyncio.run(_grpc_sender(*said)))  # type: ignore[arg-type]
     elif role == "raw-sink":

@@ -64,8 +64,8 @@ def embed(checkpoint: Path, store: Path) -> dict[str, int]:
         values = torch.cat(encoder.embed(encoder.look(encoder.stage(tiles.pixels)), range(len(tiles)), policy).blocks).float()
         key = picture.partition(".")[0]
         rows[key] = len(values)
-        with kept.writing(Header(key, opened.fingerprint, "float32", *values.shape)) as memory:
-            memory[:] = values.contiguous().numpy().tobytes()
+        with kept.writing(Header(key, opened.fingerprint, "float32", *values.shape)) as incoming:
+            incoming.add(values.contiguous().numpy().tobytes())
     return rows
 
 

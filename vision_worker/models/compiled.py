@@ -29,7 +29,8 @@ class Compiled:
     def __call__(self, pixels: Tensor) -> Tensor:
         """[n, …] to what the tower makes of it. Raises `ConfigError` where torch cannot compile here."""
         size = next(size for size in self.sizes if size >= len(pixels))
-        filled = torch.cat([pixels, pixels.new_zeros(size - len(pixels), *pixels.shape[1:])])
+        missing = size - len(pixels)
+        filled = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
         try:
             # cloned: a graph's output lies where its next run writes, and a group's features wait for later batches
             return self._run(filled)[: len(pixels)].clone()
