@@ -1,6 +1,7 @@
 """The model that is trained: the vision worker's own InternVL and transformers' Qwen3, and how it becomes a checkpoint."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,12 +92,17 @@ class Read:
     def __init__(self, language: Qwen3ForCausalLM, prefix: Tensor) -> None:
         self.cache = DynamicCache(config=language.config)
         read = language.model(inputs_embeds=prefix, past_key_values=self.cache, use_cache=True, output_hidden_states=True)
-        self.hidden = cast(Tensor, read.hidden_states[2])
+        self.hidden = cast(Tensor, read.hidden_states[2]).float()
         self.length = prefix.shape[1]
 
 
 class Trainee(nn.Module):
-    """InternVL under OpenGVLab's names, and the language model."""
+    """InternVL under OpenGVLab's names, and the language model. All it returns is float32.
+
+    `mixed`: products in bfloat16, where the device is quicker at them (`quicker_in_bf16`).
+    """
+
+    mixed = False
 
     def __init__(self, words: Words) -> None:
         super().__init__()
@@ -112,9 +118,16 @@ class Trainee(nn.Module):
 
         A tile smaller than FULL is a piece of one: `corners` [n, 2] says the row and column of its first patch.
         """
-        if corners is None:
-            return cast(Tensor, self.vision.vision_model(normalised(tiles)))
+        with self._products():
+            return self._features(tiles, corners).float()
+
+    def _products(self) -> torch.autocast:
+        return torch.autocast(self.language.device.type, torch.bfloat16, enabled=self.mixed)
+
+    def _features(self, tiles: Tensor, corners: Tensor | None) -> Tensor:
         tower = self.vision.vision_model
+        if corners is None:
+            return cast(Tensor, tower(normalised(tiles)))
         patches = tower.embeddings.patch_embedding(normalised(tiles))
         side = patches.shape[-1]
         rows, columns = (corners[:, i, None] + torch.arange(side, device=corners.device) for i in (0, 1))
@@ -132,13 +145,15 @@ class Trainee(nn.Module):
         for small, factor, projector in ((False, 0.5, self.vision.mlp1), (True, 0.25, self.vision.mlp2)):
             chosen = (compressed == small).nonzero().flatten().tolist()
             if chosen:
-                tokens = projector(pixel_shuffle(features[chosen], factor, "v2"))
+                with self._products():
+                    tokens = projector(pixel_shuffle(features[chosen], factor, "v2")).float()
                 for i, block in zip(chosen, tokens, strict=True):
                     found[i] = block
         return [cast(Tensor, block) for block in found]
 
     def read(self, prefix: Tensor) -> "Read":
-        return Read(self.language, prefix)
+        with self._products():
+            return Read(self.language, prefix)
 
     def answer(self, read: "Read | None", rows: Rows) -> Tensor:
         """Logits [told, vocabulary] where an answer is told, of texts after prefixes or after nothing.
@@ -146,14 +161,15 @@ class Trainee(nn.Module):
         A prefix is read once for all that follows it; what was read is used up.
         """
         length = read.length if read else 0
-        hidden = self.language.model(
-            inputs_embeds=self.embed(rows.ids),
-            attention_mask=_alone(rows, length)[:, None],
-            position_ids=length + rows.places,
-            past_key_values=read.cache if read else None,
-            use_cache=read is not None,
-        ).last_hidden_state
-        return cast(Tensor, self.language.lm_head(hidden[rows.answers >= 0]))
+        with self._products():
+            hidden = self.language.model(
+                inputs_embeds=self.embed(rows.ids),
+                attention_mask=_alone(rows, length)[:, None],
+                position_ids=length + rows.places,
+                past_key_values=read.cache if read else None,
+                use_cache=read is not None,
+            ).last_hidden_state
+        return cast(Tensor, self.language.lm_head(hidden[rows.answers >= 0].float()))
 
     def prefixes(self, talk: Talk, features: Tensor, compressed: Tensor) -> Tensor:
         """What stands before the questions, [prefixes, length, HIDDEN], by the paths `compressed` [images, tiles]."""
@@ -172,6 +188,22 @@ class Trainee(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         return cast(Tensor, self.language.model.embed_tokens(ids))
+
+
+def quicker_in_bf16(device: torch.device) -> bool:
+    """Measured: a CPU without the instructions multiplies bfloat16 more slowly than float32, and nothing public says which."""
+    return _seconds(device, torch.bfloat16) < 0.7 * _seconds(device, torch.float32)
+
+
+def _seconds(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of five products of the size that training is made of."""
+    a, b = torch.ones(4096, HIDDEN, device=device, dtype=dtype), torch.ones(HIDDEN, INTERMEDIATE, device=device, dtype=dtype)
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for the device
+        took.append(time.perf_counter() - began)
+    return min(took)
 
 
 def _alone(rows: Rows, prefix: int) -> Tensor:

@@ -101,6 +101,7 @@ class Run:
         self.words = Words()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.Trainee(self.words).to(self.device)
+        self.model.mixed = model.quicker_in_bf16(self.device)
         self.heads = Heads().to(self.device)
         self.done: dict[str, int] = {}
         self.seconds = 0.0
