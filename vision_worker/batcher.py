@@ -70,13 +70,13 @@ class _Group:
     routing: float = 0.0  # likewise
 
     def __post_init__(self) -> None:
-        digests = [digest for image in self.images for digest in image.digests]
-        distinct: dict[bytes, npt.NDArray[np.uint8]] = {}
-        for digest, pixels in zip(digests, (tile for image in self.images for tile in image.pixels), strict=True):
-            distinct.setdefault(digest, pixels)
-        places = {digest: place for place, digest in enumerate(distinct)}
+        hashes = [value for image in self.images for value in image.hashes]
+        distinct: dict[int, npt.NDArray[np.uint8]] = {}
+        for value, pixels in zip(hashes, (tile for image in self.images for tile in image.pixels), strict=True):
+            distinct.setdefault(value, pixels)
+        places = {value: place for place, value in enumerate(distinct)}
         self.tiles = list(distinct.values())
-        self.copies = [places[digest] for digest in digests]
+        self.copies = [places[value] for value in hashes]
 
     def take(self, most: int) -> list[npt.NDArray[np.uint8]]:
         self.started = self.started or time.monotonic()

@@ -45,7 +45,7 @@ class Watched(Fake):
 
 def made_of(*values: int) -> Tiles:
     pixels = np.stack([np.full((SIDE, SIDE, 3), value, dtype=np.uint8) for value in values])
-    return Tiles(pixels, len(values), 1, tuple(bytes([value]) for value in values))
+    return Tiles(pixels, len(values), 1, tuple(values))
 
 
 async def encode(batcher: Batcher, *images: Tiles, policy: vir.Policy = KEEP) -> Answer:

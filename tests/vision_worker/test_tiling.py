@@ -66,10 +66,10 @@ def test_tiles_are_cut_row_by_row_with_the_thumbnail_last() -> None:
     assert len(cut(encoded(image), Tiling(1, 12, thumbnail=False))) == 6
 
 
-def test_equal_tiles_have_equal_digests() -> None:
+def test_equal_tiles_have_equal_hashes() -> None:
     tiles = cut(golden.image("blank_1344x896.png"), TILING)
     assert len(tiles) == 7
-    assert len(set(tiles.digests)) == len({tile.tobytes() for tile in tiles.pixels})
+    assert len(set(tiles.hashes)) == len({tile.tobytes() for tile in tiles.pixels})
 
 
 @pytest.mark.parametrize(
