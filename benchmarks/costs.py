@@ -149,16 +149,27 @@ def balanced(costs: Costs, tiles: int, text: int) -> int:
     return max(4, round((vision - reading) / (halves(costs, tiles, text, 1)[1] - reading)))
 
 
-def between(first: Costs, second: Costs) -> Costs:
-    """The mean of what was measured before and after."""
-    parts: dict[str, Any] = {}
-    for name in ("vision", "language"):
-        one, other = getattr(first, name), getattr(second, name)
-        values = {key: (value + getattr(other, key)) / 2 for key, value in one if isinstance(value, float)}
-        parts[name] = one.model_copy(update=values)
-    return first.model_copy(update=parts)
+async def halves_alone(stack: Stack, shown: Sequence[Sequence[str]], tokens: int) -> tuple[float, float]:
+    """Images/s of vision alone, and requests/s of language with the embeddings there; the engine must not cache prefixes."""
+    vision = await stack.images([picture for some in shown for picture in some])
+    await stack.requests(shown, 1)
+    return vision, await stack.requests(shown, tokens)
 
 
-def case(name: str, kind: Kind, rate: float) -> dict[str, Any]:
-    """A kind of request and what was measured of it, requests a second: for the benchmark of `dvd plan`."""
-    return {"name": name, "kind": kind.model_dump(), "requests/s": rate}
+def beside(costs: Costs, kind: Kind, vision: float, language: float) -> Costs:
+    """The costs, made to agree with what the halves did alone just now (`halves_alone`): the machine's speed changes."""
+    at_once = costs.model_copy(update={"vision": costs.vision.model_copy(update={"tile": 1e-9})})
+    slower = predicted(at_once, kind) / language
+    engine = costs.language
+    scaled = {name: slower * getattr(engine, name) for name in ("step", "request", "prefill", "attention", "decode")}
+    return costs.model_copy(
+        update={
+            "vision": costs.vision.model_copy(update={"tile": 1 / vision / kind.tiles}),
+            "language": engine.model_copy(update=scaled),
+        }
+    )
+
+
+def case(name: str, kind: Kind, rate: float, costs: Costs) -> dict[str, Any]:
+    """A kind of request, what was measured of it, requests a second, and the costs then: for the benchmark of `dvd plan`."""
+    return {"name": name, "kind": kind.model_dump(), "requests/s": round(rate, 3), "costs": costs.model_dump()}

@@ -10,7 +10,7 @@ import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ COLOCATED = ("colocated, both cores", "colocated, one for its front end")
 OURS, ROUTED = "ours", "ours, half compressed"
 LOADS = (0.4, 0.7, 0.9)
 """Offered, as shares of what colocated does at most."""
+ENGINE = "--dtype=float32", "--no-enable-prefix-caching"
+"""Both sides' vLLM. No two pictures are alike: there is nothing to find again, but where a half is measured alone."""
 HALF = ("--vir-relative-threshold=0.5", "--vir-absolute-threshold=0")
 
 
@@ -53,14 +55,14 @@ class _Run:
         self._count = 32 if options.quick else 48
 
     @contextmanager
-    def ours(self, model: Path, flags: Sequence[str] = (), engine: Sequence[str] = ()) -> Iterator[Stack]:
-        """`flags` are the gateway's, `engine` are vLLM's."""
+    def ours(self, model: Path, *flags: str) -> Iterator[Stack]:
+        """`flags` are the gateway's."""
         cores = processes.cores()
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         with ExitStack() as held:
             seeing = ("--cache=none", f"--max-batch-tiles={costs.BATCH}")
             held.enter_context(processes.vision(folder, model, cores[:1], *seeing))
-            held.enter_context(processes.language(folder, model, cores[-1:], "--dtype=float32", *engine))
+            held.enter_context(processes.language(folder, model, cores[-1:], *ENGINE))
             server, url = processes.gateway(folder, cores, *flags)
             held.enter_context(server)
             yield Stack(folder, url, model, self._numbers)
@@ -71,24 +73,25 @@ class _Run:
         assert self._options.baseline is not None
         cores = processes.cores()
         folder = Path(tempfile.mkdtemp(dir=self._folder))
-        server, url = processes.colocated(
-            folder, self._options.baseline, self._stock, cores[reserve:] or cores, "--dtype=float32"
-        )
+        server, url = processes.colocated(folder, self._options.baseline, self._stock, cores[reserve:] or cores, *ENGINE)
         server.cores = cores
         with server:
             yield Stack(folder, url, self._stock, self._numbers)
 
     def priced(self, model: Path) -> tuple[Costs, int]:
         """What stages cost, and tokens of a prompt without images."""
-        with self.ours(model, engine=("--no-enable-prefix-caching",)) as stack:
+        with self.ours(model) as stack:
             found = asyncio.run(costs.measured(stack, MIXES[BALANCED], TILES[BALANCED], self._count))
             return found, asyncio.run(costs.prompt(stack))
 
     def saturated(self, stack: Stack, mix: str, tokens: int, images: int = 1) -> float:
-        """Requests a second; of larger images fewer, so that all mixes take about as long."""
+        """Requests a second."""
+        return asyncio.run(stack.requests(self.shown(stack, mix, images), tokens))
+
+    def shown(self, stack: Stack, mix: str, images: int = 1) -> list[list[str]]:
+        """Of larger images fewer, so that all mixes take about as long."""
         count = min(2 * self._count, max(2 * IN_FLIGHT, self._count * TILES[BALANCED] // (TILES[mix] * images)))
-        shown = [stack.pictures(images, MIXES[mix]) for _ in range(count)]
-        return asyncio.run(stack.requests(shown, tokens))
+        return [stack.pictures(images, MIXES[mix]) for _ in range(count)]
 
     def compared(self, plain: Path, flash: Path, priced: Costs, text: int) -> Result:
         tokens = costs.balanced(priced, TILES[BALANCED], text)
@@ -96,7 +99,7 @@ class _Run:
             stacks = {
                 **{name: held.enter_context(self.colocated(reserve)) for reserve, name in enumerate(COLOCATED)},
                 OURS: held.enter_context(self.ours(plain)),
-                ROUTED: held.enter_context(self.ours(flash, HALF)),
+                ROUTED: held.enter_context(self.ours(flash, *HALF)),
             }
             warm = {name: self.saturated(stack, BALANCED, tokens) for name, stack in stacks.items()}
             _progress(f"warm, tokens of an answer {tokens}: {warm}")
@@ -109,14 +112,13 @@ class _Run:
                     _progress(f"{name}: {found[name][-1]:.2f} requests/s")
             most = statistics.median(found[best])
             felt = {name: self.felt(stack, tokens, most) for name, stack in stacks.items()}
-            mixes = {name: self.mixes(stacks[name], tokens) for name in (best, OURS)}
-        priced = costs.between(priced, self.priced(plain)[0])
+            mixes = {best: self.mixes(stacks[best], tokens)}
+            cases = self.cases(stacks[OURS], priced, tokens, text)
+            mixes[OURS] = {case["name"]: case["requests/s"] for case in cases[1:]}
         made = _result(found, felt, tokens, best)
-        made.figures["requests/s, the other binding, once"] = {worse: round(warm[worse], 3)}
-        allowed = _allowed(priced, tokens, text)
         made.figures |= {
-            "mixes, requests/s": mixes, "what compression allows": round(allowed, 3), "costs": priced.model_dump(),
-            "cases": _cases(made.figures["requests/s"][OURS], mixes[OURS], tokens, text),
+            "requests/s, the other binding, once": {worse: round(warm[worse], 3)}, "mixes, requests/s": mixes,
+            "what compression allows": round(_allowed(priced, tokens, text), 3), "costs": priced.model_dump(), "cases": cases,
         }  # fmt: skip
         return made
 
@@ -140,6 +142,19 @@ class _Run:
         found[FOUR] = self.saturated(stack, "one tile", tokens, 4)
         return {name: round(rate, 3) for name, rate in found.items()}
 
+    def cases(self, stack: Stack, priced: Costs, tokens: int, text: int) -> list[dict[str, Any]]:
+        """For `dvd plan` to be held against: each mix, before and after what its halves do alone; the balanced one first."""
+        found = []
+        mixes = {BALANCED: (BALANCED, 1), **{mix: (mix, 1) for mix in MIXES}, FOUR: ("one tile", 4)}
+        for name, (mix, images) in mixes.items():
+            kind = Kind(images=images, tiles=TILES[mix], text=text, output=tokens)
+            before = self.saturated(stack, mix, tokens, images)
+            alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, mix, images), tokens))
+            rate = statistics.mean((before, self.saturated(stack, mix, tokens, images)))
+            found.append(costs.case(name, kind, rate, costs.beside(priced, kind, *alone)))
+            _progress(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {alone}")
+        return found
+
 
 def _progress(said: str) -> None:
     print(said, file=sys.stderr, flush=True)
@@ -149,13 +164,6 @@ def _allowed(priced: Costs, tokens: int, text: int) -> float:
     """Requests/s with half of the tiles compressed over without: (V + L) / (V + r L), both cores busy all the time."""
     (vision, language), (_, less) = (costs.halves(priced, TILES[BALANCED], text, tokens, share) for share in (0.0, 0.5))
     return (vision + language) / (vision + less)
-
-
-def _cases(balanced: float, mixes: dict[str, float], tokens: int, text: int) -> list[dict[str, Any]]:
-    """What ours did, for `dvd plan` to be held against."""
-    kinds = {mix: Kind(tiles=tiles, text=text, output=tokens) for mix, tiles in TILES.items()}
-    kinds[FOUR] = Kind(images=4, tiles=1, text=text, output=tokens)
-    return [costs.case(name, kinds[name], rate) for name, rate in {BALANCED: balanced, **mixes}.items()]
 
 
 def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int, best: str) -> Result:

@@ -61,7 +61,6 @@ async def _measured(stack: Stack, options: Options) -> Result:
         found["V"].append(await stack.images(stack.pictures(count, SIZE)))
         found["E"].append(await stack.requests(fresh, tokens))
         found["L"].append(await stack.requests(fresh, tokens))  # now they are there
-    priced = costs.between(priced, await costs.measured(stack, SIZE, 1, count, STEP))
     ratios = [e / min(v, language) for v, language, e in zip(found["V"], found["L"], found["E"], strict=True)]
     middle = {name: round(statistics.median(values), 3) for name, values in found.items()}
     ratio = statistics.median(ratios)
@@ -69,7 +68,7 @@ async def _measured(stack: Stack, options: Options) -> Result:
     kind = Kind(tiles=1, text=text, output=tokens)
     figures: dict[str, Any] = {
         **middle, "serial bound": round(serial, 3), "E over the serial bound": round(middle["E"] / serial, 3),
-        "tokens of an answer": tokens, "in flight": IN_FLIGHT, "images": count, "costs": priced.model_dump(),
-        "cases": [costs.case("overlap", kind, middle["E"])],
+        "tokens of an answer": tokens, "in flight": IN_FLIGHT, "images": count,
+        "cases": [costs.case("overlap", kind, middle["E"], costs.beside(priced, kind, middle["V"], middle["L"]))],
     }  # fmt: skip
     return Result("overlap", ratio, 0.9, (max(ratios) - min(ratios)) / ratio, figures)

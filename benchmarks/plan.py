@@ -1,9 +1,9 @@
 """Is `dvd plan` right? Its simulation against what the benchmarks of overlap and of equal hardware measured, and table 18.
 
-Those two leave what the stages cost and what whole requests then did; the plan sees the costs only. Table 18 of InternVL3.5's
-paper (requests a second of a colocated engine, decoupled, and decoupled with the router) is made again from the arithmetic of
-the models and a card's data sheet. Two numbers that the paper does not give, the share of its peak that a card reaches and what
-a request costs beside its tiles, are those that fit all nine cells best.
+Those two leave what the halves cost alone and what whole requests did beside it; the plan sees only the former. Table 18 of
+InternVL3.5's paper (requests a second of a colocated engine, decoupled, and decoupled with the router) is made again from the
+arithmetic of the models and a card's data sheet. Two numbers that the paper does not give, the share of its peak that a card
+reaches and what a request costs beside its tiles, are those that fit all nine cells best.
 """
 
 import itertools
@@ -42,17 +42,15 @@ def run(_options: Options) -> Result:
     found = {name: json.loads(file.read_text())["figures"] for name in SOURCES if (file := FOLDER / f"{name}.json").exists()}
     if missing := [name for name in SOURCES if "cases" not in found.get(name, {})]:
         raise RuntimeError(f"nothing measured to compare with: run {' and '.join(missing)} first")
-    cases = {
-        f"{source}, {case['name']}": _compared(figures, case) for source, figures in found.items() for case in figures["cases"]
-    }
+    cases = {f"{source}, {case['name']}": _compared(case) for source, figures in found.items() for case in figures["cases"]}
     agreements = [case["agreement"] for case in cases.values()]
     figures: dict[str, Any] = {"cases": cases, "table 18": {name: _table(name) for name in PAPER}}
-    notes = [_drawn(Costs.model_validate(found["equal-hardware"]["costs"]), found["equal-hardware"]["cases"][0]["kind"])]
+    notes = [_drawn(found["equal-hardware"]["cases"][0])]
     return Result("plan", min(agreements), 0.85, max(agreements) - min(agreements), figures, notes)
 
 
-def _compared(figures: dict[str, Any], case: dict[str, Any]) -> dict[str, float]:
-    predicted = costs.predicted(Costs.model_validate(figures["costs"]), Kind.model_validate(case["kind"]))
+def _compared(case: dict[str, Any]) -> dict[str, float]:
+    predicted = costs.predicted(Costs.model_validate(case["costs"]), Kind.model_validate(case["kind"]))
     measured = case["requests/s"]
     return {
         "measured": round(measured, 3), "predicted": round(predicted, 3),
@@ -60,8 +58,9 @@ def _compared(figures: dict[str, Any], case: dict[str, Any]) -> dict[str, float]
     }  # fmt: skip
 
 
-def _drawn(priced: Costs, kind: dict[str, Any]) -> str:
+def _drawn(case: dict[str, Any]) -> str:
     """`results/costs.yaml`, what `dvd plan` reads, and its plot."""
+    priced, kind = Costs.model_validate(case["costs"]), case["kind"]
     rate = round(0.5 / work(priced, Load(kinds=[Kind.model_validate(kind)]))[1], 3)
     load = {"rate": rate, "kinds": [kind], "limits": {"ttft": 60.0, "itl": 5.0}}
     file, picture = FOLDER / "costs.yaml", FOLDER / "plan.png"
