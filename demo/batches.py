@@ -197,9 +197,11 @@ def talk(
     )  # fmt: skip
 
 
-def either(rng: Generator, words: Words, often: tuple[Style, int], now_and_then: tuple[Style, int], **rest: Any) -> Talk:
-    """`talk` in one style with its budget, or, one time in four, in the other."""
-    style, budget = often if rng.random() < 0.75 else now_and_then
+def either(
+    rng: Generator, words: Words, often: tuple[Style, int], now_and_then: tuple[Style, int], share: float = 0.75, **rest: Any
+) -> Talk:
+    """`talk` in one style with its budget in a `share` of all batches, else in the other."""
+    style, budget = often if rng.random() < share else now_and_then
     return talk(rng, words, style, budget, **rest)
 
 

@@ -399,7 +399,7 @@ STAGES = (
     Stage("many", 450, 4e-4),
     Stage("whole", 800, 4e-4),
     Stage("compare", 1200, 3e-4),
-    Stage("sight", 1000, 1.5e-4),
+    Stage("sight", 1500, 2.5e-4),
     Stage("consistency", 120, 2e-4),
     Stage("judging", 120, 0),
     Stage("router", 200, 5e-4),
@@ -439,7 +439,9 @@ TEACH = {
     ),
     "sight": partial(
         learn_answers,
-        make=partial(batches.either, often=(WHOLE, 12), now_and_then=(replace(WHOLE, max_tiles=1), 10), extras=0.3, pairs=0.3),
+        make=partial(
+            batches.either, often=(WHOLE, 12), now_and_then=(replace(WHOLE, max_tiles=1), 12), share=0.6, extras=0.3, pairs=0.25
+        ),
         tower=0.6,
     ),
     "consistency": partial(learn_consistency, style=WHOLE, budget=9),
