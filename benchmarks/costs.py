@@ -143,10 +143,10 @@ def halves(costs: Costs, tiles: int, text: int, tokens: int, compressed: float =
     return tiles * costs.vision.tile, engine.request + engine.reading(text + visual_tokens(costs, tiles, compressed)) + spoken
 
 
-def balanced(costs: Costs, tiles: int, text: int) -> int:
+def balanced(costs: Costs, tiles: int, text: int, compressed: float = 0.0) -> int:
     """Tokens of an answer for which a request with such an image keeps one half as busy as the other."""
-    vision, reading = halves(costs, tiles, text, 0)
-    return max(4, round((vision - reading) / (halves(costs, tiles, text, 1)[1] - reading)))
+    vision, reading = halves(costs, tiles, text, 0, compressed)
+    return max(4, round((vision - reading) / (halves(costs, tiles, text, 1, compressed)[1] - reading)))
 
 
 async def halves_alone(stack: Stack, shown: Sequence[Sequence[str]], tokens: int) -> tuple[float, float]:

@@ -112,15 +112,27 @@ class _Run:
                     _progress(f"{name}: {found[name][-1]:.2f} requests/s")
             most = statistics.median(found[best])
             felt = {name: self.felt(stack, tokens, most) for name, stack in stacks.items()}
+            longer = self.longer(stacks, priced, text)
             mixes = {best: self.mixes(stacks[best], tokens)}
             cases = self.cases(stacks[OURS], priced, tokens, text)
             mixes[OURS] = {case["name"]: case["requests/s"] for case in cases[1:]}
         made = _result(found, felt, tokens, best)
         made.figures |= {
             "requests/s, the other binding, once": {worse: round(warm[worse], 3)}, "mixes, requests/s": mixes,
-            "what compression allows": round(_allowed(priced, tokens, text), 3), "costs": priced.model_dump(), "cases": cases,
+            "what compression allows": _allowed(priced, tokens, text), "costs": priced.model_dump(), "cases": cases,
+            "answers for which both halves cost the same once half is compressed": longer,
         }  # fmt: skip
         return made
+
+    def longer(self, stacks: dict[str, Stack], priced: Costs, text: int) -> dict[str, Any]:
+        """With a core for each half the router gains where language is the slower one without it."""
+        tokens = costs.balanced(priced, TILES[BALANCED], text, 0.5)
+        found: dict[str, list[float]] = {OURS: [], ROUTED: []}
+        for name in [OURS, ROUTED] * self._options.repeats(3):
+            found[name].append(self.saturated(stacks[name], BALANCED, tokens))
+        said = {"tokens of an answer": tokens, **_routed(found), "what compression allows": _allowed(priced, tokens, text)}
+        _progress(f"longer answers: {said}")
+        return said
 
     def felt(self, stack: Stack, tokens: int, most: float) -> dict[str, Any]:
         """TTFT and ITL at each offered load, milliseconds."""
@@ -163,16 +175,21 @@ def _progress(said: str) -> None:
 def _allowed(priced: Costs, tokens: int, text: int) -> float:
     """Requests/s with half of the tiles compressed over without: (V + L) / (V + r L), both cores busy all the time."""
     (vision, language), (_, less) = (costs.halves(priced, TILES[BALANCED], text, tokens, share) for share in (0.0, 0.5))
-    return (vision + language) / (vision + less)
+    return round((vision + language) / (vision + less), 3)
+
+
+def _routed(found: dict[str, list[float]]) -> dict[str, Any]:
+    routed = [some / ours for some, ours in zip(found[ROUTED], found[OURS], strict=True)]
+    return {
+        "requests/s": {name: round(statistics.median(rates), 3) for name, rates in found.items()},
+        "half compressed over not": round(statistics.median(routed), 3),
+    }
 
 
 def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int, best: str) -> Result:
     ratios = [ours / theirs for ours, theirs in zip(found[OURS], found[best], strict=True)]
-    routed = [some / ours for some, ours in zip(found[ROUTED], found[OURS], strict=True)]
     ratio = statistics.median(ratios)
     figures = {
-        "requests/s": {name: round(statistics.median(rates), 3) for name, rates in found.items()},
-        "half compressed over not": round(statistics.median(routed), 3),
-        "colocated's best": best, "tokens of an answer": tokens, "in flight": IN_FLIGHT, "felt": felt,
+        **_routed(found), "colocated's best": best, "tokens of an answer": tokens, "in flight": IN_FLIGHT, "felt": felt,
     }  # fmt: skip
     return Result("equal-hardware", ratio, 1.0, (max(ratios) - min(ratios)) / ratio, figures)
