@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from protos import vision_pb2_grpc
 from vision_worker import encoder as encoders
+from vision_worker import resampling
 from vision_worker.batcher import Batcher
 from vision_worker.delivery import Sinks
 from vision_worker.encoder import Encoder
@@ -57,6 +58,7 @@ async def _serve(options: config.Vision) -> None:
     trace, metrics = Trace(options.trace, "vision"), Metrics()
     metrics.common.serves(checkpoint.fingerprint, checkpoint.description.family, encoder.place.dtype_name)
     async with Batcher(encoder, tiles, metrics, trace) as batcher:
+        await asyncio.to_thread(resampling.warm)
         await batcher.warm()
         await _answer(options, encoder, batcher, metrics, trace, begin)
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from vision_worker.resampling import resized
 from wire import errors
 from wire.config import IMAGE_FORMATS
 from wire.tiling import Tiling, grid, has_thumbnail
@@ -50,15 +51,11 @@ def cut_image(image: Image.Image, tiling: Tiling) -> Tiles:
     """Resize and cut an RGB image."""
     columns, rows = grid(image.width, image.height, tiling)
     side = tiling.side
-    whole = np.asarray(_resized(image, side * columns, side * rows))
-    pixels = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    if has_thumbnail(columns, rows, tiling):
-        pixels = np.concatenate([pixels, np.asarray(_resized(image, side, side))[None]])
+    sizes = [(side * columns, side * rows), *([(side, side)] if has_thumbnail(columns, rows, tiling) else [])]
+    whole, *thumbnail = resized(np.asarray(image), sizes)
+    tiles = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    pixels = np.concatenate([tiles, *(small[None] for small in thumbnail)])
     return Tiles(pixels, columns, rows, tuple(hash(tile.tobytes()) for tile in pixels))
-
-
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _decode(data: bytes, max_pixels: int) -> Image.Image:
