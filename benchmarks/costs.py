@@ -53,6 +53,11 @@ class Stack:
         """Requests a second, one for each list of pictures."""
         return load.throughput(await load.closed(self.url, [self.chat(some, tokens) for some in pictures], in_flight))
 
+    async def requests_again(self, pictures: Sequence[Sequence[str]], tokens: int) -> float:
+        """Requests a second whose embeddings are there already."""
+        await self.requests(pictures, 1)
+        return await self.requests(pictures, tokens)
+
     async def images(self, pictures: Sequence[str]) -> float:
         """Images a second through `Vision.Encode` alone, delivery into the sink included."""
         waiting, ends, fingerprint = iter(pictures), list[load.Felt](), open_checkpoint(self.model).fingerprint
@@ -107,8 +112,7 @@ async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, 
 
 async def _reading(stack: Stack, shown: Sequence[Sequence[str]], without: float) -> float:
     """Seconds a request that its image's tokens cost, once the embedding is there; `without`: a request's that has none."""
-    await stack.requests(shown, 1)
-    return 1 / await stack.requests(shown, TOKENS[0]) - without
+    return 1 / await stack.requests_again(shown, TOKENS[0]) - without
 
 
 def _by_depth(seconds: dict[int, float]) -> tuple[float, float]:
@@ -152,8 +156,7 @@ def balanced(costs: Costs, tiles: int, text: int, compressed: float = 0.0) -> in
 async def halves_alone(stack: Stack, shown: Sequence[Sequence[str]], tokens: int) -> tuple[float, float]:
     """Images/s of vision alone, and requests/s of language with the embeddings there; the engine must not cache prefixes."""
     vision = await stack.images([picture for some in shown for picture in some])
-    await stack.requests(shown, 1)
-    return vision, await stack.requests(shown, tokens)
+    return vision, await stack.requests_again(shown, tokens)
 
 
 def beside(costs: Costs, kind: Kind, vision: float, language: float) -> Costs:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.options import Options
-from benchmarks.result import Result
+from benchmarks.result import Result, ratio_of
 from vision_worker.models.compiled import Compiled
 from vision_worker.models.intern_vit import InternViT
 from wire.layouts.base import Tower
@@ -43,16 +43,15 @@ def run(options: Options) -> Result:
     }
     rates = _rates(towers, pixels, options.repeats(5))
     middle = {name: statistics.median(found) for name, found in rates.items()}
-    ratios = [a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True)]
-    ratio = statistics.median(ratios)
+    ratio, spread = ratio_of(rates["ours"], rates["transformers"])
     figures = {
         "tiles/s": {name: round(value, 3) for name, value in middle.items()},
-        "over vllm's": round(statistics.median(a / b for a, b in zip(rates["ours"], rates["vllm"], strict=True)), 3),
+        "over vllm's": round(ratio_of(rates["ours"], rates["vllm"])[0], 3),
         "tiles in a batch": tiles, "device": device, "dtype": str(dtype),
         "TFLOP/s": round(middle["ours"] * TFLOP["300M"], 2),
         **(_on_gpu(options) if cuda else {}),
     }  # fmt: skip
-    return Result("encoder", ratio, 1.1, (max(ratios) - min(ratios)) / ratio, figures)
+    return Result("encoder", ratio, 1.1, spread, figures)
 
 
 def _rates(towers: dict[str, Callable[[Tensor], Any]], pixels: Tensor, repeats: int) -> dict[str, list[float]]:

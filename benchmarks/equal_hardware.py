@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import checkpoint, colocated, costs, load, processes
 from benchmarks.costs import IN_FLIGHT, Stack
 from benchmarks.options import Options
-from benchmarks.result import Result
+from benchmarks.result import Result, ratio_of
 from server.planning.model import Costs, Kind
 
 MIXES = {"one tile": (448, 448), "three tiles": (896, 448), "five tiles": (896, 896), "thirteen tiles": costs.DEEP[0]}
@@ -179,17 +179,15 @@ def _allowed(priced: Costs, tokens: int, text: int) -> float:
 
 
 def _routed(found: dict[str, list[float]]) -> dict[str, Any]:
-    routed = [some / ours for some, ours in zip(found[ROUTED], found[OURS], strict=True)]
     return {
         "requests/s": {name: round(statistics.median(rates), 3) for name, rates in found.items()},
-        "half compressed over not": round(statistics.median(routed), 3),
+        "half compressed over not": round(ratio_of(found[ROUTED], found[OURS])[0], 3),
     }
 
 
 def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int, best: str) -> Result:
-    ratios = [ours / theirs for ours, theirs in zip(found[OURS], found[best], strict=True)]
-    ratio = statistics.median(ratios)
+    ratio, spread = ratio_of(found[OURS], found[best])
     figures = {
         **_routed(found), "colocated's best": best, "tokens of an answer": tokens, "in flight": IN_FLIGHT, "felt": felt,
     }  # fmt: skip
-    return Result("equal-hardware", ratio, 1.0, (max(ratios) - min(ratios)) / ratio, figures)
+    return Result("equal-hardware", ratio, 1.0, spread, figures)

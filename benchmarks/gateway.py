@@ -18,7 +18,7 @@ import aiohttp
 
 from benchmarks import checkpoint, load, processes
 from benchmarks.options import Options
-from benchmarks.result import Result
+from benchmarks.result import Result, ratio_of
 
 TOKENS = 8
 IN_FLIGHT = 32
@@ -58,8 +58,7 @@ async def _measured(gateway: str, direct: str, model: str, options: Options) -> 
             if repeat:  # the first warms
                 rates[name].append(rate)
     alone = {name: await _latency(url, model, 300) for name, url in urls.items()}
-    ratios = [a / b for a, b in zip(rates["gateway"], rates["direct"], strict=True)]
-    ratio = statistics.median(ratios)
+    ratio, spread = ratio_of(rates["gateway"], rates["direct"])
     figures: dict[str, Any] = {
         "requests/s": {name: round(statistics.median(found), 1) for name, found in rates.items()},
         "latency added, ms": {
@@ -69,7 +68,7 @@ async def _measured(gateway: str, direct: str, model: str, options: Options) -> 
         f"{STREAMS} streams at once": {name: await _streams(url, model) for name, url in urls.items()},
         "beside bodies of 8 MB": await _beside_large_bodies(gateway, model),
     }
-    return Result("gateway", ratio, 0.9, (max(ratios) - min(ratios)) / ratio, figures)
+    return Result("gateway", ratio, 0.9, spread, figures)
 
 
 async def _latency(url: str, model: str, count: int) -> list[float]:

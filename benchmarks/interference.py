@@ -15,7 +15,7 @@ import aiohttp
 
 from benchmarks import checkpoint, colocated, load, processes
 from benchmarks.options import Options
-from benchmarks.result import Result
+from benchmarks.result import Result, ratio_of
 
 STREAMS, TOKENS = 4, 400
 BURSTS, BURST = 6, 4
@@ -50,14 +50,14 @@ def run(options: Options) -> Result:
 
 
 def _result(found: dict[str, list[dict[str, float]]]) -> Result:
-    ratios = [c["with images"] / o["with images"] for o, c in zip(found["ours"], found["colocated"], strict=True)]
-    ratio = statistics.median(ratios)
+    theirs, ours = ([repeat["with images"] for repeat in found[side]] for side in ("colocated", "ours"))
+    ratio, spread = ratio_of(theirs, ours)
     figures: dict[str, Any] = {}
     for side, repeats in found.items():
         middle = {name: statistics.median(r[name] for r in repeats) for name in repeats[0]}
         figures[side] = {f"ITL p99 {name}, ms": round(1e3 * value, 2) for name, value in middle.items()}
         figures[side]["with over without"] = round(statistics.median(r["with images"] / r["alone"] for r in repeats), 3)
-    return Result("interference", ratio, 5.0, (max(ratios) - min(ratios)) / ratio, figures)
+    return Result("interference", ratio, 5.0, spread, figures)
 
 
 async def _felt(url: str, model: str, seed: int) -> dict[str, float]:

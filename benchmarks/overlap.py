@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import checkpoint, costs, processes, timeline
 from benchmarks.costs import IN_FLIGHT, Stack
 from benchmarks.options import Options
-from benchmarks.result import Result
+from benchmarks.result import Result, ratio_of
 from server.planning.model import Kind
 
 SIZE = (448, 448)  # one tile
@@ -63,9 +63,8 @@ async def _measured(stack: Stack, options: Options) -> Result:
         found["V"].append(await stack.images(stack.pictures(count, SIZE)))
         found["E"].append(await stack.requests(fresh, tokens))
         found["L"].append(await stack.requests(fresh, tokens))  # now they are there
-    ratios = [e / min(v, language) for v, language, e in zip(found["V"], found["L"], found["E"], strict=True)]
     middle = {name: round(statistics.median(values), 3) for name, values in found.items()}
-    ratio = statistics.median(ratios)
+    ratio, spread = ratio_of(found["E"], [min(both) for both in zip(found["V"], found["L"], strict=True)])
     serial = 1 / (1 / middle["V"] + 1 / middle["L"])
     kind = Kind(tiles=1, text=text, output=tokens)
     figures: dict[str, Any] = {
@@ -73,4 +72,4 @@ async def _measured(stack: Stack, options: Options) -> Result:
         "tokens of an answer": tokens, "in flight": IN_FLIGHT, "images": count,
         "cases": [costs.case("overlap", kind, middle["E"], costs.beside(priced, kind, middle["V"], middle["L"]))],
     }  # fmt: skip
-    return Result("overlap", ratio, 0.9, (max(ratios) - min(ratios)) / ratio, figures)
+    return Result("overlap", ratio, 0.9, spread, figures)

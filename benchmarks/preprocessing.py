@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.colocated import SITE
 from benchmarks.options import Options
-from benchmarks.result import Result
+from benchmarks.result import Result, ratio_of
 from vision_worker.models.internvl import normalised
 from vision_worker.tiling import cut
 from wire.tiling import Tiling
@@ -61,13 +61,12 @@ def run(options: Options) -> Result:
     if process.returncode:
         raise RuntimeError(f"the measuring process ended with {process.returncode}")
     found: dict[str, dict[str, list[float]]] = json.loads(said)
-    ratios = [a / b for a, b in zip(found["1920 × 1080"]["ours"], found["1920 × 1080"]["vllm"], strict=True)]
+    ratio, spread = ratio_of(found["1920 × 1080"]["ours"], found["1920 × 1080"]["vllm"])
     figures: dict[str, Any] = {
         size: {name: round(statistics.median(rates), 2) for name, rates in by_name.items()} for size, by_name in found.items()
     }
     figures["scaling"] = _scaling(options.repeats(5))
-    ratio = statistics.median(ratios)
-    return Result("preprocessing", ratio, 1.4, (max(ratios) - min(ratios)) / ratio, figures)
+    return Result("preprocessing", ratio, 1.4, spread, figures)
 
 
 def _scaling(repeats: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ weights in doubles, rounded to 22 bits; two passes, each rounded to bytes. What 
 run along lines that lie together in memory, so that the compiler takes many bytes at once. Runs without the interpreter.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,9 +51,9 @@ def resized(pixels: Bytes, sizes: Sequence[tuple[int, int]]) -> list[Bytes]:
     """One picture [h, w, 3] in several sizes (width, height), [height, width, 3] each."""
     height, width = pixels.shape[:2]
     upright = np.ascontiguousarray(pixels).reshape(height, width * 3)
-    turned = _transposed(upright)  # a good part of the work, done once
+    turned = functools.cache(lambda: _transposed(upright))  # a good part of the work: once, and only where it is wanted
     return [
-        _down_first(upright, size) if _is_down_first((width, height), size) else _across_first(turned, height, size)
+        _down_first(upright, size) if _is_down_first((width, height), size) else _across_first(turned(), height, size)
         for size in sizes
     ]
 
