@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import checkpoint, colocated, costs, load, processes
 from benchmarks.costs import IN_FLIGHT, Stack
@@ -21,10 +21,23 @@ from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 from server.planning.model import Costs, Kind
 
-MIXES = {"one tile": (448, 448), "three tiles": (896, 448), "five tiles": (896, 896), "thirteen tiles": costs.DEEP[0]}
-TILES = {"one tile": 1, "three tiles": 3, "five tiles": 5, "thirteen tiles": costs.DEEP[1]}
+
+class Mix(NamedTuple):
+    """What a request shows: pictures of a size that makes so many tiles, thumbnail counted."""
+
+    size: tuple[int, int]
+    tiles: int
+    images: int = 1
+
+
 BALANCED = "three tiles"
-FOUR = "four images of one tile"
+MIXES = {
+    BALANCED: Mix((896, 448), 3),
+    "one tile": Mix((448, 448), 1),
+    "five tiles": Mix((896, 896), 5),
+    "thirteen tiles": Mix(*costs.DEEP),
+    "four images of one tile": Mix((448, 448), 1, 4),
+}
 COLOCATED = ("colocated, both cores", "colocated, one for its front end")
 """By how many cores vLLM leaves to its front end."""
 OURS, ROUTED = "ours", "ours, half compressed"
@@ -81,20 +94,21 @@ class _Run:
     def priced(self, model: Path) -> tuple[Costs, int]:
         """What stages cost, and tokens of a prompt without images."""
         with self.ours(model) as stack:
-            found = asyncio.run(costs.measured(stack, MIXES[BALANCED], TILES[BALANCED], self._count))
+            found = asyncio.run(costs.measured(stack, *MIXES[BALANCED][:2], self._count))
             return found, asyncio.run(costs.prompt(stack))
 
-    def saturated(self, stack: Stack, mix: str, tokens: int, images: int = 1) -> float:
+    def saturated(self, stack: Stack, mix: str, tokens: int) -> float:
         """Requests a second."""
-        return asyncio.run(stack.requests(self.shown(stack, mix, images), tokens))
+        return asyncio.run(stack.requests(self.shown(stack, mix), tokens))
 
-    def shown(self, stack: Stack, mix: str, images: int = 1) -> list[list[str]]:
+    def shown(self, stack: Stack, mix: str) -> list[list[str]]:
         """Of larger images fewer, so that all mixes take about as long."""
-        count = min(2 * self._count, max(2 * IN_FLIGHT, self._count * TILES[BALANCED] // (TILES[mix] * images)))
-        return [stack.pictures(images, MIXES[mix]) for _ in range(count)]
+        size, tiles, images = MIXES[mix]
+        count = min(2 * self._count, max(2 * IN_FLIGHT, self._count * MIXES[BALANCED].tiles // (tiles * images)))
+        return [stack.pictures(images, size) for _ in range(count)]
 
     def compared(self, plain: Path, flash: Path, priced: Costs, text: int) -> Result:
-        tokens = costs.balanced(priced, TILES[BALANCED], text)
+        tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text)
         with ExitStack() as held:  # all of them stay: those that are not asked cost nothing but memory
             stacks = {
                 **{name: held.enter_context(self.colocated(reserve)) for reserve, name in enumerate(COLOCATED)},
@@ -126,7 +140,7 @@ class _Run:
 
     def longer(self, stacks: dict[str, Stack], priced: Costs, text: int) -> dict[str, Any]:
         """With a core for each half the router gains where language is the slower one without it."""
-        tokens = costs.balanced(priced, TILES[BALANCED], text, 0.5)
+        tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text, 0.5)
         found: dict[str, list[float]] = {OURS: [], ROUTED: []}
         for name in [OURS, ROUTED] * self._options.repeats(3):
             found[name].append(self.saturated(stacks[name], BALANCED, tokens))
@@ -138,7 +152,7 @@ class _Run:
         """TTFT and ITL at each offered load, milliseconds."""
         said: dict[str, Any] = {}
         for share in LOADS:
-            bodies = [stack.chat([picture], tokens) for picture in stack.pictures(2 * self._count // 3, MIXES[BALANCED])]
+            bodies = [stack.chat([picture], tokens) for picture in stack.pictures(2 * self._count // 3, MIXES[BALANCED].size)]
             done = asyncio.run(load.offered(stack.url, bodies, share * most))
             ttft, gaps = [f.ttft for f in done], [gap for f in done for gap in f.gaps]
             said[load_of := f"offered {share:.0%} of {most:.2f}/s"] = {
@@ -150,19 +164,16 @@ class _Run:
 
     def mixes(self, stack: Stack, tokens: int) -> dict[str, float]:
         """Requests a second, saturated, of other images."""
-        found = {mix: self.saturated(stack, mix, tokens) for mix in MIXES if mix != BALANCED}
-        found[FOUR] = self.saturated(stack, "one tile", tokens, 4)
-        return {name: round(rate, 3) for name, rate in found.items()}
+        return {mix: round(self.saturated(stack, mix, tokens), 3) for mix in MIXES if mix != BALANCED}
 
     def cases(self, stack: Stack, priced: Costs, tokens: int, text: int) -> list[dict[str, Any]]:
         """For `dvd plan` to be held against: each mix, before and after what its halves do alone; the balanced one first."""
         found = []
-        mixes = {BALANCED: (BALANCED, 1), **{mix: (mix, 1) for mix in MIXES}, FOUR: ("one tile", 4)}
-        for name, (mix, images) in mixes.items():
-            kind = Kind(images=images, tiles=TILES[mix], text=text, output=tokens)
-            before = self.saturated(stack, mix, tokens, images)
-            alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, mix, images), tokens))
-            rate = statistics.mean((before, self.saturated(stack, mix, tokens, images)))
+        for name, mix in MIXES.items():
+            kind = Kind(images=mix.images, tiles=mix.tiles, text=text, output=tokens)
+            before = self.saturated(stack, name, tokens)
+            alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, name), tokens))
+            rate = statistics.mean((before, self.saturated(stack, name, tokens)))
             found.append(costs.case(name, kind, rate, costs.beside(priced, kind, *alone)))
             _progress(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {alone}")
         return found
@@ -174,7 +185,7 @@ def _progress(said: str) -> None:
 
 def _allowed(priced: Costs, tokens: int, text: int) -> float:
     """Requests/s with half of the tiles compressed over without: (V + L) / (V + r L), both cores busy all the time."""
-    (vision, language), (_, less) = (costs.halves(priced, TILES[BALANCED], text, tokens, share) for share in (0.0, 0.5))
+    (vision, language), (_, less) = (costs.halves(priced, MIXES[BALANCED].tiles, text, tokens, share) for share in (0.0, 0.5))
     return round((vision + language) / (vision + less), 3)
 
 
