@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed.append(name)
             print(f"{name} failed after {time.monotonic() - began:.0f} s: {type(error).__name__}: {error}", file=sys.stderr)
             continue
-        file = result.write(found)
+        file = result.write(found, options.quick)
         verdict = "met" if found.met else "missed"
         print(f"{name:<16} {found.ratio:8.2f}  target {found.target:g} {verdict}  spread {found.spread:.0%}", flush=True)
         print(f"{name}: {time.monotonic() - began:.0f} s, {file}", file=sys.stderr)

@@ -40,14 +40,14 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, flo
     return middle, (max(ratios) - min(ratios)) / middle
 
 
-def write(result: Result) -> Path:
-    """`results/NAME.json`."""
+def write(result: Result, quick: bool) -> Path:
+    """`results/NAME.json`. `quick`: with fewer repeats, as `ARGS=--quick` asks for."""
     said = asdict(result)
     notes = said.pop("notes")
     whole = {
         "name": said.pop("name"), "ratio": round(said.pop("ratio"), 4), "target": said.pop("target"), "met": result.met,
         "spread": round(said.pop("spread"), 4), **said, "notes": notes, "environment": environment(),
-        "command": f"make bench NAME={result.name}",
+        "command": f"make bench NAME={result.name}{' ARGS=--quick' if quick else ''}",
     }  # fmt: skip
     file = FOLDER / f"{result.name}.json"
     file.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
