@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from demo import scenes
 from demo.scenes import Labels, Scene, Style, Tile
-from demo.words import SYSTEM, Asked, Words, absent, blind, compared, counts, questions, small_talk, spoken
+from demo.words import SYSTEM, Asked, Words, absent, blind, compared, counts, questions, shape_of, small_talk, spoken
 from vision_worker import tiling
 
 Generator = np.random.Generator
@@ -140,6 +140,7 @@ class Talk:
     end: list[int]
     rows: Rows
     tasks: list[str]
+    sought: list[tuple[int, int]]  # beside each task, of one that counts: which shape as `Labels.kind` has it, and how many
     texts: Rows
 
     @property
@@ -182,7 +183,7 @@ def talk(
     else:
         turns = 2 if rng.random() < 0.1 else 1
         asked = [_asked(rng, scene, 2 if count > 1 else 1, turns, extras, style.drill) for scene in every]
-    rows, tasks = _rows(words, asked, "\n")
+    rows, tasks, sought = _rows(words, asked, "\n")
     told = _told(every, style) if labelled else None
     routes = _routes(rng, images, tiles, told if style.drill else None)
     if paired and rng.random() < 0.7:  # as a router does with two images alike
@@ -193,7 +194,7 @@ def talk(
         torch.from_numpy(np.concatenate(cuts)), torch.tensor([c for s in every for c in _corners(s, tiles)]),
         told, routes, 2 if paired else 1,
         words.encode(f"{system}<|im_start|>user\n<img>"), words.encode("</img>\n<img>"), words.encode("</img>"), rows, tasks,
-        _rows(words, [alone], "<|im_start|>user\n")[0],
+        sought, _rows(words, [alone], "<|im_start|>user\n")[0],
     )  # fmt: skip
 
 
@@ -224,20 +225,22 @@ def _asked(rng: Generator, scene: Scene, times: int, turns: int, extras: float, 
     return [said[i : i + turns] for i in range(0, len(said), turns)]
 
 
-def _rows(words: Words, asked: list[list[list[Asked]]], opening: str) -> tuple[Rows, list[str]]:
-    """Conversations by prefix, and the task of each, in order."""
+def _rows(words: Words, asked: list[list[list[Asked]]], opening: str) -> tuple[Rows, list[str], list[tuple[int, int]]]:
+    """Conversations by prefix; of each, in order, the task and what is sought."""
     sequences: list[list[tuple[int, int, int, int]]] = []
     tasks: list[str] = []
+    sought: list[tuple[int, int]] = []
     for conversations in asked:
         sequence: list[tuple[int, int, int, int]] = []
         for turns in conversations:
             ids, told = words.conversation(turns, opening)
             sequence += zip(ids, told, range(len(ids)), [len(tasks)] * len(ids), strict=True)
             tasks.append(turns[0].task if len(turns) == 1 else "chain")
+            sought.append((shape_of(turns[0].question), int(turns[0].answer)) if tasks[-1] == "count" else (0, 0))
         sequences.append(sequence)
     length = max(map(len, sequences))
     padded = [sequence + [(0, -100, 0, -1)] * (length - len(sequence)) for sequence in sequences]
-    return Rows(*torch.tensor(padded).unbind(-1)), tasks
+    return Rows(*torch.tensor(padded).unbind(-1)), tasks, sought
 
 
 def _routes(rng: Generator, images: int, tiles: int, told: Patches | None) -> Tensor:

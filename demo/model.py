@@ -164,7 +164,7 @@ class Trainee(nn.Module):
         with self._products():
             hidden = self.language.model(
                 inputs_embeds=self.embed(rows.ids),
-                attention_mask=_alone(rows, length)[:, None],
+                attention_mask=alone(rows, length)[:, None],
                 position_ids=length + rows.places,
                 past_key_values=read.cache if read else None,
                 use_cache=read is not None,
@@ -206,7 +206,7 @@ def _seconds(device: torch.device, dtype: torch.dtype) -> float:
     return min(took)
 
 
-def _alone(rows: Rows, prefix: int) -> Tensor:
+def alone(rows: Rows, prefix: int) -> Tensor:
     """What each token sees, bool [prefixes, length, prefix + length]: the prefix, and its own conversation up to itself."""
     own = (rows.numbers[:, :, None] == rows.numbers[:, None]).tril()
     return torch.cat([own.new_ones(*own.shape[:2], prefix), own], dim=-1)

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo import batches, model, scenes, vico
+from demo import batches, looking, model, scenes, vico
+from demo.looking import Looking, by_token
 from demo.scenes import Style
 from demo.words import Words
 
@@ -265,37 +266,17 @@ def _difference(heads: Heads, read: model.Read, batch: batches.Talk) -> Tensor:
     return F.binary_cross_entropy_with_logits(seen, differs, weights)
 
 
-def _counted(told: batches.Patches, span: int = 1) -> Tensor:
-    """Of each square of `span` patches, [n, squares], where a shape's middle is: how many of it before, 5 at the most.
-
-    Row by row, in tiles that show the whole picture. Elsewhere, and where two middles are, −1.
-    """
-    side = round(told.kind.shape[1] ** 0.5)
-    known = (told.middle == 1) & (told.place >= 0) & (told.kind >= 1) & (told.kind <= 6)
-    shapes = F.one_hot(torch.where(known, told.kind, 0), 7)[..., 1:].mT.float().view(-1, 6, side, side)
-    here = (F.avg_pool2d(shapes, span) * span**2).flatten(2).round()
-    so_far = (here.cumsum(2) * here).amax(1)
-    return torch.where((here.sum(1) == 1) & (so_far <= MARKS[1]), so_far - 1, -1).long()
-
-
 def _marks(told: batches.Patches, compressed: Tensor) -> tuple[Tensor, Tensor]:
     """Of each visual token, [images, tokens]: its place in a number, and the how manieth of its shape it is; −1 for neither.
 
     A number that a tile's border cuts is only then read in order if its digits are told apart by all of it; counting is
-    done in the tile that shows the whole picture, token by token. What a token has two of is not told.
+    done in the tile that shows the whole picture, token by token, from 0 to 5. What a token has two of is not told.
     """
-    images, tiles = compressed.shape
-    side = round(told.kind.shape[1] ** 0.5)
-    counts = {span: _counted(told, span) for span in (2, 4)}
-    turns = F.one_hot(told.turn + 1, 5)[..., 1:].mT.float().view(-1, 4, side, side)
-    found = []
-    for tile, short in enumerate(compressed.flatten().tolist()):
-        span = 4 if short else 2
-        turn = F.max_pool2d(turns[tile], span).flatten(1)
-        turn = torch.where(turn.sum(0) == 1, turn.argmax(0), -1)
-        found.append(torch.stack([turn, counts[span][tile]]))
-    both = torch.stack([torch.cat(found[i * tiles : (i + 1) * tiles], dim=1) for i in range(images)], dim=1)
-    return both[0], both[1]
+    turns = by_token(looking.turns(told), compressed) > 0
+    turn = torch.where(turns.sum(1) == 1, turns.int().argmax(1), -1)
+    here = by_token(looking.middles(told), compressed)
+    so_far = (here.cumsum(2) * here).amax(1)
+    return turn, torch.where((here.sum(1) == 1) & (so_far <= MARKS[1]), so_far - 1, -1).long()
 
 
 def _marked(heads: Heads, read: model.Read, batch: batches.Talk, told: batches.Patches) -> tuple[Tensor, dict[str, float]]:
@@ -310,8 +291,14 @@ def _marked(heads: Heads, read: model.Read, batch: batches.Talk, told: batches.P
     return total, shown
 
 
+SHARPNESS = ("q_norm.weight", "k_norm.weight")
+"""What bounds an attention's logits in Qwen3: at 1, by 8, which one token among 3,000 needs to get half of it. At the others'
+rate of learning these weights would hardly move."""
+
+
 def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tower: float) -> None:
     """`make`: batches, but for the words; `tower`: its rate of learning as a share of the rest's, at 0 it stays as it is."""
+    attentions = Looking(run.model)
 
     def step(batch: batches.Talk) -> tuple[Tensor, dict[str, float]]:
         with torch.set_grad_enabled(tower > 0):
@@ -319,35 +306,41 @@ def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tow
         read = run.model.read(run.model.prefixes(batch, features, batch.compressed))
         logits = run.model.answer(read, batch.rows)
         answers = F.cross_entropy(logits, batch.rows.told)
+        total, extra = answers, dict[str, float]()
+        if batch.together == 1 and batch.told is not None:
+            looked, found = attentions.loss(read, batch, batch.told)
+            marked, marks = _marked(run.heads, read, batch, batch.told)
+            total, extra = total + 0.5 * looked + 0.2 * marked, found | marks
         texts = F.cross_entropy(run.model.answer(None, batch.texts), batch.texts.told)
-        total = answers + 0.1 * texts
-        difference = _difference(run.heads, read, batch) if batch.together == 2 else answers * 0
-        total = total + 0.5 * difference
+        total = total + 0.1 * texts
+        if batch.together == 2:
+            difference = _difference(run.heads, read, batch)
+            total, extra = total + 0.5 * difference, {"difference": float(difference.detach())}
         if tower > 0 and batch.told is not None:
             total = total + 0.15 * run.heads(features, batch.told)[0]
-        extra: dict[str, float] = {}
-        if batch.together == 1 and batch.told is not None:
-            marked, extra = _marked(run.heads, read, batch, batch.told)
-            total = total + 0.2 * marked
         right = {f"{task} {batch.path}": share for task, share in judged(logits.detach(), batch.rows, batch.tasks).items()}
         return total, {
             "loss": float(total.detach()),
             "answers": float(answers.detach()),
             "texts": float(texts.detach()),
-            **({"difference": float(difference.detach())} if batch.together == 2 else {}),
             **extra,
             **right,
         }
 
     vision = run.model.vision
     spotting = [*run.heads.differs.parameters(), *run.heads.marks.parameters()]
+    language = dict(run.model.language.named_parameters())
+    rest = [parameter for name, parameter in language.items() if not name.endswith(SHARPNESS)]
+    sharp = [parameter for name, parameter in language.items() if name.endswith(SHARPNESS)]
     groups: list[dict[str, Any]] = [
-        {"params": [*run.model.language.parameters(), *vision.mlp1.parameters(), *vision.mlp2.parameters(), *spotting]}
+        {"params": [*rest, *vision.mlp1.parameters(), *vision.mlp2.parameters(), *spotting]},
+        {"params": sharp, "share": 10.0, "weight_decay": 0.0},
     ]
     if tower > 0:
         heads = [p for n, p in run.heads.named_parameters() if not n.startswith(("differs", "marks"))]
         groups.append({"params": [*vision.vision_model.parameters(), *heads], "share": tower})
     run.stage(stage, partial(make, words=run.words), step, groups)
+    attentions.close()
 
 
 def learn_consistency(run: Run, stage: Stage, style: Style, budget: int) -> None:
@@ -400,9 +393,23 @@ STAGES = (
     Stage("whole", 800, 4e-4),
     Stage("compare", 1200, 3e-4),
     Stage("sight", 1500, 2.5e-4),
+    Stage("across", 1600, 3e-4),
+    Stage("polish", 420, 1e-4),
     Stage("consistency", 120, 2e-4),
     Stage("judging", 120, 0),
     Stage("router", 200, 5e-4),
+)
+SIGHT = partial(
+    learn_answers,
+    make=partial(
+        batches.either,
+        often=(WHOLE, 12),
+        now_and_then=(replace(WHOLE, max_tiles=1), 12),
+        share=0.6,
+        extras=0.3,
+        pairs=0.25,
+        near=0.06,
+    ),
 )
 TEACH = {
     "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
@@ -437,13 +444,15 @@ TEACH = {
         ),
         tower=0,
     ),
-    "sight": partial(
+    "sight": partial(SIGHT, tower=0.6),
+    "across": partial(
         learn_answers,
         make=partial(
-            batches.either, often=(WHOLE, 12), now_and_then=(replace(WHOLE, max_tiles=1), 12), share=0.6, extras=0.3, pairs=0.25
+            batches.either, often=(WHOLE, 16), now_and_then=(replace(WHOLE, max_tiles=1), 16), share=0.8, extras=0.3, pairs=0.2
         ),
-        tower=0.6,
+        tower=0,
     ),
+    "polish": partial(SIGHT, tower=0.4),
     "consistency": partial(learn_consistency, style=WHOLE, budget=9),
     "judging": partial(judge_tiles, style=WHOLE, budget=7),
     "router": partial(learn_routes, share=0.65),

@@ -81,6 +81,11 @@ def plural(shape: str) -> str:
     return "crosses" if shape == "cross" else shape + "s"
 
 
+def shape_of(question: str) -> int:
+    """Number of the shape that a question names, from 1 as `scenes.Labels.kind` counts them."""
+    return next(i for i, name in enumerate(SHAPES, 1) if name in question.lower())
+
+
 def _presence(scene: Scene, rng: np.random.Generator) -> Asked:
     """As often there as not; what is not there has its colour or its shape from something that is, as often as not."""
     there = {(s.colour, s.name) for s in scene.shapes}

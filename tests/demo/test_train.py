@@ -43,8 +43,6 @@ def test_shapes_are_counted_each_by_itself_in_the_whole_picture_only() -> None:
     circle, star = 1, 4
     things = {(0, 0, 0): circle, (1, 0, 0): circle, (1, 1, 5): circle, (1, 4, 2): star, (1, 6, 6): circle}
     told = shapes(2, things, whole=1)
-    assert known(train._counted(told)[0]) == {}
-    assert known(train._counted(told)[1]) == {0: 0, 13: 1, 34: 0, 54: 2}
     _, counts = train._marks(told, torch.tensor([[False, False]]))
     assert known(counts[0]) == {16: 0, 18: 1, 25: 0, 31: 2}
     _, counts = train._marks(told, torch.tensor([[False, True]]))
@@ -52,9 +50,10 @@ def test_shapes_are_counted_each_by_itself_in_the_whole_picture_only() -> None:
 
 
 def test_what_cannot_be_told_is_not_counted() -> None:
+    long = torch.tensor([[False]])
     thin = patches(1, kind={(0, 1, 1): -1}, middle={(0, 1, 1): 1}, place={(0, 1, 1): 0})
-    assert known(train._counted(thin)[0]) == {}
+    assert known(train._marks(thin, long)[1][0]) == {}
     close = shapes(1, {(0, 0, 0): 2, (0, 1, 1): 2, (0, 4, 4): 2}, whole=0)
-    assert known(train._counted(close, 2)[0]) == {10: 2}, "two in one token are not told apart, but count"
-    many = shapes(1, {(0, row, 0): 3 for row in range(8)}, whole=0)
-    assert list(known(train._counted(many)[0]).values()) == [0, 1, 2, 3, 4, 5]
+    assert known(train._marks(close, long)[1][0]) == {10: 2}, "two in one token are not told apart, but count"
+    many = shapes(1, {(0, 2 * (i // 4), 2 * (i % 4)): 3 for i in range(8)}, whole=0)
+    assert list(known(train._marks(many, long)[1][0]).values()) == [0, 1, 2, 3, 4, 5]
