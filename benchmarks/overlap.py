@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import statistics
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def run(options: Options) -> Result:
         folder = Path(name)
         traces = folder / "traces"
         stack = _started(folder, traces, held)
-        found = asyncio.run(_measured(stack, options))
-        found.notes.append(timeline.draw(traces, "overlap"))
+        found, middle = asyncio.run(_measured(stack, options))
+        found.notes.append(timeline.draw(traces, "overlap", middle))
         return found
 
 
@@ -50,7 +51,8 @@ def _started(folder: Path, traces: Path, held: ExitStack) -> Stack:
     return Stack(folder, url, model, itertools.count())
 
 
-async def _measured(stack: Stack, options: Options) -> Result:
+async def _measured(stack: Stack, options: Options) -> tuple[Result, float]:
+    """And a moment at which all of it ran, of the monotonic clock; not of the last repeat: a trace is written out in pieces."""
     count = 48 if options.quick else 120
     await stack.requests([[picture] for picture in stack.pictures(IN_FLIGHT, SIZE)], 4)  # warms everything
     priced, text = await costs.measured(stack, SIZE, 1, count, STEP), await costs.prompt(stack)
@@ -58,10 +60,13 @@ async def _measured(stack: Stack, options: Options) -> Result:
     alone = await costs.halves_alone(stack, [[picture] for picture in stack.pictures(count, SIZE)], tokens)
     tokens = costs.balanced(costs.beside(priced, Kind(tiles=1, text=text, output=tokens), *alone), 1, text)
     found: dict[str, list[float]] = {"V": [], "L": [], "E": []}
+    middles: list[float] = []
     for _ in range(options.repeats(3)):
         fresh = [[picture] for picture in stack.pictures(count, SIZE)]
         found["V"].append(await stack.images(stack.pictures(count, SIZE)))
+        began = time.monotonic()
         found["E"].append(await stack.requests(fresh, tokens))
+        middles.append((began + time.monotonic()) / 2)
         found["L"].append(await stack.requests(fresh, tokens))  # now they are there
     middle = {name: round(statistics.median(values), 3) for name, values in found.items()}
     ratio, spread = ratio_of(found["E"], [min(both) for both in zip(found["V"], found["L"], strict=True)])
@@ -72,4 +77,4 @@ async def _measured(stack: Stack, options: Options) -> Result:
         "tokens of an answer": tokens, "in flight": IN_FLIGHT, "images": count,
         "cases": [costs.case("overlap", kind, middle["E"], costs.beside(priced, kind, middle["V"], middle["L"]))],
     }  # fmt: skip
-    return Result("overlap", ratio, 0.9, spread, figures)
+    return Result("overlap", ratio, 0.9, spread, figures), middles[(len(middles) - 1) // 2]

@@ -12,10 +12,10 @@ STAGES = {"prepare": "#7a9e3c", "encode": "#2462ad", "deliver": "#d9730d", "answ
 SECONDS = 6.0
 
 
-def draw(traces: Path, name: str) -> str:
-    """`results/NAME-timeline.png`: some seconds from the middle of the trace; a sentence about it."""
+def draw(traces: Path, name: str, at: float) -> str:
+    """`results/NAME-timeline.png`: some seconds around one of the monotonic clock; a sentence about it."""
     events = [event for event in read(traces) if event["name"] in STAGES]
-    middle = (events[0]["ts"] + events[-1]["ts"]) / 2
+    middle = at * 1e6
     shown = [event for event in events if abs(event["ts"] - middle) < SECONDS / 2 * 1e6]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
