@@ -61,7 +61,8 @@ def counting(batch: batches.Talk, told: batches.Patches) -> Iterator[Wanted]:
     Of the tile that shows the whole picture; what is too thin to be told there is left out.
     """
     shapes = by_token(middles(told), batch.compressed)
-    covered = by_token(F.one_hot(told.kind.clamp(0, 6), 7)[..., 1:].mT.float(), batch.compressed)
+    kinds = torch.where((told.kind >= 1) & (told.kind <= 6), told.kind, 0)
+    covered = by_token(F.one_hot(kinds, 7)[..., 1:].mT.float(), batch.compressed)
     for number, (task, (kind, many)) in enumerate(zip(batch.tasks, batch.sought, strict=True)):
         if task != "count":
             continue

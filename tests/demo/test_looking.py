@@ -49,6 +49,10 @@ def test_each_shape_of_the_whole_picture_has_the_same_share(words: Words, compre
         batch = talk(words, seed, compressed)
         assert batch.told is not None
         before = (batch.compressed.shape[1] - 1) * (16 if compressed else 64) + len(batch.opening)
+        images, tiles = batch.compressed.shape
+        span, side = (4, 4) if compressed else (2, 8)
+        shapes = ((batch.told.kind >= 1) & (batch.told.kind <= 6)) | (batch.told.middle == 1)
+        covered = shapes.view(images, tiles, side, span, side, span).any(5).any(3).flatten(1)
         counts = [many for task, (_, many) in zip(batch.tasks, batch.sought, strict=True) if task == "count"]
         found = list(looking.counting(batch, batch.told))
         assert len(found) <= len(counts)
@@ -57,6 +61,8 @@ def test_each_shape_of_the_whole_picture_has_the_same_share(words: Words, compre
             assert not (one.sets[1:before] >= 0).any(), "shapes in other tiles"
             assert not (one.sets[len(one.sets) - len(batch.end) :] >= 0).any()
             assert set(one.sets[one.sets >= 0].tolist()) == set(range(len(one.shares))), "none is empty"
+            seen = one.sets[len(batch.opening) : len(one.sets) - len(batch.end)] >= 0
+            assert bool((covered[one.prefix] | ~seen).all()), "a digit, or nothing, taken for a shape"
             many = round(looking.NONE / float(one.shares[0]) - looking.NONE)
             assert many in counts
             assert torch.isclose(one.shares.sum(), torch.tensor(1.0))
