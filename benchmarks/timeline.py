@@ -15,8 +15,8 @@ SECONDS = 6.0
 def draw(traces: Path, name: str, at: float) -> str:
     """`results/NAME-timeline.png`: some seconds around one of the monotonic clock; a sentence about it."""
     events = [event for event in read(traces) if event["name"] in STAGES]
-    middle = at * 1e6
-    shown = [event for event in events if abs(event["ts"] - middle) < SECONDS / 2 * 1e6]
+    middle, reach = at * 1e6, SECONDS / 2 * 1e6
+    shown = [event for event in events if event["ts"] < middle + reach and event["ts"] + event["dur"] > middle - reach]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     lanes: list[str] = []
