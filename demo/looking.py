@@ -20,10 +20,15 @@ NONE = 2.0
 """Shapes that the first token counts for: what it gets of an attention says how many there are beside it."""
 
 
+def shapes(told: batches.Patches) -> Tensor:
+    """1 where a shape is, by its kind, [tiles, 6, patches]."""
+    known = (told.kind >= 1) & (told.kind <= 6)
+    return F.one_hot(torch.where(known, told.kind, 0), 7)[..., 1:].mT.float()
+
+
 def middles(told: batches.Patches) -> Tensor:
     """1 at the patch in a shape's middle, [tiles, 6, patches], in tiles that show the whole picture."""
-    known = (told.middle == 1) & (told.place >= 0) & (told.kind >= 1) & (told.kind <= 6)
-    return F.one_hot(torch.where(known, told.kind, 0), 7)[..., 1:].mT.float()
+    return shapes(told) * ((told.middle == 1) & (told.place >= 0))[:, None]
 
 
 def turns(told: batches.Patches) -> Tensor:
@@ -58,20 +63,18 @@ class Wanted:
 def counting(batch: batches.Talk, told: batches.Patches) -> Iterator[Wanted]:
     """Each shape of the kind that is asked for has the same share, whichever of its tokens get it.
 
-    Of the tile that shows the whole picture; what is too thin to be told there is left out.
+    Of the tile that shows the whole picture; what is too thin to be told there is left out. An image a prefix.
     """
-    shapes = by_token(middles(told), batch.compressed)
-    kinds = torch.where((told.kind >= 1) & (told.kind <= 6), told.kind, 0)
-    covered = by_token(F.one_hot(kinds, 7)[..., 1:].mT.float(), batch.compressed)
+    counted, covered = by_token(middles(told), batch.compressed), by_token(shapes(told), batch.compressed)
     for number, (task, (kind, many)) in enumerate(zip(batch.tasks, batch.sought, strict=True)):
         if task != "count":
             continue
-        prefix, row = _rows_of(batch, number)[0]
+        prefix, row = _spoken(batch, number)[0]
         side = batch.tiles.shape[1] // PATCH // (4 if batch.compressed[prefix, -1] else 2)
-        here, area = (maps[prefix, kind - 1, -side * side :] for maps in (shapes, covered))
+        here, area = (maps[prefix, kind - 1, -side * side :] for maps in (counted, covered))
         if int(here.sum()) == many:
-            sets = F.pad(_nearest(here, area > 0, side), (shapes.shape[-1] - side * side, 0), value=-1)
-            sets = F.pad(sets, (len(batch.opening), len(batch.end)), value=-1)
+            before = len(batch.opening) + counted.shape[-1] - side * side
+            sets = F.pad(_nearest(here, area > 0, side), (before, len(batch.end)), value=-1)
             sets[0] = 0
             yield Wanted(prefix, row, sets, torch.cat([here.new_tensor([NONE]), here[here > 0]]) / (NONE + many))
 
@@ -92,13 +95,13 @@ def reading(batch: batches.Talk, told: batches.Patches) -> Iterator[Wanted]:
     for number, task in enumerate(batch.tasks):
         if task != "number":
             continue
-        for turn, (prefix, row) in enumerate(_rows_of(batch, number)[:-1]):
+        for turn, (prefix, row) in enumerate(_spoken(batch, number)[:-1]):
             here = F.pad(digits[prefix, turn], (len(batch.opening), len(batch.end))) > 0
             if bool(here.any()):
                 yield Wanted(prefix, row, here.long() - 1, torch.ones(1, device=here.device))
 
 
-def _rows_of(batch: batches.Talk, number: int) -> list[tuple[int, int]]:
+def _spoken(batch: batches.Talk, number: int) -> list[tuple[int, int]]:
     """Prefix and row of each token after which a conversation's answer goes on."""
     at = ((batch.rows.numbers == number) & (batch.rows.answers >= 0)).nonzero()
     return [(int(prefix), int(row)) for prefix, row in at]

@@ -293,8 +293,8 @@ def _marked(heads: Heads, read: model.Read, batch: batches.Talk, told: batches.P
 
 
 SHARPNESS = ("q_norm.weight", "k_norm.weight")
-"""What bounds an attention's logits in Qwen3: at 1, by 8, which one token among 3,000 needs to get half of it. At the others'
-rate of learning these weights would hardly move."""
+"""What bounds an attention's logits in Qwen3: at 1, by 8, which one token among 3,000 needs to get half of it. At ten times
+the others' rate of learning the largest of these weights went from 1.2 to 1.5 in *across*."""
 
 
 def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tower: float) -> None:

@@ -9,12 +9,6 @@ from demo.words import Words
 STYLE = Style(tile=224, smallest_digit=28, drill=True)
 
 
-@pytest.fixture(scope="module")
-def trainee(words: Words) -> model.Trainee:
-    torch.manual_seed(0)
-    return model.Trainee(words).requires_grad_(False)
-
-
 def talk(words: Words, seed: int, compressed: bool = False) -> batches.Talk:
     found = batches.talk(np.random.default_rng(seed), words, STYLE, 6, sizes=(2, 4), pairs=0, extras=0)
     found.compressed.fill_(compressed)

@@ -16,12 +16,6 @@ from demo.words import Words
 SMALL = Style(tile=112, smallest_digit=16)
 
 
-@pytest.fixture(scope="module")
-def trainee(words: Words) -> model.Trainee:
-    torch.manual_seed(0)
-    return model.Trainee(words).requires_grad_(False)
-
-
 def alone(trainee: model.Trainee, prefix: Tensor, rows: batches.Rows) -> Tensor:
     """Logits of each conversation read from the beginning, by itself."""
     found = []
