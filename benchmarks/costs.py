@@ -7,6 +7,7 @@ so what preparing takes is counted as the tower's, and what a request takes what
 import asyncio
 import base64
 import hashlib
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Stack:
     url: str
     model: Path
     numbers: Iterator[int]
+    in_flight: int = IN_FLIGHT
 
     def pictures(self, count: int, size: tuple[int, int]) -> list[str]:
         """No two alike, ever."""
@@ -49,13 +51,18 @@ class Stack:
         text = TEXT if pictures else f"{TEXT} {next(self.numbers)}"
         return load.chat(self.model.name, text, pictures, tokens)
 
-    async def requests(self, pictures: Sequence[Sequence[str]], tokens: int, in_flight: int = IN_FLIGHT) -> float:
-        """Requests a second, one for each list of pictures."""
-        return load.throughput(await load.closed(self.url, [self.chat(some, tokens) for some in pictures], in_flight))
+    async def requests(self, pictures: Sequence[Sequence[str]], tokens: int, in_flight: int | None = None) -> float:
+        """Requests a second, one for each list of pictures; answers are half to one and a half times as long as `tokens`.
+
+        Alike, they would begin and end in waves, and what is measured would hang on where in a wave it stops.
+        """
+        lengths = random.Random(7)
+        bodies = [self.chat(some, round(tokens * lengths.uniform(0.5, 1.5))) for some in pictures]
+        return await load.saturated(self.url, bodies, in_flight or self.in_flight)
 
     async def requests_again(self, pictures: Sequence[Sequence[str]], tokens: int) -> float:
         """Requests a second whose embeddings are there already."""
-        await self.requests(pictures, 1)
+        await load.closed(self.url, [self.chat(some, 1) for some in pictures], self.in_flight)
         return await self.requests(pictures, tokens)
 
     async def images(self, pictures: Sequence[str]) -> float:
@@ -68,7 +75,7 @@ class Stack:
                 for url in waiting:
                     ends.append(await self._encode(stub, fingerprint, base64.b64decode(url.partition(",")[2])))
 
-            await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
+            await asyncio.gather(*(work() for _ in range(self.in_flight)))
         return load.throughput(ends)
 
     async def _encode(self, stub: vision_pb2_grpc.VisionStub, fingerprint: str, data: bytes) -> load.Felt:
@@ -83,7 +90,8 @@ class Stack:
 
 
 async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, step_tokens: int = 4096) -> Costs:
-    """`size`: of a picture that makes so many tiles, thumbnail counted; `count`: of requests in each measurement.
+    """`size`: of a picture that makes so many tiles, thumbnail counted; `count`: of requests in each measurement, more than
+    twice what is in flight.
 
     `step_tokens`: what vLLM was told of them, `--max-num-batched-tokens`.
     """
@@ -92,11 +100,13 @@ async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, 
     vision = await stack.images(pictures)
     texts: list[list[str]] = [[]] * count
     several = [1 / await stack.requests(texts, tokens) for tokens in (TOKENS[0], *TOKENS)][1:]  # the first warms
-    alone = [1 / await stack.requests(texts[: count // 3], tokens, 1) for tokens in TOKENS]
+    alone = [1 / await stack.requests(texts[: count // 3], tokens, in_flight=1) for tokens in TOKENS]
     one, many = ((seconds[1] - seconds[0]) / (TOKENS[1] - TOKENS[0]) for seconds in (alone, several))
-    step = max(0.0, (one - many) * IN_FLIGHT / (IN_FLIGHT - 1))
+    step = max(0.0, (one - many) * stack.in_flight / (stack.in_flight - 1))
     shallow = await _reading(stack, [[picture] for picture in pictures], several[0])
-    deep = await _reading(stack, [[picture] for picture in stack.pictures(max(IN_FLIGHT, count // 4), DEEP[0])], several[0])
+    deep = await _reading(
+        stack, [[picture] for picture in stack.pictures(max(stack.in_flight, count // 4), DEEP[0])], several[0]
+    )
     prefill, attention = _by_depth({tiles * checkpoint.tokens_per_tile: shallow, DEEP[1] * checkpoint.tokens_per_tile: deep})
     request = max(0.0, several[0] - TOKENS[0] * many - prefill * await prompt(stack))
     return Costs(
@@ -137,20 +147,22 @@ def predicted(costs: Costs, kind: Kind, in_flight: int = IN_FLIGHT) -> float:
     return saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
 
 
-def halves(costs: Costs, tiles: int, text: int, tokens: int, compressed: float = 0.0) -> tuple[float, float]:
+def halves(
+    costs: Costs, tiles: int, text: int, tokens: int, compressed: float = 0.0, in_flight: int = IN_FLIGHT
+) -> tuple[float, float]:
     """Seconds of a vision worker and of a language worker that a request with such an image takes, an answer of `tokens`.
 
     About half of those in flight are with the engine, and share its steps.
     """
     engine = costs.language
-    spoken = tokens * (engine.decode + engine.step / (IN_FLIGHT / 2))
+    spoken = tokens * (engine.decode + engine.step / (in_flight / 2))
     return tiles * costs.vision.tile, engine.request + engine.reading(text + visual_tokens(costs, tiles, compressed)) + spoken
 
 
-def balanced(costs: Costs, tiles: int, text: int, compressed: float = 0.0) -> int:
+def balanced(costs: Costs, tiles: int, text: int, compressed: float = 0.0, in_flight: int = IN_FLIGHT) -> int:
     """Tokens of an answer for which a request with such an image keeps one half as busy as the other."""
-    vision, reading = halves(costs, tiles, text, 0, compressed)
-    return max(4, round((vision - reading) / (halves(costs, tiles, text, 1, compressed)[1] - reading)))
+    vision, reading = halves(costs, tiles, text, 0, compressed, in_flight)
+    return max(4, round((vision - reading) / (halves(costs, tiles, text, 1, compressed, in_flight)[1] - reading)))
 
 
 async def halves_alone(stack: Stack, shown: Sequence[Sequence[str]], tokens: int) -> tuple[float, float]:
@@ -159,10 +171,10 @@ async def halves_alone(stack: Stack, shown: Sequence[Sequence[str]], tokens: int
     return vision, await stack.requests_again(shown, tokens)
 
 
-def beside(costs: Costs, kind: Kind, vision: float, language: float) -> Costs:
+def beside(costs: Costs, kind: Kind, vision: float, language: float, in_flight: int = IN_FLIGHT) -> Costs:
     """The costs, made to agree with what the halves did alone just now (`halves_alone`): the machine's speed changes."""
     at_once = costs.model_copy(update={"vision": costs.vision.model_copy(update={"tile": 1e-9})})
-    slower = predicted(at_once, kind) / language
+    slower = predicted(at_once, kind, in_flight) / language
     engine = costs.language
     scaled = {name: slower * getattr(engine, name) for name in ("step", "request", "prefill", "attention", "decode")}
     return costs.model_copy(
@@ -173,6 +185,7 @@ def beside(costs: Costs, kind: Kind, vision: float, language: float) -> Costs:
     )
 
 
-def case(name: str, kind: Kind, rate: float, costs: Costs) -> dict[str, Any]:
+def case(name: str, kind: Kind, rate: float, costs: Costs, in_flight: int = IN_FLIGHT) -> dict[str, Any]:
     """A kind of request, what was measured of it, requests a second, and the costs then: for the benchmark of `dvd plan`."""
-    return {"name": name, "kind": kind.model_dump(), "requests/s": round(rate, 3), "costs": costs.model_dump()}
+    measured = {"requests/s": round(rate, 3), "in flight": in_flight, "costs": costs.model_dump()}
+    return {"name": name, "kind": kind.model_dump(), **measured}

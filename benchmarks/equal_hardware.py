@@ -12,11 +12,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import checkpoint, colocated, costs, load, processes
-from benchmarks.costs import IN_FLIGHT, Stack
+from benchmarks.costs import Stack
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 from server.planning.model import Costs, Kind
@@ -43,6 +44,9 @@ COLOCATED = ("colocated, both cores", "colocated, one for its front end")
 OURS, ROUTED = "ours", "ours, half compressed"
 LOADS = (0.4, 0.7, 0.9)
 """Offered, as shares of what colocated does at most."""
+PAIRS = 6
+IN_FLIGHT = 32
+"""Of ours about half are with the engine, the others with the tower."""
 ENGINE = "--dtype=float32", "--no-enable-prefix-caching"
 """Both sides' vLLM. No two pictures are alike: there is nothing to find again, but where a half is measured alone."""
 HALF = ("--vir-relative-threshold=0.5", "--vir-absolute-threshold=0")
@@ -65,7 +69,7 @@ class _Run:
     def __init__(self, options: Options, folder: Path, stock: Path) -> None:
         self._options, self._folder, self._stock = options, folder, stock
         self._numbers = itertools.count()
-        self._count = 32 if options.quick else 48
+        self._count = 32 if options.quick else 48  # that are measured
 
     @contextmanager
     def ours(self, model: Path, *flags: str) -> Iterator[Stack]:
@@ -78,7 +82,7 @@ class _Run:
             held.enter_context(processes.language(folder, model, cores[-1:], *ENGINE))
             server, url = processes.gateway(folder, cores, *flags)
             held.enter_context(server)
-            yield Stack(folder, url, model, self._numbers)
+            yield Stack(folder, url, model, self._numbers, IN_FLIGHT)
 
     @contextmanager
     def colocated(self, reserve: int) -> Iterator[Stack]:
@@ -89,40 +93,47 @@ class _Run:
         server, url = processes.colocated(folder, self._options.baseline, self._stock, cores[reserve:] or cores, *ENGINE)
         server.cores = cores
         with server:
-            yield Stack(folder, url, self._stock, self._numbers)
+            yield Stack(folder, url, self._stock, self._numbers, IN_FLIGHT)
 
     def priced(self, model: Path) -> tuple[Costs, int]:
         """What stages cost, and tokens of a prompt without images."""
         with self.ours(model) as stack:
-            found = asyncio.run(costs.measured(stack, *MIXES[BALANCED][:2], self._count))
+            fewer = replace(stack, in_flight=costs.IN_FLIGHT)
+            found = asyncio.run(costs.measured(fewer, *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
             return found, asyncio.run(costs.prompt(stack))
 
-    def saturated(self, stack: Stack, mix: str, tokens: int) -> float:
-        """Requests a second."""
-        return asyncio.run(stack.requests(self.shown(stack, mix), tokens))
+    def saturated(self, stack: Stack, tokens: int) -> float:
+        """Requests a second, balanced."""
+        pictures = stack.pictures(self._count + 2 * IN_FLIGHT, MIXES[BALANCED].size)
+        return asyncio.run(stack.requests([[picture] for picture in pictures], tokens))
 
     def shown(self, stack: Stack, mix: str) -> list[list[str]]:
         """Of larger images fewer, so that all mixes take about as long."""
         size, tiles, images = MIXES[mix]
-        count = min(2 * self._count, max(2 * IN_FLIGHT, self._count * MIXES[BALANCED].tiles // (tiles * images)))
+        few = 3 * costs.IN_FLIGHT
+        count = min(2 * few, max(few, 2 * few * MIXES[BALANCED].tiles // (tiles * images)))
         return [stack.pictures(images, size) for _ in range(count)]
 
+    def mixed(self, stack: Stack, mix: str, tokens: int) -> float:
+        """Requests a second, with fewer in flight, for some of these take long."""
+        return asyncio.run(stack.requests(self.shown(stack, mix), tokens, costs.IN_FLIGHT))
+
     def compared(self, plain: Path, flash: Path, priced: Costs, text: int) -> Result:
-        tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text)
+        tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text, 0.0, IN_FLIGHT)
         with ExitStack() as held:  # all of them stay: those that are not asked cost nothing but memory
             stacks = {
                 **{name: held.enter_context(self.colocated(reserve)) for reserve, name in enumerate(COLOCATED)},
                 OURS: held.enter_context(self.ours(plain)),
                 ROUTED: held.enter_context(self.ours(flash, *HALF)),
             }
-            warm = {name: self.saturated(stack, BALANCED, tokens) for name, stack in stacks.items()}
+            warm = {name: self.saturated(stack, tokens) for name, stack in stacks.items()}
             _progress(f"warm, tokens of an answer {tokens}: {warm}")
             best, worse = sorted(COLOCATED, key=lambda name: -warm[name])
             del stacks[worse]
             found: dict[str, list[float]] = {name: [] for name in stacks}
-            for _ in range(self._options.repeats(3)):
-                for name, stack in stacks.items():
-                    found[name].append(self.saturated(stack, BALANCED, tokens))
+            for number in range(self._options.repeats(PAIRS)):
+                for name in sorted(stacks, reverse=number % 2 == 0):  # whichever the machine slows for, it is either's turn
+                    found[name].append(self.saturated(stacks[name], tokens))
                     _progress(f"{name}: {found[name][-1]:.2f} requests/s")
             most = statistics.median(found[best])
             felt = {name: self.felt(stack, tokens, most) for name, stack in stacks.items()}
@@ -140,10 +151,10 @@ class _Run:
 
     def longer(self, stacks: dict[str, Stack], priced: Costs, text: int) -> dict[str, Any]:
         """With a core for each half the router gains where language is the slower one without it."""
-        tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text, 0.5)
+        tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text, 0.5, IN_FLIGHT)
         found: dict[str, list[float]] = {OURS: [], ROUTED: []}
         for name in [OURS, ROUTED] * self._options.repeats(3):
-            found[name].append(self.saturated(stacks[name], BALANCED, tokens))
+            found[name].append(self.saturated(stacks[name], tokens))
         said = {"tokens of an answer": tokens, **_routed(found), "what compression allows": _allowed(priced, tokens, text)}
         _progress(f"longer answers: {said}")
         return said
@@ -164,16 +175,16 @@ class _Run:
 
     def mixes(self, stack: Stack, tokens: int) -> dict[str, float]:
         """Requests a second, saturated, of other images."""
-        return {mix: round(self.saturated(stack, mix, tokens), 3) for mix in MIXES if mix != BALANCED}
+        return {mix: round(self.mixed(stack, mix, tokens), 3) for mix in MIXES if mix != BALANCED}
 
     def cases(self, stack: Stack, priced: Costs, tokens: int, text: int) -> list[dict[str, Any]]:
         """For `dvd plan` to be held against: each mix, before and after what its halves do alone; the balanced one first."""
-        found = []
+        found, stack = [], replace(stack, in_flight=costs.IN_FLIGHT)
         for name, mix in MIXES.items():
             kind = Kind(images=mix.images, tiles=mix.tiles, text=text, output=tokens)
-            before = self.saturated(stack, name, tokens)
+            before = self.mixed(stack, name, tokens)
             alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, name), tokens))
-            rate = statistics.mean((before, self.saturated(stack, name, tokens)))
+            rate = statistics.mean((before, self.mixed(stack, name, tokens)))
             found.append(costs.case(name, kind, rate, costs.beside(priced, kind, *alone)))
             _progress(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {alone}")
         return found
@@ -185,7 +196,8 @@ def _progress(said: str) -> None:
 
 def _allowed(priced: Costs, tokens: int, text: int) -> float:
     """Requests/s with half of the tiles compressed over without: (V + L) / (V + r L), both cores busy all the time."""
-    (vision, language), (_, less) = (costs.halves(priced, MIXES[BALANCED].tiles, text, tokens, share) for share in (0.0, 0.5))
+    tiles = MIXES[BALANCED].tiles
+    (vision, language), (_, less) = (costs.halves(priced, tiles, text, tokens, share, IN_FLIGHT) for share in (0.0, 0.5))
     return round((vision + language) / (vision + less), 3)
 
 
@@ -198,7 +210,9 @@ def _routed(found: dict[str, list[float]]) -> dict[str, Any]:
 
 def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int, best: str) -> Result:
     ratio, spread = ratio_of(found[OURS], found[best])
+    pairs = [round(a / b, 3) for a, b in zip(found[OURS], found[best], strict=True)]
     figures = {
-        **_routed(found), "colocated's best": best, "tokens of an answer": tokens, "in flight": IN_FLIGHT, "felt": felt,
+        **_routed(found), "pairs, ours over colocated's": pairs, "colocated's best": best, "tokens of an answer": tokens,
+        "in flight": IN_FLIGHT, "felt": felt,
     }  # fmt: skip
     return Result("equal-hardware", ratio, 1.0, spread, figures)

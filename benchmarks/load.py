@@ -87,6 +87,29 @@ async def closed(url: str, bodies: Iterable[bytes], in_flight: int) -> list[Felt
     return done
 
 
+async def saturated(url: str, bodies: Iterable[bytes], in_flight: int) -> float:
+    """Requests a second while so many are always at once, from when as many have ended until none waits any more.
+
+    Those still going then are broken off: a server that runs empty is not saturated. Raises `RuntimeError` for a request
+    that failed.
+    """
+    waiting, ends = iter(bodies), list[float]()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
+
+        async def work() -> None:
+            for body in waiting:
+                ends.append(_good(await ask(session, url, body)).ended)
+
+        working = [asyncio.create_task(work()) for _ in range(in_flight)]
+        done, others = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for task in done:
+            task.result()
+    return (len(ends) - in_flight) / (ends[-1] - ends[in_flight - 1])
+
+
 async def offered(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[Felt]:
     """Arriving at random, so many a second on average, whatever the server does."""
     rng = random.Random(seed)

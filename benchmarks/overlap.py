@@ -54,7 +54,7 @@ def _started(folder: Path, traces: Path, held: ExitStack) -> Stack:
 async def _measured(stack: Stack, options: Options) -> tuple[Result, float]:
     """And a moment at which all of it ran, of the monotonic clock; not of the last repeat: a trace is written out in pieces."""
     count = 48 if options.quick else 120
-    await stack.requests([[picture] for picture in stack.pictures(IN_FLIGHT, SIZE)], 4)  # warms everything
+    await stack.requests([[picture] for picture in stack.pictures(2 * IN_FLIGHT, SIZE)], 4)  # warms everything
     priced, text = await costs.measured(stack, SIZE, 1, count, STEP), await costs.prompt(stack)
     tokens = costs.balanced(priced, 1, text)
     alone = await costs.halves_alone(stack, [[picture] for picture in stack.pictures(count, SIZE)], tokens)

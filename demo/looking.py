@@ -122,18 +122,22 @@ class Looking:
         for hook in self._hooks:
             hook.remove()
 
-    def loss(self, read: model.Read, batch: batches.Talk, told: batches.Patches) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, read: model.Read, batch: batches.Talk) -> tuple[Tensor, dict[str, float]]:
         """Cross entropy, right after `batch.rows` were answered, and the share that went where it should.
 
         Counting looks at the shapes in the tile that shows the whole picture, and at the first token; the next digit is
-        looked for where digits of its turn are.
+        looked for where digits of its turn are. 0 for two images to a prefix, and without labels.
         """
-        total, shown = read.hidden.sum() * 0, dict[str, float]()
+        total, shown, told = read.hidden.sum() * 0, dict[str, float](), batch.told
+        if told is None or batch.together > 1:
+            return total, shown
         for name, heads, those in (("counts", COUNTS, [*counting(batch, told)]), ("digits", READS, [*reading(batch, told)])):
             for layer, head in heads if those else ():
                 at = torch.tensor([(one.prefix, one.row) for one in those], device=read.hidden.device)
+                weights = at.new_tensor([len(one.shares) for one in those])  # most that is counted is none or one
                 seen = self._attention(read, batch.rows, layer, head, at)
-                lost = torch.stack([_lost(logs, one) for logs, one in zip(seen, those, strict=True)]).mean()
+                each = torch.stack([_lost(logs, one) for logs, one in zip(seen, those, strict=True)])
+                lost = (each * weights).sum() / weights.sum()
                 total = total + lost / len(heads)
                 shown[f"finds {name} {layer}"] = float((-lost.detach()).exp())
         return total, shown

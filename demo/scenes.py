@@ -40,12 +40,18 @@ SMALLEST, LARGEST, LONGEST = 224, 2000, 4.0  # side in pixels, and ratio of side
 _FONTS = {
     "matplotlib": (
         "mpl-data/fonts/ttf",
-        ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono"),
+        ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "cmr10", "cmb10", "cmss10"),
     ),
-    "font_roboto": ("files", ("Roboto-Regular", "Roboto-Bold", "Roboto-Medium", "Roboto-Italic")),
-    "font_source_sans_pro": ("files", ("SourceSansPro-Regular", "SourceSansPro-Bold", "SourceSansPro-Semibold")),
-    "font_source_serif_pro": ("files", ("SourceSerifPro-Regular", "SourceSerifPro-Bold")),
-    "font_caladea": ("files", ("Caladea-Regular", "Caladea-Bold")),
+    "font_roboto": (
+        "files",
+        ("Roboto-Regular", "Roboto-Bold", "Roboto-Medium", "Roboto-Italic", "Roboto-Light", "Roboto-Black"),
+    ),
+    "font_source_sans_pro": (
+        "files",
+        ("SourceSansPro-Regular", "SourceSansPro-Bold", "SourceSansPro-Semibold", "SourceSansPro-It"),
+    ),
+    "font_source_serif_pro": ("files", ("SourceSerifPro-Regular", "SourceSerifPro-Bold", "SourceSerifPro-Semibold")),
+    "font_caladea": ("files", ("Caladea-Regular", "Caladea-Bold", "Caladea-Italic")),
 }
 _HELD_OUT_FONTS = {
     "font_hanken_grotesk": ("files", ("HankenGrotesk-Regular", "HankenGrotesk-Bold")),

@@ -307,11 +307,11 @@ def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tow
         read = run.model.read(run.model.prefixes(batch, features, batch.compressed))
         logits = run.model.answer(read, batch.rows)
         answers = F.cross_entropy(logits, batch.rows.told)
-        total, extra = answers, dict[str, float]()
+        looked, extra = attentions.loss(read, batch)
+        total = answers + looked
         if batch.together == 1 and batch.told is not None:
-            looked, found = attentions.loss(read, batch, batch.told)
             marked, marks = _marked(run.heads, read, batch, batch.told)
-            total, extra = total + 0.5 * looked + 0.2 * marked, found | marks
+            total, extra = total + 0.2 * marked, extra | marks
         texts = F.cross_entropy(run.model.answer(None, batch.texts), batch.texts.told)
         total = total + 0.1 * texts
         if batch.together == 2:
@@ -345,9 +345,11 @@ def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tow
 
 
 def learn_consistency(run: Run, stage: Stage, style: Style, budget: int) -> None:
-    step = vico.consistency(run.model)
-    make = partial(batches.talk, words=run.words, style=style, budget=budget, labelled=False)
+    attentions = Looking(run.model)
+    step = vico.consistency(run.model, attentions)
+    make = partial(batches.talk, words=run.words, style=style, budget=budget)
     run.stage(stage, make, step, [{"params": [*run.model.language.parameters(), *run.model.vision.mlp2.parameters()]}])
+    attentions.close()
 
 
 SEVERAL = tuple(size for size in scenes.TILES if size > 1)
@@ -396,7 +398,8 @@ STAGES = (
     Stage("sight", 1500, 2.5e-4),
     Stage("across", 1600, 3e-4),
     Stage("polish", 420, 1e-4),
-    Stage("consistency", 120, 2e-4),
+    Stage("precision", 1000, 2e-4),
+    Stage("consistency", 120, 6e-5),
     Stage("judging", 120, 0),
     Stage("router", 200, 5e-4),
 )
@@ -454,7 +457,20 @@ TEACH = {
         tower=0,
     ),
     "polish": partial(SIGHT, tower=0.4),
-    "consistency": partial(learn_consistency, style=WHOLE, budget=9),
+    "precision": partial(
+        learn_answers,
+        make=partial(
+            batches.either,
+            often=(WHOLE, 14),
+            now_and_then=(replace(WHOLE, max_tiles=1), 18),
+            share=0.6,
+            extras=0.2,
+            pairs=0.15,
+            near=0.06,
+        ),
+        tower=0.3,
+    ),
+    "consistency": partial(learn_consistency, style=WHOLE, budget=12),
     "judging": partial(judge_tiles, style=WHOLE, budget=7),
     "router": partial(learn_routes, share=0.65),
 }

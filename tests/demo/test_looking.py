@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +96,28 @@ def test_looking_where_it_should_costs_nothing() -> None:
     assert abs(float(looking._lost(right, one))) < 1e-6
     astray = torch.tensor([0.25, 0.5, 0.1, 0.025, 0.125]).log()
     assert float(looking._lost(astray, one)) == pytest.approx(0.693, abs=1e-3)
+
+
+def test_a_count_weighs_by_how_many_there_are(trainee: model.Trainee, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = talk(words, 1)
+    assert batch.told is not None
+    attentions = looking.Looking(trainee)
+    read = trainee.read(trainee.prefixes(batch, trainee.look(batch.tiles, batch.corners), batch.compressed))
+    trainee.answer(read, batch.rows)
+    monkeypatch.setattr(looking, "reading", lambda *_: iter(()))
+    monkeypatch.setattr(looking, "_lost", lambda _, one: torch.tensor(float(len(one.shares) > 2)))
+    sizes = [len(one.shares) for one in looking.counting(batch, batch.told)]
+    assert min(sizes) <= 2 < max(sizes)
+    loss, _ = attentions.loss(read, batch)
+    attentions.close()
+    assert float(loss) == pytest.approx(sum(size for size in sizes if size > 2) / sum(sizes))
+
+
+def test_without_labels_nothing_is_asked_of_the_attentions(trainee: model.Trainee, words: Words) -> None:
+    batch = talk(words, 1)
+    attentions = looking.Looking(trainee)
+    read = trainee.read(trainee.prefixes(batch, trainee.look(batch.tiles, batch.corners), batch.compressed))
+    attentions.close()
+    for unlabelled in (dataclasses.replace(batch, told=None), dataclasses.replace(batch, together=2)):
+        loss, shown = attentions.loss(read, unlabelled)
+        assert (float(loss), shown) == (0.0, {})

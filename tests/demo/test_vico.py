@@ -1,9 +1,13 @@
-"""The router learns what is at stake, not what was chance when costs were judged."""
+"""The short path learns from the long one; the router learns what is at stake, not what was chance when costs were judged."""
 
+import numpy as np
+import pytest
 import torch
 
-from demo import vico
+from demo import batches, vico
+from demo.looking import Looking
 from demo.model import WIDTH, Trainee
+from demo.scenes import Style
 from demo.words import Words
 
 
@@ -34,3 +38,20 @@ def test_the_router_keeps_what_is_costly_among_tiles_it_has_not_seen() -> None:
         kept = model.vision.gating(model.vision.pooling_before_gating(features)).softmax(-1)[:, 1]
     assert kept[holds].min() > kept[~holds].max()
     assert kept[~holds].mean() < 0.5 < kept[holds].mean()
+
+
+def test_the_short_path_is_held_to_the_long_ones_answers_and_to_where_it_looks(words: Words) -> None:
+    torch.manual_seed(0)
+    model = Trainee(words)
+    attentions = Looking(model)
+    step = vico.consistency(model, attentions)
+    style = Style(tile=224, smallest_digit=28, drill=True)
+    batch = batches.talk(np.random.default_rng(1), words, style, 6, sizes=(2,), pairs=0, extras=0)
+    batch.compressed.fill_(False)
+    total, shown = step(batch)
+    assert shown["kl long"] == pytest.approx(0, abs=1e-5), "the same model, the same path"
+    assert 0 < shown["finds counts 1"] < 1
+    assert float(total.detach()) > 0.3 * shown["answers long"] + 0.1, "an untrained attention looks anywhere"
+    batch.compressed.fill_(True)
+    assert step(batch)[1]["kl short"] > 1e-4
+    attentions.close()
