@@ -26,7 +26,7 @@ def test_flash_is_described() -> None:
     said = open_checkpoint(GOLDEN / "flash-qwen3/checkpoint").description
     assert (said.family, said.language_model) == ("InternVL 3.5 Flash", "Qwen3ForCausalLM")
     assert (said.tokens_per_tile, said.compressed_tokens_per_tile) == (256, 64)
-    assert said.max_tokens == 13 * 256
+    assert (said.max_tiles, said.thumbnail) == (12, True)
     assert said.thresholds == Thresholds(0.2, 0.5)
 
 

@@ -62,11 +62,6 @@ class Description:
     def compressed_tokens_per_tile(self) -> int:
         return self.tokens_per_tile // 4 if self.thresholds else 0
 
-    @property
-    def max_tokens(self) -> int:
-        """Visual tokens of one image at the checkpoint's own largest grid, thumbnail included."""
-        return (self.max_tiles + (self.thumbnail and self.max_tiles > 1)) * self.tokens_per_tile
-
 
 @dataclass(frozen=True)
 class Layout:
