@@ -21,7 +21,7 @@ def consistency(model: Trainee, attentions: Looking) -> Callable[[Talk], tuple[T
     """A step: KL divergence of the answers on some route from those of the model as it is now, on the long path.
 
     The tower stays as it is, so one look serves both. `attentions`, the model's own, are held to where they look: left
-    alone they drift, and in a hundred steps one count in twenty is lost.
+    alone they drift, and in a hundred steps one count in twenty-five is lost.
     """
     teacher = copy.deepcopy(model).requires_grad_(False)
 
