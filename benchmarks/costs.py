@@ -10,7 +10,7 @@ import hashlib
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,7 @@ async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, 
     one, many = ((seconds[1] - seconds[0]) / (TOKENS[1] - TOKENS[0]) for seconds in (alone, several))
     step = max(0.0, (one - many) * stack.in_flight / (stack.in_flight - 1))
     shallow = await _reading(stack, [[picture] for picture in pictures], several[0])
-    deep = await _reading(
-        stack, [[picture] for picture in stack.pictures(max(stack.in_flight, count // 4), DEEP[0])], several[0]
-    )
+    deep = await _reading(replace(stack, in_flight=4), [[picture] for picture in stack.pictures(16, DEEP[0])], several[0])
     prefill, attention = _by_depth({tiles * checkpoint.tokens_per_tile: shallow, DEEP[1] * checkpoint.tokens_per_tile: deep})
     request = max(0.0, several[0] - TOKENS[0] * many - prefill * await prompt(stack))
     return Costs(

@@ -44,7 +44,7 @@ COLOCATED = ("colocated, both cores", "colocated, one for its front end")
 OURS, ROUTED = "ours", "ours, half compressed"
 LOADS = (0.4, 0.7, 0.9)
 """Offered, as shares of what colocated does at most."""
-PAIRS = 6
+PAIRS = 5
 IN_FLIGHT = 32
 """Of ours about half are with the engine, the others with the tower."""
 ENGINE = "--dtype=float32", "--no-enable-prefix-caching"
@@ -153,7 +153,7 @@ class _Run:
         """With a core for each half the router gains where language is the slower one without it."""
         tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text, 0.5, IN_FLIGHT)
         found: dict[str, list[float]] = {OURS: [], ROUTED: []}
-        for name in [OURS, ROUTED] * self._options.repeats(3):
+        for name in [OURS, ROUTED] * 2:
             found[name].append(self.saturated(stacks[name], tokens))
         said = {"tokens of an answer": tokens, **_routed(found), "what compression allows": _allowed(priced, tokens, text)}
         _progress(f"longer answers: {said}")

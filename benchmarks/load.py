@@ -87,12 +87,14 @@ async def closed(url: str, bodies: Iterable[bytes], in_flight: int) -> list[Felt
     return done
 
 
-async def saturated(url: str, bodies: Iterable[bytes], in_flight: int) -> float:
+async def saturated(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
     """Requests a second while so many are always at once, from when as many have ended until none waits any more.
 
     Those still going then are broken off: a server that runs empty is not saturated. Raises `RuntimeError` for a request
-    that failed.
+    that failed, `ValueError` for too few.
     """
+    if len(bodies) < 2 * in_flight:
+        raise ValueError(f"{len(bodies)} requests, {in_flight} of them at once: at least twice as many are wanted")
     waiting, ends = iter(bodies), list[float]()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
 
