@@ -140,9 +140,9 @@ async def prompt(stack: Stack) -> int:
     return int(said["usage"]["prompt_tokens"])
 
 
-def predicted(costs: Costs, kind: Kind, in_flight: int = IN_FLIGHT) -> float:
+def predicted(costs: Costs, kind: Kind) -> float:
     """Requests a second, saturated, by one vision and one language worker."""
-    return saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
+    return saturated(costs, Load(kinds=[kind]), Fleet(), IN_FLIGHT).throughput
 
 
 def halves(
@@ -169,10 +169,10 @@ async def halves_alone(stack: Stack, shown: Sequence[Sequence[str]], tokens: int
     return vision, await stack.requests_again(shown, tokens)
 
 
-def beside(costs: Costs, kind: Kind, vision: float, language: float, in_flight: int = IN_FLIGHT) -> Costs:
+def beside(costs: Costs, kind: Kind, vision: float, language: float) -> Costs:
     """The costs, made to agree with what the halves did alone just now (`halves_alone`): the machine's speed changes."""
     at_once = costs.model_copy(update={"vision": costs.vision.model_copy(update={"tile": 1e-9})})
-    slower = predicted(at_once, kind, in_flight) / language
+    slower = predicted(at_once, kind) / language
     engine = costs.language
     scaled = {name: slower * getattr(engine, name) for name in ("step", "request", "prefill", "attention", "decode")}
     return costs.model_copy(
@@ -183,7 +183,6 @@ def beside(costs: Costs, kind: Kind, vision: float, language: float, in_flight: 
     )
 
 
-def case(name: str, kind: Kind, rate: float, costs: Costs, in_flight: int = IN_FLIGHT) -> dict[str, Any]:
+def case(name: str, kind: Kind, rate: float, costs: Costs) -> dict[str, Any]:
     """A kind of request, what was measured of it, requests a second, and the costs then: for the benchmark of `dvd plan`."""
-    measured = {"requests/s": round(rate, 3), "in flight": in_flight, "costs": costs.model_dump()}
-    return {"name": name, "kind": kind.model_dump(), **measured}
+    return {"name": name, "kind": kind.model_dump(), "requests/s": round(rate, 3), "costs": costs.model_dump()}

@@ -50,8 +50,7 @@ def run(_options: Options) -> Result:
 
 
 def _compared(case: dict[str, Any]) -> dict[str, float]:
-    priced, kind = Costs.model_validate(case["costs"]), Kind.model_validate(case["kind"])
-    predicted = costs.predicted(priced, kind, case.get("in flight", costs.IN_FLIGHT))
+    predicted = costs.predicted(Costs.model_validate(case["costs"]), Kind.model_validate(case["kind"]))
     measured = case["requests/s"]
     return {
         "measured": round(measured, 3), "predicted": round(predicted, 3),
