@@ -10,7 +10,7 @@ Stages, each with its own batches (demo/batches.py):
 6. drill        long numbers and many of one shape, over a tower that stays
 7. alone, many, whole, sight   both again: in one small tile, in several, and in pictures as they are served; between the
    last two, compare: pairs of pictures of several tiles
-8. across, polish, precision    pictures as they are served, over a tower that stays, then gently with it; half of one tile
+8. across, polish, precision    pictures as they are served, over a tower that stays, then gently with it
 9. consistency  the short path learns to answer as the long one (ViCO's first half, demo/vico.py)
 10. judging     what the short path costs, tile by tile
 11. router      the router learns from that which tiles to compress
