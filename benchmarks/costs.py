@@ -51,14 +51,14 @@ class Stack:
         text = TEXT if pictures else f"{TEXT} {next(self.numbers)}"
         return load.chat(self.model.name, text, pictures, tokens)
 
-    async def requests(self, pictures: Sequence[Sequence[str]], tokens: int, in_flight: int | None = None) -> float:
+    async def requests(self, pictures: Sequence[Sequence[str]], tokens: int) -> float:
         """Requests a second, one for each list of pictures; answers are half to one and a half times as long as `tokens`.
 
         Alike, they would begin and end in waves, and what is measured would hang on where in a wave it stops.
         """
         lengths = random.Random(7)
         bodies = [self.chat(some, round(tokens * lengths.uniform(0.5, 1.5))) for some in pictures]
-        return await load.saturated(self.url, bodies, in_flight or self.in_flight)
+        return await load.saturated(self.url, bodies, self.in_flight)
 
     async def requests_again(self, pictures: Sequence[Sequence[str]], tokens: int) -> float:
         """Requests a second whose embeddings are there already."""
@@ -100,7 +100,7 @@ async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, 
     vision = await stack.images(pictures)
     texts: list[list[str]] = [[]] * count
     several = [1 / await stack.requests(texts, tokens) for tokens in (TOKENS[0], *TOKENS)][1:]  # the first warms
-    alone = [1 / await stack.requests(texts[: count // 3], tokens, in_flight=1) for tokens in TOKENS]
+    alone = [1 / await replace(stack, in_flight=1).requests(texts[: count // 3], tokens) for tokens in TOKENS]
     one, many = ((seconds[1] - seconds[0]) / (TOKENS[1] - TOKENS[0]) for seconds in (alone, several))
     step = max(0.0, (one - many) * stack.in_flight / (stack.in_flight - 1))
     shallow = await _reading(stack, [[picture] for picture in pictures], several[0])

@@ -98,8 +98,7 @@ class _Run:
     def priced(self, model: Path) -> tuple[Costs, int]:
         """What stages cost, and tokens of a prompt without images."""
         with self.ours(model) as stack:
-            fewer = replace(stack, in_flight=costs.IN_FLIGHT)
-            found = asyncio.run(costs.measured(fewer, *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
+            found = asyncio.run(costs.measured(_fewer(stack), *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
             return found, asyncio.run(costs.prompt(stack))
 
     def saturated(self, stack: Stack, tokens: int) -> float:
@@ -115,8 +114,8 @@ class _Run:
         return [stack.pictures(images, size) for _ in range(count)]
 
     def mixed(self, stack: Stack, mix: str, tokens: int) -> float:
-        """Requests a second, with fewer in flight, for some of these take long."""
-        return asyncio.run(stack.requests(self.shown(stack, mix), tokens, costs.IN_FLIGHT))
+        """Requests a second, of other images too."""
+        return asyncio.run(stack.requests(self.shown(stack, mix), tokens))
 
     def compared(self, plain: Path, flash: Path, priced: Costs, text: int) -> Result:
         tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text, 0.0, IN_FLIGHT)
@@ -138,8 +137,8 @@ class _Run:
             most = statistics.median(found[best])
             felt = {name: self.felt(stack, tokens, most) for name, stack in stacks.items()}
             longer = self.longer(stacks, priced, text)
-            mixes = {best: self.mixes(stacks[best], tokens)}
-            cases = self.cases(stacks[OURS], priced, tokens, text)
+            mixes = {best: self.mixes(_fewer(stacks[best]), tokens)}
+            cases = self.cases(_fewer(stacks[OURS]), priced, tokens, text)
             mixes[OURS] = {case["name"]: case["requests/s"] for case in cases[1:]}
         made = _result(found, felt, tokens, best)
         made.figures |= {
@@ -179,7 +178,7 @@ class _Run:
 
     def cases(self, stack: Stack, priced: Costs, tokens: int, text: int) -> list[dict[str, Any]]:
         """For `dvd plan` to be held against: each mix, before and after what its halves do alone; the balanced one first."""
-        found, stack = [], replace(stack, in_flight=costs.IN_FLIGHT)
+        found = []
         for name, mix in MIXES.items():
             kind = Kind(images=mix.images, tiles=mix.tiles, text=text, output=tokens)
             before = self.mixed(stack, name, tokens)
@@ -188,6 +187,11 @@ class _Run:
             found.append(costs.case(name, kind, rate, costs.beside(priced, kind, *alone)))
             _progress(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {alone}")
         return found
+
+
+def _fewer(stack: Stack) -> Stack:
+    """With fewer in flight: some mixes take long, and costs are told of as many."""
+    return replace(stack, in_flight=costs.IN_FLIGHT)
 
 
 def _progress(said: str) -> None:

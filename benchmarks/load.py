@@ -76,14 +76,9 @@ async def ask(session: aiohttp.ClientSession, url: str, body: bytes) -> Felt:
 
 async def closed(url: str, bodies: Iterable[bytes], in_flight: int) -> list[Felt]:
     """So many at once, one following another. Raises `RuntimeError` for a request that failed."""
-    waiting, done = iter(bodies), list[Felt]()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
-
-        async def work() -> None:
-            for body in waiting:
-                done.append(_good(await ask(session, url, body)))
-
-        await asyncio.gather(*(work() for _ in range(in_flight)))
+    done = list[Felt]()
+    async with _session() as session:
+        await asyncio.gather(*_working(session, url, bodies, in_flight, done))
     return done
 
 
@@ -95,32 +90,44 @@ async def saturated(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
     """
     if len(bodies) < 2 * in_flight:
         raise ValueError(f"{len(bodies)} requests, {in_flight} of them at once: at least twice as many are wanted")
-    waiting, ends = iter(bodies), list[float]()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
-
-        async def work() -> None:
-            for body in waiting:
-                ends.append(_good(await ask(session, url, body)).ended)
-
-        working = [asyncio.create_task(work()) for _ in range(in_flight)]
-        done, others = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
+    done = list[Felt]()
+    async with _session() as session:
+        working = _working(session, url, bodies, in_flight, done)
+        ended, others = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for task in done:
+        for task in ended:
             task.result()
-    return (len(ends) - in_flight) / (ends[-1] - ends[in_flight - 1])
+    return (len(done) - in_flight) / (done[-1].ended - done[in_flight - 1].ended)
 
 
 async def offered(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[Felt]:
     """Arriving at random, so many a second on average, whatever the server does."""
     rng = random.Random(seed)
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20) as session:
+    async with _session() as session:
         tasks = []
         for body in bodies:
             tasks.append(asyncio.create_task(ask(session, url, body)))
             await asyncio.sleep(rng.expovariate(rate))
         return [_good(felt) for felt in await asyncio.gather(*tasks)]
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20)
+
+
+def _working(
+    session: aiohttp.ClientSession, url: str, bodies: Iterable[bytes], in_flight: int, done: list[Felt]
+) -> list[asyncio.Task[None]]:
+    """So many at once, one following another; each is put into `done` as it ends."""
+    waiting = iter(bodies)
+
+    async def work() -> None:
+        for body in waiting:
+            done.append(_good(await ask(session, url, body)))
+
+    return [asyncio.create_task(work()) for _ in range(in_flight)]
 
 
 def _good(felt: Felt) -> Felt:

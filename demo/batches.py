@@ -144,6 +144,11 @@ class Talk:
     texts: Rows
 
     @property
+    def told_apart(self) -> Patches | None:
+        """The labels, where each image has a prefix to itself."""
+        return self.told if self.together == 1 else None
+
+    @property
     def path(self) -> str:
         """Which path the tiles take: long, short or mixed."""
         return "short" if bool(self.compressed.all()) else "mixed" if bool(self.compressed.any()) else "long"

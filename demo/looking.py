@@ -128,8 +128,8 @@ class Looking:
         Counting looks at the shapes in the tile that shows the whole picture, and at the first token; the next digit is
         looked for where digits of its turn are. 0 for two images to a prefix, and without labels.
         """
-        total, shown, told = read.hidden.sum() * 0, dict[str, float](), batch.told
-        if told is None or batch.together > 1:
+        total, shown, told = read.hidden.sum() * 0, dict[str, float](), batch.told_apart
+        if told is None:
             return total, shown
         for name, heads, those in (("counts", COUNTS, [*counting(batch, told)]), ("digits", READS, [*reading(batch, told)])):
             for layer, head in heads if those else ():

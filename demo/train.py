@@ -309,8 +309,8 @@ def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tow
         answers = F.cross_entropy(logits, batch.rows.told)
         looked, extra = attentions.loss(read, batch)
         total = answers + looked
-        if batch.together == 1 and batch.told is not None:
-            marked, marks = _marked(run.heads, read, batch, batch.told)
+        if batch.told_apart is not None:
+            marked, marks = _marked(run.heads, read, batch, batch.told_apart)
             total, extra = total + 0.2 * marked, extra | marks
         texts = F.cross_entropy(run.model.answer(None, batch.texts), batch.texts.told)
         total = total + 0.1 * texts
@@ -403,18 +403,14 @@ STAGES = (
     Stage("judging", 120, 0),
     Stage("router", 200, 5e-4),
 )
-SIGHT = partial(
-    learn_answers,
-    make=partial(
-        batches.either,
-        often=(WHOLE, 12),
-        now_and_then=(replace(WHOLE, max_tiles=1), 12),
-        share=0.6,
-        extras=0.3,
-        pairs=0.25,
-        near=0.06,
-    ),
-)
+
+
+def as_served(budget: int, alone: int, **rest: Any) -> Callable[..., batches.Talk]:
+    """Pictures as they are served with so many tiles to a batch, now and then of one tile each."""
+    return partial(batches.either, often=(WHOLE, budget), now_and_then=(replace(WHOLE, max_tiles=1), alone), **rest)
+
+
+SIGHT = partial(learn_answers, make=as_served(12, 12, share=0.6, extras=0.3, pairs=0.25, near=0.06))
 TEACH = {
     "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
     "questions": partial(learn_answers, make=partial(batches.talk, style=SINGLE, budget=12, extras=0.2), tower=0),
@@ -436,11 +432,7 @@ TEACH = {
     "many": partial(
         learn_answers, make=partial(batches.either, often=(DRILL, 40), now_and_then=(WHOLE, 12), extras=0.3), tower=0.2
     ),
-    "whole": partial(
-        learn_answers,
-        make=partial(batches.either, often=(WHOLE, 16), now_and_then=(replace(WHOLE, max_tiles=1), 12), extras=0.3),
-        tower=0,
-    ),
+    "whole": partial(learn_answers, make=as_served(16, 12, extras=0.3), tower=0),
     "compare": partial(
         learn_answers,
         make=partial(
@@ -449,27 +441,9 @@ TEACH = {
         tower=0,
     ),
     "sight": partial(SIGHT, tower=0.6),
-    "across": partial(
-        learn_answers,
-        make=partial(
-            batches.either, often=(WHOLE, 16), now_and_then=(replace(WHOLE, max_tiles=1), 16), share=0.8, extras=0.3, pairs=0.2
-        ),
-        tower=0,
-    ),
+    "across": partial(learn_answers, make=as_served(16, 16, share=0.8, extras=0.3, pairs=0.2), tower=0),
     "polish": partial(SIGHT, tower=0.4),
-    "precision": partial(
-        learn_answers,
-        make=partial(
-            batches.either,
-            often=(WHOLE, 14),
-            now_and_then=(replace(WHOLE, max_tiles=1), 18),
-            share=0.6,
-            extras=0.2,
-            pairs=0.15,
-            near=0.06,
-        ),
-        tower=0.3,
-    ),
+    "precision": partial(learn_answers, make=as_served(14, 18, share=0.6, extras=0.2, pairs=0.15, near=0.06), tower=0.3),
     "consistency": partial(learn_consistency, style=WHOLE, budget=12),
     "judging": partial(judge_tiles, style=WHOLE, budget=7),
     "router": partial(learn_routes, share=0.65),

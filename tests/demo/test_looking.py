@@ -17,6 +17,10 @@ def talk(words: Words, seed: int, compressed: bool = False) -> batches.Talk:
     return found
 
 
+def seen(trainee: model.Trainee, batch: batches.Talk) -> model.Read:
+    return trainee.read(trainee.prefixes(batch, trainee.look(batch.tiles, batch.corners), batch.compressed))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_attention_is_the_one_that_the_language_model_has(trainee: model.Trainee, words: Words, seed: int) -> None:
     batch = talk(words, seed, compressed=True)
@@ -102,7 +106,7 @@ def test_a_count_weighs_by_how_many_there_are(trainee: model.Trainee, words: Wor
     batch = talk(words, 1)
     assert batch.told is not None
     attentions = looking.Looking(trainee)
-    read = trainee.read(trainee.prefixes(batch, trainee.look(batch.tiles, batch.corners), batch.compressed))
+    read = seen(trainee, batch)
     trainee.answer(read, batch.rows)
     monkeypatch.setattr(looking, "reading", lambda *_: iter(()))
     monkeypatch.setattr(looking, "_lost", lambda _, one: torch.tensor(float(len(one.shares) > 2)))
@@ -116,7 +120,7 @@ def test_a_count_weighs_by_how_many_there_are(trainee: model.Trainee, words: Wor
 def test_without_labels_nothing_is_asked_of_the_attentions(trainee: model.Trainee, words: Words) -> None:
     batch = talk(words, 1)
     attentions = looking.Looking(trainee)
-    read = trainee.read(trainee.prefixes(batch, trainee.look(batch.tiles, batch.corners), batch.compressed))
+    read = seen(trainee, batch)
     attentions.close()
     for unlabelled in (dataclasses.replace(batch, told=None), dataclasses.replace(batch, together=2)):
         loss, shown = attentions.loss(read, unlabelled)

@@ -40,11 +40,9 @@ def test_the_router_keeps_what_is_costly_among_tiles_it_has_not_seen() -> None:
     assert kept[~holds].mean() < 0.5 < kept[holds].mean()
 
 
-def test_the_short_path_is_held_to_the_long_ones_answers_and_to_where_it_looks(words: Words) -> None:
-    torch.manual_seed(0)
-    model = Trainee(words)
-    attentions = Looking(model)
-    step = vico.consistency(model, attentions)
+def test_the_short_path_is_held_to_the_long_ones_answers_and_to_where_it_looks(trainee: Trainee, words: Words) -> None:
+    attentions = Looking(trainee)
+    step = vico.consistency(trainee, attentions)
     style = Style(tile=224, smallest_digit=28, drill=True)
     batch = batches.talk(np.random.default_rng(1), words, style, 6, sizes=(2,), pairs=0, extras=0)
     batch.compressed.fill_(False)
