@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import checkpoint, colocated, costs, load, processes
 from benchmarks.costs import Stack
+from benchmarks.kept import Kept
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 from server.planning.model import Costs, Kind
@@ -68,6 +70,7 @@ def run(options: Options) -> Result:
 class _Run:
     def __init__(self, options: Options, folder: Path, stock: Path) -> None:
         self._options, self._folder, self._stock = options, folder, stock
+        self._kept = Kept("equal-hardware", options.quick)
         self._numbers = itertools.count()
         self._count = 32 if options.quick else 48  # that are measured
 
@@ -97,9 +100,13 @@ class _Run:
 
     def priced(self, model: Path) -> tuple[Costs, int]:
         """What stages cost, and tokens of a prompt without images."""
+        priced, text = self._kept.part("costs", partial(self._priced, model))
+        return Costs.model_validate(priced), text
+
+    def _priced(self, model: Path) -> tuple[dict[str, Any], int]:
         with self.ours(model) as stack:
             found = asyncio.run(costs.measured(_fewer(stack), *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
-            return found, asyncio.run(costs.prompt(stack))
+            return found.model_dump(), asyncio.run(costs.prompt(stack))
 
     def saturated(self, stack: Stack, tokens: int) -> float:
         """Requests a second, balanced."""
@@ -125,28 +132,39 @@ class _Run:
                 OURS: held.enter_context(self.ours(plain)),
                 ROUTED: held.enter_context(self.ours(flash, *HALF)),
             }
-            warm = {name: self.saturated(stack, tokens) for name, stack in stacks.items()}
+            warm = {name: self.saturated(stack, tokens) for name, stack in stacks.items()}  # a run that goes on has to, too
             _progress(f"warm, tokens of an answer {tokens}: {warm}")
-            best, worse = sorted(COLOCATED, key=lambda name: -warm[name])
+            first = self._kept.part("warm", lambda: warm)
+            best, worse = sorted(COLOCATED, key=lambda name: -first[name])
             del stacks[worse]
-            found: dict[str, list[float]] = {name: [] for name in stacks}
-            for number in range(self._options.repeats(PAIRS)):
-                for name in sorted(stacks, reverse=number % 2 == 0):  # whichever the machine slows for, it is either's turn
-                    found[name].append(self.saturated(stacks[name], tokens))
-                    _progress(f"{name}: {found[name][-1]:.2f} requests/s")
+            pairs = [
+                self._kept.part(f"pair {number}", partial(self.pair, stacks, tokens, number % 2 == 0))
+                for number in range(self._options.repeats(PAIRS))
+            ]
+            found = {name: [pair[name] for pair in pairs] for name in stacks}
             most = statistics.median(found[best])
-            felt = {name: self.felt(stack, tokens, most) for name, stack in stacks.items()}
-            longer = self.longer(stacks, priced, text)
-            mixes = {best: self.mixes(_fewer(stacks[best]), tokens)}
-            cases = self.cases(_fewer(stacks[OURS]), priced, tokens, text)
+            felt = {name: self._kept.part(f"felt, {name}", partial(self.felt, stacks[name], tokens, most)) for name in stacks}
+            longer = self._kept.part("longer", partial(self.longer, stacks, priced, text))
+            mixes = {best: self._kept.part("mixes", partial(self.mixes, _fewer(stacks[best]), tokens))}
+            cases = [
+                self._kept.part(f"case, {name}", partial(self.case, _fewer(stacks[OURS]), name, priced, tokens, text))
+                for name in MIXES
+            ]
             mixes[OURS] = {case["name"]: case["requests/s"] for case in cases[1:]}
         made = _result(found, felt, tokens, best)
         made.figures |= {
-            "requests/s, the other binding, once": {worse: round(warm[worse], 3)}, "mixes, requests/s": mixes,
+            "requests/s, the other binding, once": {worse: round(first[worse], 3)}, "mixes, requests/s": mixes,
             "what compression allows": _allowed(priced, tokens, text), "costs": priced.model_dump(), "cases": cases,
             "answers for which both halves cost the same once half is compressed": longer,
         }  # fmt: skip
+        self._kept.done()
         return made
+
+    def pair(self, stacks: dict[str, Stack], tokens: int, backwards: bool) -> dict[str, float]:
+        """Requests a second of each, one after another; whichever the machine slows for, it is either's turn."""
+        found = {name: self.saturated(stacks[name], tokens) for name in sorted(stacks, reverse=backwards)}
+        _progress(f"requests/s: {found}")
+        return found
 
     def longer(self, stacks: dict[str, Stack], priced: Costs, text: int) -> dict[str, Any]:
         """With a core for each half the router gains where language is the slower one without it."""
@@ -176,17 +194,15 @@ class _Run:
         """Requests a second, saturated, of other images."""
         return {mix: round(self.mixed(stack, mix, tokens), 3) for mix in MIXES if mix != BALANCED}
 
-    def cases(self, stack: Stack, priced: Costs, tokens: int, text: int) -> list[dict[str, Any]]:
-        """For `dvd plan` to be held against: each mix, before and after what its halves do alone; the balanced one first."""
-        found = []
-        for name, mix in MIXES.items():
-            kind = Kind(images=mix.images, tiles=mix.tiles, text=text, output=tokens)
-            before = self.mixed(stack, name, tokens)
-            alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, name), tokens))
-            rate = statistics.mean((before, self.mixed(stack, name, tokens)))
-            found.append(costs.case(name, kind, rate, costs.beside(priced, kind, *alone)))
-            _progress(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {alone}")
-        return found
+    def case(self, stack: Stack, name: str, priced: Costs, tokens: int, text: int) -> dict[str, Any]:
+        """For `dvd plan` to be held against: a mix, before and after what its halves do alone."""
+        mix = MIXES[name]
+        kind = Kind(images=mix.images, tiles=mix.tiles, text=text, output=tokens)
+        before = self.mixed(stack, name, tokens)
+        alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, name), tokens))
+        rate = statistics.mean((before, self.mixed(stack, name, tokens)))
+        _progress(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {alone}")
+        return costs.case(name, kind, rate, costs.beside(priced, kind, *alone))
 
 
 def _fewer(stack: Stack) -> Stack:
