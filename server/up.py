@@ -52,6 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         options = config.read(config.Up, arguments[:at])
         checkpoint = open_checkpoint(options.model)
+        if options.vir == "all" and checkpoint.description.thresholds is None:
+            raise config.ConfigError(f"--vir=all: {options.model} has no router: expected auto or off, or a Flash checkpoint")
     except config.ConfigError as error:
         print(f"dvd up: {error}", file=sys.stderr)
         sys.exit(2)

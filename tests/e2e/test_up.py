@@ -116,6 +116,7 @@ def test_a_missing_tensor_is_one_line(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("up", "m", "--port=x"), "--port = 'x'"),
+        (("up", str(GOLDEN / "vit300m-qwen2/checkpoint"), "--vir=all"), "has no router: expected auto or off"),
         (("gateway",), "missing --vision-workers"),
         (("language", "m", "--", "--uds=/x"), "--uds"),
         (("serve",), "unknown command 'serve'"),
