@@ -8,6 +8,7 @@ the same bytes, hence all ranks of one language worker live on one machine.
 
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,9 @@ class SharedMemoryConnector(ECConnectorBase):
         self._waiting_since: dict[str, float] = {}
         self._unavailable: set[str] = set()
         self._loads: dict[str, str] = {}
+        # A request may end while its step is under way: what the step loads is held until it is over, whoever else lets go.
+        self._at_once = vllm_config.max_concurrent_batches
+        self._under_way: deque[list[str]] = deque()  # keys of the last steps, oldest first
 
     # In the scheduler.
 
@@ -89,11 +93,22 @@ class SharedMemoryConnector(ECConnectorBase):
 
     def update_state_after_alloc(self, request: "Request", index: int) -> None:
         key = request.mm_features[index].identifier
-        self._loads[key] = str(self._holder.path(key))
+        if key not in self._loads:
+            self._loads[key] = str(self._holder.path(key))
+            self._holder.hold(key)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Loads:
+        """One for each step. When a step is built, the one that is `max_concurrent_batches` before it is over."""
         loads, self._loads = Loads(self._loads), {}
+        self._under_way.append(list(loads.files))
+        while len(self._under_way) > self._at_once:
+            for key in self._under_way.popleft():
+                self._holder.release(key)
         return loads
+
+    def has_pending_push_work(self) -> bool:
+        """Whether vLLM must go on with empty steps: those that are idle would never let go of what the last one loaded."""
+        return any(self._under_way)
 
     def take_unavailable_requests(self) -> set[str]:
         taken, self._unavailable = self._unavailable, set()

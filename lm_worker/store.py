@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import re
+import secrets
 import shutil
 import time
 from collections import OrderedDict
@@ -44,10 +45,11 @@ def map_payload(path: Path) -> tuple[Header, mmap.mmap]:
 
 
 class Holder:
-    """Holds embeddings for one reader. Single-threaded."""
+    """Holds embeddings for one reader, by names of its own: vLLM's data parallelism has several. Single-threaded."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._name = secrets.token_hex(4)
         self._counts: dict[str, int] = {}
 
     def held(self, key: str) -> bool:
@@ -55,7 +57,7 @@ class Holder:
 
     def path(self, key: str) -> Path:
         """Of a held embedding."""
-        return self._folder / "held" / key
+        return self._folder / "held" / f"{self._name}-{key}"
 
     def hold(self, key: str) -> bool:
         """Take hold of `key` once more; False where it is not there."""

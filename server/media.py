@@ -12,6 +12,7 @@ import io
 import ipaddress
 import re
 import socket
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote_to_bytes
@@ -27,6 +28,10 @@ from wire.config import IMAGE_FORMATS, Serving
 
 _VIDEOS = 2
 """Videos that are decoded at once."""
+_LOOKUPS = 32
+"""Names that are looked up at once."""
+_NAMES = 256
+"""Names that are looked up, or wait for it, at most."""
 _PIECE = 1 << 18
 """Characters of base64 that are decoded at once, holding the interpreter: a millisecond's. A multiple of four."""
 _MAX_REDIRECTS = 3
@@ -36,6 +41,32 @@ _PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # all that is assigned; NAT64 and
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*", re.IGNORECASE)
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's guard warns from half of its limit on; ours is checked from the header
+
+
+class ThreadsResolver(AbstractResolver):
+    """The system's, in threads of its own: a name whose server never answers holds a thread until the system gives up.
+
+    In those that the event loop uses itself a few such names would keep everybody from finding anything. Raises `OSError`.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_LOOKUPS, "names")
+        self._room = threading.Semaphore(_NAMES)
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
+        if not self._room.acquire(blocking=False):
+            raise OSError("too many names wait to be looked up; try again")
+        ask = functools.partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+        looking = self._threads.submit(ask)
+        looking.add_done_callback(lambda _: self._room.release())  # also when nobody waits for it any more
+        numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        return [
+            ResolveResult(hostname=host, host=str(address[0]), port=int(address[1]), family=kind, proto=proto, flags=numeric)
+            for kind, _, proto, _, address in await asyncio.wrap_future(looking)
+        ]
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class PublicResolver(AbstractResolver):
@@ -74,7 +105,7 @@ class Fetcher:
         self._options = options
         # not the loop's own threads: a few long videos would hold up everybody's images
         self._videos = ThreadPoolExecutor(_VIDEOS, "video")
-        plain = resolver or aiohttp.ThreadedResolver()
+        plain = resolver or ThreadsResolver()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(resolver=plain if options.allow_private_images else PublicResolver(plain)),
             timeout=aiohttp.ClientTimeout(total=None),

@@ -15,6 +15,7 @@ from server import discovery
 from server.clients import LanguageClient, VisionClient
 from server.metrics import Load, Metrics, Worker
 from wire import errors, messages
+from wire.tasks import Flights
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ class Workers:
             "language", lambda address: Language(LanguageClient(address)), "no language worker is there; try again"
         )
         self._complained: str | None = None
+        self._probes: Flights[tuple[bool, bool]] = Flights()
         self._metrics = metrics
         metrics.watch(self._up)
         self._tasks = [
@@ -200,7 +202,13 @@ class Workers:
         await self.language.close()
 
     async def probe(self) -> tuple[bool, bool]:
-        """Ask every worker now, at most some `PROBE_TIMEOUT` seconds: whether any vision and any language worker answered."""
+        """Ask every worker now, at most some `PROBE_TIMEOUT` seconds: whether any vision and any language worker answered.
+
+        Who asks meanwhile gets the same answer: two at once would each find a busy worker late, which is then late twice.
+        """
+        return await self._probes.run("", self._probe_all)
+
+    async def _probe_all(self) -> tuple[bool, bool]:
         vision = await asyncio.gather(*(self._probe_vision(worker) for worker in self.vision.members))
         language = await asyncio.gather(*(self._probe_language(worker) for worker in self.language.members))
         return any(vision), any(language)

@@ -149,7 +149,7 @@ class Routes:
     async def engine_metrics(self, request: Request) -> Response:
         """GET /metrics/engine/{index}: vLLM's own of one language worker, which may listen where nobody else can ask it."""
         said, workers = request.path_params["index"], self._workers.language.members
-        if not said.isdecimal() or int(said[:9]) >= len(workers):
+        if not said.isdecimal() or len(said) > 9 or int(said) >= len(workers):
             raise errors.InvalidRequest(f"no language worker {said[:50]!r}: they are numbered from 0 to {len(workers) - 1}")
         worker = workers[int(said)]
         with worker.held():
@@ -228,7 +228,8 @@ class Routes:
             self._workers.language.pick(None)
         if name is None or any(name in worker.models for worker in there):
             return
-        await self._workers.probe()  # an adapter may have been loaded since
+        for _ in range(2):  # an adapter may have been loaded since, and a probe that is under way have begun before that
+            await self._workers.probe()
         served = sorted({model for worker in self._workers.language.up() for model in worker.models})
         if name not in served:
             raise errors.ModelNotFound(f"no model {name[:200]!r} here; served: {', '.join(served)}", param="model")

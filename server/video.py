@@ -34,6 +34,8 @@ def frames(data: bytes, count: int, max_pixels: int, seconds: float) -> list[byt
             if not opened.streams.video:
                 raise errors.InvalidVideo("the video has no pictures, only sound or text")
             stream = opened.streams.video[0]
+            if stream.codec_context is None:  # whatever its types say
+                raise errors.InvalidVideo("the video's codec is not decoded here: send H.264, VP9 or AV1")
             _check_size(stream.width, stream.height, max_pixels)
             total = _total(opened, stream, until)
             found = [_png(frame, max_pixels) for frame in _at(opened, stream, chosen(total, min(count, total)), until)]

@@ -28,6 +28,10 @@ _GRACE = 10.0
 """Seconds that calls in flight have to end after a signal."""
 
 
+class DeviceLost(Exception):
+    """It computes nothing any more, and would not until the process is another one."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 for a bad option, 1 where the worker cannot serve, 0 after a signal."""
     try:
@@ -36,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.run(_serve(options))
     except config.ConfigError as error:
         return _failed(error, 2)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, DeviceLost, OSError) as error:
         return _failed(error, 1)
     except KeyboardInterrupt:
         pass
@@ -78,7 +82,7 @@ async def _answer(
     stop = _on_signal()
     await server.start()
     log.info("ready on %s after %.1f s", options.listen, time.monotonic() - begin)
-    await stop.wait()
+    await _first(stop, batcher.lost)
     watching.cancel()
     log.info("stopping: %.0f s for calls in flight", _GRACE)
     await server.stop(_GRACE)
@@ -86,6 +90,15 @@ async def _answer(
     await cache.close()
     trace.flush()
     preparing.shutdown(wait=False, cancel_futures=True)
+    if batcher.lost.is_set():
+        raise DeviceLost(f"device {encoder.place.device} computes nothing any more: start this worker again")
+
+
+async def _first(*events: asyncio.Event) -> None:
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
 
 
 def _on_signal() -> asyncio.Event:

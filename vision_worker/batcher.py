@@ -90,13 +90,16 @@ _Settled = list[tuple[_Group, list[Encoded] | errors.DvdError]]
 
 
 class Batcher:
-    """`async with Batcher(encoder, max_tiles) as batcher: await batcher.encode(…)`."""
+    """`async with Batcher(encoder, max_tiles) as batcher: await batcher.encode(…)`.
+
+    `lost` is set when the device computes nothing any more: the process has to end, and another one to begin.
+    """
 
     def __init__(self, encoder: Encoder, max_tiles: int, metrics: Metrics | None = None, trace: Trace | None = None) -> None:
         self._encoder, self._metrics, self._trace = encoder, metrics or Metrics(), trace or Trace(None, "vision")
         self._max_tiles = max_tiles
         self._waiting: deque[_Group] = deque()
-        self._arrived = asyncio.Event()
+        self._arrived, self.lost = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(_AHEAD)
         self._stager = ThreadPoolExecutor(1, "stager")
         self._device = ThreadPoolExecutor(1, "device")
@@ -168,7 +171,7 @@ class Batcher:
             return self._looked(batch, staged)
 
     def _looked(self, batch: _Batch, staged: "Future[Tensor]") -> _Settled:
-        features = _guarded(lambda: self._encoder.look(staged.result()))
+        features = self._guarded(lambda: self._encoder.look(staged.result()))
         if isinstance(features, errors.DvdError):
             return [(group, features) for group, _ in batch]
         settled: _Settled = []
@@ -177,7 +180,7 @@ class Batcher:
             if group.future.done():
                 group.features.clear()
             elif sum(map(len, group.features)) == len(group.tiles):
-                settled.append((group, _guarded(functools.partial(self._finish, group))))
+                settled.append((group, self._guarded(functools.partial(self._finish, group))))
         return settled
 
     def _finish(self, group: _Group) -> list[Encoded]:
@@ -191,11 +194,29 @@ class Batcher:
             )
         return _by_image(group.images, tokens.cpu(), [len(b) for b in embedded.blocks], embedded.compressed, embedded.scores)
 
+    def _guarded(self, compute: Callable[[], Any]) -> Any:
+        """The result, or the error that its callers get: nothing may end the device thread.
+
+        `Unavailable` where the device is lost, as after an illegal access or a fault of its memory: another worker is asked.
+        """
+        try:
+            return compute()
+        except errors.DvdError as error:
+            return error
+        except Exception:
+            log.exception("a batch failed")
+            device = self._encoder.place.device
+            if _computes(device):
+                return errors.InternalError("the vision worker failed on this batch; see its log")
+            return errors.Unavailable(f"the vision worker's device {device} computes nothing any more; see its log")
+
     def _settle(self, computed: "asyncio.Future[_Settled]") -> None:
         self._slots.release()
         if computed.cancelled():
             return
         for group, result in computed.result():
+            if isinstance(result, errors.Unavailable):
+                self.lost.set()
             if group.future.done():
                 continue
             if isinstance(result, errors.DvdError):
@@ -206,15 +227,14 @@ class Batcher:
                 group.future.set_result(Answer(result, group.started - group.arrived, computed_for, group.routing))
 
 
-def _guarded(compute: Callable[[], Any]) -> Any:
-    """The result, or the error that its callers get: nothing may end the device thread."""
+def _computes(device: torch.device) -> bool:
+    """Whether it still does: after some errors of CUDA nothing does any more in a process."""
     try:
-        return compute()
-    except errors.DvdError as error:
-        return error
-    except Exception:
-        log.exception("a batch failed")
-        return errors.InternalError("the vision worker failed on this batch; see its log")
+        return float(torch.ones(1, device=device).sum()) == 1
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
 
 
 def _by_image(

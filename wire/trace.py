@@ -5,6 +5,7 @@ Times are of the machine's monotonic clock, so that files of several processes o
 
 import atexit
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -13,9 +14,14 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 
 class Trace:
-    """Events of one process, in `FOLDER/PROCESS-PID.jsonl`; without a folder, nowhere. Any thread."""
+    """Events of one process, in `FOLDER/PROCESS-PID.jsonl`; without a folder, nowhere. Any thread.
+
+    Where they cannot be written, a full disk say, that is logged and tracing ends: what is traced must not fail for it.
+    """
 
     def __init__(self, folder: Path | None, process: str) -> None:
         self._lines: list[str] = []
@@ -56,8 +62,12 @@ class Trace:
             return
         with self._lock:
             lines, self._lines = self._lines, []
-            with self._file.open("a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
+            try:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in lines)
+            except OSError as error:
+                log.error("tracing ends: %s", error)
+                self._file = None
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -22,10 +22,10 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", budget=1 << 20, lease=0)
 
 
-def connector(store: Store, role: ECConnectorRole) -> SharedMemoryConnector:
+def connector(store: Store, role: ECConnectorRole, at_once: int = 1) -> SharedMemoryConnector:
     extra = {"folder": str(store.folder), "wait": PATIENCE}
     transfer = SimpleNamespace(is_ec_producer=False, is_ec_consumer=True, get_from_extra_config=extra.get)
-    return SharedMemoryConnector(SimpleNamespace(ec_transfer_config=transfer), role)
+    return SharedMemoryConnector(SimpleNamespace(ec_transfer_config=transfer, max_concurrent_batches=at_once), role)
 
 
 @pytest.fixture
@@ -112,3 +112,28 @@ def test_a_worker_maps_what_the_scheduler_held(store: Store, scheduler: SharedMe
     worker.start_load_caches(cache)
     scheduler.request_finished(asked)
     assert torch.equal(cache["a"], values)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_what_a_step_loads_is_held_until_the_step_is_over_though_its_request_has_gone(store: Store, at_once: int) -> None:
+    """As vLLM has it where its workers are processes: an abort is heard while the step is on its way to them."""
+    scheduler = connector(store, ECConnectorRole.SCHEDULER, at_once)
+    values = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
+    put(store, "a", values)
+    asked, same = request("r", "a"), request("s", "a")
+    for one in (asked, same):
+        assert scheduler.ensure_cache_available(one, 0)
+        scheduler.update_state_after_alloc(one, 0)
+    loads = scheduler.build_connector_meta(None)
+    scheduler.request_finished(asked)
+    scheduler.request_finished(same)
+    for _ in range(at_once - 1):  # those that are built while it is under way
+        scheduler.build_connector_meta(None)
+    worker, cache = connector(store, ECConnectorRole.WORKER, at_once), dict[str, torch.Tensor]()
+    worker.bind_connector_metadata(loads)
+    worker.start_load_caches(cache)
+    assert torch.equal(cache["a"], values)
+    assert scheduler.has_pending_push_work(), "an engine with nothing to do would hold it for ever"
+    scheduler.build_connector_meta(None)
+    assert not scheduler.has_pending_push_work()
+    assert not list((store.folder / "held").iterdir())

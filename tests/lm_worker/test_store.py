@@ -152,6 +152,18 @@ def test_holds_are_counted_and_survive_eviction(folder: Path) -> None:
     assert not holder.hold("a")
 
 
+def test_two_readers_hold_one_embedding_each_for_itself(folder: Path) -> None:
+    put(Store(folder, budget=SIZE, lease=0), "a", 9)
+    first, second = Holder(folder), Holder(folder)
+    assert first.hold("a")
+    assert second.hold("a")
+    (folder / "a").unlink()
+    first.release("a")
+    assert map_payload(second.path("a"))[1][HEADER_SIZE] == 9
+    second.release("a")
+    assert not list((folder / "held").iterdir())
+
+
 @pytest.mark.parametrize("key", ["", "../a", "a/b", "a\0", "x" * 129, "é"])
 def test_no_key_leaves_the_folder(folder: Path, key: str) -> None:
     with pytest.raises(errors.InvalidRequest):

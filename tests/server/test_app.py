@@ -598,7 +598,7 @@ def _gone(stack: Stack, line: str) -> Callable[[], Awaitable[bool]]:
     return gone
 
 
-@pytest.mark.parametrize("index", ["1", "-1", "x", "9" * 30, "%C2%B2"])
+@pytest.mark.parametrize("index", ["1", "-1", "x", "9" * 30, "%C2%B2", "0000000001", "0" * 5000])
 async def test_a_language_worker_that_is_none_has_no_metrics(shared: Stack, index: str) -> None:
     refused = await shared.get(f"/metrics/engine/{index}")
     assert (refused.status, refused.error["code"]) == (400, "invalid_request")

@@ -8,6 +8,7 @@ import io
 import random
 import socket
 import struct
+import threading
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,7 +19,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from PIL import Image
 
-from server.media import Fetcher, inspect, is_public
+from server.media import Fetcher, ThreadsResolver, inspect, is_public
 from tests.server.peers import Handler, files, hang, inline, picture, sends
 from wire import errors
 from wire.config import IMAGE_FORMATS, Serving
@@ -204,6 +205,34 @@ async def test_real_names_of_this_machine_are_refused() -> None:
     async with fetching() as fetcher:
         with pytest.raises(errors.InvalidRequest, match="not a public address"):
             await fetcher.load("https://localhost:1/a.png")
+
+
+async def test_names_whose_servers_never_answer_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, real = threading.Event(), socket.getaddrinfo
+
+    def lookup(host: Any, *more: Any, **most: Any) -> Any:
+        if host == "silent.example":
+            silent.wait(30)
+        return real("127.0.0.1", *more, **most)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    resolver, loop = ThreadsResolver(), asyncio.get_running_loop()
+    waiting = [asyncio.create_task(resolver.resolve("silent.example", 80)) for _ in range(256)]
+    try:
+        await asyncio.sleep(0)
+        with pytest.raises(OSError, match="too many names wait"):
+            await resolver.resolve("other.example", 80)
+        for task in waiting[:200]:
+            task.cancel()  # those that wait for a thread leave at once
+        async with asyncio.timeout(10):
+            assert await loop.getaddrinfo("worker.example", 80)
+            assert await asyncio.to_thread(lambda: 5) == 5
+    finally:
+        silent.set()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    (found,) = await resolver.resolve("other.example", 80)
+    assert (found["host"], found["port"]) == ("127.0.0.1", 80)
+    await resolver.close()
 
 
 class Answers:

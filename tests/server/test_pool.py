@@ -103,6 +103,7 @@ async def asked(
     workers = Workers([vision.address], [language.sink.address], Metrics())
     try:
         await until(lambda: workers.vision.up() and workers.language.up(), "both answer")
+        await workers.probe()  # the first one has ended then
         yield workers, vision, language
     finally:
         await workers.close()
@@ -132,6 +133,14 @@ async def test_who_is_late_once_may_be_busy_who_is_late_twice_is_not_there(
             late.set()
             assert await workers.probe() == (True, True)
             assert there(workers) == (1, 1)
+
+
+async def test_who_is_asked_by_several_at_once_is_late_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with asked(tmp_path, monkeypatch, timeout=1.0) as (workers, vision, language):
+        vision.answers.clear()
+        language.engine.answers.clear()
+        assert await asyncio.gather(*(workers.probe() for _ in range(5))) == [(False, False)] * 5
+        assert there(workers) == (1, 1)
 
 
 async def test_who_has_ended_is_not_there_at_once_and_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

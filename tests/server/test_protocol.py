@@ -29,9 +29,9 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[int]:
+async def serving(app: Callable[..., Any] = application) -> AsyncIterator[int]:
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(served(application, 1, lifespan="off"))
+    server = uvicorn.Server(served(app, 1, lifespan="off"))
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         yield listening.getsockname()[1]
@@ -105,6 +105,57 @@ async def test_a_large_body_does_not_count_nor_does_what_follows_it() -> None:
     answer = await said(post + body + GET + b"Connection: close\r\n\r\n")
     assert answer.count(b"HTTP/1.1 200 ") == 2
     assert b"%08d" % len(body) in answer
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n"
+
+
+async def test_trailers_are_read_over() -> None:
+    trailers = b"a: b\r\nX-Long: " + b"x" * 1000 + b"\r\n"
+    answer = await said(CHUNKED + b"0\r\n", trailers, b"\r\n" + GET, b"Connection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+    assert b"00000005" in answer
+
+
+@pytest.mark.parametrize(
+    ("begins", "some"),
+    [
+        pytest.param(b"0\r\n", b"a: b\r\n" * 500, id="many trailers"),
+        pytest.param(b"0\r\na: ", b"x" * 3000, id="one trailer"),
+        pytest.param(b"5;", b"x" * 3000, id="an extension"),
+    ],
+)
+async def test_what_follows_a_body_and_never_ends_is_cut(begins: bytes, some: bytes) -> None:
+    sent = [some] * (4 * MAX_HEAD // len(some))
+    assert b" 200 " not in await said(CHUNKED, begins, *sent)
+
+
+@pytest.mark.parametrize("way", ["abort", "end"])
+async def test_a_caller_that_reads_nothing_is_hung_up_on(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its answer would ever end or not; one that reads, however late, gets all of it."""
+    monkeypatch.setattr("server.protocol.STALL", 0.3)
+    ended, size = asyncio.Event(), 4 << 20
+
+    async def endless(_scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % (16 * size))]})
+        try:
+            for i in range(16):
+                await send({"type": "http.response.body", "body": b"x" * size, "more_body": i < 15})
+        finally:
+            ended.set()
+
+    async with serving(endless) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 12)
+        writer.write(GET + b"\r\n")
+        if way == "end":
+            await reader.readuntil(b"\r\n\r\n")
+            assert len(await reader.readexactly(16 * size)) == 16 * size
+        else:
+            await asyncio.wait_for(ended.wait(), 10)
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await reader.readexactly(17 * size)
+        writer.close()
 
 
 async def test_the_next_head_counts_from_nothing() -> None:

@@ -82,6 +82,23 @@ def test_sound_alone() -> None:
         video.frames(file.getvalue(), 4, PIXELS, 30)
 
 
+@pytest.mark.parametrize("codec", [b"evc1", b"ZZZZ"])
+def test_a_codec_that_is_not_decoded_here(codec: bytes) -> None:
+    """Beside sound that is: such a file is opened without a complaint."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as out:
+        pictures, sound = out.add_stream("mpeg4", rate=10), out.add_stream("pcm_s16le", rate=8000)
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        spoken = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.int16), format="s16", layout="mono")
+        spoken.rate = 8000
+        seen = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), dtype=np.uint8), format="rgb24")
+        for packet in [*pictures.encode(seen), *pictures.encode(), *sound.encode(spoken), *sound.encode()]:
+            out.mux(packet)
+    assert len(video.frames(file.getvalue(), 1, PIXELS, 30)) == 1
+    with pytest.raises(errors.InvalidVideo, match="codec is not decoded here"):
+        video.frames(file.getvalue().replace(b"FMP4", codec), 1, PIXELS, 30)
+
+
 def test_of_a_damaged_video_come_the_frames_before_the_damage() -> None:
     data = bytearray(made("matroska", "mpeg4", 100))
     data[len(data) // 2 : len(data) // 2 + 300] = b"\xff" * 300

@@ -148,6 +148,38 @@ async def test_a_failing_batch_fails_its_calls_and_no_other() -> None:
     assert answer.images[0].rows == 256
 
 
+async def test_after_a_failing_batch_the_device_is_still_there() -> None:
+    async with Batcher(Watched(), 2) as batcher:
+        with pytest.raises(errors.InternalError):
+            await encode(batcher, made_of(255))
+        await encode(batcher, made_of(7))
+        assert not batcher.lost.is_set()
+
+
+async def test_a_device_that_computes_nothing_any_more_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_args: object, **_more: object) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    encoder = Watched()
+    async with Batcher(encoder, 2) as batcher:
+        monkeypatch.setattr(torch, "ones", gone)
+        with pytest.raises(errors.Unavailable, match="device cpu computes nothing any more"):
+            await encode(batcher, made_of(255))
+        await asyncio.wait_for(batcher.lost.wait(), 10)
+
+
+async def test_memory_that_is_short_is_no_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_more: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async with Batcher(Watched(), 2) as batcher:
+        monkeypatch.setattr(torch, "ones", full)
+        with pytest.raises(errors.InternalError, match="see its log"):
+            await encode(batcher, made_of(255))
+        await encode(batcher, made_of(7))
+        assert not batcher.lost.is_set()
+
+
 async def test_values_that_are_not_finite_are_an_error() -> None:
     encoder = Watched()
     encoder._table[:] = float("inf")

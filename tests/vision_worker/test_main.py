@@ -5,14 +5,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import grpc
 import pytest
+import torch
+from torch import Tensor
 
-from protos import embeddings_pb2, vision_pb2_grpc
+from protos import embeddings_pb2, vision_pb2, vision_pb2_grpc
 from tests.vision_worker import golden
 from vision_worker.__main__ import main
+from vision_worker.models.fake import Fake
 from wire import rpc
+from wire.checkpoint import open_checkpoint
 
 CHECKPOINT = str(golden.FOLDER / "flash-qwen3/checkpoint")
 
@@ -43,6 +49,37 @@ def test_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert main([CHECKPOINT, "--vision-backend=fake", f"--listen={address}"]) == 1
     assert f"cannot listen on {address}" in capsys.readouterr().err
+
+
+def test_it_ends_when_its_device_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(_self: Fake, pixels: Tensor) -> Tensor:
+        if bool(pixels.any()):  # what warms is blank
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return torch.zeros(len(pixels), 1)
+
+    monkeypatch.setattr(Fake, "look", look)
+    monkeypatch.setattr(Fake, "embed", lambda *_: None)
+    monkeypatch.setattr("vision_worker.batcher._computes", lambda _: False)
+    address, codes = f"unix:{tmp_path}/vision", list[grpc.StatusCode]()
+
+    def ask() -> None:
+        image = vision_pb2.Image(key="a", data=golden.image("hd_1920x1080.jpg"))
+        asked = vision_pb2.EncodeRequest(images=[image], dtype=embeddings_pb2.FLOAT32, dry_run=True, fingerprint=fingerprint)
+        with grpc.insecure_channel(address) as channel:
+            try:
+                vision_pb2_grpc.VisionStub(channel).Encode(asked, timeout=60, wait_for_ready=True)
+            except grpc.RpcError as error:
+                codes.append(error.code())
+
+    fingerprint = open_checkpoint(Path(CHECKPOINT)).fingerprint
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert main([CHECKPOINT, "--vision-backend=fake", f"--listen={address}"]) == 1
+    asking.join()
+    assert codes == [grpc.StatusCode.UNAVAILABLE], "another worker is asked then"
+    assert "dvd vision: device cpu computes nothing any more" in capsys.readouterr().err
 
 
 async def test_it_starts_answers_and_stops(tmp_path: Path) -> None:

@@ -30,6 +30,16 @@ def test_a_block_that_fails_took_its_time_too(tmp_path: Path) -> None:
     assert [event["name"] for event in read(tmp_path)] == ["fetch"]
 
 
+def test_where_it_cannot_be_written_tracing_ends_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trace = Trace(tmp_path / "traces", "vision")
+    (tmp_path / "traces").rmdir()
+    for number in range(500):
+        with trace.span("encode", number=number):
+            pass
+    trace.flush()
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["tracing ends"]
+
+
 def test_many_threads_lose_nothing(tmp_path: Path) -> None:
     trace = Trace(tmp_path, "vision")
     with ThreadPoolExecutor(8) as pool:

@@ -24,7 +24,9 @@ class Compiled:
 
     def __init__(self, tower: Callable[[Tensor], Tensor], largest: int, device: torch.device) -> None:
         self.sizes = sizes(largest)
-        self._run = torch.compile(tower, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+        graphs = device.type == "cuda"
+        self._run = torch.compile(tower, dynamic=False, mode="reduce-overhead" if graphs else None)
+        self.to_warm = self.sizes * (2 if graphs else 1)  # a size's first run compiles, its second records the graph
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """[n, …] to what the tower makes of it. Raises `ConfigError` where torch cannot compile here."""

@@ -73,7 +73,7 @@ class InternVL:
         self._tower = Compiled(model.vision_model, place.compile_for, place.device) if place.compile_for else model.vision_model
 
     def sizes(self, largest: int) -> Sequence[int]:
-        return self._tower.sizes if isinstance(self._tower, Compiled) else [largest]
+        return self._tower.to_warm if isinstance(self._tower, Compiled) else [largest]
 
     def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
         return tiling.cut(data, options)
@@ -86,7 +86,8 @@ class InternVL:
     @torch.inference_mode()
     def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
         if features.is_cuda:
-            torch.cuda.current_stream().synchronize()  # the tower may still compute, which is not the router's time
+            # the tower may still compute, which is not the router's time
+            torch.cuda.current_stream(features.device).synchronize()
         began = time.monotonic()
         scores = self.scores(features)[list(copies)] if policy.needs_scores else torch.zeros(len(copies))
         compressed = policy.route(scores).tolist()
