@@ -223,16 +223,19 @@ class Routes:
 
     async def _check_model(self, name: str | None) -> None:
         """Before any work on images. Raises `ModelNotFound`, `Unavailable`."""
-        there = self._workers.language.up()
-        if not there:
+        if not self._workers.language.up():
             self._workers.language.pick(None)
-        if name is None or any(name in worker.models for worker in there):
+        if name is None or self._serves(name):
             return
         for _ in range(2):  # an adapter may have been loaded since, and a probe that is under way have begun before that
             await self._workers.probe()
+            if self._serves(name):
+                return
         served = sorted({model for worker in self._workers.language.up() for model in worker.models})
-        if name not in served:
-            raise errors.ModelNotFound(f"no model {name[:200]!r} here; served: {', '.join(served)}", param="model")
+        raise errors.ModelNotFound(f"no model {name[:200]!r} here; served: {', '.join(served)}", param="model")
+
+    def _serves(self, name: str) -> bool:
+        return any(name in worker.models for worker in self._workers.language.up())
 
     async def _measure(self, asked: Asked, caller: Caller) -> Response:
         asked, images = await self._pipeline.fetch(asked, caller)

@@ -132,7 +132,7 @@ async def test_what_follows_a_body_and_never_ends_is_cut(begins: bytes, some: by
 
 @pytest.mark.parametrize("way", ["abort", "end"])
 async def test_a_caller_that_reads_nothing_is_hung_up_on(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether its answer would ever end or not; one that reads, however late, gets all of it."""
+    """Whether its answer would ever end or not; one that reads gets all of it."""
     monkeypatch.setattr("server.protocol.STALL", 0.3)
     ended, size = asyncio.Event(), 4 << 20
 

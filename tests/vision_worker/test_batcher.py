@@ -145,15 +145,8 @@ async def test_a_failing_batch_fails_its_calls_and_no_other() -> None:
         with pytest.raises(errors.InternalError, match="see its log"):
             await encode(batcher, made_of(1, 2, 255, 4, 5, 6))
         answer = await encode(batcher, made_of(7))
+        assert not batcher.lost.is_set(), "its device is still there"
     assert answer.images[0].rows == 256
-
-
-async def test_after_a_failing_batch_the_device_is_still_there() -> None:
-    async with Batcher(Watched(), 2) as batcher:
-        with pytest.raises(errors.InternalError):
-            await encode(batcher, made_of(255))
-        await encode(batcher, made_of(7))
-        assert not batcher.lost.is_set()
 
 
 async def test_a_device_that_computes_nothing_any_more_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
