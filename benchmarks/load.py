@@ -55,6 +55,11 @@ def chat(model: str, text: str, images: Sequence[str] = (), tokens: int = 16, **
 async def ask(session: aiohttp.ClientSession, url: str, body: bytes) -> Felt:
     """One request to its end; an error is kept, not raised."""
     felt = Felt(time.monotonic())
+    await _ask(session, url, body, felt)
+    return felt
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, felt: Felt) -> None:
     try:
         async with session.post(
             f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
@@ -71,35 +76,47 @@ async def ask(session: aiohttp.ClientSession, url: str, body: bytes) -> Felt:
     felt.ended = time.monotonic()
     if not felt.tokens and not felt.error:
         felt.error = "no token"
-    return felt
 
 
 async def closed(url: str, bodies: Iterable[bytes], in_flight: int) -> list[Felt]:
     """So many at once, one following another. Raises `RuntimeError` for a request that failed."""
-    done = list[Felt]()
+    felt = list[Felt]()
     async with _session() as session:
-        await asyncio.gather(*_working(session, url, bodies, in_flight, done))
-    return done
+        await asyncio.gather(*_working(session, url, bodies, in_flight, felt))
+    return felt
 
 
 async def saturated(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
     """Requests a second while so many are always at once, from when as many have ended until none waits any more.
 
-    Those still going then are broken off: a server that runs empty is not saturated. Raises `RuntimeError` for a request
-    that failed, `ValueError` for too few.
+    Those still going then are broken off: a server that runs empty is not saturated. A request counts half with its first
+    token and half with the others, each its share: whole ones end in waves, and too few of them in such a time. Raises
+    `RuntimeError` for a request that failed, `ValueError` for too few.
     """
     if len(bodies) < 2 * in_flight:
         raise ValueError(f"{len(bodies)} requests, {in_flight} of them at once: at least twice as many are wanted")
-    done = list[Felt]()
+    asked = [int(json.loads(body)["max_tokens"]) for body in bodies]
+    felt = list[Felt]()
     async with _session() as session:
-        working = _working(session, url, bodies, in_flight, done)
+        working = _working(session, url, bodies, in_flight, felt)
         ended, others = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         for task in ended:
             task.result()
-    return (len(done) - in_flight) / (done[-1].ended - done[in_flight - 1].ended)
+    ends = sorted(one.ended for one in felt if one.ended)
+    window = ends[in_flight - 1], ends[-1]
+    return sum(_within(one, tokens, window) for one, tokens in zip(felt, asked, strict=False)) / (window[1] - window[0])
+
+
+def _within(felt: Felt, asked: int, window: tuple[float, float]) -> float:
+    """How much of a request fell into the time after `window[0]`: half for the first token, half for the others."""
+    came = [window[0] < at <= window[1] for at in felt.tokens]
+    if not came:
+        return 0.0
+    others = (len(came) if felt.ended else max(asked, len(came))) - 1  # one event may hold several tokens
+    return 0.5 * came[0] + 0.5 * (sum(came[1:]) / others if others else came[0])
 
 
 async def offered(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[Felt]:
@@ -118,14 +135,16 @@ def _session() -> aiohttp.ClientSession:
 
 
 def _working(
-    session: aiohttp.ClientSession, url: str, bodies: Iterable[bytes], in_flight: int, done: list[Felt]
+    session: aiohttp.ClientSession, url: str, bodies: Iterable[bytes], in_flight: int, felt: list[Felt]
 ) -> list[asyncio.Task[None]]:
-    """So many at once, one following another; each is put into `done` as it ends."""
+    """So many at once, one following another; each is put into `felt` as it begins."""
     waiting = iter(bodies)
 
     async def work() -> None:
         for body in waiting:
-            done.append(_good(await ask(session, url, body)))
+            felt.append(one := Felt(time.monotonic()))
+            await _ask(session, url, body, one)
+            _good(one)
 
     return [asyncio.create_task(work()) for _ in range(in_flight)]
 

@@ -75,6 +75,24 @@ async def test_what_still_runs_when_none_waits_is_broken_off() -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "ended", "share"),
+    [
+        ([11, 12, 13, 14, 15], 15, 1.0),
+        ([9, 11, 12, 13, 14], 15, 0.5),
+        ([6, 7, 8, 11, 12], 15, 0.25),
+        ([17, 18, 19], 0, 0.75),
+        ([17, 18, 21], 0, 0.625),
+        ([15], 15, 1.0),
+        ([], 0, 0.0),
+    ],
+    ids=["all", "all but the first", "half", "broken off", "past the end", "only one", "none"],
+)
+def test_of_a_request_what_falls_into_the_time_counts(tokens: list[float], ended: float, share: float) -> None:
+    asked = 1 if tokens == [15] else 5
+    assert load._within(load.Felt(5, tokens, ended), asked, (10, 20)) == share
+
+
 async def test_too_few_to_saturate_anything_are_refused() -> None:
     with pytest.raises(ValueError, match="7 requests, 4 of them at once"):
         await load.saturated("http://127.0.0.1:1", bodies(7), 4)

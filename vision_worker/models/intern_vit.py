@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_worker.models.products import Linear, attention
 from wire.layouts.base import Tower
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,8 +76,8 @@ class Attention(nn.Module):
         super().__init__()
         width = tower.hidden_size
         self.heads = tower.heads
-        self.qkv = nn.Linear(width, 3 * width, bias=tower.qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=tower.qkv_bias)
+        self.proj = Linear(width, width)
         self.q_norm = RMSNorm(width, tower.norm_eps) if tower.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width, tower.norm_eps) if tower.qk_norm else nn.Identity()
 
@@ -84,15 +85,15 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before the heads are split
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, v))
-        return cast(Tensor, self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        return cast(Tensor, self.proj(attention(q, k, v).transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[tower.activation]
-        self.fc1 = nn.Linear(tower.hidden_size, tower.intermediate_size)
-        self.fc2 = nn.Linear(tower.intermediate_size, tower.hidden_size)
+        self.fc1 = Linear(tower.hidden_size, tower.intermediate_size)
+        self.fc2 = Linear(tower.intermediate_size, tower.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.fc2(self.activation(self.fc1(x))))

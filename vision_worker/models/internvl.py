@@ -11,6 +11,7 @@ from vision_worker import tiling, weights
 from vision_worker.encoder import Embedded, Place, Stager
 from vision_worker.models.compiled import Compiled
 from vision_worker.models.intern_vit import InternViT
+from vision_worker.models.products import Linear
 from vision_worker.models.vir import Gating, Policy, Pooling
 from wire.checkpoint import Checkpoint, CheckpointError
 from wire.layouts.base import Description
@@ -37,15 +38,15 @@ class Model(nn.Module):
 
 
 def _projector(features: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+    return nn.Sequential(nn.LayerNorm(features), Linear(features, width), nn.GELU(), Linear(width, width))
 
 
 def _compressing_projector(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.LayerNorm(features),
-        nn.Linear(features, 2 * width), nn.GELU(), nn.Identity(),
-        nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Identity(),
-        nn.Linear(2 * width, width),
+        Linear(features, 2 * width), nn.GELU(), nn.Identity(),
+        Linear(2 * width, 2 * width), nn.GELU(), nn.Identity(),
+        Linear(2 * width, width),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protos import vision_pb2 as pb
+from vision_worker.models.products import Linear, product
 from wire.layouts.base import Thresholds
 
 _HEADS = 16
@@ -20,17 +21,17 @@ class PoolingAttention(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def remember(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of features [n, patches, width], each [n, heads, patches, width / heads]."""
         width = features.shape[-1]
-        keys, values = F.linear(features, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
+        keys, values = product(features, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
         return _split(keys), _split(values)
 
     def forward(self, query: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
         width = query.shape[-1]
-        q = _split(F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width]))
+        q = _split(product(query, self.in_proj_weight[:width], self.in_proj_bias[:width]))
         pooled = F.scaled_dot_product_attention(q, *memory).transpose(1, 2).flatten(2)
         return cast(Tensor, self.out_proj(pooled))
 
@@ -64,7 +65,7 @@ class Gating(nn.Module):
         super().__init__()
         self.block1, self.block2 = _block(width), _block(width)
         self.block3, self.block4 = _block(width), _block(width)
-        self.gate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
+        self.gate = nn.Sequential(nn.LayerNorm(width), Linear(width, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in (self.block1, self.block2, self.block3, self.block4):
@@ -75,7 +76,7 @@ class Gating(nn.Module):
 def _block(width: int) -> nn.Sequential:
     # identities stand where training had dropout: they keep the checkpoint's numbering
     return nn.Sequential(
-        nn.Linear(width, 4 * width), nn.GELU(), nn.Identity(), nn.Linear(4 * width, width), nn.Identity(),
+        Linear(width, 4 * width), nn.GELU(), nn.Identity(), Linear(4 * width, width), nn.Identity(),
         nn.LayerNorm(width),
     )  # fmt: skip
 
