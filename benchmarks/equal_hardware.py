@@ -63,8 +63,8 @@ def run(options: Options) -> Result:
         plain, flash = (checkpoint.make(folder / kind, flash=kind == "flash") for kind in ("plain", "flash"))
         stock = colocated.copied(plain, folder / "stock")
         run = _Run(options, folder, stock)
-        priced, text = run.priced(plain)
-        return run.compared(plain, flash, priced, text)
+        priced, text, tokens = run.priced(plain)
+        return run.compared(plain, flash, priced, text, tokens)
 
 
 class _Run:
@@ -98,15 +98,25 @@ class _Run:
         with server:
             yield Stack(folder, url, self._stock, self._numbers, IN_FLIGHT)
 
-    def priced(self, model: Path) -> tuple[Costs, int]:
-        """What stages cost, and tokens of a prompt without images."""
-        priced, text = self._kept.part("costs", partial(self._priced, model))
-        return Costs.model_validate(priced), text
+    def priced(self, model: Path) -> tuple[Costs, int, int]:
+        """What stages cost, tokens of a prompt without images, and of an answer for which both halves cost the same."""
+        priced, text, tokens = self._kept.part("costs", partial(self._priced, model))
+        return Costs.model_validate(priced), text, tokens
 
-    def _priced(self, model: Path) -> tuple[dict[str, Any], int]:
+    def _priced(self, model: Path) -> tuple[dict[str, Any], int, int]:
         with self.ours(model) as stack:
-            found = asyncio.run(costs.measured(_fewer(stack), *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
-            return found.model_dump(), asyncio.run(costs.prompt(stack))
+            few = _fewer(stack)
+            found = asyncio.run(costs.measured(few, *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
+            text = asyncio.run(costs.prompt(few))
+            return found.model_dump(), text, self._balanced(few, found, text)
+
+    def _balanced(self, stack: Stack, priced: Costs, text: int) -> int:
+        """By what the halves do alone with answers that costs told of: costs are of single stages, one after another."""
+        tiles = MIXES[BALANCED].tiles
+        told = costs.balanced(priced, tiles, text, 0.0, IN_FLIGHT)
+        alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, BALANCED), told))
+        felt = costs.beside(priced, Kind(tiles=tiles, text=text, output=told), *alone)
+        return costs.balanced(felt, tiles, text, 0.0, IN_FLIGHT)
 
     def saturated(self, stack: Stack, tokens: int) -> float:
         """Requests a second, balanced."""
@@ -124,8 +134,7 @@ class _Run:
         """Requests a second, of other images too."""
         return asyncio.run(stack.requests(self.shown(stack, mix), tokens))
 
-    def compared(self, plain: Path, flash: Path, priced: Costs, text: int) -> Result:
-        tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text, 0.0, IN_FLIGHT)
+    def compared(self, plain: Path, flash: Path, priced: Costs, text: int, tokens: int) -> Result:
         with ExitStack() as held:  # all of them stay: those that are not asked cost nothing but memory
             stacks = {
                 **{name: held.enter_context(self.colocated(reserve)) for reserve, name in enumerate(COLOCATED)},
