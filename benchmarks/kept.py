@@ -9,13 +9,14 @@ from typing import Any, TypeVar, cast
 from benchmarks import result
 
 T = TypeVar("T")
+ENDING = ".parts.json"
 
 
 class Kept:
     """`results/NAME.parts.json`, ignored by git. From what another commit, day or machine measured no run goes on."""
 
     def __init__(self, name: str, quick: bool) -> None:
-        self._file = result.FOLDER / f"{name}.parts.json"
+        self._file = result.FOLDER / f"{name}{ENDING}"
         self._run = {"quick": quick, "environment": result.environment()}
         self._parts = self._found()
 

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import kept
 from benchmarks.result import FOLDER
 
 OURS, THEIRS, PLAIN = "#2462ad", "#d9730d", "#9aa0a6"
@@ -14,7 +15,8 @@ OURS, THEIRS, PLAIN = "#2462ad", "#d9730d", "#9aa0a6"
 
 def write() -> None:
     """From whatever results are there."""
-    found = {file.stem: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}
+    files = (file for file in sorted(FOLDER.glob("*.json")) if not file.name.endswith(kept.ENDING))
+    found = {file.stem: json.loads(file.read_text()) for file in files}
     if not found:
         return
     (FOLDER / "table.md").write_text(table(found), encoding="utf-8")

@@ -96,7 +96,8 @@ class MLP(nn.Module):
         self.fc2 = Linear(tower.intermediate_size, tower.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(self.activation(self.fc1(x))))
+        wide = self.fc1.then_gelu(x) if self.activation is F.gelu else self.activation(self.fc1(x))
+        return cast(Tensor, self.fc2(wide))
 
 
 class Layer(nn.Module):

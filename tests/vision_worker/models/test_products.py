@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_worker.models import products
-from vision_worker.models.products import attention, product
+from vision_worker.models.products import Linear, attention, product
 
 
 def drawn(*shape: int) -> Tensor:
@@ -21,6 +21,13 @@ def drawn(*shape: int) -> Tensor:
 def test_a_product_is_that_of_torch(shape: tuple[int, ...], bias: bool) -> None:
     x, weight, added = drawn(*shape), drawn(16, 24), drawn(16) if bias else None
     torch.testing.assert_close(product(x, weight, added), F.linear(x, weight, added), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_gelu_after_a_product_is_that_of_torch(dtype: torch.dtype) -> None:
+    layer, x = Linear(24, 16).to(dtype), 4 * drawn(3, 9, 24).to(dtype)
+    torch.testing.assert_close(layer.then_gelu(x), F.gelu(F.linear(x, layer.weight, layer.bias)), atol=2e-5, rtol=2e-5)
 
 
 @torch.inference_mode()
