@@ -135,9 +135,10 @@ class _Run:
         return asyncio.run(stack.requests(self.shown(stack, mix), tokens))
 
     def compared(self, plain: Path, flash: Path, priced: Costs, text: int, tokens: int) -> Result:
-        with ExitStack() as held:  # all of them stay: those that are not asked cost nothing but memory
+        with ExitStack() as held:  # those that are not asked cost nothing but memory: vLLM's grows with every picture
+            bindings = {name: held.enter_context(ExitStack()) for name in COLOCATED}
             stacks = {
-                **{name: held.enter_context(self.colocated(reserve)) for reserve, name in enumerate(COLOCATED)},
+                **{name: bindings[name].enter_context(self.colocated(reserve)) for reserve, name in enumerate(COLOCATED)},
                 OURS: held.enter_context(self.ours(plain)),
                 ROUTED: held.enter_context(self.ours(flash, *HALF)),
             }
@@ -146,6 +147,7 @@ class _Run:
             first = self._kept.part("warm", lambda: warm)
             best, worse = sorted(COLOCATED, key=lambda name: -first[name])
             del stacks[worse]
+            bindings[worse].close()
             pairs = [
                 self._kept.part(f"pair {number}", partial(self.pair, stacks, tokens, number % 2 == 0))
                 for number in range(self._options.repeats(PAIRS))

@@ -163,8 +163,8 @@ class Encoding(Limits, Traced):
     max_batch_tiles: int = Field(0, ge=0, description="tiles in one forward pass; 0: 4 on a CPU, 32 on a GPU")
     vision_compile: bool = Field(
         False,
-        description="compile the tower, into CUDA graphs: for a GPU (on a CPU it is slower than without). A slower start, and a "
-        "C++ compiler is needed",
+        description="compile the tower, into CUDA graphs: for a GPU (on a CPU it is slower than without). A slower start, and "
+        "a C++ compiler is needed",
     )
     prepare_threads: int = Field(0, ge=0, description="threads that decode and cut images; 0: one a core")
 
