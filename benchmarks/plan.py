@@ -65,7 +65,7 @@ def _drawn(case: dict[str, Any]) -> str:
     load = {"rate": rate, "kinds": [kind], "limits": {"ttft": 60.0, "itl": 5.0}}
     file, picture = FOLDER / "costs.yaml", FOLDER / "plan.png"
     file.write_text(yaml.safe_dump({"costs": priced.model_dump(), "load": load}, sort_keys=False))
-    if plan([str(file), "--vision-workers", "1", "--language-workers", "2", "--plot", str(picture)]):
+    if plan([str(file), "--vision-workers", "4", "--language-workers", "2", "--plot", str(picture)]):
         raise RuntimeError("dvd plan did not accept what was measured")
     return f"{picture.name}: requests/s against the number of vision workers, from {file.name}"
 
