@@ -183,6 +183,15 @@ def beside(costs: Costs, kind: Kind, vision: float, language: float) -> Costs:
     )
 
 
+async def balanced_alone(
+    stack: Stack, shown: Sequence[Sequence[str]], priced: Costs, tiles: int, text: int, in_flight: int = IN_FLIGHT
+) -> int:
+    """`balanced`, corrected by what the halves do alone with answers that long: `priced` is of stages, one after another."""
+    told = balanced(priced, tiles, text, 0.0, in_flight)
+    alone = await halves_alone(stack, shown, told)
+    return balanced(beside(priced, Kind(tiles=tiles, text=text, output=told), *alone), tiles, text, 0.0, in_flight)
+
+
 def case(name: str, kind: Kind, rate: float, costs: Costs) -> dict[str, Any]:
     """A kind of request, what was measured of it, requests a second, and the costs then: for the benchmark of `dvd plan`."""
     return {"name": name, "kind": kind.model_dump(), "requests/s": round(rate, 3), "costs": costs.model_dump()}

@@ -108,15 +108,8 @@ class _Run:
             few = _fewer(stack)
             found = asyncio.run(costs.measured(few, *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
             text = asyncio.run(costs.prompt(few))
-            return found.model_dump(), text, self._balanced(few, found, text)
-
-    def _balanced(self, stack: Stack, priced: Costs, text: int) -> int:
-        """By what the halves do alone with answers that costs told of: costs are of single stages, one after another."""
-        tiles = MIXES[BALANCED].tiles
-        told = costs.balanced(priced, tiles, text, 0.0, IN_FLIGHT)
-        alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, BALANCED), told))
-        felt = costs.beside(priced, Kind(tiles=tiles, text=text, output=told), *alone)
-        return costs.balanced(felt, tiles, text, 0.0, IN_FLIGHT)
+            shown, tiles = self.shown(few, BALANCED), MIXES[BALANCED].tiles
+            return found.model_dump(), text, asyncio.run(costs.balanced_alone(few, shown, found, tiles, text, IN_FLIGHT))
 
     def saturated(self, stack: Stack, tokens: int) -> float:
         """Requests a second, balanced."""

@@ -111,7 +111,7 @@ async def saturated(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
 
 
 def _within(felt: Felt, asked: int, window: tuple[float, float]) -> float:
-    """How much of a request fell into the time after `window[0]`: half for the first token, half for the others."""
+    """How much of a request fell between both ends of `window`: half for the first token, half for the others."""
     came = [window[0] < at <= window[1] for at in felt.tokens]
     if not came:
         return 0.0

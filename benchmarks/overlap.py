@@ -56,9 +56,7 @@ async def _measured(stack: Stack, options: Options) -> tuple[Result, float]:
     count = 48 if options.quick else 120
     await stack.requests([[picture] for picture in stack.pictures(2 * IN_FLIGHT, SIZE)], 4)  # warms everything
     priced, text = await costs.measured(stack, SIZE, 1, count, STEP), await costs.prompt(stack)
-    tokens = costs.balanced(priced, 1, text)
-    alone = await costs.halves_alone(stack, [[picture] for picture in stack.pictures(count, SIZE)], tokens)
-    tokens = costs.balanced(costs.beside(priced, Kind(tiles=1, text=text, output=tokens), *alone), 1, text)
+    tokens = await costs.balanced_alone(stack, [[picture] for picture in stack.pictures(count, SIZE)], priced, 1, text)
     found: dict[str, list[float]] = {"V": [], "L": [], "E": []}
     middles: list[float] = []
     for _ in range(options.repeats(3)):

@@ -1,6 +1,6 @@
 """Products of matrices. Those of float32 on a CPU go to oneDNN: torch gives them to MKL, which on an EPYC takes twice as long.
 
-Other dtypes torch gives to oneDNN itself. The operator is the one that torch's own compiler emits for such products.
+bfloat16 torch gives to oneDNN itself. The operator is the one that torch's own compiler emits for such products.
 """
 
 import torch
