@@ -19,7 +19,7 @@ from demo.words import Words
 from vision_worker.models.internvl import Model
 from wire.layouts import official
 
-VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 4}
+VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
 LANGUAGE = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
     "head_dim": 64, "max_position_embeddings": 16384,

@@ -89,11 +89,9 @@ class Stack:
         return felt
 
 
-async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, step_tokens: int = 4096) -> Costs:
+async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int) -> Costs:
     """`size`: of a picture that makes so many tiles, thumbnail counted; `count`: of requests in each measurement, more than
     twice what is in flight.
-
-    `step_tokens`: what vLLM was told of them, `--max-num-batched-tokens`.
     """
     checkpoint = open_checkpoint(stack.model).description
     pictures = stack.pictures(count, size)
@@ -111,7 +109,7 @@ async def measured(stack: Stack, size: tuple[int, int], tiles: int, count: int, 
         vision=VisionCosts(prepare=1e-6, tile=1 / vision / tiles, batch_tiles=BATCH),
         language=LanguageCosts(
             step=step, request=request, prefill=prefill, attention=attention, decode=max(0.0, one - step),
-            step_tokens=step_tokens, sequences=64,
+            step_tokens=4096, sequences=64,
         ),
         tokens_per_tile=checkpoint.tokens_per_tile,
         bytes_per_token=4 * checkpoint.width,
@@ -140,9 +138,9 @@ async def prompt(stack: Stack) -> int:
     return int(said["usage"]["prompt_tokens"])
 
 
-def predicted(costs: Costs, kind: Kind) -> float:
+def predicted(costs: Costs, kind: Kind, in_flight: int) -> float:
     """Requests a second, saturated, by one vision and one language worker."""
-    return saturated(costs, Load(kinds=[kind]), Fleet(), IN_FLIGHT).throughput
+    return saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
 
 
 def halves(
@@ -169,10 +167,10 @@ async def halves_alone(stack: Stack, shown: Sequence[Sequence[str]], tokens: int
     return vision, await stack.requests_again(shown, tokens)
 
 
-def beside(costs: Costs, kind: Kind, vision: float, language: float) -> Costs:
+def beside(costs: Costs, kind: Kind, vision: float, language: float, in_flight: int) -> Costs:
     """The costs, made to agree with what the halves did alone just now (`halves_alone`): the machine's speed changes."""
     at_once = costs.model_copy(update={"vision": costs.vision.model_copy(update={"tile": 1e-9})})
-    slower = predicted(at_once, kind) / language
+    slower = predicted(at_once, kind, in_flight) / language
     engine = costs.language
     scaled = {name: slower * getattr(engine, name) for name in ("step", "request", "prefill", "attention", "decode")}
     return costs.model_copy(
@@ -184,14 +182,18 @@ def beside(costs: Costs, kind: Kind, vision: float, language: float) -> Costs:
 
 
 async def balanced_alone(
-    stack: Stack, shown: Sequence[Sequence[str]], priced: Costs, tiles: int, text: int, in_flight: int = IN_FLIGHT
+    stack: Stack, shown: Sequence[Sequence[str]], priced: Costs, tiles: int, text: int, in_flight: int
 ) -> int:
     """`balanced`, corrected by what the halves do alone with answers that long: `priced` is of stages, one after another."""
     told = balanced(priced, tiles, text, 0.0, in_flight)
     alone = await halves_alone(stack, shown, told)
-    return balanced(beside(priced, Kind(tiles=tiles, text=text, output=told), *alone), tiles, text, 0.0, in_flight)
+    here = beside(priced, Kind(tiles=tiles, text=text, output=told), *alone, stack.in_flight)
+    return balanced(here, tiles, text, 0.0, in_flight)
 
 
-def case(name: str, kind: Kind, rate: float, costs: Costs) -> dict[str, Any]:
+def case(name: str, kind: Kind, rate: float, costs: Costs, in_flight: int) -> dict[str, Any]:
     """A kind of request, what was measured of it, requests a second, and the costs then: for the benchmark of `dvd plan`."""
-    return {"name": name, "kind": kind.model_dump(), "requests/s": round(rate, 3), "costs": costs.model_dump()}
+    return {
+        "name": name, "kind": kind.model_dump(), "in flight": in_flight, "requests/s": round(rate, 3),
+        "costs": costs.model_dump(),
+    }  # fmt: skip

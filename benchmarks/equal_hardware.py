@@ -206,7 +206,7 @@ class _Run:
         alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, name), tokens))
         rate = statistics.mean((before, self.mixed(stack, name, tokens)))
         _progress(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {alone}")
-        return costs.case(name, kind, rate, costs.beside(priced, kind, *alone))
+        return costs.case(name, kind, rate, costs.beside(priced, kind, *alone, stack.in_flight), stack.in_flight)
 
 
 def _fewer(stack: Stack) -> Stack:

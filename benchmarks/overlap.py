@@ -11,18 +11,19 @@ import statistics
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import checkpoint, costs, processes, timeline
-from benchmarks.costs import IN_FLIGHT, Stack
+from benchmarks.costs import Stack
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 from server.planning.model import Kind
 
 SIZE = (448, 448)  # one tile
-STEP = 1024
-"""Tokens that the engine takes at once. With vLLM's usual thousands it takes all that are in flight, and vision runs dry."""
+IN_FLIGHT = 32
+"""All begin at once. With half as many the engine soon has them all, and vision runs dry until the first answers end."""
 
 
 def run(options: Options) -> Result:
@@ -41,22 +42,20 @@ def _started(folder: Path, traces: Path, held: ExitStack) -> Stack:
     eye, tongue = cores[:1], cores[-1:]
     seeing = ("--cache=none", f"--trace={traces}", f"--max-batch-tiles={costs.BATCH}")
     held.enter_context(processes.vision(folder, model, eye, *seeing))
-    held.enter_context(
-        processes.language(
-            folder, model, tongue, "--no-enable-prefix-caching", "--dtype=float32", f"--max-num-batched-tokens={STEP}"
-        )
-    )
+    held.enter_context(processes.language(folder, model, tongue, "--no-enable-prefix-caching", "--dtype=float32"))
     server, url = processes.gateway(folder, cores, f"--trace={traces}")
     held.enter_context(server)
-    return Stack(folder, url, model, itertools.count())
+    return Stack(folder, url, model, itertools.count(), IN_FLIGHT)
 
 
 async def _measured(stack: Stack, options: Options) -> tuple[Result, float]:
     """And a moment at which all of it ran, of the monotonic clock; not of the last repeat: a trace is written out in pieces."""
-    count = 48 if options.quick else 120
+    count = 96 if options.quick else 160
     await stack.requests([[picture] for picture in stack.pictures(2 * IN_FLIGHT, SIZE)], 4)  # warms everything
-    priced, text = await costs.measured(stack, SIZE, 1, count, STEP), await costs.prompt(stack)
-    tokens = await costs.balanced_alone(stack, [[picture] for picture in stack.pictures(count, SIZE)], priced, 1, text)
+    priced, text = await costs.measured(replace(stack, in_flight=costs.IN_FLIGHT), SIZE, 1, count), await costs.prompt(stack)
+    tokens = await costs.balanced_alone(
+        stack, [[picture] for picture in stack.pictures(count, SIZE)], priced, 1, text, IN_FLIGHT
+    )
     found: dict[str, list[float]] = {"V": [], "L": [], "E": []}
     middles: list[float] = []
     for _ in range(options.repeats(3)):
@@ -70,9 +69,10 @@ async def _measured(stack: Stack, options: Options) -> tuple[Result, float]:
     ratio, spread = ratio_of(found["E"], [min(both) for both in zip(found["V"], found["L"], strict=True)])
     serial = 1 / (1 / middle["V"] + 1 / middle["L"])
     kind = Kind(tiles=1, text=text, output=tokens)
+    beside = costs.beside(priced, kind, middle["V"], middle["L"], IN_FLIGHT)
     figures: dict[str, Any] = {
         **middle, "serial bound": round(serial, 3), "E over the serial bound": round(middle["E"] / serial, 3),
         "tokens of an answer": tokens, "in flight": IN_FLIGHT, "images": count,
-        "cases": [costs.case("overlap", kind, middle["E"], costs.beside(priced, kind, middle["V"], middle["L"]))],
+        "cases": [costs.case("overlap", kind, middle["E"], beside, IN_FLIGHT)],
     }  # fmt: skip
     return Result("overlap", ratio, 0.9, spread, figures), middles[(len(middles) - 1) // 2]

@@ -50,7 +50,7 @@ def run(_options: Options) -> Result:
 
 
 def _compared(case: dict[str, Any]) -> dict[str, float]:
-    predicted = costs.predicted(Costs.model_validate(case["costs"]), Kind.model_validate(case["kind"]))
+    predicted = costs.predicted(Costs.model_validate(case["costs"]), Kind.model_validate(case["kind"]), case["in flight"])
     measured = case["requests/s"]
     return {
         "measured": round(measured, 3), "predicted": round(predicted, 3),
