@@ -155,10 +155,12 @@ def halves(
     return tiles * costs.vision.tile, engine.request + engine.reading(text + visual_tokens(costs, tiles, compressed)) + spoken
 
 
-def balanced(costs: Costs, tiles: int, text: int, compressed: float = 0.0, in_flight: int = IN_FLIGHT) -> int:
-    """Tokens of an answer for which a request with such an image keeps one half as busy as the other."""
+def balanced(
+    costs: Costs, tiles: int, text: int, compressed: float = 0.0, in_flight: int = IN_FLIGHT, longer: float = 1.0
+) -> int:
+    """Tokens of an answer for which a request with such an image keeps language `longer` times as busy as vision."""
     vision, reading = halves(costs, tiles, text, 0, compressed, in_flight)
-    return max(4, round((vision - reading) / (halves(costs, tiles, text, 1, compressed, in_flight)[1] - reading)))
+    return max(4, round((longer * vision - reading) / (halves(costs, tiles, text, 1, compressed, in_flight)[1] - reading)))
 
 
 async def halves_alone(stack: Stack, shown: Sequence[Sequence[str]], tokens: int) -> tuple[float, float]:
@@ -182,13 +184,13 @@ def beside(costs: Costs, kind: Kind, vision: float, language: float, in_flight: 
 
 
 async def balanced_alone(
-    stack: Stack, shown: Sequence[Sequence[str]], priced: Costs, tiles: int, text: int, in_flight: int
+    stack: Stack, shown: Sequence[Sequence[str]], priced: Costs, tiles: int, text: int, in_flight: int, longer: float = 1.0
 ) -> int:
     """`balanced`, corrected by what the halves do alone with answers that long: `priced` is of stages, one after another."""
-    told = balanced(priced, tiles, text, 0.0, in_flight)
+    told = balanced(priced, tiles, text, 0.0, in_flight, longer)
     alone = await halves_alone(stack, shown, told)
     here = beside(priced, Kind(tiles=tiles, text=text, output=told), *alone, stack.in_flight)
-    return balanced(here, tiles, text, 0.0, in_flight)
+    return balanced(here, tiles, text, 0.0, in_flight, longer)
 
 
 def case(name: str, kind: Kind, rate: float, costs: Costs, in_flight: int) -> dict[str, Any]:
