@@ -17,16 +17,14 @@ def draw(traces: Path, name: str, at: float) -> str:
     events = [event for event in read(traces) if event["name"] in STAGES]
     middle, reach = at * 1e6, SECONDS / 2 * 1e6
     shown = [event for event in events if event["ts"] < middle + reach and event["ts"] + event["dur"] > middle - reach]
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    rows = [(stage, spans) for stage in STAGES for spans in _lanes([event for event in shown if event["name"] == stage])]
+    figure = Figure(figsize=(9, max(4.0, 0.2 * len(rows))), layout="constrained")
     axes = figure.subplots()
-    lanes: list[str] = []
-    for stage, colour in STAGES.items():
-        for lane, spans in enumerate(_lanes([event for event in shown if event["name"] == stage])):
-            axes.broken_barh(
-                [((e["ts"] - middle) / 1e6 + SECONDS / 2, e["dur"] / 1e6) for e in spans], (len(lanes) + 0.1, 0.8), color=colour
-            )
-            lanes.append(stage if lane == 0 else "")
-    axes.set_yticks([i + 0.5 for i in range(len(lanes))], lanes)
+    for row, (stage, spans) in enumerate(rows):
+        bars = [((e["ts"] - middle) / 1e6 + SECONDS / 2, e["dur"] / 1e6) for e in spans]
+        axes.broken_barh(bars, (row + 0.1, 0.8), color=STAGES[stage])
+    firsts = {stage: row for row, (stage, _) in reversed([*enumerate(rows)])}
+    axes.set_yticks([row + 0.5 for row in firsts.values()], list(firsts))
     axes.invert_yaxis()
     axes.set_xlim(0, SECONDS)
     axes.set_xlabel("seconds")
