@@ -150,6 +150,7 @@ class _Run:
             felt = {name: self._kept.part(f"felt, {name}", partial(self.felt, stacks[name], tokens, most)) for name in stacks}
             longer = self._kept.part("longer", partial(self.longer, stacks, priced, text))
             mixes = {best: self._kept.part("mixes", partial(self.mixes, _fewer(stacks[best]), tokens))}
+            bindings[best].close()
             cases = [
                 self._kept.part(f"case, {name}", partial(self.case, _fewer(stacks[OURS]), name, priced, tokens, text))
                 for name in MIXES
