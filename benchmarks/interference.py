@@ -21,7 +21,7 @@ STREAMS, TOKENS = 4, 400
 BURSTS, BURST = 6, 4
 PAUSE = 1.5
 SIZE = (896, 896)  # four tiles and a thumbnail
-STEP = "--max-num-batched-tokens=64"
+STEP = "--max-num-batched-tokens=32"
 """Of both sides: reading an image's tokens holds running answers up too, wherever it was encoded, and this bounds it."""
 
 
