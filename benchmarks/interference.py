@@ -21,7 +21,7 @@ STREAMS, TOKENS = 4, 400
 BURSTS, BURST = 6, 4
 PAUSE = 1.5
 SIZE = (896, 896)  # four tiles and a thumbnail
-STEP = "--max-num-batched-tokens=32"
+STEP = "--max-num-batched-tokens=32", "--max-num-seqs=32"
 """Of both sides: reading an image's tokens holds running answers up too, wherever it was encoded, and this bounds it."""
 
 
@@ -35,9 +35,9 @@ def run(options: Options) -> Result:
         plain = checkpoint.make(folder / "plain", flash=False, language=checkpoint.SMALL)
         stock = colocated.copied(plain, folder / "stock")
         held.enter_context(processes.vision(folder, plain, cores[:1], "--cache=none"))
-        held.enter_context(processes.language(folder, plain, cores[-1:], "--dtype=float32", STEP))
+        held.enter_context(processes.language(folder, plain, cores[-1:], "--dtype=float32", *STEP))
         ours, our_url = processes.gateway(folder, cores)
-        theirs, their_url = processes.colocated(folder, options.baseline, stock, cores, "--dtype=float32", STEP)
+        theirs, their_url = processes.colocated(folder, options.baseline, stock, cores, "--dtype=float32", *STEP)
         held.enter_context(ours)
         held.enter_context(theirs)
         found: dict[str, list[dict[str, float]]] = {"ours": [], "colocated": []}
