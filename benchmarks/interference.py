@@ -17,11 +17,11 @@ from benchmarks import checkpoint, colocated, load, processes
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 
-STREAMS, TOKENS = 4, 1200
+STREAMS, TOKENS = 4, 400
 BURSTS, BURST = 6, 4
 PAUSE = 1.5
 SIZE = (896, 896)  # four tiles and a thumbnail
-STEP = "--max-num-batched-tokens=16", "--max-num-seqs=16"
+STEP = "--max-num-batched-tokens=32", "--max-num-seqs=32"
 """Of both sides: reading an image's tokens holds running answers up too, wherever it was encoded, and this bounds it."""
 
 
