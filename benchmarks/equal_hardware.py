@@ -237,7 +237,8 @@ def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int, be
     ratio, spread = ratio_of(found[OURS], found[best])
     pairs = [round(a / b, 3) for a, b in zip(found[OURS], found[best], strict=True)]
     figures = {
-        **_routed(found), "pairs, ours over colocated's": pairs, "colocated's best": best, "tokens of an answer": tokens,
-        "in flight": IN_FLIGHT, "felt": felt,
+        **_routed(found), "half compressed over colocated's": round(ratio_of(found[ROUTED], found[best])[0], 3),
+        "pairs, ours over colocated's": pairs, "colocated's best": best, "tokens of an answer": tokens, "in flight": IN_FLIGHT,
+        "felt": felt,
     }  # fmt: skip
     return Result("equal-hardware", ratio, 1.0, spread, figures)
