@@ -228,7 +228,7 @@ class _Run:
         else:
             for _ in range(min(in_flight, requests)):
                 self._arrive()
-        self._closed = in_flight is not None
+        self._in_flight = in_flight
         self.clock.run()
 
     def _arrive(self) -> None:
@@ -259,7 +259,7 @@ class _Run:
 
     def _ended(self, request: _Request) -> None:
         self.done.append(request)
-        if self._closed and self._left:
+        if self._in_flight and self._left:
             self._arrive()
 
     def outcome(self) -> Outcome:
@@ -275,15 +275,29 @@ class _Run:
             busy["preparation"] = sum(host.busy for host in self.hosts) / engines / seconds
         sent = sum(eye.sent for eye in self.vision) / max(1, len(self.vision)) / seconds
         gaps = [b - a for request in self.done for a, b in itertools.pairwise(request.said)]
-        return Outcome(_throughput(self.done), [r.said[0] - r.arrived for r in self.done], gaps, busy, sent)
+        return Outcome(_throughput(self.done, self._in_flight), [r.said[0] - r.arrived for r in self.done], gaps, busy, sent)
 
 
-def _throughput(done: Sequence[_Request]) -> float:
-    """Between the first and the last tenth of the ends, so that neither start nor end counts."""
+def _throughput(done: Sequence[_Request], in_flight: int | None) -> float:
+    """Neither start nor end counts: between the first and the last tenth of the ends, or, of so many at once, from when as
+    many have ended until none waits any more.
+
+    A request counts half with its first token and half with the others: whole ones, all alike, end in waves.
+    """
     ends = [request.said[-1] for request in done]
-    cut = len(ends) // 10
-    first, last = ends[cut], ends[-1 - cut]
-    return (len(ends) - 2 * cut - 1) / (last - first) if last > first else len(ends) / max(ends[-1], 1e-9)
+    tenth = len(ends) // 10
+    first, last = ends[tenth], ends[-1 - tenth]
+    if in_flight and len(ends) > 2 * in_flight:
+        first, last = ends[in_flight - 1], max(request.arrived for request in done)
+    if last <= first:
+        return len(ends) / max(ends[-1], 1e-9)
+    return sum(_share(request.said, first, last) for request in done) / (last - first)
+
+
+def _share(said: Sequence[float], first: float, last: float) -> float:
+    """How much of a request fell between."""
+    came = [first < at <= last for at in said]
+    return 0.5 * came[0] + 0.5 * (sum(came[1:]) / (len(came) - 1) if len(came) > 1 else came[0])
 
 
 def simulate(

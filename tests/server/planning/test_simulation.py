@@ -132,3 +132,9 @@ def test_every_request_is_answered_in_full() -> None:
     assert len(outcome.ttft) == 120
     assert all(gap >= 0 for gap in outcome.itl)
     assert all(0 <= share <= 1.000001 for share in outcome.busy.values())
+
+
+def test_requests_that_end_in_waves_count_by_their_parts() -> None:
+    """Sixteen at once, all alike, end nearly together: whole ones would count none or sixteen of a window's last wave."""
+    rates = [simulate(costs(), load(), Fleet(vision=8), requests=n, in_flight=16).throughput for n in range(60, 76, 4)]
+    assert max(rates) / min(rates) < 1.05
