@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import yaml
 from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder
 from tests.deploy.promql import ROOT, RULES
+from tests.ports import free_port
 from tests.server.peers import Engine, streamed
 
 CHECKPOINT = ROOT / "tests/data/golden/flash-qwen3/checkpoint"
@@ -72,7 +72,7 @@ async def running(folder: Path) -> AsyncIterator[Processes]:
     create_folder(folder / "store")
     engine = Engine(f"unix:{folder}/http")
     engine.respond = streamed(*ANSWER)
-    ports = {name: _free_port() for name in ("gateway", "vision", "sink")}
+    ports = {name: free_port() for name in ("gateway", "vision", "sink")}
     options = SinkOptions(
         model=str(CHECKPOINT), listen=f"unix:{folder}/sink", http=engine.address, dtype="float32", folder=str(folder / "store"),
         budget=64 << 20, lease=60.0, metrics_port=ports["sink"], log_level="debug", log_format="json",
@@ -103,7 +103,7 @@ async def running(folder: Path) -> AsyncIterator[Processes]:
 @contextlib.asynccontextmanager
 async def prometheus(program: str, processes: Processes) -> AsyncIterator[str]:
     """One that asks all of them every second and has the rules; its URL."""
-    folder, port = processes.folder, _free_port()
+    folder, port = processes.folder, free_port()
     jobs: list[dict[str, Any]] = [
         {"job_name": name, "static_configs": [{"targets": [f"127.0.0.1:{at}"]}]} for name, at in processes.ports.items()
     ]
@@ -146,8 +146,3 @@ async def _process(folder: Path, name: str, *command: str) -> AsyncIterator[None
         except TimeoutError:
             made.kill()
             await made.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

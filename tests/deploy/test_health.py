@@ -18,7 +18,8 @@ from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder
 from server.health import check
 from tests.deploy.files import ROOT, dockerfile, environment, services
-from tests.server.peers import Engine, free_port, until
+from tests.ports import free_port
+from tests.server.peers import Engine, until
 from wire import errors
 from wire.checkpoint import open_checkpoint
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.e2e.serving import EXACT, GOLDEN, TOOLS, Served, free_port, start, start_up, stop, wait_ready
+from tests.e2e.serving import EXACT, GOLDEN, TOOLS, Served, start, start_up, stop, wait_ready
+from tests.ports import free_port
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

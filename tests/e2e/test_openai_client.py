@@ -12,7 +12,8 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.conftest import Golden
-from tests.e2e.serving import Served, free_port, image_part, start, stop, text_part, wait_ready
+from tests.e2e.serving import Served, image_part, start, stop, text_part, wait_ready
+from tests.ports import free_port
 
 MODEL = "checkpoint"
 SQUARE = image_part("square.png")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.e2e.serving import EXACT, GOLDEN, Served, free_port, image_part, start, stop, wait_ready
+from tests.e2e.serving import EXACT, GOLDEN, Served, image_part, start, stop, wait_ready
+from tests.ports import free_port
 from tests.redis_server import redis_server
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"

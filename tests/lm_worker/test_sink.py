@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -18,6 +17,7 @@ from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder, map_payload
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
+from tests.ports import free_port
 from wire import chunks, errors, rpc
 from wire.checkpoint import open_checkpoint
 from wire.tensors import HEADER_SIZE, Header
@@ -32,11 +32,6 @@ LENGTH = ROWS * WIDTH * 4
 class RunningSink:
     options: SinkOptions
     process: "subprocess.Popen[bytes]"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

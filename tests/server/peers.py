@@ -48,13 +48,6 @@ def tokens_of(image: bytes) -> int:
     return 64 + sum(image) % 1000
 
 
-def free_port() -> int:
-    """One that nobody listened at a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
-
-
 async def until(true: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
     """Wait for something that somebody else does; `true` may be asynchronous."""
     try:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from server.clients import LanguageClient
-from tests.server.peers import Language, free_port
+from tests.ports import free_port
+from tests.server.peers import Language
 
 
 def _has_ipv6() -> bool:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from server import discovery
+from tests.ports import free_port
 from tests.server.peers import (
     EVENTS,
     Language,
     Stack,
     Vision,
-    free_port,
     image_part,
     picture,
     serve,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from server.health import check
-from tests.server.peers import Language, Vision, free_port, serve
+from tests.ports import free_port
+from tests.server.peers import Language, Vision, serve
 from wire import errors
 
 
