@@ -143,9 +143,7 @@ def predicted(costs: Costs, kind: Kind, in_flight: int) -> float:
     return saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
 
 
-def halves(
-    costs: Costs, tiles: int, text: int, tokens: int, compressed: float = 0.0, in_flight: int = IN_FLIGHT
-) -> tuple[float, float]:
+def halves(costs: Costs, tiles: int, text: int, tokens: int, compressed: float, in_flight: int) -> tuple[float, float]:
     """Seconds of a vision worker and of a language worker that a request with such an image takes, an answer of `tokens`.
 
     About half of those in flight are with the engine, and share its steps.
@@ -155,9 +153,7 @@ def halves(
     return tiles * costs.vision.tile, engine.request + engine.reading(text + visual_tokens(costs, tiles, compressed)) + spoken
 
 
-def balanced(
-    costs: Costs, tiles: int, text: int, compressed: float = 0.0, in_flight: int = IN_FLIGHT, longer: float = 1.0
-) -> int:
+def balanced(costs: Costs, tiles: int, text: int, compressed: float, in_flight: int, longer: float = 1.0) -> int:
     """Tokens of an answer for which a request with such an image keeps language `longer` times as busy as vision."""
     vision, reading = halves(costs, tiles, text, 0, compressed, in_flight)
     return max(4, round((longer * vision - reading) / (halves(costs, tiles, text, 1, compressed, in_flight)[1] - reading)))
@@ -184,9 +180,10 @@ def beside(costs: Costs, kind: Kind, vision: float, language: float, in_flight: 
 
 
 async def balanced_alone(
-    stack: Stack, shown: Sequence[Sequence[str]], priced: Costs, tiles: int, text: int, in_flight: int, longer: float = 1.0
+    stack: Stack, shown: Sequence[Sequence[str]], priced: Costs, tiles: int, text: int, longer: float = 1.0
 ) -> int:
     """`balanced`, corrected by what the halves do alone with answers that long: `priced` is of stages, one after another."""
+    in_flight = 2 * stack.in_flight  # language alone has all of them, where `halves` counts on half
     told = balanced(priced, tiles, text, 0.0, in_flight, longer)
     alone = await halves_alone(stack, shown, told)
     here = beside(priced, Kind(tiles=tiles, text=text, output=told), *alone, stack.in_flight)

@@ -109,7 +109,7 @@ class _Run:
             found = asyncio.run(costs.measured(few, *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
             text = asyncio.run(costs.prompt(few))
             shown, tiles = self.shown(few, BALANCED), MIXES[BALANCED].tiles
-            return found.model_dump(), text, asyncio.run(costs.balanced_alone(few, shown, found, tiles, text, IN_FLIGHT))
+            return found.model_dump(), text, asyncio.run(costs.balanced_alone(few, shown, found, tiles, text))
 
     def saturated(self, stack: Stack, tokens: int) -> float:
         """Requests a second, balanced."""

@@ -14,6 +14,8 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
+from server.planning.simulation import share
+
 
 @dataclass
 class Felt:
@@ -111,12 +113,9 @@ async def saturated(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
 
 
 def _within(felt: Felt, asked: int, window: tuple[float, float]) -> float:
-    """How much of a request fell between both ends of `window`: half for the first token, half for the others."""
-    came = [window[0] < at <= window[1] for at in felt.tokens]
-    if not came:
-        return 0.0
-    others = (len(came) if felt.ended else max(asked, len(came))) - 1  # one event may hold several tokens
-    return 0.5 * came[0] + 0.5 * (sum(came[1:]) / others if others else came[0])
+    """How much of a request fell between both ends of `window`, as `dvd plan` counts it."""
+    came = len(felt.tokens)
+    return share(felt.tokens, came if felt.ended else max(asked, came), *window)  # one event may hold several tokens
 
 
 async def offered(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[Felt]:

@@ -56,8 +56,7 @@ async def _measured(stack: Stack, options: Options) -> tuple[Result, float]:
     await stack.requests([[picture] for picture in stack.pictures(2 * IN_FLIGHT, SIZE)], 4)  # warms everything
     priced, text = await costs.measured(replace(stack, in_flight=costs.IN_FLIGHT), SIZE, 1, count), await costs.prompt(stack)
     shown = [[picture] for picture in stack.pictures(count, SIZE)]
-    # twice: language alone has all that are in flight, where `halves` counts on half of them
-    tokens = await costs.balanced_alone(stack, shown, priced, 1, text, 2 * IN_FLIGHT, LONGER)
+    tokens = await costs.balanced_alone(stack, shown, priced, 1, text, LONGER)
     found: dict[str, list[float]] = {"V": [], "L": [], "E": []}
     middles: list[float] = []
     for _ in range(options.repeats(3)):

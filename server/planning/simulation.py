@@ -280,9 +280,7 @@ class _Run:
 
 def _throughput(done: Sequence[_Request], in_flight: int | None) -> float:
     """Neither start nor end counts: between the first and the last tenth of the ends, or, of so many at once, from when as
-    many have ended until none waits any more.
-
-    A request counts half with its first token and half with the others: whole ones, all alike, end in waves.
+    many have ended until none waits any more. Requests count by their `share`: whole ones, all alike, end in waves.
     """
     ends = [request.said[-1] for request in done]
     tenth = len(ends) // 10
@@ -291,13 +289,15 @@ def _throughput(done: Sequence[_Request], in_flight: int | None) -> float:
         first, last = ends[in_flight - 1], max(request.arrived for request in done)
     if last <= first:
         return len(ends) / max(ends[-1], 1e-9)
-    return sum(_share(request.said, first, last) for request in done) / (last - first)
+    return sum(share(request.said, len(request.said), first, last) for request in done) / (last - first)
 
 
-def _share(said: Sequence[float], first: float, last: float) -> float:
-    """How much of a request fell between."""
+def share(said: Sequence[float], tokens: int, first: float, last: float) -> float:
+    """How much of a request of so many tokens fell between: half for the first token, half for the others; `said`: when."""
     came = [first < at <= last for at in said]
-    return 0.5 * came[0] + 0.5 * (sum(came[1:]) / (len(came) - 1) if len(came) > 1 else came[0])
+    if not came:
+        return 0.0
+    return 0.5 * came[0] + 0.5 * (sum(came[1:]) / (tokens - 1) if tokens > 1 else came[0])
 
 
 def simulate(
