@@ -24,8 +24,23 @@ _MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 _OURS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--enable-mm-embeds", "--limit-mm-per-prompt")
 
 
+class _Stopped(SystemExit):
+    """By a signal. Not KeyboardInterrupt, which vLLM swallows while its engine loads, and then serves (`zmq_socket_ctx`)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise _Stopped(signal.Signals(number).name)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run until a signal. Exits 2 on a bad option, 1 where the worker cannot run, with one line that says why."""
+    """Run until a signal. Exits 2 on a bad option, 1 where the worker cannot run, with one line that says why.
+
+    0 after a signal, which before the worker is ready is one line too.
+    """
     ours, theirs = _split(sys.argv[1:] if arguments is None else arguments)
     try:
         options = config.read(config.Language, ours)
@@ -33,8 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except config.ConfigError as error:
         print(f"dvd language: {error}", file=sys.stderr)
         sys.exit(2)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)  # until vLLM's server has its own
     try:
         _run(options, theirs)
+    except _Stopped as stopped:
+        print(f"dvd language: stopped by {stopped.name} before it was ready", file=sys.stderr)
+        sys.exit(0)
     except (CheckpointError, OSError) as error:
         sys.exit(f"dvd language: {error}")
     except (RuntimeError, ValueError) as error:  # what vLLM raises at start, its own account of it already in the log
@@ -129,10 +149,6 @@ async def _serve(options: config.Language, folder: Path, args: Namespace) -> Non
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
     from vllm.entrypoints.launchers.launcher import setup_server
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
     address, listening = setup_server(args, reuse_port=False)
     async with build_async_engine_client(args) as engine:
         sink = SinkOptions(

@@ -1,0 +1,62 @@
+"""A language worker that is told to stop before it is ready."""
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, gone, start, stop
+from tests.ports import free_port
+
+
+@pytest.fixture
+def address() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.fixture
+def starting(address: str) -> Iterator[Served]:
+    checkpoint, http = GOLDEN / "flash-qwen3/checkpoint", f"127.0.0.1:{free_port()}"
+    worker = start("language", checkpoint, f"--listen={address}", f"--http={http}", "--", *QUICK)
+    yield worker
+    stop(worker)
+
+
+def _shared_memory(address: str) -> Path:
+    return Path("/dev/shm") / f"dvd-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
+
+
+def _until(reached: Callable[[], bool], worker: Served) -> None:
+    until = time.monotonic() + START_TIMEOUT
+    while not reached():
+        assert worker.process.poll() is None, worker.lines
+        assert time.monotonic() < until, worker.lines
+        time.sleep(0.05)
+
+
+def _assert_stopped(worker: Served, address: str, name: str) -> None:
+    assert worker.process.wait(START_TIMEOUT) == 0, worker.lines
+    assert f"dvd language: stopped by {name} before it was ready" in worker.lines
+    assert "Traceback" not in worker.lines
+    assert "sink ready" not in worker.lines
+    assert not _shared_memory(address).exists()
+    assert gone(worker.mark, 30) == []
+
+
+def test_sigterm_while_the_engine_loads_ends_it_with_a_line(starting: Served, address: str) -> None:
+    _until(lambda: "Initializing a V1 LLM engine" in starting.lines, starting)
+
+    starting.process.send_signal(signal.SIGTERM)
+
+    _assert_stopped(starting, address, "SIGTERM")
+
+
+def test_ctrl_c_before_vllm_is_imported_ends_it_with_a_line(starting: Served, address: str) -> None:
+    _until(_shared_memory(address).exists, starting)
+
+    starting.process.send_signal(signal.SIGINT)
+
+    _assert_stopped(starting, address, "SIGINT")
