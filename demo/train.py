@@ -12,8 +12,9 @@ Stages, each with its own batches (demo/batches.py):
    last two, compare: pairs of pictures of several tiles
 8. across, polish, precision    pictures as they are served, over a tower that stays, then gently with it
 9. consistency  the short path learns to answer as the long one (ViCO's first half, demo/vico.py)
-10. judging     what the short path costs, tile by tile
-11. router      the router learns from that which tiles to compress
+10. gathering, settling   the last layer's MLP learns from many answers at once (demo/settling.py)
+11. judging     what the short path costs, tile by tile
+12. router      the router learns from that which tiles to compress
 """
 
 import argparse
@@ -22,7 +23,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo import batches, looking, model, scenes, vico
+from demo import batches, looking, model, scenes, settling, vico
 from demo.looking import Looking, by_token
 from demo.scenes import Style
 from demo.words import Words
@@ -356,27 +357,47 @@ SEVERAL = tuple(size for size in scenes.TILES if size > 1)
 PART = 20  # batches to a file
 
 
-def judge_tiles(run: Run, stage: Stage, style: Style, budget: int) -> None:
-    """What the short path costs tile by tile, kept in files of the run's folder: those that are there are done."""
-    files = [run.folder / f"judged-{part:04}.pt" for part in range(stage.steps // PART)]
+def _gather(run: Run, stage: Stage, make: Any, one: Callable[[batches.Talk, int], Any]) -> None:
+    """`one(batch, number)` of each batch, kept in files of the run's folder: those that are there are done."""
+    files = [run.folder / f"{stage.name}-{part:04}.pt" for part in range(stage.steps // PART)]
     first = PART * sum(file.exists() for file in files)
-    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=SEVERAL, pairs=0, labelled=False)
     data = batches.loaded(batches.Batches(make, run.seed, stage.name, first, stage.steps), run.workers)
     began = time.monotonic()
     for file in files[first // PART :]:
-        found = vico.joined([
-            vico.cost_of_short(run.model, batches.moved(next(data), run.device), np.random.default_rng([run.seed, number]))
-            for number in range(first, first + PART)
-        ])  # fmt: skip
+        found = [one(batches.moved(next(data), run.device), number) for number in range(first, first + PART)]
         first += PART
-        _replace(file, found)
-        run.tell(stage, first, {"costly": float((found.ratios > 1.5).float().mean())}, 0, (time.monotonic() - began) / PART)
+        _replace(file, _joined(found))
+        run.tell(stage, first, {}, 0, (time.monotonic() - began) / PART)
         began = time.monotonic()
 
 
+def _found(run: Run, stage: str) -> Any:
+    return _joined([torch.load(file, weights_only=False) for file in sorted(run.folder.glob(f"{stage}-*.pt"))])
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One of several dataclasses of tensors."""
+    return type(parts[0])(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(parts[0])))
+
+
+def gather_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk]) -> None:
+    _gather(run, stage, partial(make, words=run.words), lambda batch, _: settling.gathered(run.model, batch))
+
+
+def settle_answers(run: Run, stage: Stage, count: int) -> None:
+    found = _found(run, "gathering")
+    parameters, step = settling.settle(run.model, found)
+    run.stage(stage, partial(vico.some, count=count, of=len(found.told)), step, [{"params": parameters}])
+
+
+def judge_tiles(run: Run, stage: Stage, style: Style, budget: int) -> None:
+    """What the short path costs tile by tile."""
+    make = partial(batches.talk, words=run.words, style=style, budget=budget, sizes=SEVERAL, pairs=0, labelled=False)
+    _gather(run, stage, make, lambda batch, n: vico.cost_of_short(run.model, batch, np.random.default_rng([run.seed, n])))
+
+
 def learn_routes(run: Run, stage: Stage, share: float) -> None:
-    files = sorted(run.folder.glob("judged-*.pt"))
-    judged = vico.joined([torch.load(file, weights_only=False) for file in files])
+    judged = _found(run, "judging")
     step = vico.router(run.model, judged, share)
     parameters = [*run.model.vision.pooling_before_gating.parameters(), *run.model.vision.gating.parameters()]
     run.stage(stage, partial(vico.some, count=48, of=len(judged.ratios)), step, [{"params": parameters}])
@@ -400,6 +421,8 @@ STAGES = (
     Stage("polish", 420, 1e-4),
     Stage("precision", 1000, 2e-4),
     Stage("consistency", 120, 6e-5),
+    Stage("gathering", 400, 0),
+    Stage("settling", 150, 2e-4),
     Stage("judging", 120, 0),
     Stage("router", 200, 5e-4),
 )
@@ -411,6 +434,7 @@ def as_served(budget: int, alone: int, **rest: Any) -> Callable[..., batches.Tal
 
 
 SIGHT = partial(learn_answers, make=as_served(12, 12, share=0.6, extras=0.3, pairs=0.25, near=0.06))
+PRECISION = as_served(14, 18, share=0.6, extras=0.2, pairs=0.15, near=0.06)
 TEACH = {
     "dense": partial(learn_patches, styles=(CROWDED, CROWDED, CROWDED, SMALL), count=32, lean=0.5),
     "questions": partial(learn_answers, make=partial(batches.talk, style=SINGLE, budget=12, extras=0.2), tower=0),
@@ -443,8 +467,10 @@ TEACH = {
     "sight": partial(SIGHT, tower=0.6),
     "across": partial(learn_answers, make=as_served(16, 16, share=0.8, extras=0.3, pairs=0.2), tower=0),
     "polish": partial(SIGHT, tower=0.4),
-    "precision": partial(learn_answers, make=as_served(14, 18, share=0.6, extras=0.2, pairs=0.15, near=0.06), tower=0.3),
+    "precision": partial(learn_answers, make=PRECISION, tower=0.3),
     "consistency": partial(learn_consistency, style=WHOLE, budget=12),
+    "gathering": partial(gather_answers, make=PRECISION),
+    "settling": partial(settle_answers, count=4096),
     "judging": partial(judge_tiles, style=WHOLE, budget=7),
     "router": partial(learn_routes, share=0.65),
 }

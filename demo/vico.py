@@ -112,7 +112,3 @@ def router(model: Trainee, judged: Judged, share: float) -> Callable[[Tensor], t
 
 def some(rng: Generator, count: int, of: int) -> Tensor:
     return torch.from_numpy(rng.integers(0, of, count))
-
-
-def joined(parts: list[Judged]) -> Judged:
-    return Judged(torch.cat([p.features for p in parts]), torch.cat([p.ratios for p in parts]))
