@@ -38,7 +38,7 @@ from demo.looking import Looking, by_token
 from demo.scenes import Style
 from demo.words import Words
 
-RELATIVE, ABSOLUTE = 0.0, 0.25
+RELATIVE, ABSOLUTE = 0.0, 0.5
 """The router's thresholds that are shipped: demo/README.md says what they save."""
 
 KINDS, COLOURS, ORDERS, PLACES = 17, 9, 4, 9
@@ -423,8 +423,8 @@ STAGES = (
     Stage("consistency", 120, 6e-5),
     Stage("gathering", 400, 0),
     Stage("settling", 150, 2e-4),
-    Stage("judging", 120, 0),
-    Stage("router", 200, 5e-4),
+    Stage("judging", 360, 0),
+    Stage("router", 400, 5e-4),
 )
 
 
