@@ -31,12 +31,12 @@ class Flights(Generic[T]):
         self._flights: dict[str, _Flight[T]] = {}
 
     def under_way(self, key: str) -> bool:
-        return key in self._flights
+        return key in self._flights and not self._flights[key].task.done()
 
     async def run(self, key: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of `make()`, shared with everybody who asks for `key` meanwhile; so are its errors."""
         flight = self._flights.get(key)
-        if flight is None:
+        if flight is None or flight.task.done():  # one that has ended stays listed until the loop comes round
             flight = self._flights[key] = _Flight(asyncio.create_task(make()))
             flight.task.add_done_callback(lambda task: self._landed(key, task))
         flight.waiters += 1

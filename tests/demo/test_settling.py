@@ -47,7 +47,7 @@ def test_it_answers_better_and_the_rest_stays(trainee: Trainee, batch: batches.T
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
     before, after = trainee.state_dict(), model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}

@@ -108,3 +108,16 @@ async def test_together_is_in_order_and_the_first_error_ends_the_rest() -> None:
         await together(watched(), failing())
     assert ended.is_set()
     assert await together() == []
+
+
+async def test_a_flight_that_has_just_ended_is_not_joined() -> None:
+    flights: Flights[int] = Flights()
+    joined: list[bool] = []
+
+    async def first() -> int:
+        # runs when this has ended, and before anybody was told so
+        asyncio.get_running_loop().call_soon(lambda: joined.append(flights.under_way("key")))
+        return 1
+
+    assert await flights.run("key", first) == 1
+    assert joined == [False]
