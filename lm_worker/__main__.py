@@ -77,7 +77,7 @@ def _run(options: config.Language, vllm_flags: Sequence[str]) -> None:
     checkpoint.vision_tensors  # noqa: B018  a damaged file is one line now, not a stack of vLLM's later
     for address in (options.listen, options.http):
         rpc.free_socket(address)  # before a running neighbour's shared memory is taken for a dead one's
-    folder = _SHARED_MEMORY / f"dvd-{hashlib.sha256(options.listen.encode()).hexdigest()[:16]}"
+    folder = shared_memory(options.listen)
     store.create_folder(folder)
     os.environ[plugin.ENABLED] = "1"
     os.environ[plugin.LOGGED] = f"{options.log_level} {options.log_format}"
@@ -90,6 +90,11 @@ def _run(options: config.Language, vllm_flags: Sequence[str]) -> None:
         uvloop.run(_serve(options, folder, args))
     finally:
         store.remove_folder(folder)
+
+
+def shared_memory(listen: str) -> Path:
+    """The folder of the worker that listens there: the next one at this address finds what a killed one left."""
+    return _SHARED_MEMORY / f"dvd-{hashlib.sha256(listen.encode()).hexdigest()[:16]}"
 
 
 def _vllm_arguments(options: config.Language, folder: Path, flags: Sequence[str]) -> Namespace:

@@ -31,14 +31,15 @@ class Flights(Generic[T]):
         self._flights: dict[str, _Flight[T]] = {}
 
     def under_way(self, key: str) -> bool:
-        return key in self._flights and not self._flights[key].task.done()
+        flight = self._flights.get(key)
+        return flight is not None and not flight.task.done()  # one that has ended stays listed until the loop comes round
 
     async def run(self, key: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of `make()`, shared with everybody who asks for `key` meanwhile; so are its errors."""
-        flight = self._flights.get(key)
-        if flight is None or flight.task.done():  # one that has ended stays listed until the loop comes round
-            flight = self._flights[key] = _Flight(asyncio.create_task(make()))
-            flight.task.add_done_callback(lambda task: self._landed(key, task))
+        if not self.under_way(key):
+            self._flights[key] = _Flight(asyncio.create_task(make()))
+            self._flights[key].task.add_done_callback(lambda task: self._landed(key, task))
+        flight = self._flights[key]
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)

@@ -1,13 +1,12 @@
 """A language worker that is told to stop before it is ready."""
 
-import hashlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
+from lm_worker.__main__ import shared_memory
 from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, gone, start, stop
 from tests.ports import free_port
 
@@ -25,10 +24,6 @@ def starting(address: str) -> Iterator[Served]:
     stop(worker)
 
 
-def _shared_memory(address: str) -> Path:
-    return Path("/dev/shm") / f"dvd-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
-
-
 def _until(reached: Callable[[], bool], worker: Served) -> None:
     until = time.monotonic() + START_TIMEOUT
     while not reached():
@@ -42,7 +37,7 @@ def _assert_stopped(worker: Served, address: str, name: str) -> None:
     assert f"dvd language: stopped by {name} before it was ready" in worker.lines
     assert "Traceback" not in worker.lines
     assert "sink ready" not in worker.lines
-    assert not _shared_memory(address).exists()
+    assert not shared_memory(address).exists()
     assert gone(worker.mark, 30) == []
 
 
@@ -55,7 +50,7 @@ def test_sigterm_while_the_engine_loads_ends_it_with_a_line(starting: Served, ad
 
 
 def test_ctrl_c_before_vllm_is_imported_ends_it_with_a_line(starting: Served, address: str) -> None:
-    _until(_shared_memory(address).exists, starting)
+    _until(shared_memory(address).exists, starting)
 
     starting.process.send_signal(signal.SIGINT)
 
