@@ -10,7 +10,8 @@ Stages, each with its own batches (demo/batches.py):
 6. drill        long numbers and many of one shape, over a tower that stays
 7. alone, many, whole, sight   both again: in one small tile, in several, and in pictures as they are served; between the
    last two, compare: pairs of pictures of several tiles
-8. across, polish, precision    pictures as they are served, over a tower that stays, then gently with it
+8. across, polish, precision, recount, refine    pictures as they are served, over a tower that stays, then gently with it;
+   in the last two more attentions count
 9. consistency  the short path learns to answer as the long one (ViCO's first half, demo/vico.py)
 10. gathering, settling   the last layer's MLP learns from many answers at once (demo/settling.py)
 11. judging     what the short path costs, tile by tile
@@ -128,8 +129,6 @@ class Run:
     def stage(self, stage: Stage, make: Any, step: Any, parameters: list[dict[str, Any]]) -> None:
         """Run `step(batch) -> (loss, figures)` for every batch that `make(rng)` makes and that is not done yet."""
         first = self.done.get(stage.name, 0)
-        if first >= stage.steps:
-            return
         optimiser = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
         shares = [group.get("share", 1.0) for group in optimiser.param_groups]
         if first:
@@ -298,9 +297,12 @@ SHARPNESS = ("q_norm.weight", "k_norm.weight")
 the others' rate of learning the largest of these weights went from 1.2 to 1.5 in *across*."""
 
 
-def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tower: float) -> None:
-    """`make`: batches, but for the words; `tower`: its rate of learning as a share of the rest's, at 0 it stays as it is."""
-    attentions = Looking(run.model)
+def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tower: float, recount: bool = False) -> None:
+    """`make`: batches, but for the words; `tower`: its rate of learning as a share of the rest's, at 0 it stays as it is.
+
+    `recount`: more attentions count, and where all of them look weighs more.
+    """
+    attentions = Looking(run.model, looking.RECOUNTS, stress=1.0) if recount else Looking(run.model)
 
     def step(batch: batches.Talk) -> tuple[Tensor, dict[str, float]]:
         with torch.set_grad_enabled(tower > 0):
@@ -346,7 +348,7 @@ def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tow
 
 
 def learn_consistency(run: Run, stage: Stage, style: Style, budget: int) -> None:
-    attentions = Looking(run.model)
+    attentions = Looking(run.model, looking.RECOUNTS)
     step = vico.consistency(run.model, attentions)
     make = partial(batches.talk, words=run.words, style=style, budget=budget)
     run.stage(stage, make, step, [{"params": [*run.model.language.parameters(), *run.model.vision.mlp2.parameters()]}])
@@ -369,6 +371,7 @@ def _gather(run: Run, stage: Stage, make: Any, one: Callable[[batches.Talk, int]
         _replace(file, _joined(found))
         run.tell(stage, first, {}, 0, (time.monotonic() - began) / PART)
         began = time.monotonic()
+    run.done[stage.name] = first
 
 
 def _found(run: Run, stage: str) -> Any:
@@ -420,7 +423,9 @@ STAGES = (
     Stage("across", 1600, 3e-4),
     Stage("polish", 420, 1e-4),
     Stage("precision", 1000, 2e-4),
-    Stage("consistency", 120, 6e-5),
+    Stage("recount", 1000, 2.5e-4),
+    Stage("refine", 700, 1.2e-4),
+    Stage("consistency", 150, 6e-5),
     Stage("gathering", 400, 0),
     Stage("settling", 150, 2e-4),
     Stage("judging", 360, 0),
@@ -468,6 +473,10 @@ TEACH = {
     "across": partial(learn_answers, make=as_served(16, 16, share=0.8, extras=0.3, pairs=0.2), tower=0),
     "polish": partial(SIGHT, tower=0.4),
     "precision": partial(learn_answers, make=PRECISION, tower=0.3),
+    "recount": partial(learn_answers, make=PRECISION, tower=0.3, recount=True),
+    "refine": partial(
+        learn_answers, make=as_served(14, 18, share=0.6, extras=0.15, pairs=0.08, near=0.06), tower=0.3, recount=True
+    ),
     "consistency": partial(learn_consistency, style=WHOLE, budget=12),
     "gathering": partial(gather_answers, make=PRECISION),
     "settling": partial(settle_answers, count=4096),
@@ -485,7 +494,8 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Run(arguments.run, arguments.seed, arguments.workers)
     for stage in STAGES:
-        TEACH[stage.name](run, stage)
+        if run.done.get(stage.name, 0) < stage.steps:
+            TEACH[stage.name](run, stage)
         run.model.zero_grad(set_to_none=True)
     model.write(run.model, run.words, arguments.out, RELATIVE, ABSOLUTE)
     print(f"{arguments.out} written, {run.seconds / 3600:.1f} hours of training")

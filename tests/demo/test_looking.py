@@ -1,4 +1,6 @@
 import dataclasses
+import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,16 +107,35 @@ def test_looking_where_it_should_costs_nothing() -> None:
 def test_a_count_weighs_by_how_many_there_are(trainee: model.Trainee, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = talk(words, 1)
     assert batch.told is not None
+    monkeypatch.setattr(looking, "reading", lambda *_: iter(()))
     attentions = looking.Looking(trainee)
     read = seen(trainee, batch)
     trainee.answer(read, batch.rows)
-    monkeypatch.setattr(looking, "reading", lambda *_: iter(()))
     monkeypatch.setattr(looking, "_lost", lambda _, one: torch.tensor(float(len(one.shares) > 2)))
     sizes = [len(one.shares) for one in looking.counting(batch, batch.told)]
     assert min(sizes) <= 2 < max(sizes)
     loss, _ = attentions.loss(read, batch)
     attentions.close()
     assert float(loss) == pytest.approx(sum(size for size in sizes if size > 2) / sum(sizes))
+
+
+def test_each_attention_that_counts_is_asked_for_and_weighs_the_same(trainee: model.Trainee, words: Words) -> None:
+    batch = talk(words, 1)
+
+    def loss(**chosen: Any) -> tuple[float, dict[str, float]]:
+        attentions = looking.Looking(trainee, **chosen)
+        read = seen(trainee, batch)
+        trainee.answer(read, batch.rows)
+        attentions.close()
+        lost, shown = attentions.loss(read, batch)
+        return float(lost), shown
+
+    few, first = loss()
+    more, every = loss(counts=looking.RECOUNTS)
+    assert {name for name in every if name not in first} == {f"finds counts {at}" for at in ("2.0", "2.1", "3.2", "3.3")}
+    added = sum(-math.log(every[name]) for name in every.keys() - first.keys())
+    assert more - few == pytest.approx(0.5 * added, rel=1e-3)
+    assert loss(stress=1.0)[0] == pytest.approx(2 * few, rel=1e-5)
 
 
 def test_without_labels_nothing_is_asked_of_the_attentions(trainee: model.Trainee, words: Words) -> None:

@@ -48,7 +48,7 @@ def test_the_short_path_is_held_to_the_long_ones_answers_and_to_where_it_looks(t
     batch.compressed.fill_(False)
     total, shown = step(batch)
     assert shown["kl long"] == pytest.approx(0, abs=1e-5), "the same model, the same path"
-    assert 0 < shown["finds counts 1"] < 1
+    assert 0 < shown["finds counts 1.2"] < 1
     assert float(total.detach()) > 0.3 * shown["answers long"] + 0.1, "an untrained attention looks anywhere"
     batch.compressed.fill_(True)
     assert step(batch)[1]["kl short"] > 1e-4
