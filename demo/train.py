@@ -39,7 +39,7 @@ from demo.looking import Looking, by_token
 from demo.scenes import Style
 from demo.words import Words
 
-RELATIVE, ABSOLUTE = 0.0, 0.5
+RELATIVE, ABSOLUTE = 0.0, 0.6
 """The router's thresholds that are shipped: demo/README.md says what they save."""
 
 KINDS, COLOURS, ORDERS, PLACES = 17, 9, 4, 9
@@ -429,7 +429,7 @@ STAGES = (
     Stage("gathering", 400, 0),
     Stage("settling", 150, 2e-4),
     Stage("judging", 360, 0),
-    Stage("router", 400, 5e-4),
+    Stage("router", 200, 5e-4),
 )
 
 
