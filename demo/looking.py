@@ -14,15 +14,13 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 from demo import batches, model
 from demo.scenes import PATCH
 
+Heads = tuple[tuple[int, int], ...]
 COUNTS, READS = ((1, 2), (2, 3)), ((3, 0), (3, 1))
 """Layer and head of the attentions that learn where to look for how many there are, and for the next digit."""
 RECOUNTS = (*COUNTS, (2, 0), (2, 1), (3, 2), (3, 3))
 """With four that did hardly anything. Each errs by a fifth at each shape, and those of two agree by half only."""
 NONE = 2.0
 """Shapes that the first token counts for: what it gets of an attention says how many there are beside it."""
-
-
-Heads = tuple[tuple[int, int], ...]
 
 
 def shapes(told: batches.Patches) -> Tensor:
@@ -143,9 +141,11 @@ class Looking:
             return total, shown
         for name, heads, wants in self._looks:
             those = [*wants(batch, told)]
-            for layer, head in heads if those else ():
-                at = torch.tensor([(one.prefix, one.row) for one in those], device=read.hidden.device)
-                weights = at.new_tensor([len(one.shares) for one in those])  # most that is counted is none or one
+            if not those:
+                continue
+            at = torch.tensor([(one.prefix, one.row) for one in those], device=read.hidden.device)
+            weights = at.new_tensor([len(one.shares) for one in those])  # most that is counted is none or one
+            for layer, head in heads:
                 seen = self._attention(read, batch.rows, layer, head, at)
                 each = torch.stack([_lost(logs, one) for logs, one in zip(seen, those, strict=True)])
                 lost = (each * weights).sum() / weights.sum()
