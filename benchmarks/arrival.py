@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import checkpoint, load, processes
 from benchmarks.fake_engine import LAG
 from benchmarks.processes import Server
-from wire.checkpoint import open_checkpoint
+from common.checkpoint import open_checkpoint
 
 PACE = 0.02
 STREAMS, TOKENS = 4, 500

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from common.layouts import opengvlab
 from demo.files import write_json
 from demo.model import config as demo_config
 from demo.words import Words
 from vision_worker.models.internvl import Model
-from wire.layouts import official
 
 VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
 LANGUAGE = {
@@ -45,7 +45,7 @@ def make(folder: Path, flash: bool = True, dtype: str = "float32", language: dic
     words = Words()
     said = config(words.size, flash, dtype, language)
     with torch.device("meta"):
-        vision = Model(official.LAYOUT.describe(said, {}), 1025)
+        vision = Model(opengvlab.LAYOUT.describe(said, {}), 1025)
         reader = Qwen3ForCausalLM(Qwen3Config(**said["llm_config"]))
     shapes = {name: tensor.shape for name, tensor in vision.state_dict().items()}
     shapes |= {f"language_model.{name}": tensor.shape for name, tensor in reader.state_dict().items()}

@@ -17,11 +17,11 @@ from typing import Any
 import aiohttp
 
 from benchmarks import load
+from common import rpc
+from common.checkpoint import open_checkpoint
+from dvd.plan.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, visual_tokens
+from dvd.plan.search import saturated
 from protos import embeddings_pb2, vision_pb2, vision_pb2_grpc
-from server.planning.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, visual_tokens
-from server.planning.search import saturated
-from wire import rpc
-from wire.checkpoint import open_checkpoint
 
 IN_FLIGHT = 16
 TEXT = "What do you see?"
@@ -68,7 +68,7 @@ class Stack:
     async def images(self, pictures: Sequence[str]) -> float:
         """Images a second through `Vision.Encode` alone, delivery into the sink included."""
         waiting, ends, fingerprint = iter(pictures), list[load.Felt](), open_checkpoint(self.model).fingerprint
-        async with rpc.channel(f"unix:{self.folder / 'vision'}") as channel:
+        async with rpc.open_channel(f"unix:{self.folder / 'vision'}") as channel:
             stub = vision_pb2_grpc.VisionStub(channel)
 
             async def work() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
+from common.layouts.base import Tower
 from vision_worker.models.compiled import Compiled
 from vision_worker.models.intern_vit import InternViT
-from wire.layouts.base import Tower
 
 M300 = Tower(1024, 4096, 24, 16, 448, 14, "layer_norm", 1e-6, "gelu", True, False)
 B6 = Tower(3200, 12800, 45, 25, 448, 14, "rms_norm", 1e-6, "gelu", False, True)

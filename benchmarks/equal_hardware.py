@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import checkpoint, colocated, costs, load, processes
+from benchmarks.checkpointed import Kept
 from benchmarks.costs import Stack
-from benchmarks.kept import Kept
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
-from server.planning.model import Costs, Kind
+from dvd.plan.model import Costs, Kind
 
 
 class Mix(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-from server.planning.simulation import share
+from dvd.plan.simulation import share
 
 
 @dataclass

@@ -19,7 +19,7 @@ from benchmarks import checkpoint, costs, processes, timeline
 from benchmarks.costs import Stack
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
-from server.planning.model import Kind
+from dvd.plan.model import Kind
 
 SIZE = (448, 448)  # one tile
 IN_FLIGHT = 32

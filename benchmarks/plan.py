@@ -17,9 +17,9 @@ import yaml
 from benchmarks import costs
 from benchmarks.options import Options
 from benchmarks.result import FOLDER, Result
-from server.planning.__main__ import main as plan
-from server.planning.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, work
-from server.planning.search import saturated
+from dvd.plan.command import main as plan
+from dvd.plan.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, work
+from dvd.plan.search import saturated
 
 SOURCES = ("overlap", "equal-hardware")
 

@@ -23,9 +23,9 @@ from PIL import Image
 from benchmarks.colocated import SITE
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
+from common.tiling import Tiling
 from vision_worker.models.internvl import normalised
-from vision_worker.tiling import cut
-from wire.tiling import Tiling
+from vision_worker.preprocessing.tiling import cut
 
 PHOTOGRAPH = "sample_data/grace_hopper.jpg"  # NASA/US Navy, public domain, comes with matplotlib
 SIZES = ((640, 480), (1280, 960), (1920, 1080))

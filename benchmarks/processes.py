@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from benchmarks.colocated import SITE
-from server.processes import die_with_parent
+from common.processes import die_with_parent
 
 _PATIENCE = 300.0
 

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import kept
+from benchmarks import checkpointed
 from benchmarks.result import FOLDER
 
 OURS, THEIRS, PLAIN = "#2462ad", "#d9730d", "#9aa0a6"
@@ -15,7 +15,7 @@ OURS, THEIRS, PLAIN = "#2462ad", "#d9730d", "#9aa0a6"
 
 def write() -> None:
     """From whatever results are there."""
-    files = (file for file in sorted(FOLDER.glob("*.json")) if not file.name.endswith(kept.ENDING))
+    files = (file for file in sorted(FOLDER.glob("*.json")) if not file.name.endswith(checkpointed.ENDING))
     found = {file.stem: json.loads(file.read_text()) for file in files}
     if not found:
         return

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from common.embedding import Header
 from vision_worker.delivery import Sinks
-from wire.tensors import Header
 
 RATE = 1e9
 """Bytes a second."""

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.result import FOLDER
-from wire.trace import read
+from common.tracing import read
 
 STAGES = {"prepare": "#7a9e3c", "encode": "#2462ad", "deliver": "#d9730d", "answer": "#8a4fa0"}
 SECONDS = 6.0

@@ -34,8 +34,8 @@ def make(folder: Path) -> int:
     """Write the checkpoint; the bytes of its vision tensors."""
     import torch
 
+    from common.layouts.opengvlab import describe
     from vision_worker.models.internvl import Model
-    from wire.layouts.official import describe
 
     (folder / "config.json").write_text(json.dumps(CONFIG))
     with torch.device("meta"):
@@ -75,13 +75,13 @@ LOAD = """
 import json, resource, sys
 import torch
 from vision_worker import encoder
-from wire import config
-from wire.checkpoint import open_checkpoint
+
+from common.checkpoint import open_checkpoint
 def held():
     status = open("/proc/self/status").read()
     return {k: int(status.split(k + ":")[1].split()[0]) * 1024 for k in ("VmRSS", "RssAnon", "RssFile")}
 before = held()
-made = encoder.load(config.read(config.Vision, [sys.argv[1], "--device=cpu"], {}), open_checkpoint(sys.argv[1]))
+made = encoder.load(read_options(VisionOptions, [sys.argv[1], "--device=cpu"], {}), open_checkpoint(sys.argv[1]))
 files = {line.split()[-1] for line in open("/proc/self/maps") if line.rstrip().endswith(".safetensors")}
 print(json.dumps({"before": before, "after": held(), "still_mapped": sorted(files),
                   "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))

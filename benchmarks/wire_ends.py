@@ -17,8 +17,8 @@ WIDTH = 4096
 
 
 async def _grpc_sender(address: str, fingerprint: str, size: int, at_once: int, total: int) -> float:
+    from common.embedding import Header
     from vision_worker.delivery import Sinks
-    from wire.tensors import Header
 
     sinks, data, rows = Sinks(), memoryview(bytes(size)), size // (2 * WIDTH)
     await sinks.deliver(address, Header("warm", fingerprint, "bfloat16", rows, WIDTH), data, 60)

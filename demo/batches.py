@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from demo import scenes
 from demo.scenes import Labels, Scene, Style, Tile
 from demo.words import SYSTEM, Asked, Words, absent, blind, compared, counts, questions, shape_of, small_talk, spoken
-from vision_worker import tiling
+from vision_worker.preprocessing import tiling
 
 Generator = np.random.Generator
 

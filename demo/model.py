@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+from common.layouts import opengvlab
 from demo.batches import Rows, Talk
 from demo.files import write_json
 from demo.scenes import FULL, GRID, PATCH
 from demo.words import EOS, PAD, Words
 from vision_worker.models.intern_vit import InternViT, Layer
 from vision_worker.models.internvl import Model, normalised, pixel_shuffle
-from wire.layouts import official
 
 WIDTH, LAYERS, HEADS = 192, 4, 6  # of the tower
 HIDDEN, LANGUAGE_LAYERS, LANGUAGE_HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 256, 4, 4, 2, 64, 768
@@ -107,13 +107,13 @@ class Trainee(nn.Module):
     def __init__(self, words: Words) -> None:
         super().__init__()
         said = config(words.size)
-        self.vision = Model(official.LAYOUT.describe(said, {}), GRID**2 + 1)
+        self.vision = Model(opengvlab.LAYOUT.describe(said, {}), GRID**2 + 1)
         self.language = Qwen3ForCausalLM(Qwen3Config(**said["llm_config"], initializer_range=0.05))
         self.vision.apply(_start)
         nn.init.normal_(self.vision.pooling_before_gating.query_token, std=0.02)
         _look_around(self.vision.vision_model)
 
-    def look(self, tiles: Tensor, corners: Tensor | None = None) -> Tensor:
+    def forward(self, tiles: Tensor, corners: Tensor | None = None) -> Tensor:
         """uint8 tiles [n, side, side, 3] to features [n, patches, WIDTH].
 
         A tile smaller than FULL is a piece of one: `corners` [n, 2] says the row and column of its first patch.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from wire import tiling
+from common import tiling
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLOURS = {
@@ -549,7 +549,7 @@ class Tile:
 
 
 def windows(scene: Scene, style: Style) -> list[Tile]:
-    """The tiles that `vision_worker.tiling.cut` makes of it, in order."""
+    """The tiles that `vision_worker.preprocessing.tiling.cut` makes of it, in order."""
     columns, rows = tiling.grid(scene.width, scene.height, style.tiling)
     side, wide, tall = style.tile, columns * style.tile / scene.width, rows * style.tile / scene.height
     found = [Tile(c * side, r * side, wide, tall, columns * rows == 1) for r in range(rows) for c in range(columns)]

@@ -32,7 +32,7 @@ class Gathered:
 @torch.no_grad()
 def gathered(model: Trainee, batch: Talk) -> Gathered:
     """Of all answers of a batch, by its own paths and by the long one."""
-    features = model.look(batch.tiles, batch.corners)
+    features = model.forward(batch.tiles, batch.corners)
     paths = [batch.compressed] if batch.path == "long" else [batch.compressed, torch.zeros_like(batch.compressed)]
     asked = batch.rows.answers >= 0
     counting = torch.tensor([task == "count" for task in batch.tasks], device=asked.device)[batch.rows.numbers[asked]]

@@ -205,7 +205,7 @@ def learn_patches(run: Run, stage: Stage, styles: tuple[Style, ...], count: int,
     hooks = [layers[i].register_forward_hook(partial(_keep, seen, i)) for i in (0, 1)]
 
     def step(batch: batches.Dense) -> tuple[Tensor, dict[str, float]]:
-        loss, shown = run.heads(run.model.look(batch.tiles, batch.corners), batch.told)
+        loss, shown = run.heads(run.model.forward(batch.tiles, batch.corners), batch.told)
         told = batch.outline.float()
         outline = F.binary_cross_entropy_with_logits(run.heads.outline(seen[0]), told)
         around = F.binary_cross_entropy_with_logits(run.heads.around(seen[1]), _around(told))
@@ -306,7 +306,7 @@ def learn_answers(run: Run, stage: Stage, make: Callable[..., batches.Talk], tow
 
     def step(batch: batches.Talk) -> tuple[Tensor, dict[str, float]]:
         with torch.set_grad_enabled(tower > 0):
-            features = run.model.look(batch.tiles, batch.corners)
+            features = run.model.forward(batch.tiles, batch.corners)
         read = run.model.read(run.model.prefixes(batch, features, batch.compressed))
         logits = run.model.answer(read, batch.rows)
         answers = F.cross_entropy(logits, batch.rows.told)

@@ -27,7 +27,7 @@ def consistency(model: Trainee, attentions: Looking) -> Callable[[Talk], tuple[T
 
     def step(batch: Talk) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
-            features = model.look(batch.tiles, batch.corners)
+            features = model.forward(batch.tiles, batch.corners)
             long = teacher.prefixes(batch, features, torch.zeros_like(batch.compressed))
             full = teacher.answer(teacher.read(long), batch.rows)
         read = model.read(model.prefixes(batch, features, batch.compressed))
@@ -64,7 +64,7 @@ def cost_of_short(model: Trainee, batch: Talk, rng: Generator) -> Judged:
 
     The other tiles' paths are drawn by lot, as the router will have left most of them on the short one.
     """
-    features = model.look(batch.tiles, batch.corners)
+    features = model.forward(batch.tiles, batch.corners)
     images, tiles = batch.compressed.shape
     ratios = torch.zeros(images, tiles)
     for image in range(images):

@@ -9,7 +9,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/dvd/bin/python -r pyproject.toml --extra gateway
 COPY README.md LICENSE ./
 COPY protos protos
-COPY wire wire
+COPY common common
+COPY dvd dvd
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/dvd/bin/python --no-deps .

@@ -18,8 +18,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     && uv pip install --python /opt/dvd/bin/python -r pyproject.toml "$@"
 COPY README.md LICENSE ./
 COPY protos protos
-COPY wire wire
-COPY server server
+COPY common common
+COPY dvd dvd
 COPY lm_worker lm_worker
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/dvd/bin/python --no-deps .

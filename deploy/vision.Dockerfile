@@ -14,8 +14,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     && uv pip install --python /opt/dvd/bin/python $torch -r pyproject.toml --extra vision
 COPY README.md LICENSE ./
 COPY protos protos
-COPY wire wire
-COPY server server
+COPY common common
+COPY dvd dvd
 COPY vision_worker vision_worker
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/dvd/bin/python --no-deps .

@@ -13,10 +13,12 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common import rpc
+from common.checkpoint import CheckpointError, open_checkpoint
+from common.options import ConfigError, read_options
 from lm_worker import plugin, store
+from lm_worker.config import LanguageOptions
 from lm_worker.sink import SinkOptions
-from wire import config, rpc
-from wire.checkpoint import CheckpointError, open_checkpoint
 
 _SHARED_MEMORY = Path("/dev/shm")
 _CPU_KV_CACHE = 4 << 30
@@ -43,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     ours, theirs = _split(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = config.read(config.Language, ours)
+        options = read_options(LanguageOptions, ours)
         _refuse_ours(theirs)
-    except config.ConfigError as error:
+    except ConfigError as error:
         print(f"dvd language: {error}", file=sys.stderr)
         sys.exit(2)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,14 +71,14 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _refuse_ours(flags: Sequence[str]) -> None:
     for flag in flags:
         if flag.split("=")[0].replace("_", "-") in _OURS:
-            raise config.ConfigError(f"{flag.split('=')[0]} after -- is set by the language worker itself: leave it out")
+            raise ConfigError(f"{flag.split('=')[0]} after -- is set by the language worker itself: leave it out")
 
 
-def _run(options: config.Language, vllm_flags: Sequence[str]) -> None:
+def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
     checkpoint = open_checkpoint(options.model)
     checkpoint.vision_tensors  # noqa: B018  a damaged file is one line now, not a stack of vLLM's later
     for address in (options.listen, options.http):
-        rpc.free_socket(address)  # before a running neighbour's shared memory is taken for a dead one's
+        rpc.ensure_free(address)  # before a running neighbour's shared memory is taken for a dead one's
     folder = shared_memory(options.listen)
     store.create_folder(folder)
     os.environ[plugin.ENABLED] = "1"
@@ -97,7 +99,7 @@ def shared_memory(listen: str) -> Path:
     return _SHARED_MEMORY / f"dvd-{hashlib.sha256(listen.encode()).hexdigest()[:16]}"
 
 
-def _vllm_arguments(options: config.Language, folder: Path, flags: Sequence[str]) -> Namespace:
+def _vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str]) -> Namespace:
     """vLLM's parsed arguments: the caller's flags, and what makes its server a language worker."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -149,7 +151,7 @@ def _http_flags(address: str) -> list[str]:
     return [f"--host={host.strip('[]')}", f"--port={port}"]
 
 
-async def _serve(options: config.Language, folder: Path, args: Namespace) -> None:
+async def _serve(options: LanguageOptions, folder: Path, args: Namespace) -> None:
     """vLLM's server, and the sink from the moment the engine is up: a sink that answers means a worker that can answer."""
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
     from vllm.entrypoints.launchers.launcher import setup_server

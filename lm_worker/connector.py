@@ -17,9 +17,9 @@ import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 from vllm.platforms import current_platform
 
-from lm_worker.store import Holder, map_payload, read_header
-from wire import errors
-from wire.tensors import HEADER_SIZE
+from common import errors
+from common.embedding import HEADER_SIZE
+from lm_worker.store import Holder, map_embedding, read_header
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -136,7 +136,7 @@ class SharedMemoryConnector(ECConnectorBase):
 
 def load(path: Path) -> torch.Tensor:
     """The embedding `[rows, width]` of a file, on the device of this process."""
-    header, mapped = map_payload(path)
+    header, mapped = map_embedding(path)
     values = torch.frombuffer(mapped, dtype=getattr(torch, header.dtype), offset=HEADER_SIZE, count=header.rows * header.width)
     values = values.view(header.rows, header.width)
     return values if current_platform.is_cpu() else values.to(current_platform.device_type, non_blocking=True)

@@ -4,8 +4,8 @@ from typing import Any, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 
-from wire import handover
-from wire.handover import Handover
+from common import embedding_ref
+from common.embedding_ref import EmbeddingRef
 
 
 class RefuseMedia:
@@ -14,10 +14,10 @@ class RefuseMedia:
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
 
-    def fetch_image(self, image_url: str, **_kwargs: Any) -> Handover:
-        return handover.parse(image_url) or self._refuse()
+    def fetch_image(self, image_url: str, **_kwargs: Any) -> EmbeddingRef:
+        return embedding_ref.parse(image_url) or self._refuse()
 
-    async def fetch_image_async(self, image_url: str, **_kwargs: Any) -> Handover:
+    async def fetch_image_async(self, image_url: str, **_kwargs: Any) -> EmbeddingRef:
         return self.fetch_image(image_url)
 
     def __getattr__(self, name: str) -> Any:

@@ -14,7 +14,7 @@ LOGGED = "DVD_LANGUAGE_WORKER_LOG"
 
 MEDIA_CONNECTOR = "dvd-refuse"
 
-_MODEL = "lm_worker.model:InternVLLanguageModel"
+_MODEL = "lm_worker.models.internvl:InternVLLanguageModel"
 
 
 def register() -> None:
@@ -24,12 +24,12 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
+    from common import logs
     from lm_worker.configuration import register_configurations
     from lm_worker.media import RefuseMedia
-    from wire import logs
 
     level, form = os.environ.get(LOGGED, "info text").split()
-    logs.configure(level, form, "lm_worker", "wire")  # the rest is vLLM's, which has a format of its own
+    logs.configure(level, form, "lm_worker", "common")  # the rest is vLLM's, which has a format of its own
     register_configurations()
     for architecture in ("InternVLChatModel", "InternVLForConditionalGeneration"):
         ModelRegistry.register_model(architecture, _MODEL)

@@ -13,14 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common import embedding_stream, errors, logs, rpc
+from common.checkpoint import open_checkpoint
+from common.embedding import Header
+from common.messages import describe, dtype_from_proto, dtype_to_proto
+from common.metrics import serve_metrics
 from lm_worker.metrics import Metrics
 from lm_worker.store import Store, checked_key, default_budget, remove_folder
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
-from wire import chunks, errors, logs, meters, rpc
-from wire.checkpoint import open_checkpoint
-from wire.messages import describe, from_dtype, to_dtype
-from wire.tensors import Header
 
 log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 
@@ -53,7 +54,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     def __init__(self, options: SinkOptions, store: Store, metrics: Metrics) -> None:
         checkpoint = open_checkpoint(options.model)
         self._store, self._metrics = store, metrics
-        metrics.common.serves(checkpoint.fingerprint, checkpoint.description.family, options.dtype)
+        metrics.common.set_model(checkpoint.fingerprint, checkpoint.description.family, options.dtype)
         self._dtype = options.dtype
         self._width = checkpoint.description.width
         self._fingerprint = checkpoint.fingerprint
@@ -65,7 +66,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.LanguageDescription:  # noqa: N802
         return pb.LanguageDescription(
-            checkpoint=self._checkpoint, dtype=to_dtype(self._dtype), http=self._http,
+            checkpoint=self._checkpoint, dtype=dtype_to_proto(self._dtype), http=self._http,
             used_bytes=self._store.used, budget_bytes=self._store.budget,
         )  # fmt: skip
 
@@ -73,7 +74,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
-        logs.adopt(context)
+        logs.adopt_request_id(context)
         with self._delivery() as line:
             already_here = await self._store_delivery(request, line, context)
             line["outcome"] = "already_here" if already_here else "stored"
@@ -91,12 +92,12 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
             self._metrics.refusals.labels(line["error"]).inc()
             raise
         finally:
-            log.log(level, "delivery", extra=logs.fields(**line, seconds=round(time.monotonic() - began, 4)))
+            log.log(level, "delivery", extra=logs.extra_fields(**line, seconds=round(time.monotonic() - began, 4)))
 
     async def _store_delivery(self, request: AsyncIterator[bytes], line: dict[str, Any], context: Any) -> bool:
         """Whether the embedding was here already."""
         said = await anext(aiter(request), None)
-        first = None if said is None else chunks.read(said)
+        first = None if said is None else embedding_stream.read(said)
         if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
             raise errors.InvalidRequest("a delivery begins with a header")
         header = self._checked(first.header)
@@ -123,7 +124,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
             raise errors.CheckpointMismatch(
                 f"embedding of checkpoint {said.fingerprint[:12]}, this worker has {self._fingerprint[:12]}"
             )
-        if (got := from_dtype(said.dtype)) != self._dtype:
+        if (got := dtype_from_proto(said.dtype)) != self._dtype:
             raise errors.InvalidRequest(f"embedding in {got}, the language model computes in {self._dtype}")
         if said.width != self._width or not said.rows:
             raise errors.InvalidRequest(f"embedding of {said.rows} × {said.width}, expected 1 or more × {self._width}")
@@ -140,9 +141,9 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def _receive(self, header: Header, parts: AsyncIterator[bytes], context: Any) -> None:
         with self._store.writing(header) as incoming:
-            await chunks.accept(context, incoming.path if self._shares_files else None)
+            await embedding_stream.accept(context, incoming.path if self._shares_files else None)
             async for part in parts:
-                chunk = chunks.read(part)
+                chunk = embedding_stream.read(part)
                 incoming.add(chunk if isinstance(chunk, memoryview) else chunk.data)
             if not incoming.given:  # the sender has written them: there is more to look at than a loop has time for
                 await asyncio.to_thread(incoming.end)
@@ -152,12 +153,12 @@ async def serve(options: SinkOptions) -> None:
     """Serve until standard input ends or a signal arrives."""
     folder = Path(options.folder)
     store = Store(folder, options.budget or default_budget(folder), options.lease)
-    server = rpc.server(options.listen)
+    server = rpc.create_server(options.listen)
     metrics = Metrics(store)
-    chunks.add_sink(Sink(options, store, metrics), server)
+    embedding_stream.add_sink(Sink(options, store, metrics), server)
     if options.metrics_port:
-        meters.serve(metrics.registry, options.metrics_port)
-    watching = asyncio.create_task(metrics.common.watch_loop())
+        serve_metrics(metrics.registry, options.metrics_port)
+    watching = asyncio.create_task(metrics.common.measure_loop_lag())
     await server.start()
     log.info("sink ready on %s, %.1f GiB", options.listen, store.budget / 2**30)
     await _parent_gone()

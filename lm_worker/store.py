@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wire import errors, tensors
-from wire.tensors import Header
+from common import embedding, errors
+from common.embedding import Header
 
 _KEY = re.compile(r"[0-9a-zA-Z_-]{1,128}")
 
@@ -33,15 +33,15 @@ def checked_key(key: str) -> str:
 def read_header(path: Path) -> Header:
     """The header of an embedding's file. Raises `FileNotFoundError`, `InvalidRequest`."""
     with path.open("rb") as file:
-        return tensors.unpack(file.read(tensors.HEADER_SIZE))
+        return embedding.unpack(file.read(embedding.HEADER_SIZE))
 
 
-def map_payload(path: Path) -> tuple[Header, mmap.mmap]:
+def map_embedding(path: Path) -> tuple[Header, mmap.mmap]:
     """Header and the whole file mapped copy-on-write; the values begin at `HEADER_SIZE`. The mapping outlives the file."""
     with path.open("rb") as file:
         # ACCESS_COPY: torch warns about read-only buffers; nobody writes, so no page is ever copied
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return tensors.unpack(memoryview(mapped)[: tensors.HEADER_SIZE]), mapped
+    return embedding.unpack(memoryview(mapped)[: embedding.HEADER_SIZE]), mapped
 
 
 class Holder:
@@ -147,7 +147,7 @@ class Store:
         Raises `SinkFull` where the budget cannot be met without evicting what is in use or the file system is full, and
         `InvalidRequest` where values are missing at the end.
         """
-        size = tensors.HEADER_SIZE + header.length
+        size = embedding.HEADER_SIZE + header.length
         self._make_room(size)
         self.used += size
         self._writes += 1
@@ -209,27 +209,27 @@ class Incoming:
         self._header = header
         self._file = path.open("w+b", buffering=0)
         self._whole = False
-        tensors.write_all(self._file, memoryview(header.pack()))
+        embedding.write_all(self._file, memoryview(header.pack()))
 
     def close(self) -> None:
         self._file.close()
 
     def add(self, values: bytes | memoryview) -> None:
         """The next values. Raises `InvalidRequest` where they are too many, not whole, or not finite."""
-        length, size = self._header.length, tensors.DTYPE_SIZES[self._header.dtype]
+        length, size = self._header.length, embedding.DTYPE_SIZES[self._header.dtype]
         if len(values) % size:
             raise errors.InvalidRequest(f"a part of {len(values)} bytes, expected whole values of {size}")
         if self.given + len(values) > length:
             raise errors.InvalidRequest(f"more than the {length} bytes that the header promised")
-        tensors.check_finite(values, self._header.dtype)
-        tensors.write_all(self._file, memoryview(values))
+        embedding.check_finite(values, self._header.dtype)
+        embedding.write_all(self._file, memoryview(values))
         self.given += len(values)
 
     def end(self) -> None:
         """Raises `InvalidRequest` where values are missing, or where the sender wrote what `add` would not have taken."""
         if self._whole:
             return
-        there = os.fstat(self._file.fileno()).st_size - tensors.HEADER_SIZE
+        there = os.fstat(self._file.fileno()).st_size - embedding.HEADER_SIZE
         if there != self._header.length or self.given not in (0, there):
             raise errors.InvalidRequest(
                 f"{self.given or there} bytes arrived of {self._header.length} that the header promised"
@@ -241,10 +241,10 @@ class Incoming:
     def _check(self) -> None:
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all pages at once: a fault for each would cost more than the check
         with mmap.mmap(self._file.fileno(), 0, flags=flags, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as whole:
-            if whole[: tensors.HEADER_SIZE] != self._header.pack():
+            if whole[: embedding.HEADER_SIZE] != self._header.pack():
                 raise errors.InvalidRequest("the header of the embedding was written over")
-            with whole[tensors.HEADER_SIZE :] as values:
-                tensors.check_finite(values, self._header.dtype)
+            with whole[embedding.HEADER_SIZE :] as values:
+                embedding.check_finite(values, self._header.dtype)
 
 
 def create_folder(folder: Path) -> None:

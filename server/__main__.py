@@ -12,9 +12,11 @@ from contextlib import ExitStack
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from common import logs
+from common.options import ConfigError, read_options
 from server.app import in_this_process
-from server.protocol import served
-from wire import config, logs
+from server.config import GatewayOptions
+from server.http.protocol import served
 
 log = logging.getLogger("dvd.gateway")
 
@@ -25,8 +27,8 @@ _GRACE = 15
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run until a signal. Exits 2 on a bad option, 1 where it cannot listen, with one line that says why."""
     try:
-        options = config.read(config.Gateway, sys.argv[1:] if arguments is None else arguments)
-    except config.ConfigError as error:
+        options = read_options(GatewayOptions, sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
         print(f"dvd gateway: {error}", file=sys.stderr)
         sys.exit(2)
     try:

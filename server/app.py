@@ -14,13 +14,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import shapes
-from server.account import Account
+from common import errors, logs
+from common.processes import die_with_parent
+from server.config import GatewayOptions
+from server.http import error_format
+from server.http.handlers import Routes, identity
 from server.metrics import Metrics
-from server.processes import die_with_parent
-from server.routes import Routes, identity
-from wire import errors, logs
-from wire.config import Gateway
+from server.request_stats import Account
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("dvd.access")
@@ -31,7 +31,7 @@ _LEFT = "client_gone"
 """The code of such a request, and of one whose caller left in the middle of the answer."""
 
 
-def create_app(options: Gateway) -> FastAPI:
+def create_app(options: GatewayOptions) -> FastAPI:
     """The ASGI application. Its workers are found and asked for when it starts up."""
     metrics = Metrics()
 
@@ -40,7 +40,7 @@ def create_app(options: Gateway) -> FastAPI:
         routes = Routes(options, metrics)
         _add(app, routes)
         await routes.meet()
-        watching = asyncio.create_task(metrics.common.watch_loop())
+        watching = asyncio.create_task(metrics.common.measure_loop_lag())
         yield
         watching.cancel()
         await routes.close()
@@ -53,7 +53,7 @@ def create_app(options: Gateway) -> FastAPI:
     return app
 
 
-def in_this_process(options: Gateway) -> FastAPI:
+def in_this_process(options: GatewayOptions) -> FastAPI:
     """The application, where it may be one of several that share a port."""
     logs.configure(options.log_level, options.log_format)
     if options.workers > 1:
@@ -125,7 +125,7 @@ def _log(account: Account, route: str, status: int) -> None:
     """One line a request; those of probes and scrapes only at debug."""
     level = logging.INFO if route.startswith("/v1/") or route == "other" else logging.DEBUG
     line = {"route": route, "status": status, "seconds": round(account.elapsed(), 4), **account.images}
-    access.log(level, "answered", extra=logs.fields(**line, cache=account.cache, error=account.error))
+    access.log(level, "answered", extra=logs.extra_fields(**line, cache=account.cache, error=account.error))
 
 
 async def _on_error(request: Request, error: Any) -> Response:
@@ -135,7 +135,7 @@ async def _on_error(request: Request, error: Any) -> Response:
     headers = {"Retry-After": str(math.ceil(wait))} if wait else {}
     if isinstance(error, errors.DeadlineExceeded):  # clients try whatever is a 5xx again, and this took all its time
         headers["X-Should-Retry"] = "false"
-    return JSONResponse(shapes.of(request.scope["path"]).body(error.body()), status_code=error.status, headers=headers)
+    return JSONResponse(error_format.of(request.scope["path"]).body(error.body()), status_code=error.status, headers=headers)
 
 
 async def _on_http(request: Request, error: Any) -> Response:

@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common import messages
 from protos import vision_pb2 as pb
-from wire import messages
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Setting:
         ]
         words = [
             self.fingerprint, str(self.tiling.min_tiles), str(self.tiling.max_tiles),
-            pb.Router.Mode.Name(router.mode), *thresholds, messages.from_dtype(self.dtype),
+            pb.Router.Mode.Name(router.mode), *thresholds, messages.dtype_from_proto(self.dtype),
         ]  # fmt: skip
         return digest(*(word.encode() for word in words))
 

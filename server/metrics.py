@@ -16,8 +16,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-from server.account import Account
-from wire.meters import STAGE_BUCKETS, Common, cache_counter
+from common.metrics import STAGE_BUCKETS, ProcessMetrics, cache_counter
+from server.request_stats import Account
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -31,7 +31,7 @@ _COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/mes
 class Metrics:
     def __init__(self) -> None:
         self.registry = made = CollectorRegistry()
-        self.common = Common(made, "gateway")
+        self.common = ProcessMetrics(made, "gateway")
         self.requests = Counter("dvd_requests", "Answered requests", ["route", "code"], registry=made)
         self.errors = Counter("dvd_errors", "Requests that ended in an error, streams too", ["code"], registry=made)
         self.in_flight = Gauge("dvd_requests_in_flight", "Requests being served", registry=made, multiprocess_mode="livesum")

@@ -7,19 +7,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from common import errors
+from common.tasks import SingleFlight, gather_or_cancel
+from common.tracing import Trace
 from protos import embeddings_pb2
 from protos import vision_pb2 as pb
 from protos.embeddings_pb2 import CheckpointDescription
 from server import keys
-from server.account import Account, Caller
-from server.media import Fetcher
+from server.apis.request import Asked, Image
+from server.config import GatewayOptions
+from server.media.fetch import Fetcher
 from server.metrics import Metrics
-from server.pool import Language, Vision, Workers
-from server.requests.body import Asked, Image
-from wire import errors
-from wire.config import Gateway
-from wire.tasks import Flights, together
-from wire.trace import Trace
+from server.request_stats import Account, Caller
+from server.workers.pool import Language, Vision, Workers
 
 _REMEMBERED = 20_000
 _FETCHES = 8
@@ -73,11 +73,11 @@ class Prepared:
 class Pipeline:
     """Owner of the encodes in flight."""
 
-    def __init__(self, options: Gateway, workers: Workers, fetcher: Fetcher, metrics: Metrics, trace: Trace) -> None:
+    def __init__(self, options: GatewayOptions, workers: Workers, fetcher: Fetcher, metrics: Metrics, trace: Trace) -> None:
         self._options, self._workers, self._fetcher, self._metrics = options, workers, fetcher, metrics
         self._trace = trace
         self._together = options.router_scope == "request"
-        self._flights: Flights[pb.EncodeReply] = Flights()
+        self._flights: SingleFlight[pb.EncodeReply] = SingleFlight()
         self._routes: OrderedDict[str, pb.EncodedImage] = OrderedDict()  # for reports only: what the router did last time
 
     async def fetch(self, asked: Asked, caller: Caller) -> tuple[Asked, list[Loaded]]:
@@ -104,7 +104,7 @@ class Pipeline:
             # in a thread: a digest of megabytes would hold up everybody's streams
             return await asyncio.to_thread(lambda: [Loaded(file, hashlib.sha256(file).digest()) for file in files])
 
-        return await together(*(one(url, frames) for url, frames in wanted))
+        return await gather_or_cancel(*(one(url, frames) for url, frames in wanted))
 
     async def prepare(
         self, asked: Asked, images: Sequence[Loaded], caller: Caller, without: Collection[Language] = ()
@@ -138,7 +138,7 @@ class Pipeline:
     ) -> list[pb.EncodeReply]:
         with self._stage("vision", account):
             try:
-                return await together(*(self._encode(group, content, language.client.address) for group in groups))
+                return await gather_or_cancel(*(self._encode(group, content, language.client.address) for group in groups))
             except errors.SinkUnavailable:
                 language.said = None  # until it answers the next probe
                 raise
@@ -151,7 +151,7 @@ class Pipeline:
         routes = {name: self._routes[name] for name in names if name in self._routes}
         missing = [group for group in groups if not all(name in routes for name in group.names)]
         with self._stage("vision", caller.account):
-            replies = await together(*(self._encode(group, content, "") for group in missing))
+            replies = await gather_or_cancel(*(self._encode(group, content, "") for group in missing))
         routes |= {image.key: image for reply in replies for image in reply.images}
         return [routes[name] for name in names]
 
@@ -207,7 +207,7 @@ class Pipeline:
         """Without an address to deliver to, a dry run."""
         names, setting = group.names, group.setting
         flight = keys.digest(deliver_to.encode(), *(name.encode() for name in names)).hex()
-        self._metrics.joined.inc(len(names) * self._flights.under_way(flight))
+        self._metrics.joined.inc(len(names) * self._flights.in_flight(flight))
         request = pb.EncodeRequest(
             images=[pb.Image(key=name, data=content[name]) for name in names],
             tiling=setting.tiling,

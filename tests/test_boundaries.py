@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"server", "vision_worker", "lm_worker", "protos", "wire", "demo"}
+OURS = {"server", "vision_worker", "lm_worker", "protos", "common", "dvd", "demo"}
 MAY_USE = {
-    "server": {"protos", "wire"},
-    "vision_worker": {"protos", "wire"},
-    "lm_worker": {"protos", "wire"},
-    "wire": {"protos"},
+    "server": {"protos", "common"},
+    "vision_worker": {"protos", "common"},
+    "lm_worker": {"protos", "common"},
+    "common": {"protos"},
     "protos": set(),
-    "demo": {"vision_worker", "wire"},  # and nobody may use it
+    "demo": {"vision_worker", "common"},  # and nobody may use it
 }
 FORBIDDEN = {
     "server": {"torch", "vllm", "transformers", "numpy", "safetensors"},
     "vision_worker": {"fastapi", "vllm", "transformers", "aiohttp", "uvicorn"},
     "lm_worker": {"fastapi", "PIL"},
-    "wire": {"fastapi", "vllm", "torch", "transformers", "PIL"},
+    "common": {"fastapi", "vllm", "torch", "transformers", "PIL"},
     "protos": set(),
     "demo": {"vllm"},
 }
@@ -52,12 +52,12 @@ def test_a_package_opens_only_its_own_doors(package: str) -> None:
     ("module", "absent"),
     [
         ("server.app", ["torch", "vllm", "transformers", "numpy", "vision_worker", "lm_worker"]),
-        ("server.cli", ["torch", "vllm", "fastapi"]),
-        ("server.health", ["torch", "vllm", "fastapi", "aiohttp", "numpy"]),
+        ("dvd.cli", ["torch", "vllm", "fastapi"]),
+        ("dvd.health", ["torch", "vllm", "fastapi", "aiohttp", "numpy"]),
         ("lm_worker.sink", ["torch", "vllm", "transformers"]),
         ("lm_worker.plugin", ["torch", "vllm"]),
-        ("wire.rpc", ["torch", "vllm", "fastapi"]),
-        ("wire.tiling", ["torch", "numpy", "PIL"]),
+        ("common.rpc", ["torch", "vllm", "fastapi"]),
+        ("common.tiling", ["torch", "numpy", "PIL"]),
     ],
 )
 def test_heavy_imports_stay_behind_the_name_that_needs_them(module: str, absent: list[str]) -> None:

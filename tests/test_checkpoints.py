@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from common.checkpoint import open_checkpoint, read_header
 from tests.checkpoints import IMAGE_TOKEN, LANGUAGES, TOWERS, make, make_native
-from wire.checkpoint import open_checkpoint, read_header
 
 # One tensor of a layer that only this language model has, or has under this name, and its shape.
 TELLING = {

@@ -9,18 +9,21 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from common import logs, rpc
+from common.checkpoint import CheckpointError, open_checkpoint
+from common.metrics import serve_metrics
+from common.options import ConfigError, read_options
+from common.tracing import Trace
 from protos import vision_pb2_grpc
 from vision_worker import encoder as encoders
-from vision_worker import resampling
 from vision_worker.batcher import Batcher
+from vision_worker.cache.embedding_cache import EmbeddingCache, open_cache
+from vision_worker.config import VisionOptions
 from vision_worker.delivery import Sinks
 from vision_worker.encoder import Encoder
 from vision_worker.metrics import Metrics
+from vision_worker.preprocessing import resampling
 from vision_worker.service import Service
-from wire import config, logs, meters, rpc
-from wire.cache import Embeddings, open_cache
-from wire.checkpoint import CheckpointError, open_checkpoint
-from wire.trace import Trace
 
 log = logging.getLogger("dvd.vision")
 
@@ -35,10 +38,10 @@ class DeviceLost(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 for a bad option, 1 where the worker cannot serve, 0 after a signal."""
     try:
-        options = config.read(config.Vision, sys.argv[1:] if arguments is None else arguments)
+        options = read_options(VisionOptions, sys.argv[1:] if arguments is None else arguments)
         logs.configure(options.log_level, options.log_format)
         asyncio.run(_serve(options))
-    except config.ConfigError as error:
+    except ConfigError as error:
         return _failed(error, 2)
     except (CheckpointError, DeviceLost, OSError) as error:
         return _failed(error, 1)
@@ -52,15 +55,15 @@ def _failed(error: Exception, status: int) -> int:
     return status
 
 
-async def _serve(options: config.Vision) -> None:
+async def _serve(options: VisionOptions) -> None:
     begin = time.monotonic()
     checkpoint = open_checkpoint(options.model)
     log.info("loading %s from %s", checkpoint.description.family, checkpoint.path)
     encoder = encoders.load(options, checkpoint)
-    tiles = encoders.batch_tiles(options, encoder.place.device)
-    log.info("warming %d tiles on %s after %.1f s", tiles, encoder.place.device, time.monotonic() - begin)
+    tiles = encoders.batch_tiles(options, encoder.placement.device)
+    log.info("warming %d tiles on %s after %.1f s", tiles, encoder.placement.device, time.monotonic() - begin)
     trace, metrics = Trace(options.trace, "vision"), Metrics()
-    metrics.common.serves(checkpoint.fingerprint, checkpoint.description.family, encoder.place.dtype_name)
+    metrics.common.set_model(checkpoint.fingerprint, checkpoint.description.family, encoder.placement.dtype_name)
     async with Batcher(encoder, tiles, metrics, trace) as batcher:
         await asyncio.to_thread(resampling.warm)
         await batcher.warm()
@@ -68,15 +71,15 @@ async def _serve(options: config.Vision) -> None:
 
 
 async def _answer(
-    options: config.Vision, encoder: Encoder, batcher: Batcher, metrics: Metrics, trace: Trace, begin: float
+    options: VisionOptions, encoder: Encoder, batcher: Batcher, metrics: Metrics, trace: Trace, begin: float
 ) -> None:
-    sinks, server = Sinks(), rpc.server(options.listen)
+    sinks, server = Sinks(), rpc.create_server(options.listen)
     preparing = ThreadPoolExecutor(options.prepare_threads or os.cpu_count() or 1, "prepare")
-    cache = Embeddings(open_cache(options.cache))
+    cache = EmbeddingCache(open_cache(options.cache))
     metrics.watch(cache)
     if options.metrics_port:
-        meters.serve(metrics.registry, options.metrics_port)
-    watching = asyncio.create_task(metrics.common.watch_loop())
+        serve_metrics(metrics.registry, options.metrics_port)
+    watching = asyncio.create_task(metrics.common.measure_loop_lag())
     service = Service(encoder, batcher, sinks, cache, preparing, options.max_image_pixels, metrics, trace)
     vision_pb2_grpc.add_VisionServicer_to_server(service, server)
     stop = _on_signal()
@@ -91,7 +94,7 @@ async def _answer(
     trace.flush()
     preparing.shutdown(wait=False, cancel_futures=True)
     if batcher.lost.is_set():
-        raise DeviceLost(f"device {encoder.place.device} computes nothing any more: start this worker again")
+        raise DeviceLost(f"device {encoder.placement.device} computes nothing any more: start this worker again")
 
 
 async def _first(*events: asyncio.Event) -> None:

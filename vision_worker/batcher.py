@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common import errors
+from common.tracing import Trace
 from vision_worker.encoder import Encoder
 from vision_worker.metrics import Metrics
 from vision_worker.models.vir import Fixed, Policy
-from vision_worker.tiling import Tiles
-from wire import errors
-from wire.trace import Trace
+from vision_worker.preprocessing.tiling import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +121,9 @@ class Batcher:
 
         def run() -> None:
             for size in self._encoder.sizes(self._max_tiles):
-                features = self._encoder.look(self._encoder.stage([blank] * size))
+                features = self._encoder.forward(self._encoder.stage([blank] * size))
             for policy in policies:
-                self._encoder.embed(features, range(len(features)), policy)
+                self._encoder.project(features, range(len(features)), policy)
 
         await asyncio.get_running_loop().run_in_executor(self._device, run)
 
@@ -171,7 +171,7 @@ class Batcher:
             return self._looked(batch, staged)
 
     def _looked(self, batch: _Batch, staged: "Future[Tensor]") -> _Settled:
-        features = self._guarded(lambda: self._encoder.look(staged.result()))
+        features = self._guarded(lambda: self._encoder.forward(staged.result()))
         if isinstance(features, errors.DvdError):
             return [(group, features) for group, _ in batch]
         settled: _Settled = []
@@ -184,7 +184,7 @@ class Batcher:
         return settled
 
     def _finish(self, group: _Group) -> list[Encoded]:
-        embedded = self._encoder.embed(torch.cat(group.features), group.copies, group.policy)
+        embedded = self._encoder.project(torch.cat(group.features), group.copies, group.policy)
         group.features.clear()
         group.routing = embedded.routing
         tokens = torch.cat(embedded.blocks).to(group.dtype)
@@ -205,7 +205,7 @@ class Batcher:
             return error
         except Exception:
             log.exception("a batch failed")
-            device = self._encoder.place.device
+            device = self._encoder.placement.device
             if _computes(device):
                 return errors.InternalError("the vision worker failed on this batch; see its log")
             return errors.Unavailable(f"the vision worker's device {device} computes nothing any more; see its log")

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wire import chunks, errors, logs, rpc
-from wire.tensors import Header
+from common import embedding_stream, errors, logs, rpc
+from common.embedding import Header
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -33,14 +33,14 @@ class Sinks:
     async def deliver(self, address: str, header: Header, data: memoryview, seconds: float | None) -> None:
         """Return once the sink has it all. Raises what the sink raised, or `SinkUnavailable` where none answers."""
         if opened := address not in self._roads:
-            self._roads[address] = _Road(rpc.channel(address))
+            self._roads[address] = _Road(rpc.open_channel(address))
         road = self._roads[address]
         road.users += 1
         try:
             if opened:
                 await self._close_unused()
-            with rpc.translated("language worker's sink"):
-                await chunks.deliver(road.channel, header, data, seconds, logs.metadata())
+            with rpc.translate_errors("language worker's sink"):
+                await embedding_stream.deliver(road.channel, header, data, seconds, logs.request_metadata())
         except errors.Unavailable as error:
             if type(error) is errors.Unavailable:  # ours would look like this vision worker's own absence
                 raise errors.SinkUnavailable(str(error)) from None

@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common.checkpoint import Checkpoint, CheckpointError
+from common.options import ConfigError
+from common.tiling import Tiling
+from vision_worker.config import VisionOptions
 from vision_worker.models.vir import Policy
-from vision_worker.tiling import Tiles
+from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.weights import DTYPES
-from wire.checkpoint import Checkpoint, CheckpointError
-from wire.config import ConfigError, Vision
-from wire.tiling import Tiling
 
 FAMILIES = {"internvl": "vision_worker.models.internvl", "fake": "vision_worker.models.fake"}
 
@@ -24,7 +25,7 @@ _BATCH_TILES = {"cpu": 4}
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where and in what a family computes."""
 
     device: torch.device
@@ -51,7 +52,7 @@ class Encoder(Protocol):
     """One checkpoint, loaded."""
 
     checkpoint: Checkpoint
-    place: Place
+    placement: Placement
 
     def sizes(self, largest: int) -> Sequence[int]:
         """Of batches to run once before the first request, in tiles."""
@@ -62,23 +63,23 @@ class Encoder(Protocol):
     def stage(self, tiles: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """Stager thread, while the device is busy with the batch before: tiles to uint8 [n, side, side, 3] on the device."""
 
-    def look(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Device thread: tiles as staged, of any groups, to features [n, …], each from its tile alone."""
 
-    def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
+    def project(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
         """Device thread: one whole group. `features` are of its distinct tiles; tile i of the group is `copies[i]`."""
 
 
-def load(options: Vision, checkpoint: Checkpoint) -> Encoder:
+def load(options: VisionOptions, checkpoint: Checkpoint) -> Encoder:
     """Raises `CheckpointError` or `ConfigError`."""
     family = importlib.import_module(FAMILIES[options.vision_backend])
     device = _device(options.device)
     largest = batch_tiles(options, device) if options.vision_compile else 0
-    place = Place(device, _dtype(options.vision_dtype, checkpoint), largest)
+    place = Placement(device, _dtype(options.vision_dtype, checkpoint), largest)
     return cast(Encoder, family.load(checkpoint, place, dummy=options.load_format == "dummy"))
 
 
-def batch_tiles(options: Vision, device: torch.device) -> int:
+def batch_tiles(options: VisionOptions, device: torch.device) -> int:
     """Tiles in one forward pass, at most."""
     return options.max_batch_tiles or _BATCH_TILES.get(device.type, 32)
 

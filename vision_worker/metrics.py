@@ -2,9 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from common.metrics import STAGE_BUCKETS, CacheEventsCollector, ProcessMetrics
 from protos import vision_pb2 as pb
-from wire.cache import Embeddings
-from wire.meters import STAGE_BUCKETS, CacheEvents, Common
+from vision_worker.cache.embedding_cache import EmbeddingCache
 
 _BATCH = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)
 
@@ -12,7 +12,7 @@ _BATCH = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)
 class Metrics:
     def __init__(self) -> None:
         self.registry = made = CollectorRegistry()
-        self.common = Common(made, "vision")
+        self.common = ProcessMetrics(made, "vision")
         self.images = Counter("dvd_vision_images", "Images asked for, by how they were had", ["outcome"], registry=made)
         self.tiles = Counter("dvd_vision_tiles", "Tiles looked at", registry=made)
         self.delivered = Counter("dvd_vision_delivered_bytes", "Bytes of embeddings sent to sinks", registry=made)
@@ -30,10 +30,10 @@ class Metrics:
         for outcome in ("encoded", "cached", "joined"):
             self.images.labels(outcome)
 
-    def watch(self, cache: Embeddings) -> None:
+    def watch(self, cache: EmbeddingCache) -> None:
         """Show what a cache counts, where there is one."""
         if cache.tier is not None:
-            self.registry.register(CacheEvents(cache.tier, lambda: _events(cache)))
+            self.registry.register(CacheEventsCollector(cache.tier, lambda: _events(cache)))
 
     def made(self, timings: pb.Timings) -> None:
         """An embedding was computed; its delivery comes apart."""
@@ -43,10 +43,10 @@ class Metrics:
             self._stages.labels(stage).observe(getattr(timings, stage))
 
     def sent(self, seconds: float, size: int) -> None:
-        """Embeddings of one call were delivered."""
+        """EmbeddingCache of one call were delivered."""
         self._stages.labels("deliver").observe(seconds)
         self.delivered.inc(size)
 
 
-def _events(cache: Embeddings) -> dict[str, int]:
+def _events(cache: EmbeddingCache) -> dict[str, int]:
     return {name: cache.counts[name] for name in ("hits", "misses", "errors")} | {"evictions": cache.evictions}

@@ -13,22 +13,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common import errors, logs, messages
+from common.embedding import Header
+from common.layouts.base import Description, Thresholds
+from common.tasks import SingleFlight, gather_or_cancel
+from common.tiling import MAX_TILES, Tiling, bounds
+from common.tracing import Trace
 from protos import embeddings_pb2, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from vision_worker.batcher import Batcher, Encoded
+from vision_worker.cache.embedding_cache import EmbeddingCache
 from vision_worker.delivery import Sinks
 from vision_worker.encoder import Encoder
 from vision_worker.metrics import Metrics
 from vision_worker.models import vir
-from vision_worker.tiling import Tiles
+from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.weights import DTYPES
-from wire import errors, logs, messages
-from wire.cache import Embeddings
-from wire.layouts.base import Description, Thresholds
-from wire.tasks import Flights, together
-from wire.tensors import Header
-from wire.tiling import MOST_TILES, Tiling, bounds
-from wire.trace import Trace
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -70,7 +70,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         encoder: Encoder,
         batcher: Batcher,
         sinks: Sinks,
-        cache: Embeddings,
+        cache: EmbeddingCache,
         preparing: ThreadPoolExecutor,
         max_pixels: int,
         metrics: Metrics,
@@ -78,25 +78,25 @@ class Service(vision_pb2_grpc.VisionServicer):
     ) -> None:
         self._encoder, self._batcher, self._sinks, self._cache = encoder, batcher, sinks, cache
         self._preparing, self._max_pixels, self._metrics, self._trace = preparing, max_pixels, metrics, trace
-        self._flights: Flights[_Made] = Flights()
+        self._flights: SingleFlight[_Made] = SingleFlight()
         self._checkpoint = messages.describe(encoder.checkpoint)
 
     async def Describe(  # noqa: N802
         self, request: embeddings_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.VisionDescription:
-        place = self._encoder.place
+        place = self._encoder.placement
         return pb.VisionDescription(
-            checkpoint=self._checkpoint, device=str(place.device), dtype=messages.to_dtype(place.dtype_name)
+            checkpoint=self._checkpoint, device=str(place.device), dtype=messages.dtype_to_proto(place.dtype_name)
         )
 
     async def Encode(  # noqa: N802
         self, request: pb.EncodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.EncodeReply:
         """gRPC cancels this task when the caller leaves or the deadline passes; every stage below drops its work then."""
-        logs.adopt(context)
+        logs.adopt_request_id(context)
         with self._call(len(request.images)) as line:
             asked = self._check(request)
-            joined = self._flights.under_way(asked.flight)
+            joined = self._flights.in_flight(asked.flight)
             if joined:
                 self._metrics.images.labels("joined").inc(len(asked.images))
             made = await self._flights.run(asked.flight, lambda: self._make(asked))
@@ -122,7 +122,7 @@ class Service(vision_pb2_grpc.VisionServicer):
             raise
         finally:
             self._metrics.calls.dec()
-            log.info("encoded", extra=logs.fields(**line, seconds=round(time.monotonic() - began, 4)))
+            log.info("encoded", extra=logs.extra_fields(**line, seconds=round(time.monotonic() - began, 4)))
 
     async def _deliver(self, made: _Made, asked: _Asked, seconds: float | None) -> float:
         """The seconds that it took, of at most so many."""
@@ -132,20 +132,20 @@ class Service(vision_pb2_grpc.VisionServicer):
         deliver = functools.partial(self._sinks.deliver, asked.deliver_to, seconds=seconds)
         size = sum(map(len, distinct.values()))
         with self._trace.span("deliver", bytes=size):
-            await together(*(deliver(header, values) for header, values in distinct.items()))
+            await gather_or_cancel(*(deliver(header, values) for header, values in distinct.items()))
         took = time.monotonic() - began
         self._metrics.sent(took, size)
         return took
 
     async def _make(self, asked: _Asked) -> _Made:
         """From the cache, or by the tower."""
-        found = await together(*(self._cache.get(self._header(image.key, asked.dtype, 0)) for image in asked.images))
+        found = await gather_or_cancel(*(self._cache.get(self._header(image.key, asked.dtype, 0)) for image in asked.images))
         kept = [one for one in found if one is not None]
         if len(kept) == len(found):  # a group is routed as one: a part of it is of no use
             self._metrics.images.labels("cached").inc(len(kept))
             return _Made([image for image, _ in kept], [values for _, values in kept], pb.Timings(), cached=True)
         with self._trace.span("prepare", images=len(asked.images)):
-            prepared = await together(*(self._prepare(image.data, asked.tiling) for image in asked.images))
+            prepared = await gather_or_cancel(*(self._prepare(image.data, asked.tiling) for image in asked.images))
         tiles = [cut for _, cut in prepared]
         answer = await self._batcher.encode(tiles, asked.policy, DTYPES[asked.dtype])
         self._metrics.images.labels("encoded").inc(len(tiles))
@@ -181,7 +181,7 @@ class Service(vision_pb2_grpc.VisionServicer):
             images=request.images,
             tiling=_tiling(request.tiling, said, self._max_pixels),
             policy=_policy(request.router, said.thresholds),
-            dtype=messages.from_dtype(request.dtype),
+            dtype=messages.dtype_from_proto(request.dtype),
             deliver_to=request.deliver_to,
         )
 
@@ -208,8 +208,8 @@ class Service(vision_pb2_grpc.VisionServicer):
 
 def _tiling(asked: pb.Tiling, said: Description, max_pixels: int) -> Tiling:
     least, most = bounds(asked.min_tiles, asked.max_tiles, said.min_tiles, said.max_tiles)
-    if least > most or most > MOST_TILES:
-        raise errors.InvalidRequest(f"min_tiles {least} and max_tiles {most} must be ordered and at most {MOST_TILES}")
+    if least > most or most > MAX_TILES:
+        raise errors.InvalidRequest(f"min_tiles {least} and max_tiles {most} must be ordered and at most {MAX_TILES}")
     return Tiling(least, most, said.thumbnail, said.tower.image_size, max_pixels)
 
 

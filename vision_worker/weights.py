@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wire.checkpoint import Checkpoint, CheckpointError, TensorSlice
+from common.checkpoint import Checkpoint, CheckpointError, TensorSlice
 
 log = logging.getLogger(__name__)
 

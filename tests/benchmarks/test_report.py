@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report, result
-from benchmarks.kept import Kept
+from benchmarks.checkpointed import Kept
 
 
 def test_a_run_that_is_not_done_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

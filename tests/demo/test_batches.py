@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import tiling
 from demo import batches, scenes
 from demo.scenes import Style
 from demo.words import Words, counts
-from wire import tiling
 
 TINY = Style(tile=112, smallest_digit=16)
 DRILL = replace(TINY, drill=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from common.checkpoint import open_checkpoint, read_header
 from demo.words import TEMPLATE, Words
 from tests.checkpoints import make
-from wire.checkpoint import open_checkpoint, read_header
 
 DEMO = Path(__file__).parents[2] / "demo/checkpoint"
 

@@ -17,12 +17,12 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
+from common.tiling import grid
 from demo import evaluate, scenes
 from demo.evaluate import CURVE, ROUTER, STYLES, TASKS, Answers, Failed, Group, Record, Setting
 from demo.scenes import Scene, Shape, Style
 from demo.words import Asked
-from vision_worker.tiling import cut
-from wire.tiling import grid
+from vision_worker.preprocessing.tiling import cut
 
 PICTURE = Scene(1000, 500, "plain", (220, 220, 220), (Shape("square", "red", (10.0, 10.0, 90.0, 90.0)),))
 TILES = 3  # of it, with its thumbnail

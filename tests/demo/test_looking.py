@@ -20,13 +20,13 @@ def talk(words: Words, seed: int, compressed: bool = False) -> batches.Talk:
 
 
 def seen(trainee: model.Trainee, batch: batches.Talk) -> model.Read:
-    return trainee.read(trainee.prefixes(batch, trainee.look(batch.tiles, batch.corners), batch.compressed))
+    return trainee.read(trainee.prefixes(batch, trainee.forward(batch.tiles, batch.corners), batch.compressed))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_attention_is_the_one_that_the_language_model_has(trainee: model.Trainee, words: Words, seed: int) -> None:
     batch = talk(words, seed, compressed=True)
-    prefix = trainee.prefixes(batch, trainee.look(batch.tiles, batch.corners), batch.compressed)
+    prefix = trainee.prefixes(batch, trainee.forward(batch.tiles, batch.corners), batch.compressed)
     attentions, read = looking.Looking(trainee), trainee.read(prefix)
     trainee.answer(read, batch.rows)
     number = int(batch.rows.numbers.max())

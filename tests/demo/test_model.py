@@ -31,7 +31,7 @@ def alone(trainee: model.Trainee, prefix: Tensor, rows: batches.Rows) -> Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_conversations_side_by_side_are_as_each_alone(trainee: model.Trainee, words: Words, seed: int) -> None:
     talk = batches.talk(np.random.default_rng(seed), words, SMALL, 8)
-    prefix = trainee.prefixes(talk, trainee.look(talk.tiles, talk.corners), talk.compressed)
+    prefix = trainee.prefixes(talk, trainee.forward(talk.tiles, talk.corners), talk.compressed)
     together = trainee.answer(trainee.read(prefix), talk.rows)
     assert together.shape == (len(talk.rows.told), words.size)
     assert torch.allclose(together, alone(trainee, prefix, talk.rows), atol=1e-4)
@@ -42,7 +42,7 @@ def test_conversations_side_by_side_are_as_each_alone(trainee: model.Trainee, wo
 def test_a_full_tile_is_seen_as_the_vision_worker_sees_it(trainee: model.Trainee) -> None:
     tiles = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 448, 448, 3), np.uint8))
     corner = torch.zeros(2, 2, dtype=torch.long)
-    assert torch.allclose(trainee.look(tiles, corner), trainee.look(tiles), atol=1e-5)
+    assert torch.allclose(trainee.forward(tiles, corner), trainee.forward(tiles), atol=1e-5)
 
 
 def test_the_checkpoint_holds_what_was_trained(trainee: model.Trainee, words: Words, tmp_path: Path) -> None:

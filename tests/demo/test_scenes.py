@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageFont
 
+from common.tiling import grid
 from demo import scenes
 from demo.scenes import COLOURS, PATCH, SHAPES, Box, Scene, Style, Tile
-from vision_worker import tiling
-from wire.tiling import grid
+from vision_worker.preprocessing import tiling
 
 SERVED, SMALL, UNSEEN = Style(), Style(tile=224, smallest_digit=26), Style(held_out=True)
 SINGLE = Style(tile=224, max_tiles=1, smallest_digit=26, largest=800)
@@ -275,7 +275,7 @@ def test_patches_of_the_background_carry_nothing(style: Style) -> None:
             assert not labels.colour[clear].any()
             assert not labels.middle[clear].any()
             assert (labels.order[clear] == -1).all()
-            assert (labels.place[clear] == -1).all()
+            assert (labels.placement[clear] == -1).all()
             seen += int(clear.sum())
     assert seen > 1000
 
@@ -291,7 +291,7 @@ def test_a_square_covers_the_patches_within_it() -> None:
     assert 8 <= columns.min() <= 9
     assert 18 <= columns.max() <= 19
     assert len(rows) == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-    assert set(labels.place[rows, columns]) == {1}  # its middle at (196, 140): the top row's middle third
+    assert set(labels.placement[rows, columns]) == {1}  # its middle at (196, 140): the top row's middle third
     assert np.argwhere(labels.middle).tolist() == [[10, 14]]
     assert labels.things == 1
 
@@ -319,4 +319,4 @@ def test_digits_are_numbered_from_the_left_in_each_tile() -> None:
     [((0.1, 0.1), "top left"), ((0.5, 0.2), "top"), ((0.9, 0.5), "right"), ((0.5, 0.5), "center"), ((1, 1), "bottom right")],
 )
 def test_places_are_thirds(at: tuple[float, float], name: str) -> None:
-    assert scenes.PLACES[scenes.place(*at)] == name
+    assert scenes.PLACES[scenes.placement(*at)] == name

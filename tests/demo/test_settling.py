@@ -27,7 +27,7 @@ def test_what_is_gathered_is_what_the_last_layer_answers_from_by_either_path(tra
     found = settling.gathered(trainee, batch)
     with torch.no_grad():
         loss, _ = settling.settle(trainee, found)[1](torch.arange(len(found.told)))
-        features = trainee.look(batch.tiles, batch.corners)
+        features = trainee.forward(batch.tiles, batch.corners)
         paths = (batch.compressed, torch.zeros_like(batch.compressed))
         logits = [trainee.answer(trainee.read(trainee.prefixes(batch, features, path)), batch.rows) for path in paths]
     counts = [batch.tasks[n] == "count" for n in batch.rows.numbers[batch.rows.answers >= 0]]

@@ -4,10 +4,10 @@ from torch import Tensor
 from demo import batches, train
 
 SIDE = 8
-Place = tuple[int, int, int]  # tile, row, column
+Placement = tuple[int, int, int]  # tile, row, column
 
 
-def patches(tiles: int, **at: dict[Place, int]) -> batches.Patches:
+def patches(tiles: int, **at: dict[Placement, int]) -> batches.Patches:
     """Nothing but what is said of a tile's row and column."""
 
     def filled(name: str) -> Tensor:
@@ -19,7 +19,7 @@ def patches(tiles: int, **at: dict[Place, int]) -> batches.Patches:
     return batches.Patches(**{name: filled(name) for name in ("kind", "colour", "order", "turn", "place", "middle")})
 
 
-def shapes(tiles: int, kinds: dict[Place, int], whole: int) -> batches.Patches:
+def shapes(tiles: int, kinds: dict[Placement, int], whole: int) -> batches.Patches:
     """Shapes by their middles; `whole`: the tile that shows the whole picture."""
     return patches(tiles, kind=kinds, middle=dict.fromkeys(kinds, 1), place={at: 4 for at in kinds if at[0] == whole})
 

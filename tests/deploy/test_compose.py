@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from common.options import read_options
+from dvd.config import HealthOptions
 from lm_worker import sink
 from lm_worker.__main__ import _refuse_ours, _split
 from server import __main__ as gateway
-from server.discovery import named
+from server.workers.discovery import named
 from tests.deploy.files import (
     BASE,
     CPU,
@@ -28,8 +30,8 @@ from tests.deploy.files import (
     services,
     whole,
 )  # fmt: skip
+from tests.option_classes import COMMANDS
 from vision_worker import __main__ as vision
-from wire import config
 
 EVERY_SET = pytest.mark.parametrize("files", SETS.values(), ids=SETS)
 EXAMPLE = DEPLOY / ".env.example"
@@ -43,7 +45,7 @@ def options(service: str, said: Any) -> Any:
     assert command[:3] == ["tini", "--", "dvd"]
     assert command[3:] == [OURS[service]]
     arguments, _ = _split(said["command"])
-    return config.read(config.COMMANDS[OURS[service]], arguments, environment(service, said))
+    return read_options(COMMANDS[OURS[service]], arguments, environment(service, said))
 
 
 @EVERY_SET
@@ -186,7 +188,7 @@ def test_health_is_asked_as_the_images_say(files: tuple[Path, ...]) -> None:
         for name in ("interval", "timeout", "start-period", "start-interval"):
             assert seconds(said[name.replace("-", "_")]) == seconds(of_image[name]), name
         assert said["retries"] == int(of_image["retries"])
-        asked = config.read(config.Health, command[2:], {})
+        asked = read_options(HealthOptions, command[2:], {})
         assert asked.timeout < seconds(said["timeout"]), "it must be able to say what is wrong"
         assert int(re.findall(r":(\d+)", asked.address)[-1]) in dockerfile(service).ports()
     assert seconds(services(files)["language"]["healthcheck"]["start_period"]) >= 600, "a large model loads for minutes"
@@ -256,7 +258,7 @@ def texts() -> dict[str, str]:
 
 
 def test_every_variable_of_ours_is_an_option() -> None:
-    known = {f"DVD_{name.upper()}" for options in config.COMMANDS.values() for name in options.model_fields}
+    known = {f"DVD_{name.upper()}" for options in COMMANDS.values() for name in options.model_fields}
     used = {name for text in texts().values() for name in re.findall(r"DVD_[A-Z_]+", text)}
     assert used
     assert used <= known

@@ -79,7 +79,7 @@ def test_each_image_installs_what_its_process_needs(service: str) -> None:
     assert extras(service) == {"language", "language-cpu"} if service == "language" else {service}
     assert extras(service) <= set(PROJECT["optional-dependencies"])
     commands = PROJECT["scripts"]
-    assert commands == {"dvd": "server.cli:main"}, "what the entry points call"
+    assert commands == {"dvd": "dvd.cli:main"}, "what the entry points call"
 
 
 def test_the_gateway_has_no_torch() -> None:

@@ -14,14 +14,14 @@ from collections.abc import AsyncIterator
 from functools import cache
 from pathlib import Path
 
+from common import errors
+from common.checkpoint import open_checkpoint
+from dvd.health import check
 from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder
-from server.health import check
 from tests.deploy.files import ROOT, dockerfile, environment, services
 from tests.ports import free_port
 from tests.server.peers import Engine, until
-from wire import errors
-from wire.checkpoint import open_checkpoint
 
 EXPOSED = [str(port) for service in ("gateway", "vision", "language") for port in dockerfile(service).ports()]
 CHECKPOINT = ROOT / "demo/checkpoint"
@@ -49,7 +49,7 @@ def moved(text: str) -> str:
 def program(words: list[str]) -> list[str]:
     """`dvd`, by this Python and of this folder."""
     assert words[0] == "dvd"
-    return [sys.executable, "-c", "from server.cli import main; main()", *map(moved, words[1:])]
+    return [sys.executable, "-c", "from dvd.cli import main; main()", *map(moved, words[1:])]
 
 
 @contextlib.asynccontextmanager

@@ -8,7 +8,8 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from wire.config import COMMANDS, PREFIX, shown
+from common.options import PREFIX, shown
+from tests.option_classes import COMMANDS
 
 HEAD = f"""# Configuration
 

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from wire import errors
-from wire.config import COMMANDS, shown
+from common import errors
+from common.options import shown
+from tests.option_classes import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text()
 

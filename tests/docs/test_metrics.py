@@ -11,8 +11,8 @@ from lm_worker.metrics import Metrics as SinkMetrics
 from lm_worker.store import Store
 from server.metrics import Load, Worker
 from server.metrics import Metrics as GatewayMetrics
+from vision_worker.cache.embedding_cache import EmbeddingCache, Memory
 from vision_worker.metrics import Metrics as VisionMetrics
-from wire.cache import Embeddings, Memory
 
 ROOT = Path(__file__).parents[2]
 _ROW = re.compile(r"^\| `(dvd_\w+)` \| (\w+) \| ([\w, –]+) \| ([^|]+) \| ([\w, ]+) \| ([^|]+) \|$", re.MULTILINE)
@@ -50,7 +50,7 @@ def test_of_the_gateway() -> None:
 
 def test_of_a_vision_worker() -> None:
     made = VisionMetrics()
-    made.watch(Embeddings(Memory(1)))
+    made.watch(EmbeddingCache(Memory(1)))
     assert exported(made.registry) == documented("vision")
 
 

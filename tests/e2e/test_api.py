@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.video import frames
+from server.media.video import frames
 from tests.e2e.conftest import Golden
 from tests.e2e.serving import Served, image_part, request, text_part
 from tests.videos import made

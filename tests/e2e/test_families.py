@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from common.checkpoint import open_checkpoint
+from common.embedding import Header
+from common.options import read_options
+from common.tiling import Tiling
 from lm_worker.store import Store, create_folder
 from tests import checkpoints
 from tests.e2e.serving import IMAGES, ROOT, text_part
 from vision_worker import encoder as encoders
+from vision_worker.config import VisionOptions
 from vision_worker.models import vir
-from wire import config
-from wire.checkpoint import open_checkpoint
-from wire.tensors import Header
-from wire.tiling import Tiling
 
 PICTURES = ("square.png", "palette_512x512.png", "wide_1300x800.jpg")
 
@@ -54,14 +55,16 @@ def embed(checkpoint: Path, store: Path) -> dict[str, int]:
     """Encode the pictures into the store, each under its name; visual tokens of each."""
     opened = open_checkpoint(checkpoint)
     said = opened.description
-    encoder = encoders.load(config.read(config.Vision, [str(checkpoint)], {}), opened)
+    encoder = encoders.load(read_options(VisionOptions, [str(checkpoint)], {}), opened)
     create_folder(store)
     kept = Store(store, budget=64 << 20, lease=0)
     rows = {}
     for picture in PICTURES:
         tiles = encoder.prepare((IMAGES / picture).read_bytes(), Tiling(1, 2, said.thumbnail))
         policy = vir.policy(0, said.thresholds)
-        values = torch.cat(encoder.embed(encoder.look(encoder.stage(tiles.pixels)), range(len(tiles)), policy).blocks).float()
+        values = torch.cat(
+            encoder.project(encoder.forward(encoder.stage(tiles.pixels)), range(len(tiles)), policy).blocks
+        ).float()
         key = picture.partition(".")[0]
         rows[key] = len(values)
         with kept.writing(Header(key, opened.fingerprint, "float32", *values.shape)) as incoming:

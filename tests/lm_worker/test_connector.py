@@ -9,9 +9,9 @@ import pytest
 import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 
+from common.embedding import Header
 from lm_worker.connector import Loads, SharedMemoryConnector
 from lm_worker.store import Store, create_folder
-from wire.tensors import Header
 
 ROWS, WIDTH, PATIENCE = 4, 8, 0.2
 

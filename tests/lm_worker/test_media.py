@@ -4,11 +4,11 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
+from common.embedding_ref import EmbeddingRef
 from lm_worker.media import RefuseMedia
-from lm_worker.model import TOKENS, ImageParser, KeyedItems
-from wire.handover import Handover
+from lm_worker.models.internvl import TOKENS, ImageParser, KeyedItems
 
-ONE, OTHER = Handover("a" * 64, 256), Handover("b" * 64, 1792)
+ONE, OTHER = EmbeddingRef("a" * 64, 256), EmbeddingRef("b" * 64, 1792)
 
 
 def parsed(images: object) -> KeyedItems:

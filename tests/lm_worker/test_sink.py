@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common import embedding_stream, errors, rpc
+from common.checkpoint import open_checkpoint
+from common.embedding import HEADER_SIZE, Header
 from lm_worker.sink import SinkOptions
-from lm_worker.store import create_folder, map_payload
+from lm_worker.store import create_folder, map_embedding
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 from tests.ports import free_port
-from wire import chunks, errors, rpc
-from wire.checkpoint import open_checkpoint
-from wire.tensors import HEADER_SIZE, Header
 
 CHECKPOINT = Path(__file__).parents[1] / "data/golden/flash-qwen3/checkpoint"
 FINGERPRINT = open_checkpoint(CHECKPOINT).fingerprint
@@ -58,7 +58,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
 
 @pytest.fixture
 async def sink(running: RunningSink) -> AsyncIterator[embeddings_pb2_grpc.EmbeddingSinkStub]:
-    channel = rpc.channel(running.options.listen)
+    channel = rpc.open_channel(running.options.listen)
     await asyncio.wait_for(channel.channel_ready(), 30)
     yield embeddings_pb2_grpc.EmbeddingSinkStub(channel)
     await channel.close()
@@ -80,7 +80,7 @@ async def deliver(
 
     for left in reversed(range(3)):
         try:
-            with rpc.translated("sink"):
+            with rpc.translate_errors("sink"):
                 return await sink.Deliver(parts())
         except errors.Unavailable as error:  # grpc.aio now and then loses a refusal that comes while it is writing: try again
             if "(internal)" not in str(error) or not left:
@@ -98,7 +98,7 @@ async def test_a_delivery_is_visible_whole(running: RunningSink, sink: embedding
     data = np.random.default_rng(0).standard_normal(ROWS * WIDTH).astype("float32").tobytes()
     assert not (await deliver(sink, header("whole"), data)).already_here
     assert (await sink.Has(pb.HasRequest(keys=["whole", "absent"]))).tokens == [ROWS, 0]
-    _, mapped = map_payload(Path(running.options.folder) / "whole")
+    _, mapped = map_embedding(Path(running.options.folder) / "whole")
     assert mapped[HEADER_SIZE:] == data
     assert (await deliver(sink, header("whole"), data)).already_here
 
@@ -192,10 +192,10 @@ async def test_a_sender_that_leaves_midway_leaves_nothing(sink: embeddings_pb2_g
 async def send(running: RunningSink, key: str, rows: int, data: bytes) -> pb.DeliverReply:
     """As a vision worker does."""
     said = Header(key, FINGERPRINT, "float32", rows, WIDTH)
-    channel = rpc.channel(running.options.listen)
+    channel = rpc.open_channel(running.options.listen)
     try:
-        with rpc.translated("sink"):
-            return await chunks.deliver(channel, said, memoryview(data), 30)
+        with rpc.translate_errors("sink"):
+            return await embedding_stream.deliver(channel, said, memoryview(data), 30)
     finally:
         await channel.close()
 
@@ -204,9 +204,9 @@ VALUES = np.random.default_rng(1).standard_normal(ROWS * WIDTH).astype("float32"
 
 
 async def test_on_one_machine_the_sender_writes_the_values(running: RunningSink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "parts", lambda _data: pytest.fail("they were sent"))
+    monkeypatch.setattr(embedding_stream, "parts", lambda _data: pytest.fail("they were sent"))
     assert not (await send(running, "written", ROWS, VALUES)).already_here
-    _, mapped = map_payload(Path(running.options.folder) / "written")
+    _, mapped = map_embedding(Path(running.options.folder) / "written")
     assert mapped[HEADER_SIZE:] == VALUES
     with pytest.raises(errors.InvalidRequest, match="infinite or undefined"):
         await send(running, "written-nan", ROWS, NAN)
@@ -218,9 +218,9 @@ async def test_on_one_machine_the_sender_writes_the_values(running: RunningSink,
 async def test_a_sender_that_cannot_write_the_file_sends_the_values(
     running: RunningSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(embedding_stream.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError()))
     assert not (await send(running, "sent", ROWS, VALUES)).already_here
-    _, mapped = map_payload(Path(running.options.folder) / "sent")
+    _, mapped = map_embedding(Path(running.options.folder) / "sent")
     assert mapped[HEADER_SIZE:] == VALUES
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lm_worker.store import Holder, Store, create_folder, map_payload, read_header
-from wire import errors
-from wire.tensors import HEADER_SIZE, Header
+from common import errors
+from common.embedding import HEADER_SIZE, Header
+from lm_worker.store import Holder, Store, create_folder, map_embedding, read_header
 
 ROWS, WIDTH = 4, 8
 
@@ -32,7 +32,7 @@ def put(store: Store, key: str, fill: int = 1) -> None:
 def test_what_was_written_is_read_back(folder: Path) -> None:
     store = Store(folder, budget=10 * SIZE, lease=0)
     put(store, "a", 7)
-    found, mapped = map_payload(folder / "a")
+    found, mapped = map_embedding(folder / "a")
     assert found == header("a") == read_header(folder / "a")
     assert mapped[HEADER_SIZE:] == bytes([7]) * found.length
     assert (store.rows("a"), store.rows("b"), store.used) == (ROWS, 0, SIZE)
@@ -145,7 +145,7 @@ def test_holds_are_counted_and_survive_eviction(folder: Path) -> None:
     (folder / "a").unlink()
     holder.release("a")
     assert holder.held("a")
-    assert map_payload(holder.path("a"))[1][HEADER_SIZE] == 9
+    assert map_embedding(holder.path("a"))[1][HEADER_SIZE] == 9
     holder.release("a")
     assert not holder.held("a")
     assert not holder.path("a").exists()
@@ -159,7 +159,7 @@ def test_two_readers_hold_one_embedding_each_for_itself(folder: Path) -> None:
     assert second.hold("a")
     (folder / "a").unlink()
     first.release("a")
-    assert map_payload(second.path("a"))[1][HEADER_SIZE] == 9
+    assert map_embedding(second.path("a"))[1][HEADER_SIZE] == 9
     second.release("a")
     assert not list((folder / "held").iterdir())
 

@@ -20,12 +20,12 @@ import uvicorn
 from aiohttp import web
 from PIL import Image
 
+from common import errors, rpc
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
 from server.app import create_app
-from server.protocol import served
-from wire import errors, rpc
-from wire.config import Gateway
+from server.config import GatewayOptions
+from server.http.protocol import served
 
 MODEL = "internvl"
 PATIENCE = 60.0
@@ -80,7 +80,7 @@ class Vision(vision_pb2_grpc.VisionServicer):
         self._server: Any = None
 
     async def start(self) -> None:
-        self._server = rpc.server(self.address)
+        self._server = rpc.create_server(self.address)
         vision_pb2_grpc.add_VisionServicer_to_server(self, self._server)
         await self._server.start()
 
@@ -117,8 +117,8 @@ class Vision(vision_pb2_grpc.VisionServicer):
             yield pb.DeliverChunk(header=header)
             yield pb.DeliverChunk(data=bytes(header.length))
 
-        channel = rpc.channel(request.deliver_to)
-        with rpc.translated("sink"):
+        channel = rpc.open_channel(request.deliver_to)
+        with rpc.translate_errors("sink"):
             await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Deliver(parts())
         await channel.close()
 
@@ -148,7 +148,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._server: Any = None
 
     async def start(self) -> None:
-        self._server = rpc.server(self.address)
+        self._server = rpc.create_server(self.address)
         embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(self, self._server)
         await self._server.start()
 
@@ -456,7 +456,7 @@ async def serve(
     peers: list[Vision | Language] = [*visions, *languages]
     for peer in peers:
         await peer.start()
-    chosen = Gateway(
+    chosen = GatewayOptions(
         **{"vision_workers": [v.address for v in visions], "language_workers": [w.sink.address for w in languages], **options}
     )
     listening = socket.create_server(("127.0.0.1", 0))

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from common import errors
+from common.embedding_ref import parse
 from protos import vision_pb2 as pb
-from server.engine import LOST
+from server.vllm_response import LOST
 from tests.server.peers import (
     COMPLETION,
     EVENTS,
@@ -41,8 +43,6 @@ from tests.server.peers import (
     usual,
 )
 from tests.videos import made, read
-from wire import errors
-from wire.handover import parse
 
 A, B, C = (picture(i) for i in range(3))
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from server.account import Account
 from server.metrics import Listener, Metrics
+from server.request_stats import Account
 
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'

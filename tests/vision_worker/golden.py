@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vision_worker.encoder import Embedded, Place
+from common.checkpoint import open_checkpoint
+from common.tiling import Tiling
+from vision_worker.encoder import Embedded, Placement
 from vision_worker.models import internvl, vir
 from vision_worker.models.internvl import InternVL
-from vision_worker.tiling import Tiles
-from wire.checkpoint import open_checkpoint
-from wire.tiling import Tiling
+from vision_worker.preprocessing.tiling import Tiles
 
 FOLDER = Path(__file__).parents[1] / "data/golden"
 NAMES = ("flash-qwen3", "vit300m-qwen2", "vit6b-llama")
@@ -53,7 +53,7 @@ def cases(*names: str) -> list[Case]:
 
 @functools.cache
 def encoder(name: str, dtype: torch.dtype = torch.float32) -> InternVL:
-    return internvl.load(open_checkpoint(FOLDER / name / "checkpoint"), Place(torch.device("cpu"), dtype))
+    return internvl.load(open_checkpoint(FOLDER / name / "checkpoint"), Placement(torch.device("cpu"), dtype))
 
 
 def image(name: str) -> bytes:
@@ -73,7 +73,7 @@ def tiles(of: InternVL, name: str) -> Tiles:
 def features(name: str, file: str, dtype: torch.dtype) -> torch.Tensor:
     """Of one image; kept, since several cases hold the same image."""
     made = encoder(name, dtype)
-    return made.look(made.stage(tiles(made, file).pixels))
+    return made.forward(made.stage(tiles(made, file).pixels))
 
 
 def embedded(case: Case, dtype: torch.dtype) -> Embedded:

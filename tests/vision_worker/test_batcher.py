@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import errors
+from common.checkpoint import open_checkpoint
 from tests.vision_worker import golden
 from vision_worker.batcher import Answer, Batcher
-from vision_worker.encoder import Place
+from vision_worker.encoder import Placement
 from vision_worker.metrics import Metrics
 from vision_worker.models import fake, vir
 from vision_worker.models.fake import Fake
-from vision_worker.tiling import Tiles
-from wire import errors
-from wire.checkpoint import open_checkpoint
+from vision_worker.preprocessing.tiling import Tiles
 
 KEEP = vir.Fixed(False)
 SIDE = 448
@@ -27,20 +27,22 @@ class Watched(Fake):
     poison = 255
 
     def __init__(self) -> None:
-        made = fake.load(open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint"), Place(torch.device("cpu"), torch.float32))
-        super().__init__(made.checkpoint, made.place)
+        made = fake.load(
+            open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint"), Placement(torch.device("cpu"), torch.float32)
+        )
+        super().__init__(made.checkpoint, made.placement)
         self.batches: list[list[int]] = []
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()
 
-    def look(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         self.batches.append(pixels[:, 0, 0, 0].tolist())
         self.entered.set()
         self.open.wait(10)
         if self.poison in self.batches[-1]:
             raise RuntimeError("the device is gone")
-        return super().look(pixels)
+        return super().forward(pixels)
 
 
 def made_of(*values: int) -> Tiles:

@@ -8,11 +8,11 @@ from typing import Any
 import grpc
 import pytest
 
+from common import embedding_stream, rpc
+from common.embedding import Header
 from protos import embeddings_pb2, embeddings_pb2_grpc
 from vision_worker import delivery
 from vision_worker.delivery import Sinks
-from wire import chunks, rpc
-from wire.tensors import Header
 
 HEADER = Header("key", "f" * 64, "float32", 1, 4)
 DATA = memoryview(bytes(16))
@@ -26,7 +26,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def Deliver(self, request: AsyncIterator[Any], context: Any) -> embeddings_pb2.DeliverReply:  # noqa: N802
         self.begun.set()
         await self.free.wait()
-        await chunks.accept(context, None)
+        await embedding_stream.accept(context, None)
         assert b"".join([chunk.data async for chunk in request]) == DATA
         return embeddings_pb2.DeliverReply()
 
@@ -37,9 +37,11 @@ async def test_a_channel_that_nobody_uses_is_closed_when_another_is_opened(
 ) -> None:
     monkeypatch.setattr(delivery, "UNUSED", unused)
     opened: list[Any] = []
-    monkeypatch.setattr(delivery.rpc, "channel", lambda address, make=rpc.channel: opened.append(make(address)) or opened[-1])
+    monkeypatch.setattr(
+        delivery.rpc, "open_channel", lambda address, make=rpc.open_channel: opened.append(make(address)) or opened[-1]
+    )
     places = [f"unix:{tmp_path}/{i}" for i in range(3)]
-    served, sinks, ways = [rpc.server(place) for place in places], [Sink() for _ in places], Sinks()
+    served, sinks, ways = [rpc.create_server(place) for place in places], [Sink() for _ in places], Sinks()
     for server, sink in zip(served, sinks, strict=True):
         embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, server)
         await server.start()

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import rpc
+from common.checkpoint import open_checkpoint
 from protos import embeddings_pb2, vision_pb2, vision_pb2_grpc
 from tests.vision_worker import golden
 from vision_worker.__main__ import main
 from vision_worker.models.fake import Fake
-from wire import rpc
-from wire.checkpoint import open_checkpoint
 
 CHECKPOINT = str(golden.FOLDER / "flash-qwen3/checkpoint")
 
@@ -54,13 +54,13 @@ def test_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_ends_when_its_device_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look(_self: Fake, pixels: Tensor) -> Tensor:
+    def forward(_self: Fake, pixels: Tensor) -> Tensor:
         if bool(pixels.any()):  # what warms is blank
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return torch.zeros(len(pixels), 1)
 
-    monkeypatch.setattr(Fake, "look", look)
-    monkeypatch.setattr(Fake, "embed", lambda *_: None)
+    monkeypatch.setattr(Fake, "forward", forward)
+    monkeypatch.setattr(Fake, "project", lambda *_: None)
     monkeypatch.setattr("vision_worker.batcher._computes", lambda _: False)
     address, codes = f"unix:{tmp_path}/vision", list[grpc.StatusCode]()
 
@@ -94,7 +94,7 @@ async def test_it_starts_answers_and_stops(tmp_path: Path) -> None:
             assert line, said
             said += line
         assert said.index("loading") < said.index("warming") < said.index("ready on")
-        async with rpc.channel(address) as channel:
+        async with rpc.open_channel(address) as channel:
             await vision_pb2_grpc.VisionStub(channel).Describe(embeddings_pb2.DescribeRequest(), timeout=5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from common import embedding_stream, errors, logs, rpc
+from common.tracing import Trace
 from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from tests.vision_worker import golden
 from vision_worker.batcher import Batcher
+from vision_worker.cache.embedding_cache import Cache, EmbeddingCache, Memory
 from vision_worker.delivery import Sinks
 from vision_worker.metrics import Metrics
 from vision_worker.service import Service
-from wire import chunks, errors, logs, rpc
-from wire.cache import Cache, Embeddings, Memory
-from wire.trace import Trace
 
 STAGES = ("decode", "tile", "encode", "route", "deliver")
 FLASH = golden.cases("flash-qwen3")
@@ -41,7 +41,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         if self.fail:
             raise self.fail
         header = (await anext(request)).header
-        await chunks.accept(context, None)
+        await embedding_stream.accept(context, None)
         parts = [chunk.data async for chunk in request]
         assert all(len(part) <= rpc.CHUNK for part in parts)
         self.headers[header.key], self.data[header.key] = header, b"".join(parts)
@@ -56,7 +56,7 @@ class Worker:
     fingerprint: str
     batcher: Batcher
     metrics: Metrics
-    cache: Embeddings
+    cache: EmbeddingCache
     threads: ThreadPoolExecutor
 
     async def encode(
@@ -69,7 +69,7 @@ class Worker:
             ],
             "dtype": embeddings_pb2.FLOAT32, "deliver_to": self.sink_address, "fingerprint": self.fingerprint,
         } | fields  # fmt: skip
-        with rpc.translated("vision worker"):
+        with rpc.translate_errors("vision worker"):
             return await self.stub.Encode(pb.EncodeRequest(**request), timeout=seconds, metadata=metadata)
 
     def delivered(self, key: str) -> torch.Tensor:
@@ -90,11 +90,11 @@ class Worker:
 
 async def serving(name: str, folder: Path, cache: Cache | None = None) -> AsyncIterator[Worker]:
     sink, sink_address, address = Sink(), f"unix:{folder}/sink", f"unix:{folder}/vision"
-    sink_server, server = rpc.server(sink_address), rpc.server(address)
+    sink_server, server = rpc.create_server(sink_address), rpc.create_server(address)
     embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, sink_server)
     encoder, sinks, metrics, threads = golden.encoder(name), Sinks(), Metrics(), ThreadPoolExecutor(2)
-    async with Batcher(encoder, 16, metrics) as batcher, rpc.channel(address) as channel:
-        embeddings = Embeddings(cache)
+    async with Batcher(encoder, 16, metrics) as batcher, rpc.open_channel(address) as channel:
+        embeddings = EmbeddingCache(cache)
         metrics.watch(embeddings)
         service = Service(encoder, batcher, sinks, embeddings, threads, 3_000_000, metrics, Trace(None, "vision"))
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)

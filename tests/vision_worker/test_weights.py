@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.checkpoint import CheckpointError, open_checkpoint
 from tests.vision_worker import golden
-from vision_worker.encoder import Place
+from vision_worker.encoder import Placement
 from vision_worker.models import internvl
-from wire.checkpoint import CheckpointError, open_checkpoint
 
-CPU = Place(torch.device("cpu"), torch.float32)
+CPU = Placement(torch.device("cpu"), torch.float32)
 NAME = "vision_model.encoder.layers.1.mlp.fc1.weight"
 Tensors = dict[str, torch.Tensor]
 
@@ -78,4 +78,4 @@ def test_positions_of_another_image_size_are_interpolated(folder: Path) -> None:
     name = "vision_model.embeddings.position_embedding"
     rewrite(folder, tensors | {name: tensors[name][:, : 16 * 16 + 1].clone()})
     made = internvl.load(open_checkpoint(folder), CPU)
-    assert made.look(made.stage(golden.tiles(made, "square.png").pixels)).shape == (1, 1024, 64)
+    assert made.forward(made.stage(golden.tiles(made, "square.png").pixels)).shape == (1, 1024, 64)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wire.config import ConfigError
+from common.options import ConfigError
 
 _SIZES = 6
 """torch compiles one function for eight shapes at most, and runs it uncompiled from then on without a word."""

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vision_worker import tiling
-from vision_worker.encoder import Embedded, Place, Stager
+from common.checkpoint import Checkpoint
+from common.tiling import Tiling
+from vision_worker.encoder import Embedded, Placement, Stager
 from vision_worker.models.vir import Policy
-from wire.checkpoint import Checkpoint
-from wire.tiling import Tiling
+from vision_worker.preprocessing import tiling
 
 _SCORES = 1 << 16
 
 
 class Fake:
-    def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
-        self.checkpoint, self.place = checkpoint, place
+    def __init__(self, checkpoint: Checkpoint, place: Placement) -> None:
+        self.checkpoint, self.placement = checkpoint, place
         self.stage = Stager(torch.device("cpu")).stage
         said = checkpoint.description
         generator = torch.Generator().manual_seed(0)
@@ -33,12 +33,12 @@ class Fake:
     def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
         return tiling.cut(data, options)
 
-    def look(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """A number of 32 bits a tile, int64 [n]."""
         digests = (hashlib.blake2b(tile.tobytes(), digest_size=4).digest() for tile in pixels.numpy())
         return torch.tensor([int.from_bytes(digest) for digest in digests])
 
-    def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
+    def project(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
         numbers = features[list(copies)]
         scores = (numbers % _SCORES).float() / _SCORES
         compressed = policy.route(scores).tolist()
@@ -52,5 +52,5 @@ class Fake:
         return self._table[first : first + rows]
 
 
-def load(checkpoint: Checkpoint, place: Place, dummy: bool = False) -> Fake:
+def load(checkpoint: Checkpoint, place: Placement, dummy: bool = False) -> Fake:
     return Fake(checkpoint, place)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_worker.models.products import Linear, attention
-from wire.layouts.base import Tower
+from common.layouts.base import Tower
+from vision_worker.models.onednn import Linear, attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

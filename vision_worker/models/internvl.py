@@ -7,15 +7,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vision_worker import tiling, weights
-from vision_worker.encoder import Embedded, Place, Stager
+from common.checkpoint import Checkpoint, CheckpointError
+from common.layouts.base import Description
+from common.tiling import Tiling
+from vision_worker import weights
+from vision_worker.encoder import Embedded, Placement, Stager
 from vision_worker.models.compiled import Compiled
 from vision_worker.models.intern_vit import InternViT
-from vision_worker.models.products import Linear
+from vision_worker.models.onednn import Linear
 from vision_worker.models.vir import Gating, Policy, Pooling
-from wire.checkpoint import Checkpoint, CheckpointError
-from wire.layouts.base import Description
-from wire.tiling import Tiling
+from vision_worker.preprocessing import tiling
 
 _MEAN = (0.485, 0.456, 0.406)
 _DEVIATION = (0.229, 0.224, 0.225)
@@ -68,8 +69,8 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 class InternVL:
-    def __init__(self, checkpoint: Checkpoint, place: Place, model: Model) -> None:
-        self.checkpoint, self.place, self.model = checkpoint, place, model.eval()
+    def __init__(self, checkpoint: Checkpoint, place: Placement, model: Model) -> None:
+        self.checkpoint, self.placement, self.model = checkpoint, place, model.eval()
         self.stage = Stager(place.device).stage
         self._tower = Compiled(model.vision_model, place.compile_for, place.device) if place.compile_for else model.vision_model
 
@@ -80,12 +81,12 @@ class InternVL:
         return tiling.cut(data, options)
 
     @torch.inference_mode()
-    def look(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Features [n, patches, width of the tower]."""
-        return cast(Tensor, self._tower(normalised(pixels).to(self.place.dtype)))
+        return cast(Tensor, self._tower(normalised(pixels).to(self.placement.dtype)))
 
     @torch.inference_mode()
-    def embed(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
+    def project(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
         if features.is_cuda:
             # the tower may still compute, which is not the router's time
             torch.cuda.current_stream(features.device).synchronize()
@@ -116,7 +117,7 @@ class InternVL:
         return [blocks[i] for i in range(len(features))]
 
 
-def load(checkpoint: Checkpoint, place: Place, dummy: bool = False) -> InternVL:
+def load(checkpoint: Checkpoint, place: Placement, dummy: bool = False) -> InternVL:
     """Raises `CheckpointError`."""
     tower = checkpoint.description.tower
     trained = (tower.image_size // tower.patch_size) ** 2 + 1

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.layouts.base import Thresholds
 from protos import vision_pb2 as pb
-from vision_worker.models.products import Linear, product
-from wire.layouts.base import Thresholds
+from vision_worker.models.onednn import Linear, product
 
 _HEADS = 16
 

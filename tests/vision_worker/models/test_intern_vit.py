@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
+from common.layouts import huggingface
+from common.layouts.base import Tower
 from vision_worker.models.intern_vit import InternViT, depth, interpolated
-from wire.layouts import native
-from wire.layouts.base import Tower
 
 SMALL = Tower(
     hidden_size=64, intermediate_size=128, layers=3, heads=4, image_size=56, patch_size=14, norm="layer_norm",
@@ -38,7 +38,7 @@ def pair(tower: Tower) -> tuple[InternViT, InternVLVisionModel]:
         torch.nn.init.normal_(parameter, 0.1, 0.2)
     fused: dict[str, list[torch.Tensor]] = {}
     for name, value in theirs.state_dict().items():
-        found = native.vision_name("vision_tower." + name)
+        found = huggingface.vision_name("vision_tower." + name)
         if found:
             fused.setdefault(found[0].removeprefix("vision_model."), []).append(value)
     ours = InternViT(tower, positions=(tower.image_size // tower.patch_size) ** 2 + 1)

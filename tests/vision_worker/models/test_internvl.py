@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
 
+from common.checkpoint import open_checkpoint
 from tests.vision_worker import golden
-from vision_worker.encoder import Place
+from vision_worker.encoder import Placement
 from vision_worker.models import internvl, vir
 from vision_worker.models.internvl import normalised, pixel_shuffle
-from wire.checkpoint import open_checkpoint
 
-CPU = Place(torch.device("cpu"), torch.float32)
+CPU = Placement(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.25])
@@ -36,7 +36,7 @@ def test_an_embedding_does_not_depend_on_its_batch(together: int) -> None:
     made = golden.encoder("flash-qwen3")
     own = golden.tiles(made, "wide_1300x800.jpg").pixels
     strangers = np.random.default_rng(0).integers(0, 256, (max(0, together - len(own)), *own.shape[1:]), dtype=np.uint8)
-    mixed = made.look(made.stage([*strangers, *own]))[-len(own) :]
+    mixed = made.forward(made.stage([*strangers, *own]))[-len(own) :]
     alone = golden.features("flash-qwen3", "wide_1300x800.jpg", torch.float32)
     policy = vir.policy(0, made.checkpoint.description.thresholds)
     first, second = (made.embed(seen, range(len(own)), policy) for seen in (alone, mixed))
@@ -47,11 +47,11 @@ def test_an_embedding_does_not_depend_on_its_batch(together: int) -> None:
 
 def test_compiled_it_sees_the_same() -> None:
     checkpoint = open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint")
-    made = internvl.load(checkpoint, Place(torch.device("cpu"), torch.float32, compile_for=2))
+    made = internvl.load(checkpoint, Placement(torch.device("cpu"), torch.float32, compile_for=2))
     plain = golden.encoder("flash-qwen3")
     assert (made.sizes(2), plain.sizes(2)) == ([1, 2], [2])
     tiles = golden.tiles(made, "wide_1300x800.jpg").pixels[:2]
-    assert golden.relative(made.look(made.stage(tiles)), plain.look(plain.stage(tiles))) < 2e-6
+    assert golden.relative(made.forward(made.stage(tiles)), plain.forward(plain.stage(tiles))) < 2e-6
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -71,7 +71,7 @@ def test_dummy_weights_are_seeded_and_finite() -> None:
     results = []
     for _ in range(2):
         made = internvl.load(checkpoint, CPU, dummy=True)
-        results.append(torch.cat(made.embed(made.look(made.stage(pixels)), range(2), policy).blocks))
+        results.append(torch.cat(made.embed(made.forward(made.stage(pixels)), range(2), policy).blocks))
     assert torch.equal(*results)
     assert results[0].isfinite().all()
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_transformers(tmp_path: Path, style: str) -> None:
     made = internvl.load(open_checkpoint(tmp_path), CPU)
     assert made.checkpoint.description.max_tiles == 9
     pixels = np.random.default_rng(1).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
-    got = torch.stack(made.embed(made.look(made.stage(pixels)), range(2), vir.Fixed(False)).blocks)
+    got = torch.stack(made.embed(made.forward(made.stage(pixels)), range(2), vir.Fixed(False)).blocks)
     with torch.no_grad():
         wanted = theirs.model.get_image_features(normalised(torch.from_numpy(pixels))).pooler_output
     assert golden.relative(got, wanted) < 1e-5

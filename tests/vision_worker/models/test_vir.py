@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from common.layouts.base import Thresholds
 from protos import vision_pb2 as pb
 from tests.vision_worker import golden
 from vision_worker.models import vir
-from wire.layouts.base import Thresholds
 
 OWN = Thresholds(relative=0.2, absolute=0.5)
 

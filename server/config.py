@@ -1,0 +1,91 @@
+"""Options of the gateway."""
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from common.options import ADDRESS_PATTERN, ImageLimits, TraceOptions
+from common.tiling import MAX_TILES
+
+_NAME = re.compile(r"dns:[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?:\d+")
+
+
+def _worker_address(text: str) -> str:
+    """Return `text` if it is a static address or a `dns:` name; raise a validation error otherwise."""
+    match = _NAME.fullmatch(text) or re.fullmatch(ADDRESS_PATTERN, text)
+    port = text.rpartition(":")[2]
+    if not match or not (text.startswith("unix:") or 0 < int(port) < 1 << 16):
+        raise PydanticCustomError(
+            "address", "expected HOST:PORT, [IPV6]:PORT, unix:/PATH, or dns:NAME:PORT for every address of a name"
+        )
+    return text
+
+
+WorkerAddress = Annotated[str, AfterValidator(_worker_address)]
+
+
+class ServingOptions(ImageLimits, TraceOptions):
+    """Options of the gateway that `dvd up` has too: HTTP, limits and the router's defaults."""
+
+    host: str = Field("127.0.0.1", description="address the gateway listens on")
+    port: int = Field(8000, ge=0, le=65535, description="port the gateway listens on")
+    api_key: SecretStr | None = Field(None, description="bearer token that callers must send; unset: no authentication")
+    allow_private_images: bool = Field(
+        False, description="also fetch images over http and from private addresses: only if every caller is trusted"
+    )
+    max_images: int = Field(32, ge=1, description="maximum number of images in a request; each frame of a video counts")
+    max_image_bytes: int = Field(32 << 20, ge=1, description="maximum size of an image file in bytes")
+    max_video_bytes: int = Field(64 << 20, ge=1, description="maximum size of a video file in bytes")
+    max_body_bytes: int = Field(128 << 20, ge=1, description="maximum size of a request body in bytes")
+    max_in_flight: int = Field(512, ge=1, description="maximum number of concurrent requests; more are answered 429")
+    workers: int = Field(1, ge=1, le=64, description="gateway processes; they share the port and max_in_flight")
+    fetch_timeout: float = Field(20.0, gt=0, description="timeout in seconds to fetch an image or video, and to decode a video")
+    request_timeout: float = Field(600.0, gt=0, description="deadline of a request in seconds; later it is answered 504")
+    stream_keep_alive: float = Field(
+        15.0, ge=0, description="seconds without an event until a stream sends a keep-alive comment; 0: never"
+    )
+    router_scope: Literal["image", "request"] = Field(
+        "image", description="tiles over which the router computes its quantile; request: like the official code"
+    )
+    vir: Literal["auto", "off", "all"] = Field(
+        "auto", description="tiles to compress by default: those the router selects, none, or all"
+    )
+    vir_relative_threshold: float | None = Field(
+        None, ge=0, le=1, description="quantile that a compressed tile's score must exceed, 0 to 1; unset: the checkpoint's"
+    )
+    vir_absolute_threshold: float | None = Field(
+        None, ge=0, le=1, description="minimum score of a compressed tile, 0 to 1; unset: the checkpoint's"
+    )
+    allow_vir: bool = Field(True, description="requests may set vir; false: requests that set it are rejected")
+    max_tiles: int | None = Field(
+        None, ge=1, le=MAX_TILES, description="maximum number of tiles of an image without thumbnail; unset: the checkpoint's"
+    )
+
+    @field_validator("vir", mode="before")
+    @classmethod
+    def _accept_yaml_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @field_validator("vir_relative_threshold", "vir_absolute_threshold")
+    @classmethod
+    def _only_auto_has_thresholds(cls, value: float | None, info: ValidationInfo) -> float | None:
+        mode = info.data.get("vir", "auto")
+        if value is not None and mode != "auto":
+            raise PydanticCustomError("threshold", "thresholds require --vir=auto, not {mode}", {"mode": mode})
+        return value
+
+
+class GatewayOptions(ServingOptions):
+    """`dvd gateway`: the OpenAI-compatible HTTP server in front of workers that run elsewhere."""
+
+    command: ClassVar[str] = "gateway"
+
+    vision_workers: list[WorkerAddress] = Field(
+        min_length=1,
+        description="vision workers, comma-separated: HOST:PORT, unix:/PATH, or dns:NAME:PORT for every address of a name",
+    )
+    language_workers: list[WorkerAddress] = Field(
+        min_length=1, description="sinks of the language workers, comma-separated, in the same forms"
+    )

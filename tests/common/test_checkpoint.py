@@ -1,0 +1,96 @@
+"""What a checkpoint says of itself, and what is no checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from common.checkpoint import CheckpointError, open_checkpoint
+from common.layouts.base import Thresholds
+
+GOLDEN = Path(__file__).parents[1] / "data/golden"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN / "flash-qwen3/checkpoint", tmp_path / "c"))
+
+
+def change(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_flash_is_described() -> None:
+    said = open_checkpoint(GOLDEN / "flash-qwen3/checkpoint").description
+    assert (said.family, said.language_model) == ("InternVL 3.5 Flash", "Qwen3ForCausalLM")
+    assert (said.tokens_per_tile, said.compressed_tokens_per_tile) == (256, 64)
+    assert (said.max_tiles, said.thumbnail) == (12, True)
+    assert said.thresholds == Thresholds(0.2, 0.5)
+
+
+def test_the_6b_tower_is_described() -> None:
+    said = open_checkpoint(GOLDEN / "vit6b-llama/checkpoint").description
+    assert (said.tower.norm, said.tower.qk_norm, said.tower.qkv_bias, said.tower.select_layer) == ("rms_norm", True, False, -4)
+    assert (said.pixel_shuffle, said.max_tiles, said.thresholds) == ("v1", 6, None)
+
+
+def test_the_fingerprint_follows_what_decides_an_embedding(copy: Path) -> None:
+    original = open_checkpoint(GOLDEN / "flash-qwen3/checkpoint").fingerprint
+    assert open_checkpoint(copy).fingerprint == original, "the place does not matter"
+    change(copy, flash_relative_threshold=0.3)
+    assert open_checkpoint(copy).fingerprint != original
+    change(copy, flash_relative_threshold=0.2)
+    file = copy / "model.safetensors"
+    tensor = open_checkpoint(copy).vision_tensors["mlp1.3.weight"]
+    data = bytearray(file.read_bytes())
+    data[tensor.offset] ^= 1
+    file.write_bytes(data)
+    assert open_checkpoint(copy).fingerprint != original
+
+
+def test_only_vision_tensors_are_listed() -> None:
+    names = open_checkpoint(GOLDEN / "flash-qwen3/checkpoint").vision_tensors
+    assert "vision_model.embeddings.class_embedding" in names
+    assert not [name for name in names if name.startswith("language_model.")]
+
+
+def test_only_shards_with_vision_tensors_are_opened(copy: Path) -> None:
+    names = open_checkpoint(copy).vision_tensors
+    (copy / "model.safetensors").rename(copy / "a.safetensors")
+    (copy / "b.safetensors").write_bytes(b"not opened, else this would be an error")
+    weight_map = {**dict.fromkeys(names, "a.safetensors"), "language_model.x": "b.safetensors"}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert set(open_checkpoint(copy).vision_tensors) == set(names)
+
+
+def test_a_missing_shard_is_named(copy: Path) -> None:
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"mlp1.0.weight": "gone.safetensors"}}))
+    with pytest.raises(CheckpointError, match="gone.safetensors"):
+        _ = open_checkpoint(copy).vision_tensors
+
+
+@pytest.mark.parametrize("cut", [4, 1000, -100])
+def test_a_cut_file_is_named(copy: Path, cut: int) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        _ = open_checkpoint(copy).vision_tensors
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(copy: Path, tmp_path: Path) -> None:
+    cases: list[tuple[Path, str]] = [(tmp_path / "absent", "no checkpoint at"), (tmp_path, "no config.json")]
+    for name, text, says in [
+        ("broken", "{", "cannot read config.json"),
+        ("list", "[]", "not a JSON object"),
+        ("foreign", '{"model_type": "llava"}', "'llava'.*internvl_chat"),
+        ("empty", '{"model_type": "internvl_chat"}', "vision_config"),
+    ]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+        cases.append((tmp_path / name, says))
+    for path, says in cases:
+        with pytest.raises(CheckpointError, match=says) as caught:
+            open_checkpoint(path)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,25 @@
+"""The URL of an embedding: there and back, and nothing else is one."""
+
+import pytest
+
+from common.embedding_ref import EmbeddingRef, parse
+
+KEY = "0123456789abcdef" * 4
+
+
+def test_there_and_back() -> None:
+    handed = EmbeddingRef(KEY, 1792)
+    assert handed.url == f"dvd:{KEY}/1792"
+    assert parse(handed.url) == handed
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "dvd:", "https://example.org/a.png", "data:image/png;base64,iVBORw0K", f"dvd:{KEY}", f"dvd:{KEY}/", f"dvd:{KEY}/0",
+        f"dvd:{KEY}/-1", f"dvd:{KEY}/1e3", f"dvd:{KEY}/{'9' * 10}", f"dvd:{KEY[1:]}/1", f"dvd:{KEY}0/1", f"dvd:{KEY.upper()}/1",
+        f"DVD:{KEY}/1", f" dvd:{KEY}/1", f"dvd:{KEY}/1\n", f"dvd:../{KEY[3:]}/1", f"dvd:{KEY}/1/2", f"dvd:{KEY}/１",
+    ],
+)  # fmt: skip
+def test_nothing_else_is_one(url: str) -> None:
+    assert parse(url) is None

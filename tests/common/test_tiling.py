@@ -1,0 +1,51 @@
+"""How many tiles: the official grids, and bounds that hold."""
+
+import pytest
+
+from common.tiling import Tiling, bounds, grid, has_thumbnail
+
+TILING = Tiling(min_tiles=1, max_tiles=12, thumbnail=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((800, 1300), (2, 3)), ((448, 448), (1, 1)), ((1, 10_000), (1, 12)), ((10_000, 1), (12, 1)), ((1, 1), (1, 1))],
+)
+def test_grid(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert grid(*size, TILING) == expected
+
+
+def test_a_tie_goes_to_the_larger_grid_only_if_the_image_is_large() -> None:
+    """2 × 1 and 4 × 2 fit a ratio of two equally well."""
+    assert grid(600, 300, TILING) == (2, 1)
+    assert grid(1600, 800, TILING) == (4, 2)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (4, 4), (3, 7), (1, 40)])
+def test_bounds_hold(least: int, most: int) -> None:
+    for size in [(100, 100), (1000, 300), (3, 2000)]:
+        columns, rows = grid(*size, Tiling(least, most, thumbnail=True))
+        assert least <= columns * rows <= most
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "expected"),
+    [
+        ((0, 0), (1, 12), (1, 12)),
+        ((0, 1), (1, 12), (1, 1)),
+        ((0, 3), (4, 12), (3, 3)),
+        ((0, 40), (1, 12), (1, 40)),
+        ((14, 0), (1, 12), (14, 14)),
+        ((4, 6), (1, 12), (4, 6)),
+    ],
+)
+def test_a_bound_that_is_not_asked_for_gives_way(
+    asked: tuple[int, int], own: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert bounds(*asked, *own) == expected
+
+
+def test_a_thumbnail_comes_only_beside_other_tiles() -> None:
+    assert has_thumbnail(2, 1, TILING)
+    assert not has_thumbnail(1, 1, TILING)
+    assert not has_thumbnail(2, 1, Tiling(1, 12, thumbnail=False))

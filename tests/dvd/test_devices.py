@@ -1,0 +1,66 @@
+"""Who gets which GPU."""
+
+import pytest
+
+from dvd.devices import assign, visible
+
+CASES = [
+    (1, 1, [], [[]], [[]], False),
+    (2, 3, [], [[], []], [[], [], []], False),
+    (1, 1, ["0"], [["0"]], [["0"]], True),
+    (1, 1, ["0", "1"], [["1"]], [["0"]], False),
+    (1, 1, ["0", "1", "2"], [["2"]], [["0", "1"]], False),
+    (1, 2, ["0", "1", "2", "3"], [["3"]], [["0"], ["1"]], False),
+    (2, 2, ["4", "5", "6", "7"], [["6"], ["7"]], [["4"], ["5"]], False),
+    (3, 1, ["0", "1"], [["0"], ["1"], ["0"]], [["0"]], True),
+    (1, 1, ["GPU-abc", "GPU-def"], [["GPU-def"]], [["GPU-abc"]], False),
+]
+
+
+@pytest.mark.parametrize(("vision", "language", "gpus", "for_vision", "for_language", "shared"), CASES)
+def test_gpus_are_shared_out(
+    vision: int, language: int, gpus: list[str], for_vision: list[list[str]], for_language: list[list[str]], shared: bool
+) -> None:
+    devices = assign(vision, language, gpus)
+    assert (devices.vision, devices.language, devices.shared) == (for_vision, for_language, shared)
+
+
+@pytest.mark.parametrize("vision", range(1, 5))
+@pytest.mark.parametrize("language", range(1, 5))
+@pytest.mark.parametrize("count", range(1, 9))
+def test_nobody_is_without_a_gpu_and_none_is_given_twice_where_there_are_enough(vision: int, language: int, count: int) -> None:
+    devices = assign(vision, language, [str(i) for i in range(count)])
+    given = [*devices.vision, *devices.language]
+    assert all(given)
+    numbers = [gpu for gpus in given for gpu in gpus]
+    assert devices.shared == (count < vision + language)
+    assert devices.shared or len(set(numbers)) == len(numbers)
+
+
+def test_what_processes_are_told() -> None:
+    shared, alone, none = assign(1, 1, ["0"]), assign(1, 1, ["0", "1", "2"]), assign(1, 1, [])
+    assert alone.environment(alone.language[0]) == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert none.environment(none.vision[0]) == {}
+    assert shared.vllm_flags() == ["--gpu-memory-utilization=0.7"]
+    assert alone.vllm_flags() == none.vllm_flags() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "gpus"), [("", []), ("-1", []), ("0", ["0"]), (" 2, 1 ,", ["2", "1"]), ("GPU-a,MIG-b", ["GPU-a", "MIG-b"])]
+)
+def test_the_variable_says_which_gpus_there_are(monkeypatch: pytest.MonkeyPatch, variable: str, gpus: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert visible() == gpus
+
+
+def test_without_the_variable_the_device_files_say_it(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    from pathlib import Path
+
+    import dvd.devices
+
+    folder = Path(str(tmp_path))
+    for name in ("nvidia1", "nvidia0", "nvidiactl", "nvidia-uvm", "null"):
+        (folder / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(dvd.devices, "_DEVICES", folder)
+    assert visible() == ["0", "1"]

@@ -1,0 +1,64 @@
+"""Where a language worker's vLLM is found from here."""
+
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+
+from server.workers.clients import LanguageClient
+from tests.ports import free_port
+from tests.server.peers import Language
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+IPV6 = pytest.mark.skipif(not _has_ipv6(), reason="no IPv6 on this machine")
+
+
+@pytest.mark.parametrize(
+    ("sink", "engine", "says"),
+    [
+        ("127.0.0.1", "127.0.0.1", "0.0.0.0"), ("127.0.0.1", "127.0.0.1", "[::]"), ("127.0.0.1", "127.0.0.1", ""),
+        ("127.0.0.2", "127.0.0.2", "0.0.0.0"), ("localhost", "127.0.0.1", "0.0.0.0"), ("127.0.0.2", "127.0.0.1", "127.0.0.1"),
+        ("unix", "127.0.0.1", "0.0.0.0"), ("127.0.0.1", "127.0.0.1", "localhost"),
+        pytest.param("[::1]", "[::1]", "[::]", marks=IPV6), pytest.param("[::1]", "[::1]", "0.0.0.0", marks=IPV6),
+    ],
+)  # fmt: skip
+async def test_an_address_that_stands_for_all_is_on_the_sinks_machine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sink: str, engine: str, says: str
+) -> None:
+    port = free_port()
+    address = f"unix:{tmp_path}/sink" if sink == "unix" else f"{sink}:{free_port()}"
+    language = Language(tmp_path, 0, address, f"{engine}:{port}")
+    language.sink.http = f"{says}:{port}"
+    await language.start()
+    client = LanguageClient(address)
+    try:
+        await client.describe(20)
+        assert (await client.get("/v1/models", 20))["data"]
+        assert not caplog.records
+    finally:
+        await client.close()
+        await language.stop()
+
+
+async def test_a_worker_that_names_its_own_loopback_is_complained_of(caplog: pytest.LogCaptureFixture) -> None:
+    client = LanguageClient("10.0.0.7:50052")
+    caplog.set_level(logging.WARNING)
+    for said in ("127.0.0.1:8001", "localhost:8001", "[::1]:8001"):
+        await client._connect(said)
+        assert "10.0.0.7:50052" in caplog.text
+        assert f"at {said}, which nobody reaches" in caplog.text
+        assert "--http=0.0.0.0:8001" in caplog.text
+        caplog.clear()
+    for said in ("10.0.0.7:8001", "0.0.0.0:8001", "vllm:8001", "unix:/vllm"):
+        await client._connect(said)
+        assert not caplog.records
+    await client.close()

@@ -1,0 +1,39 @@
+"""Options of a vision worker."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from common.options import Address, CheckpointOptions, ImageLimits, MetricsOptions, TraceOptions
+
+CacheUrl = Annotated[str, Field(pattern=r"^(none|memory://(\?bytes=[1-9]\d*)?|rediss?://.+|unix:///.+)$")]
+
+
+class EncodingOptions(ImageLimits, TraceOptions):
+    """Options of a vision worker that `dvd up` has too: how the tower computes."""
+
+    vision_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="dtype of the vision tower; auto: the checkpoint's"
+    )
+    vision_backend: Literal["internvl", "fake"] = Field(
+        "internvl", description="fake: embeddings derived from a hash of the image, to measure everything but the tower"
+    )
+    max_batch_tiles: int = Field(0, ge=0, description="maximum number of tiles in a forward pass; 0: 4 on a CPU, 32 on a GPU")
+    vision_compile: bool = Field(
+        False,
+        description="compile the tower, on a GPU into CUDA graphs (slower on a CPU); needs a C++ compiler and a longer start",
+    )
+    prepare_threads: int = Field(0, ge=0, description="threads that decode and tile images; 0: one per core")
+
+
+class VisionOptions(CheckpointOptions, EncodingOptions, MetricsOptions):
+    """`dvd vision MODEL`: one vision worker."""
+
+    command: ClassVar[str] = "vision"
+
+    cache: CacheUrl = Field(
+        "memory://",
+        description="cache of embeddings: none, memory:// (?bytes=N) in this process, or redis://HOST:PORT/0",
+    )
+    listen: Address = Field("127.0.0.1:50051", description="address of the gRPC server")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto: a GPU if there is one")
