@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.result import FOLDER
-from common.tracing import read
+from common.tracing import read_trace
 
 STAGES = {"prepare": "#7a9e3c", "encode": "#2462ad", "deliver": "#d9730d", "answer": "#8a4fa0"}
 SECONDS = 6.0
@@ -14,7 +14,7 @@ SECONDS = 6.0
 
 def draw(traces: Path, name: str, at: float) -> str:
     """`results/NAME-timeline.png`: some seconds around one of the monotonic clock; a sentence about it."""
-    events = [event for event in read(traces) if event["name"] in STAGES]
+    events = [event for event in read_trace(traces) if event["name"] in STAGES]
     middle, reach = at * 1e6, SECONDS / 2 * 1e6
     shown = [event for event in events if event["ts"] < middle + reach and event["ts"] + event["dur"] > middle - reach]
     rows = [(stage, spans) for stage in STAGES for spans in _lanes([event for event in shown if event["name"] == stage])]

@@ -44,7 +44,7 @@ class Header:
         return packed.ljust(HEADER_SIZE, b"\0")
 
 
-def unpack(data: bytes | memoryview) -> Header:
+def parse_header(data: bytes | memoryview) -> Header:
     """The header at the start of `data`. Raises `InvalidRequest` where it is none of ours or contradicts itself."""
     if len(data) < HEADER_SIZE:
         raise errors.InvalidRequest(f"an embedding's header has {HEADER_SIZE} bytes, got {len(data)}")

@@ -21,7 +21,7 @@ class EmbeddingRef:
         return f"dvd:{self.key}/{self.tokens}"
 
 
-def parse(url: str) -> EmbeddingRef | None:
+def parse_embedding_url(url: str) -> EmbeddingRef | None:
     """None where it is no such URL."""
     found = _URL.fullmatch(url)
     return EmbeddingRef(found[1], int(found[2])) if found else None

@@ -27,7 +27,7 @@ _WANTED = "dvd-wanted"
 _DATA = pb.DeliverChunk.DATA_FIELD_NUMBER << 3 | 2  # the tag: a field of that number, with a length
 
 
-def opening(header: Header) -> bytes:
+def header_message(header: Header) -> bytes:
     """The first message of a delivery."""
     first = pb.EmbeddingHeader(
         key=header.key, fingerprint=header.fingerprint, dtype=messages.dtype_to_proto(header.dtype),
@@ -36,14 +36,14 @@ def opening(header: Header) -> bytes:
     return pb.DeliverChunk(header=first).SerializeToString()
 
 
-def parts(data: memoryview) -> Iterator[bytes]:
+def data_messages(data: memoryview) -> Iterator[bytes]:
     """All others."""
     for start in range(0, len(data), rpc.CHUNK):
         part = data[start : start + rpc.CHUNK]
         yield b"".join((bytes([_DATA]), _varint(len(part)), part))
 
 
-def read(message: bytes) -> pb.DeliverChunk | memoryview:
+def parse_message(message: bytes) -> pb.DeliverChunk | memoryview:
     """A message: its data where it has nothing else, without a copy. Raises `InvalidRequest`."""
     if message[:1] == bytes([_DATA]):
         length, at = _length(message)
@@ -69,11 +69,11 @@ async def deliver(
     )
     call = start(timeout=seconds, metadata=metadata)
     try:
-        await call.write(opening(header))
+        await call.write(header_message(header))
         wanted = dict(await call.initial_metadata()).get(_WANTED)
         if wanted is not None:
             if not (wanted and await asyncio.to_thread(_written, wanted, header, data)):
-                for part in parts(data):
+                for part in data_messages(data):
                     await call.write(part)
             await call.done_writing()
     except asyncio.InvalidStateError:  # ended meanwhile
@@ -97,13 +97,13 @@ def _written(file: str, header: Header, data: memoryview) -> bool:
     return True
 
 
-async def accept(context: Any, file: Path | None) -> None:
+async def request_values(context: Any, file: Path | None) -> None:
     """Of a sink: the values that belong to the header are wanted; in `file`, after its header, of a sender that can."""
     said = str(file) if file is not None and str(file).isascii() else ""
     await context.send_initial_metadata(((_WANTED, said),))
 
 
-def add_sink(sink: EmbeddingSinkServicer, server: grpc.aio.Server) -> None:
+def add_sink_to_server(sink: EmbeddingSinkServicer, server: grpc.aio.Server) -> None:
     """Serve a sink whose `Deliver` gets what `read` gives."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Describe": grpc.unary_unary_rpc_method_handler(

@@ -14,7 +14,8 @@ DvdError
 ├── ModelNotFound
 ├── Overloaded                no permit left; try again later
 ├── DeadlineExceeded          the request's time is up
-├── Unavailable               a worker is not there
+├── Unavailable               no worker can serve the request now
+│   ├── WorkerUnavailable     the worker that was called does not answer; another one may
 │   ├── CheckpointMismatch    two workers serve different checkpoints
 │   ├── SinkUnavailable       a vision worker found no sink to deliver to
 │   └── SinkFull              no room for an embedding that would not be evicted again
@@ -122,6 +123,10 @@ class Unavailable(DvdError):
     code = "unavailable"
 
 
+class WorkerUnavailable(Unavailable):
+    """The worker that was called is gone or cannot compute. The caller marks it down and may ask another one."""
+
+
 class CheckpointMismatch(Unavailable):
     grpc_code = Grpc.FAILED_PRECONDITION
     code = "checkpoint_mismatch"
@@ -144,13 +149,14 @@ def all_errors(root: type[DvdError] = DvdError) -> list[type[DvdError]]:
     return [root] + [c for child in root.__subclasses__() for c in all_errors(child)]
 
 
-def code_of(error: BaseException) -> str:
+def error_code(error: BaseException) -> str:
     """Of any exception that ended a call, for metrics and logs."""
     if isinstance(error, DvdError):
         return error.code
     return "cancelled" if isinstance(error, asyncio.CancelledError) else InternalError.code
 
 
-def by_code(code: str) -> type[DvdError] | None:
+def error_class(code: str) -> type[DvdError] | None:
     """The class with this `code`, or None: a newer peer may know more."""
-    return next((cls for cls in all_errors() if cls.code == code), None)
+    # a worker that answers "unavailable" speaks of itself: of two classes with one code the leaf is meant
+    return next((cls for cls in reversed(all_errors()) if cls.code == code), None)

@@ -7,7 +7,7 @@ from common.checkpoint import Checkpoint
 from protos import embeddings_pb2 as pb
 
 
-def describe(checkpoint: Checkpoint) -> pb.CheckpointDescription:
+def checkpoint_message(checkpoint: Checkpoint) -> pb.CheckpointDescription:
     """The message that `Describe` of either worker answers with."""
     said = checkpoint.description
     thresholds = said.thresholds

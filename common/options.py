@@ -97,12 +97,12 @@ def read_options(options: type[OptionsT], arguments: Sequence[str], environment:
     except ValidationError as error:
         raise ConfigError(_explained(error, options)) from None
     if print_config:
-        print(json.dumps(effective(made), indent=2))
+        print(json.dumps(effective_values(made), indent=2))
         raise SystemExit(0)
     return made
 
 
-def effective(options: Options) -> dict[str, Any]:
+def effective_values(options: Options) -> dict[str, Any]:
     """The configuration in force, secrets masked."""
     return options.model_dump(mode="json")
 
@@ -147,7 +147,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def shown(name: str) -> str:
+def flag_name(name: str) -> str:
     """An option as a command line has it: its flag, or MODEL where it has none."""
     return name.upper() if name in _POSITIONAL else _flag(name)
 
@@ -204,7 +204,7 @@ def _explained(error: ValidationError, options: type[Options]) -> str:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
     if first["type"] == "missing":
-        given = shown(name) if name in _POSITIONAL else f"{shown(name)} (or {PREFIX}{name.upper()})"
+        given = flag_name(name) if name in _POSITIONAL else f"{flag_name(name)} (or {PREFIX}{name.upper()})"
         return f"missing {given}: {options.model_fields[name].description}"
     secret = "secret" if name == "api_key" else repr(first["input"])
-    return f"{shown(name)} = {secret}: {first['msg'].lower()} ({options.model_fields[name].description})"
+    return f"{flag_name(name)} = {secret}: {first['msg'].lower()} ({options.model_fields[name].description})"

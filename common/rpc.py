@@ -37,8 +37,8 @@ _OPTIONS = [
 ]
 
 _FALLBACK = {
-    grpc.StatusCode.CANCELLED: errors.Unavailable,  # by the other side, as it stops: our own leaving is no error here
-    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.CANCELLED: errors.WorkerUnavailable,  # by the other side, as it stops: our own leaving is no error here
+    grpc.StatusCode.UNAVAILABLE: errors.WorkerUnavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
@@ -92,12 +92,12 @@ def translate_errors(peer: str, quiet: bool = False) -> Iterator[None]:
 
 def _ours(error: grpc.aio.AioRpcError, peer: str, quiet: bool) -> errors.DvdError:
     trailers = dict(error.trailing_metadata() or ())
-    known = errors.by_code(str(trailers.get(_CODE_KEY, "")))
+    known = errors.error_class(str(trailers.get(_CODE_KEY, "")))
     if known is not None:
         return known(error.details() or known.code)
     # what grpc.aio says of writing to a call that has just ended: the other side is gone
     lost = error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core"
-    kind = errors.Unavailable if lost else _FALLBACK.get(error.code(), errors.InternalError)
+    kind = errors.WorkerUnavailable if lost else _FALLBACK.get(error.code(), errors.InternalError)
     # gRPC's own details name addresses and paths, which are nobody's business outside: log them, send a plain sentence
     log.log(logging.DEBUG if quiet else logging.WARNING, "%s failed: %s: %s", peer, error.code().name, error.details())
     return kind(f"the {peer} did not answer ({error.code().name.lower()}); try again")

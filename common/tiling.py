@@ -18,13 +18,13 @@ class Tiling:
     max_pixels: int = 64_000_000
 
 
-def bounds(least: int, most: int, own_least: int, own_most: int) -> tuple[int, int]:
+def resolve_tile_bounds(least: int, most: int, own_least: int, own_most: int) -> tuple[int, int]:
     """The bounds in force, of those asked for and the checkpoint's own: one that is 0 gives way to the other."""
     chosen = most or max(own_most, least)
     return least or min(own_least, chosen), chosen
 
 
-def grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
+def select_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
     """(columns, rows) whose ratio is nearest to the image's.
 
     On an exact tie the later candidate wins if the image has more than half of that grid's pixels.

@@ -70,7 +70,7 @@ class Trace:
                 self._file = None
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read_trace(folder: Path) -> list[dict[str, Any]]:
     """All events of a folder, in order of their beginnings."""
     events = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
     return sorted(events, key=lambda event: int(event["ts"]))

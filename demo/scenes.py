@@ -211,7 +211,7 @@ def _size(rng: np.random.Generator, style: Style, tiles: int | None) -> tuple[in
     """Sizes for which every number of tiles occurs about equally often."""
     while True:
         width, height = _drawn_size(rng, style, tiles or int(rng.choice(TILES)))
-        if tiles is None or math.prod(tiling.grid(width, height, style.tiling)) == tiles:
+        if tiles is None or math.prod(tiling.select_grid(width, height, style.tiling)) == tiles:
             return width, height
 
 
@@ -262,7 +262,7 @@ def _place_number(
     rng: np.random.Generator, style: Style, width: int, height: int, colours: list[str], taken: list[Box], most: float = 0.45
 ) -> Number | None:
     """`most`: height of its digits, as a share of the picture's."""
-    columns, rows = tiling.grid(width, height, style.tiling)
+    columns, rows = tiling.select_grid(width, height, style.tiling)
     tall, wide = rows * style.tile / height, columns * style.tile / width  # what tiling stretches by
     least = style.smallest_digit / tall * 1.02
     text = str(_integer(rng, style))
@@ -550,7 +550,7 @@ class Tile:
 
 def windows(scene: Scene, style: Style) -> list[Tile]:
     """The tiles that `vision_worker.preprocessing.tiling.cut` makes of it, in order."""
-    columns, rows = tiling.grid(scene.width, scene.height, style.tiling)
+    columns, rows = tiling.select_grid(scene.width, scene.height, style.tiling)
     side, wide, tall = style.tile, columns * style.tile / scene.width, rows * style.tile / scene.height
     found = [Tile(c * side, r * side, wide, tall, columns * rows == 1) for r in range(rows) for c in range(columns)]
     if len(found) > 1:

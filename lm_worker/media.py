@@ -15,7 +15,7 @@ class RefuseMedia:
         pass
 
     def fetch_image(self, image_url: str, **_kwargs: Any) -> EmbeddingRef:
-        return embedding_ref.parse(image_url) or self._refuse()
+        return embedding_ref.parse_embedding_url(image_url) or self._refuse()
 
     async def fetch_image_async(self, image_url: str, **_kwargs: Any) -> EmbeddingRef:
         return self.fetch_image(image_url)

@@ -16,7 +16,7 @@ from typing import Any
 from common import embedding_stream, errors, logs, rpc
 from common.checkpoint import open_checkpoint
 from common.embedding import Header
-from common.messages import describe, dtype_from_proto, dtype_to_proto
+from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
 from lm_worker.metrics import Metrics
 from lm_worker.store import Store, checked_key, default_budget, remove_folder
@@ -61,7 +61,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._context = checkpoint.description.context
         self._http = options.http
         self._shares_files = options.listen.startswith("unix:")  # whoever reaches it is on this machine
-        self._checkpoint = describe(checkpoint)
+        self._checkpoint = checkpoint_message(checkpoint)
         self._arriving: dict[str, asyncio.Future[None]] = {}
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.LanguageDescription:  # noqa: N802
@@ -88,7 +88,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         try:
             yield line
         except BaseException as error:  # also of a sender who has left
-            line["error"], level = errors.code_of(error), logging.WARNING
+            line["error"], level = errors.error_code(error), logging.WARNING
             self._metrics.refusals.labels(line["error"]).inc()
             raise
         finally:
@@ -97,7 +97,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def _store_delivery(self, request: AsyncIterator[bytes], line: dict[str, Any], context: Any) -> bool:
         """Whether the embedding was here already."""
         said = await anext(aiter(request), None)
-        first = None if said is None else embedding_stream.read(said)
+        first = None if said is None else embedding_stream.parse_message(said)
         if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
             raise errors.InvalidRequest("a delivery begins with a header")
         header = self._checked(first.header)
@@ -141,9 +141,9 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def _receive(self, header: Header, parts: AsyncIterator[bytes], context: Any) -> None:
         with self._store.writing(header) as incoming:
-            await embedding_stream.accept(context, incoming.path if self._shares_files else None)
+            await embedding_stream.request_values(context, incoming.path if self._shares_files else None)
             async for part in parts:
-                chunk = embedding_stream.read(part)
+                chunk = embedding_stream.parse_message(part)
                 incoming.add(chunk if isinstance(chunk, memoryview) else chunk.data)
             if not incoming.given:  # the sender has written them: there is more to look at than a loop has time for
                 await asyncio.to_thread(incoming.end)
@@ -155,7 +155,7 @@ async def serve(options: SinkOptions) -> None:
     store = Store(folder, options.budget or default_budget(folder), options.lease)
     server = rpc.create_server(options.listen)
     metrics = Metrics(store)
-    embedding_stream.add_sink(Sink(options, store, metrics), server)
+    embedding_stream.add_sink_to_server(Sink(options, store, metrics), server)
     if options.metrics_port:
         serve_metrics(metrics.registry, options.metrics_port)
     watching = asyncio.create_task(metrics.common.measure_loop_lag())

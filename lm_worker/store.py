@@ -33,7 +33,7 @@ def checked_key(key: str) -> str:
 def read_header(path: Path) -> Header:
     """The header of an embedding's file. Raises `FileNotFoundError`, `InvalidRequest`."""
     with path.open("rb") as file:
-        return embedding.unpack(file.read(embedding.HEADER_SIZE))
+        return embedding.parse_header(file.read(embedding.HEADER_SIZE))
 
 
 def map_embedding(path: Path) -> tuple[Header, mmap.mmap]:
@@ -41,7 +41,7 @@ def map_embedding(path: Path) -> tuple[Header, mmap.mmap]:
     with path.open("rb") as file:
         # ACCESS_COPY: torch warns about read-only buffers; nobody writes, so no page is ever copied
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return embedding.unpack(memoryview(mapped)[: embedding.HEADER_SIZE]), mapped
+    return embedding.parse_header(memoryview(mapped)[: embedding.HEADER_SIZE]), mapped
 
 
 class Holder:

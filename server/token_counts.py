@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from common.tiling import Tiling, grid, has_thumbnail
+from common.tiling import Tiling, has_thumbnail, select_grid
 from protos import embeddings_pb2
 from protos import vision_pb2 as pb
 from server.apis.image_options import Dial
@@ -30,7 +30,7 @@ def costs(
 def _cost(size: tuple[int, int], dial: Dial, own: embeddings_pb2.CheckpointDescription, most: int | None) -> dict[str, Any]:
     asked = dial.tiling(own, most)
     tiling = Tiling(asked.min_tiles, asked.max_tiles, own.thumbnail, own.tile_size)
-    columns, rows = grid(*size, tiling)
+    columns, rows = select_grid(*size, tiling)
     thumbnail = has_thumbnail(columns, rows, tiling)
     total = columns * rows + thumbnail
     off, compressed = total * own.tokens_per_tile, total * own.compressed_tokens_per_tile

@@ -197,7 +197,7 @@ class Batcher:
     def _guarded(self, compute: Callable[[], Any]) -> Any:
         """The result, or the error that its callers get: nothing may end the device thread.
 
-        `Unavailable` where the device is lost, as after an illegal access or a fault of its memory: another worker is asked.
+        `WorkerUnavailable` where the device is lost, as after an illegal access or a fault of its memory: another worker is asked.
         """
         try:
             return compute()
@@ -208,14 +208,14 @@ class Batcher:
             device = self._encoder.placement.device
             if _computes(device):
                 return errors.InternalError("the vision worker failed on this batch; see its log")
-            return errors.Unavailable(f"the vision worker's device {device} computes nothing any more; see its log")
+            return errors.WorkerUnavailable(f"the vision worker's device {device} computes nothing any more; see its log")
 
     def _settle(self, computed: "asyncio.Future[_Settled]") -> None:
         self._slots.release()
         if computed.cancelled():
             return
         for group, result in computed.result():
-            if isinstance(result, errors.Unavailable):
+            if isinstance(result, errors.WorkerUnavailable):
                 self.lost.set()
             if group.future.done():
                 continue

@@ -41,10 +41,8 @@ class Sinks:
                 await self._close_unused()
             with rpc.translate_errors("language worker's sink"):
                 await embedding_stream.deliver(road.channel, header, data, seconds, logs.request_metadata())
-        except errors.Unavailable as error:
-            if type(error) is errors.Unavailable:  # ours would look like this vision worker's own absence
-                raise errors.SinkUnavailable(str(error)) from None
-            raise
+        except errors.WorkerUnavailable as error:  # unchanged it would look like this vision worker's own absence
+            raise errors.SinkUnavailable(str(error)) from None
         finally:
             road.users -= 1
             road.used = time.monotonic()

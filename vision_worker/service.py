@@ -17,7 +17,7 @@ from common import errors, logs, messages
 from common.embedding import Header
 from common.layouts.base import Description, Thresholds
 from common.tasks import SingleFlight, gather_or_cancel
-from common.tiling import MAX_TILES, Tiling, bounds
+from common.tiling import MAX_TILES, Tiling, resolve_tile_bounds
 from common.tracing import Trace
 from protos import embeddings_pb2, vision_pb2_grpc
 from protos import vision_pb2 as pb
@@ -79,7 +79,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         self._encoder, self._batcher, self._sinks, self._cache = encoder, batcher, sinks, cache
         self._preparing, self._max_pixels, self._metrics, self._trace = preparing, max_pixels, metrics, trace
         self._flights: SingleFlight[_Made] = SingleFlight()
-        self._checkpoint = messages.describe(encoder.checkpoint)
+        self._checkpoint = messages.checkpoint_message(encoder.checkpoint)
 
     async def Describe(  # noqa: N802
         self, request: embeddings_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -117,7 +117,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         try:
             yield line
         except BaseException as error:  # also of who has left
-            line["error"] = errors.code_of(error)
+            line["error"] = errors.error_code(error)
             self._metrics.errors.labels(line["error"]).inc()
             raise
         finally:
@@ -207,7 +207,7 @@ class Service(vision_pb2_grpc.VisionServicer):
 
 
 def _tiling(asked: pb.Tiling, said: Description, max_pixels: int) -> Tiling:
-    least, most = bounds(asked.min_tiles, asked.max_tiles, said.min_tiles, said.max_tiles)
+    least, most = resolve_tile_bounds(asked.min_tiles, asked.max_tiles, said.min_tiles, said.max_tiles)
     if least > most or most > MAX_TILES:
         raise errors.InvalidRequest(f"min_tiles {least} and max_tiles {most} must be ordered and at most {MAX_TILES}")
     return Tiling(least, most, said.thumbnail, said.tower.image_size, max_pixels)

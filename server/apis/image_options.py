@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common import errors
-from common.tiling import MAX_TILES, bounds
+from common.tiling import MAX_TILES, resolve_tile_bounds
 from protos import embeddings_pb2
 from protos import vision_pb2 as pb
 
@@ -40,7 +40,7 @@ class Dial:
             raise errors.InvalidRequest(f"{param} {self.max_tiles} is above {most}, the most that is served here", param=param)
         usual = most if self.detail == "original" else min(own.max_tiles, most)
         chosen = 1 if self.detail == "low" else self.max_tiles or usual
-        least, chosen = bounds(0, chosen, own.min_tiles, own.max_tiles)
+        least, chosen = resolve_tile_bounds(0, chosen, own.min_tiles, own.max_tiles)
         return pb.Tiling(min_tiles=least, max_tiles=chosen)
 
 

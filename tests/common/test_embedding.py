@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common import errors
-from common.embedding import HEADER_SIZE, Header, check_finite, unpack
+from common.embedding import HEADER_SIZE, Header, check_finite, parse_header
 
 HEADER = Header("k" * 64, "f" * 64, "bfloat16", 256, 4096)
 
@@ -12,7 +12,7 @@ HEADER = Header("k" * 64, "f" * 64, "bfloat16", 256, 4096)
 def test_a_header_survives() -> None:
     packed = HEADER.pack()
     assert len(packed) == HEADER_SIZE
-    assert unpack(packed + b"values") == HEADER
+    assert parse_header(packed + b"values") == HEADER
     assert HEADER.length == 256 * 4096 * 2
 
 
@@ -23,12 +23,12 @@ def test_a_damaged_header_is_refused(at: int, value: bytes) -> None:
     packed = bytearray(HEADER.pack())
     packed[at : at + len(value)] = value
     with pytest.raises(errors.InvalidRequest):
-        unpack(bytes(packed))
+        parse_header(bytes(packed))
 
 
 def test_a_short_header_is_refused() -> None:
     with pytest.raises(errors.InvalidRequest, match="got 3"):
-        unpack(b"DVD")
+        parse_header(b"DVD")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.embedding_ref import EmbeddingRef, parse
+from common.embedding_ref import EmbeddingRef, parse_embedding_url
 
 KEY = "0123456789abcdef" * 4
 
@@ -10,7 +10,7 @@ KEY = "0123456789abcdef" * 4
 def test_there_and_back() -> None:
     handed = EmbeddingRef(KEY, 1792)
     assert handed.url == f"dvd:{KEY}/1792"
-    assert parse(handed.url) == handed
+    assert parse_embedding_url(handed.url) == handed
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ def test_there_and_back() -> None:
     ],
 )  # fmt: skip
 def test_nothing_else_is_one(url: str) -> None:
-    assert parse(url) is None
+    assert parse_embedding_url(url) is None

@@ -6,7 +6,7 @@ import pytest
 
 from common import errors, rpc
 from common.embedding import HEADER_SIZE, Header
-from common.embedding_stream import _written, opening, parts, read
+from common.embedding_stream import _written, data_messages, header_message, parse_message
 from protos import embeddings_pb2 as pb
 
 HEADER = Header("key", "f" * 64, "bfloat16", 3, 4)
@@ -16,25 +16,25 @@ HEADER = Header("key", "f" * 64, "bfloat16", 3, 4)
 def test_a_delivery_is_what_protobuf_would_write(size: int) -> None:
     data = bytes(i % 251 for i in range(1000)) * (size // 1000 + 1)
     data = data[:size]
-    said = pb.DeliverChunk.FromString(opening(HEADER)).header
-    rest = list(parts(memoryview(data)))
+    said = pb.DeliverChunk.FromString(header_message(HEADER)).header
+    rest = list(data_messages(memoryview(data)))
     assert (said.key, said.fingerprint, said.rows, said.width, said.length) == ("key", "f" * 64, 3, 4, 24)
     assert said.dtype == pb.BFLOAT16
     pieces = [data[at : at + rpc.CHUNK] for at in range(0, size, rpc.CHUNK)]
     assert rest == [pb.DeliverChunk(data=piece).SerializeToString() for piece in pieces]
-    read_again = [read(message) for message in rest]
+    read_again = [parse_message(message) for message in rest]
     assert all(isinstance(part, memoryview) for part in read_again)
     assert b"".join(part for part in read_again if isinstance(part, memoryview)) == data
 
 
 def test_a_header_is_read_by_protobuf() -> None:
     message = pb.DeliverChunk(header=pb.EmbeddingHeader(key="k", rows=2))
-    assert read(message.SerializeToString()) == message
+    assert parse_message(message.SerializeToString()) == message
 
 
 def test_data_is_not_copied() -> None:
     message = pb.DeliverChunk(data=b"x" * 1000).SerializeToString()
-    part = read(message)
+    part = parse_message(message)
     assert isinstance(part, memoryview)
     assert part.obj is message
 
@@ -52,7 +52,7 @@ ODD = {
 @pytest.mark.parametrize(("message", "data"), ODD.values(), ids=ODD)
 def test_what_protobuf_allows_is_understood(message: bytes, data: bytes) -> None:
     assert pb.DeliverChunk.FromString(message).data == data
-    part = read(message)
+    part = parse_message(message)
     assert bytes(part if isinstance(part, memoryview) else part.data) == data
 
 
@@ -71,7 +71,7 @@ def test_what_protobuf_allows_is_understood(message: bytes, data: bytes) -> None
 )  # fmt: skip
 def test_what_is_no_chunk_is_refused(message: bytes) -> None:
     with pytest.raises(errors.InvalidRequest, match="no DeliverChunk"):
-        read(message)
+        parse_message(message)
 
 
 def test_no_file_but_the_sinks_is_written_to(tmp_path: Path) -> None:

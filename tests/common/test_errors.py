@@ -19,5 +19,5 @@ def test_every_error_has_a_status_and_a_code(error: type[errors.DvdError]) -> No
 def test_codes_are_unique_but_for_the_root() -> None:
     codes = [error.code for error in errors.all_errors() if error is not errors.InternalError]
     assert len(codes) == len(set(codes))
-    assert errors.by_code("sink_full") is errors.SinkFull
-    assert errors.by_code("of a newer peer") is None
+    assert errors.error_class("sink_full") is errors.SinkFull
+    assert errors.error_class("of a newer peer") is None

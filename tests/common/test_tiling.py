@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.tiling import Tiling, bounds, grid, has_thumbnail
+from common.tiling import Tiling, has_thumbnail, resolve_tile_bounds, select_grid
 
 TILING = Tiling(min_tiles=1, max_tiles=12, thumbnail=True)
 
@@ -12,19 +12,19 @@ TILING = Tiling(min_tiles=1, max_tiles=12, thumbnail=True)
     [((800, 1300), (2, 3)), ((448, 448), (1, 1)), ((1, 10_000), (1, 12)), ((10_000, 1), (12, 1)), ((1, 1), (1, 1))],
 )
 def test_grid(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert grid(*size, TILING) == expected
+    assert select_grid(*size, TILING) == expected
 
 
 def test_a_tie_goes_to_the_larger_grid_only_if_the_image_is_large() -> None:
     """2 × 1 and 4 × 2 fit a ratio of two equally well."""
-    assert grid(600, 300, TILING) == (2, 1)
-    assert grid(1600, 800, TILING) == (4, 2)
+    assert select_grid(600, 300, TILING) == (2, 1)
+    assert select_grid(1600, 800, TILING) == (4, 2)
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (4, 4), (3, 7), (1, 40)])
 def test_bounds_hold(least: int, most: int) -> None:
     for size in [(100, 100), (1000, 300), (3, 2000)]:
-        columns, rows = grid(*size, Tiling(least, most, thumbnail=True))
+        columns, rows = select_grid(*size, Tiling(least, most, thumbnail=True))
         assert least <= columns * rows <= most
 
 
@@ -42,7 +42,7 @@ def test_bounds_hold(least: int, most: int) -> None:
 def test_a_bound_that_is_not_asked_for_gives_way(
     asked: tuple[int, int], own: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    assert bounds(*asked, *own) == expected
+    assert resolve_tile_bounds(*asked, *own) == expected
 
 
 def test_a_thumbnail_comes_only_beside_other_tiles() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.tracing import Trace, read
+from common.tracing import Trace, read_trace
 
 
 def test_events_are_those_that_trace_viewers_read(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_events_are_those_that_trace_viewers_read(tmp_path: Path) -> None:
         time.sleep(0.01)
     trace.record("deliver", 2.0, 2.5)
     trace.flush()
-    deliver, encode = read(tmp_path / "traces")
+    deliver, encode = read_trace(tmp_path / "traces")
     assert (deliver["name"], deliver["ts"], deliver["dur"], deliver["ph"]) == ("deliver", 2_000_000, 500_000, "X")
     assert (encode["cat"], encode["args"]) == ("vision", {"tiles": 4})
     assert before * 1e6 <= encode["ts"] + 1
@@ -27,7 +27,7 @@ def test_a_block_that_fails_took_its_time_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"), trace.span("fetch"):
         raise ValueError("no")
     trace.flush()
-    assert [event["name"] for event in read(tmp_path)] == ["fetch"]
+    assert [event["name"] for event in read_trace(tmp_path)] == ["fetch"]
 
 
 def test_where_it_cannot_be_written_tracing_ends_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -45,7 +45,7 @@ def test_many_threads_lose_nothing(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: trace.record("prepare", i, i + 1, image=i), range(1000)))
     trace.flush()
-    assert sorted(event["args"]["image"] for event in read(tmp_path)) == list(range(1000))
+    assert sorted(event["args"]["image"] for event in read_trace(tmp_path)) == list(range(1000))
     (file,) = tmp_path.iterdir()
     assert all(json.loads(line) for line in file.read_text().splitlines())
 

@@ -138,7 +138,7 @@ def test_pairs_are_of_one_size_and_half_are_equal() -> None:
     assert all((a.shapes, a.number) != (b.shapes, b.number) for a, b in others)
     pairs += [scenes.near_pair(rng(i), TINY, count) for i, count in enumerate(counts)]
     for count, two in zip(counts * 2, pairs, strict=True):
-        assert {math.prod(tiling.grid(scene.width, scene.height, TINY.tiling)) for scene in two} == {count}
+        assert {math.prod(tiling.select_grid(scene.width, scene.height, TINY.tiling)) for scene in two} == {count}
 
 
 def test_a_drill_has_long_numbers_and_much_to_count() -> None:

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from common.tiling import grid
+from common.tiling import select_grid
 from demo import evaluate, scenes
 from demo.evaluate import CURVE, ROUTER, STYLES, TASKS, Answers, Failed, Group, Record, Setting
 from demo.scenes import Scene, Shape, Style
@@ -96,7 +96,7 @@ def _always(value: Any) -> Callable[[web.Request], Awaitable[web.Response]]:
 
 def _tiles(file: bytes) -> int:
     with Image.open(io.BytesIO(file)) as image:
-        count = math.prod(grid(image.width, image.height, Style().tiling))
+        count = math.prod(select_grid(image.width, image.height, Style().tiling))
     return count + (count > 1)
 
 

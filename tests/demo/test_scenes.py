@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageFont
 
-from common.tiling import grid
+from common.tiling import select_grid
 from demo import scenes
 from demo.scenes import COLOURS, PATCH, SHAPES, Box, Scene, Style, Tile
 from vision_worker.preprocessing import tiling
@@ -59,7 +59,7 @@ def test_sizes_are_within_bounds_and_every_number_of_tiles_occurs(style: Style) 
         assert math.ceil(224 * scale) <= min(scene.width, scene.height)
         assert max(scene.width, scene.height) <= style.largest * scale + 1
         assert 1 / 4.1 < scene.width / scene.height < 4.1
-    counts = {math.prod(grid(scene.width, scene.height, style.tiling)) for scene in found}
+    counts = {math.prod(select_grid(scene.width, scene.height, style.tiling)) for scene in found}
     assert counts >= ({1} if style.max_tiles == 1 else set(scenes.TILES))
 
 
@@ -67,7 +67,7 @@ def test_sizes_are_within_bounds_and_every_number_of_tiles_occurs(style: Style) 
 def test_a_scene_may_be_asked_for_by_its_number_of_tiles(count: int) -> None:
     for seed in range(5):
         scene = scenes.scene(np.random.default_rng(seed), SERVED, count)
-        assert math.prod(grid(scene.width, scene.height, SERVED.tiling)) == count
+        assert math.prod(select_grid(scene.width, scene.height, SERVED.tiling)) == count
 
 
 @every_style

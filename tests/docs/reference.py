@@ -8,7 +8,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from common.options import PREFIX, shown
+from common.options import PREFIX, flag_name
 from tests.option_classes import COMMANDS
 
 HEAD = f"""# Configuration
@@ -32,7 +32,7 @@ def reference() -> str:
         for name, field in options.model_fields.items():
             rows[name, _values(field), _default(field), str(field.description)].append(command)
     lines = [
-        f"| `{shown(name)}` | {', '.join(commands)} | {values} | {default} | {_escaped(description)} |"
+        f"| `{flag_name(name)}` | {', '.join(commands)} | {values} | {default} | {_escaped(description)} |"
         for (name, values, default, description), commands in sorted(rows.items())
     ]
     return HEAD + "\n".join(lines) + "\n"

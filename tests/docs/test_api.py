@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from common import errors
-from common.options import shown
+from common.options import flag_name
 from tests.option_classes import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text()
@@ -21,7 +21,7 @@ def test_every_code_is_there_with_its_status() -> None:
 
 
 def test_every_option_that_is_named_there_is_one() -> None:
-    options = {shown(name) for command in COMMANDS.values() for name in command.model_fields}
+    options = {flag_name(name) for command in COMMANDS.values() for name in command.model_fields}
     named = set(re.findall(r"`(--[a-z-]+)`", PAGE))
     assert named
     assert named <= options

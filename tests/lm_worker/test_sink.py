@@ -204,7 +204,7 @@ VALUES = np.random.default_rng(1).standard_normal(ROWS * WIDTH).astype("float32"
 
 
 async def test_on_one_machine_the_sender_writes_the_values(running: RunningSink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding_stream, "parts", lambda _data: pytest.fail("they were sent"))
+    monkeypatch.setattr(embedding_stream, "data_messages", lambda _data: pytest.fail("they were sent"))
     assert not (await send(running, "written", ROWS, VALUES)).already_here
     _, mapped = map_embedding(Path(running.options.folder) / "written")
     assert mapped[HEADER_SIZE:] == VALUES

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from common import errors
-from common.embedding_ref import parse
+from common.embedding_ref import parse_embedding_url
 from protos import vision_pb2 as pb
 from server.vllm_response import LOST
 from tests.server.peers import (
@@ -429,7 +429,7 @@ async def test_plain_completions_take_text(stack: Stack) -> None:
 
 def handed(image: bytes, url: str) -> None:
     """What an engine is given where it takes no embedding."""
-    found = parse(url)
+    found = parse_embedding_url(url)
     assert found is not None
     assert found.tokens == tokens_of(image)
 

@@ -79,7 +79,7 @@ def features(name: str, file: str, dtype: torch.dtype) -> torch.Tensor:
 def embedded(case: Case, dtype: torch.dtype) -> Embedded:
     made = encoder(case.checkpoint, dtype)
     seen = torch.cat([features(case.checkpoint, file, dtype) for file in case.said["images"]])
-    return made.embed(seen, range(len(seen)), vir.policy(0, made.checkpoint.description.thresholds))
+    return made.project(seen, range(len(seen)), vir.policy(0, made.checkpoint.description.thresholds))
 
 
 def by_image(case: Case, result: Embedded) -> list[torch.Tensor]:

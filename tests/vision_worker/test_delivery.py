@@ -26,7 +26,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def Deliver(self, request: AsyncIterator[Any], context: Any) -> embeddings_pb2.DeliverReply:  # noqa: N802
         self.begun.set()
         await self.free.wait()
-        await embedding_stream.accept(context, None)
+        await embedding_stream.request_values(context, None)
         assert b"".join([chunk.data async for chunk in request]) == DATA
         return embeddings_pb2.DeliverReply()
 

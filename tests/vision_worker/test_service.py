@@ -41,7 +41,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         if self.fail:
             raise self.fail
         header = (await anext(request)).header
-        await embedding_stream.accept(context, None)
+        await embedding_stream.request_values(context, None)
         parts = [chunk.data async for chunk in request]
         assert all(len(part) <= rpc.CHUNK for part in parts)
         self.headers[header.key], self.data[header.key] = header, b"".join(parts)

@@ -159,7 +159,7 @@ _WRITES = 16
 
 def _checked(value: memoryview, expected: Header) -> tuple[pb.EncodedImage, memoryview]:
     """Raises `InvalidRequest` where it is not what was asked for, to the last byte."""
-    said = embedding.unpack(value)
+    said = embedding.parse_header(value)
     for name in ("key", "fingerprint", "dtype", "width"):
         if getattr(said, name) != getattr(expected, name):
             raise errors.InvalidRequest(f"an embedding of another {name}: {getattr(said, name)!r}")

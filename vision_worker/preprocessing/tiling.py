@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from common import errors
 from common.options import IMAGE_FORMATS
-from common.tiling import Tiling, grid, has_thumbnail
+from common.tiling import Tiling, has_thumbnail, select_grid
 from vision_worker.preprocessing.resampling import resized
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard only warns up to twice its limit; `_open` checks ours from the header
@@ -49,7 +49,7 @@ def cut(data: bytes, tiling: Tiling) -> Tiles:
 
 def cut_image(image: Image.Image, tiling: Tiling) -> Tiles:
     """Resize and cut an RGB image."""
-    columns, rows = grid(image.width, image.height, tiling)
+    columns, rows = select_grid(image.width, image.height, tiling)
     side = tiling.side
     sizes = [(side * columns, side * rows), *([(side, side)] if has_thumbnail(columns, rows, tiling) else [])]
     whole, *thumbnail = resized(np.asarray(image), sizes)

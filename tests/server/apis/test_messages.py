@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common import errors
-from common.embedding_ref import parse
+from common.embedding_ref import parse_embedding_url
 from server.apis.image_options import Allowed
 from server.apis.messages import parse_messages
 from tests.server.peers import inline, picture
@@ -50,7 +50,7 @@ def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
     made = json.loads(asked.replaced(KEYS, [10, 20]))
     first, second = made["messages"][0]["content"][1], made["messages"][1]["content"][0]["content"][1]
     for block, key, tokens in ((first, KEYS[0], 10), (second, KEYS[1], 20)):
-        handed = parse(block["source"].pop("url"))
+        handed = parse_embedding_url(block["source"].pop("url"))
         assert handed is not None
         assert (handed.key, handed.tokens, block) == (key, tokens, {"type": "image", "source": {"type": "url"}})
     messages[0]["content"][1], result["content"][1] = first, second

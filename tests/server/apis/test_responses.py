@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from common import errors
-from common.embedding_ref import parse
+from common.embedding_ref import parse_embedding_url
 from server.apis.image_options import Allowed
 from server.apis.responses import parse_responses
 from tests.server.peers import inline, picture
@@ -48,7 +48,7 @@ def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
     made = json.loads(asked.replaced(KEYS, [10, 20]))
     first, second = made["input"][0]["content"][1], made["input"][2]["output"][1]
     for part, key, tokens in ((first, KEYS[0], 10), (second, KEYS[1], 20)):
-        handed = parse(part.pop("image_url"))
+        handed = parse_embedding_url(part.pop("image_url"))
         assert handed is not None
         assert (handed.key, handed.tokens, part) == (key, tokens, {"type": "input_image", "detail": "auto"})
     given[0]["content"][1], seen["output"][1] = first, second

@@ -39,7 +39,7 @@ def test_an_embedding_does_not_depend_on_its_batch(together: int) -> None:
     mixed = made.forward(made.stage([*strangers, *own]))[-len(own) :]
     alone = golden.features("flash-qwen3", "wide_1300x800.jpg", torch.float32)
     policy = vir.policy(0, made.checkpoint.description.thresholds)
-    first, second = (made.embed(seen, range(len(own)), policy) for seen in (alone, mixed))
+    first, second = (made.project(seen, range(len(own)), policy) for seen in (alone, mixed))
     assert first.compressed == second.compressed
     assert True in first.compressed
     assert golden.relative(torch.cat(second.blocks), torch.cat(first.blocks)) < 2e-6
@@ -58,7 +58,7 @@ def test_compiled_it_sees_the_same() -> None:
 def test_equal_tiles_are_computed_once(compress: bool) -> None:
     made = golden.encoder("flash-qwen3")
     seen = golden.features("flash-qwen3", "seed_800x1300.png", torch.float32)[:2]
-    result = made.embed(seen, [0, 1, 0], vir.Fixed(compress))
+    result = made.project(seen, [0, 1, 0], vir.Fixed(compress))
     assert [len(block) for block in result.blocks] == [64 if compress else 256] * 3
     assert torch.equal(result.blocks[0], result.blocks[2])
     assert result.scores == []
@@ -71,7 +71,7 @@ def test_dummy_weights_are_seeded_and_finite() -> None:
     results = []
     for _ in range(2):
         made = internvl.load(checkpoint, CPU, dummy=True)
-        results.append(torch.cat(made.embed(made.forward(made.stage(pixels)), range(2), policy).blocks))
+        results.append(torch.cat(made.project(made.forward(made.stage(pixels)), range(2), policy).blocks))
     assert torch.equal(*results)
     assert results[0].isfinite().all()
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_transformers(tmp_path: Path, style: str) -> None:
     made = internvl.load(open_checkpoint(tmp_path), CPU)
     assert made.checkpoint.description.max_tiles == 9
     pixels = np.random.default_rng(1).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
-    got = torch.stack(made.embed(made.forward(made.stage(pixels)), range(2), vir.Fixed(False)).blocks)
+    got = torch.stack(made.project(made.forward(made.stage(pixels)), range(2), vir.Fixed(False)).blocks)
     with torch.no_grad():
         wanted = theirs.model.get_image_features(normalised(torch.from_numpy(pixels))).pooler_output
     assert golden.relative(got, wanted) < 1e-5
