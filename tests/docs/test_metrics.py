@@ -44,7 +44,7 @@ def exported(registry: CollectorRegistry) -> dict[str, Row]:
 
 def test_of_the_gateway() -> None:
     made = GatewayMetrics()
-    made.watch(lambda: [WorkerStatus("language", "a:1", True, EngineLoad(0, 0, 0))])
+    made.watch_workers(lambda: [WorkerStatus("language", "a:1", True, EngineLoad(0, 0, 0))])
     assert exported(made.registry) == documented("gateway")
 
 
