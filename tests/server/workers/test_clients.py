@@ -8,7 +8,7 @@ import pytest
 
 from server.workers.clients import LanguageClient
 from tests.ports import free_port
-from tests.server.peers import Language
+from tests.server.fakes.language_worker import FakeLanguageWorker
 
 
 def _has_ipv6() -> bool:
@@ -36,7 +36,7 @@ async def test_an_address_that_stands_for_all_is_on_the_sinks_machine(
 ) -> None:
     port = free_port()
     address = f"unix:{tmp_path}/sink" if sink == "unix" else f"{sink}:{free_port()}"
-    language = Language(tmp_path, 0, address, f"{engine}:{port}")
+    language = FakeLanguageWorker(tmp_path, 0, address, f"{engine}:{port}")
     language.sink.http = f"{says}:{port}"
     await language.start()
     client = LanguageClient(address)
@@ -55,7 +55,7 @@ async def test_a_worker_that_names_its_own_loopback_is_complained_of(caplog: pyt
     for said in ("127.0.0.1:8001", "localhost:8001", "[::1]:8001"):
         await client._connect(said)
         assert "10.0.0.7:50052" in caplog.text
-        assert f"at {said}, which nobody reaches" in caplog.text
+        assert f"at {said}, which is not reachable" in caplog.text
         assert "--http=0.0.0.0:8001" in caplog.text
         caplog.clear()
     for said in ("10.0.0.7:8001", "0.0.0.0:8001", "vllm:8001", "unix:/vllm"):
