@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from common.checkpoint import open_checkpoint
 from common.tiling import Tiling
-from vision_worker.encoder import Embedded, Placement
+from vision_worker.encoder import GroupEmbedding, Placement
 from vision_worker.models import internvl, vir
 from vision_worker.models.internvl import InternVL
 from vision_worker.preprocessing.tiling import Tiles
@@ -76,13 +76,13 @@ def features(name: str, file: str, dtype: torch.dtype) -> torch.Tensor:
     return made.forward(made.stage(tiles(made, file).pixels))
 
 
-def embedded(case: Case, dtype: torch.dtype) -> Embedded:
+def embedded(case: Case, dtype: torch.dtype) -> GroupEmbedding:
     made = encoder(case.checkpoint, dtype)
     seen = torch.cat([features(case.checkpoint, file, dtype) for file in case.said["images"]])
     return made.project(seen, range(len(seen)), vir.policy(0, made.checkpoint.description.thresholds))
 
 
-def by_image(case: Case, result: Embedded) -> list[torch.Tensor]:
+def by_image(case: Case, result: GroupEmbedding) -> list[torch.Tensor]:
     counts = case.said["num_tiles"]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     return [torch.cat(result.blocks[start : start + count]) for start, count in zip(starts, counts, strict=True)]
