@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 from common.layouts.base import Tower
-from vision_worker.models.compiled import Compiled
+from vision_worker.models import onednn
+from vision_worker.models.compiled import CompiledTower
 from vision_worker.models.intern_vit import InternViT
 
 M300 = Tower(1024, 4096, 24, 16, 448, 14, "layer_norm", 1e-6, "gelu", True, False)
@@ -35,9 +36,11 @@ def run(options: Options) -> Result:
     tiles = 32 if cuda else 2
     pixels = torch.randn(tiles, 3, 448, 448, device=device, dtype=dtype)
     tower = _ours(M300, device, dtype)
+    if onednn.is_supported(torch.device(device), dtype):
+        onednn.optimize(tower)
     towers: dict[str, Callable[[Tensor], Any]] = {
         "ours": tower,
-        "ours, compiled": Compiled(tower, tiles, torch.device(device)),
+        "ours, compiled": CompiledTower(_ours(M300, device, dtype), tiles, torch.device(device)),
         "transformers": _transformers(device, dtype),
         "vllm": _vllm(device, dtype),
     }
@@ -138,7 +141,7 @@ def _on_gpu(options: Options) -> dict[str, Any]:
         model = _ours(shape, "cuda", torch.bfloat16)
         for count in (8, 32, 128):
             pixels = torch.randn(count, 3, 448, 448, device="cuda", dtype=torch.bfloat16)
-            compiled = Compiled(model, count, torch.device("cuda"))
+            compiled = CompiledTower(model, count, torch.device("cuda"))
             both: dict[str, Callable[[Tensor], Any]] = {name: model, f"{name}, compiled": compiled}
             for which, rates in _rates(both, pixels, options.repeats(5)).items():
                 rate = statistics.median(rates)

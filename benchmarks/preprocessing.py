@@ -24,7 +24,7 @@ from benchmarks.colocated import SITE
 from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 from common.tiling import Tiling
-from vision_worker.models.internvl import normalised
+from vision_worker.models.internvl import normalize
 from vision_worker.preprocessing.tiling import cut
 
 PHOTOGRAPH = "sample_data/grace_hopper.jpg"  # NASA/US Navy, public domain, comes with matplotlib
@@ -123,7 +123,7 @@ def _measure(repeats: int) -> dict[str, dict[str, list[float]]]:
     processors = _processors()
     found: dict[str, dict[str, list[float]]] = {}
     for size, data in photographs().items():
-        assert torch.equal(normalised(torch.from_numpy(ours(data))), processors["vllm"](data)), f"other pixels at {size}"
+        assert torch.equal(normalize(torch.from_numpy(ours(data))), processors["vllm"](data)), f"other pixels at {size}"
         found[size] = {name: [] for name in processors}
         for _ in range(repeats):
             for name, process in processors.items():

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from common.embedding import Header
-from vision_worker.delivery import Sinks
+from vision_worker.delivery import SinkChannels
 
 RATE = 1e9
 """Bytes a second."""
@@ -20,7 +20,7 @@ SIZE = 2 << 20
 async def _send(address: str, fingerprint: str, width: int, sent: Path) -> None:
     """Deliver one after another, no faster than `RATE`, and write down when and how many bytes."""
     rows = SIZE // (2 * width)
-    data, sinks = memoryview(bytes(2 * width * rows)), Sinks()
+    data, sinks = memoryview(bytes(2 * width * rows)), SinkChannels()
     due = time.monotonic()
     for number in itertools.count():
         await sinks.deliver(address, Header(f"arrival-{os.getpid()}-{number}", fingerprint, "bfloat16", rows, width), data, 60)

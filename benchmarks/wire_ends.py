@@ -18,21 +18,21 @@ WIDTH = 4096
 
 async def _grpc_sender(address: str, fingerprint: str, size: int, at_once: int, total: int) -> float:
     from common.embedding import Header
-    from vision_worker.delivery import Sinks
+    from vision_worker.delivery import SinkChannels
 
-    sinks, data, rows = Sinks(), memoryview(bytes(size)), size // (2 * WIDTH)
-    await sinks.deliver(address, Header("warm", fingerprint, "bfloat16", rows, WIDTH), data, 60)
-    numbers = iter(range(max(at_once, total // size)))
+    data, rows = memoryview(bytes(size)), size // (2 * WIDTH)
+    async with SinkChannels() as sinks:
+        await sinks.deliver(address, Header("warm", fingerprint, "bfloat16", rows, WIDTH), data, 60)
+        numbers = iter(range(max(at_once, total // size)))
 
-    async def send() -> None:
-        for number in numbers:
-            header = Header(f"k-{os.getpid()}-{number}", fingerprint, "bfloat16", rows, WIDTH)
-            await sinks.deliver(address, header, data, 60)
+        async def send() -> None:
+            for number in numbers:
+                header = Header(f"k-{os.getpid()}-{number}", fingerprint, "bfloat16", rows, WIDTH)
+                await sinks.deliver(address, header, data, 60)
 
-    began = time.monotonic()
-    await asyncio.gather(*(send() for _ in range(at_once)))
-    seconds = time.monotonic() - began
-    await sinks.close()
+        began = time.monotonic()
+        await asyncio.gather(*(send() for _ in range(at_once)))
+        seconds = time.monotonic() - began
     return max(at_once, total // size) * size / seconds
 
 

@@ -16,7 +16,7 @@ from demo.files import write_json
 from demo.scenes import FULL, GRID, PATCH
 from demo.words import EOS, PAD, Words
 from vision_worker.models.intern_vit import InternViT, Layer
-from vision_worker.models.internvl import Model, normalised, pixel_shuffle
+from vision_worker.models.internvl import Model, normalize, pixel_shuffle
 
 WIDTH, LAYERS, HEADS = 192, 4, 6  # of the tower
 HIDDEN, LANGUAGE_LAYERS, LANGUAGE_HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 256, 4, 4, 2, 64, 768
@@ -127,8 +127,8 @@ class Trainee(nn.Module):
     def _features(self, tiles: Tensor, corners: Tensor | None) -> Tensor:
         tower = self.vision.vision_model
         if corners is None:
-            return cast(Tensor, tower(normalised(tiles)))
-        patches = tower.embeddings.patch_embedding(normalised(tiles))
+            return cast(Tensor, tower(normalize(tiles)))
+        patches = tower.embeddings.patch_embedding(normalize(tiles))
         side = patches.shape[-1]
         rows, columns = (corners[:, i, None] + torch.arange(side, device=corners.device) for i in (0, 1))
         positions = tower.embeddings.position_embedding[0]

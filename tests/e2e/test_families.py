@@ -61,7 +61,7 @@ def embed(checkpoint: Path, store: Path) -> dict[str, int]:
     rows = {}
     for picture in PICTURES:
         tiles = encoder.prepare((IMAGES / picture).read_bytes(), Tiling(1, 2, said.thumbnail))
-        policy = vir.policy(0, said.thresholds)
+        policy = vir.select_policy(0, said.thresholds)
         values = torch.cat(
             encoder.project(encoder.forward(encoder.stage(tiles.pixels)), range(len(tiles)), policy).blocks
         ).float()
