@@ -1,4 +1,4 @@
-"""A language worker that is told to stop before it is ready."""
+"""A language worker that is stopped before it is ready."""
 
 import signal
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lm_worker.__main__ import shared_memory
+from lm_worker.shared_memory import folder_of
 from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, gone, start, stop
 from tests.ports import free_port
 
@@ -24,33 +24,33 @@ def starting(address: str) -> Iterator[Served]:
     stop(worker)
 
 
-def _until(reached: Callable[[], bool], worker: Served) -> None:
-    until = time.monotonic() + START_TIMEOUT
-    while not reached():
+def _wait_until(condition: Callable[[], bool], worker: Served) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while not condition():
         assert worker.process.poll() is None, worker.lines
-        assert time.monotonic() < until, worker.lines
+        assert time.monotonic() < deadline, worker.lines
         time.sleep(0.05)
 
 
-def _assert_stopped(worker: Served, address: str, name: str) -> None:
+def _assert_stopped(worker: Served, address: str, signal_name: str) -> None:
     assert worker.process.wait(START_TIMEOUT) == 0, worker.lines
-    assert f"dvd language: stopped by {name} before it was ready" in worker.lines
+    assert f"dvd language: stopped by {signal_name} before it was ready" in worker.lines
     assert "Traceback" not in worker.lines
     assert "sink ready" not in worker.lines
-    assert not shared_memory(address).exists()
+    assert not folder_of(address).exists()
     assert gone(worker.mark, 30) == []
 
 
-def test_sigterm_while_the_engine_loads_ends_it_with_a_line(starting: Served, address: str) -> None:
-    _until(lambda: "Initializing a V1 LLM engine" in starting.lines, starting)
+def test_sigterm_while_the_engine_loads_ends_the_worker_with_one_line(starting: Served, address: str) -> None:
+    _wait_until(lambda: "Initializing a V1 LLM engine" in starting.lines, starting)
 
     starting.process.send_signal(signal.SIGTERM)
 
     _assert_stopped(starting, address, "SIGTERM")
 
 
-def test_ctrl_c_before_vllm_is_imported_ends_it_with_a_line(starting: Served, address: str) -> None:
-    _until(shared_memory(address).exists, starting)
+def test_ctrl_c_before_vllm_is_imported_ends_the_worker_with_one_line(starting: Served, address: str) -> None:
+    _wait_until(folder_of(address).exists, starting)
 
     starting.process.send_signal(signal.SIGINT)
 
