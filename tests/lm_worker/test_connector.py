@@ -77,9 +77,7 @@ def test_a_request_whose_embedding_does_not_arrive_fails(scheduler: SharedMemory
 
 
 @pytest.mark.parametrize("rows", [ROWS - 1, ROWS + 1])
-def test_an_embedding_with_wrong_rows_fails_the_request(
-    store: Store, scheduler: SharedMemoryConnector, rows: int
-) -> None:
+def test_an_embedding_with_wrong_rows_fails_the_request(store: Store, scheduler: SharedMemoryConnector, rows: int) -> None:
     put(store, "a", torch.ones(ROWS, WIDTH))
     assert not scheduler.ensure_cache_available(request("r", "a", rows=rows), 0)
     assert scheduler.take_unavailable_requests() == {"r"}
@@ -102,9 +100,7 @@ def test_an_embedding_is_pinned_while_a_request_lives(store: Store, scheduler: S
     assert not list((store.folder / "pinned").iterdir())
 
 
-def test_a_worker_maps_a_pinned_embedding_after_its_eviction(
-    store: Store, scheduler: SharedMemoryConnector
-) -> None:
+def test_a_worker_maps_a_pinned_embedding_after_its_eviction(store: Store, scheduler: SharedMemoryConnector) -> None:
     values = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
     put(store, "a", values)
     image_request = request("r", "a")
@@ -122,9 +118,7 @@ def test_a_worker_maps_a_pinned_embedding_after_its_eviction(
 
 
 @pytest.mark.parametrize("max_concurrent_steps", [1, 2, 3])
-def test_embeddings_of_a_step_stay_pinned_until_it_ends(
-    store: Store, max_concurrent_steps: int
-) -> None:
+def test_embeddings_of_a_step_stay_pinned_until_it_ends(store: Store, max_concurrent_steps: int) -> None:
     """Its requests may end earlier: vLLM can handle an abort while the step is on its way to the workers."""
     scheduler = connector(store, ECConnectorRole.SCHEDULER, max_concurrent_steps)
     values = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)

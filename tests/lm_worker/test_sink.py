@@ -16,8 +16,8 @@ import pytest
 from common import embedding_stream, errors, rpc
 from common.checkpoint import open_checkpoint
 from common.embedding import HEADER_SIZE, Header
-from lm_worker.sink import SinkOptions
 from lm_worker.shared_memory import create_folder, map_embedding
+from lm_worker.sink import SinkOptions
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 from tests.ports import free_port
