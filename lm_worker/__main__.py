@@ -88,7 +88,7 @@ async def _serve(options: LanguageOptions, folder: Path, args: Namespace, fork: 
     from lm_worker.engine import start_engine
 
     address, listening = setup_server(args, reuse_port=False)
-    async with start_engine(args, fork=fork) as engine:
+    async with start_engine(args, listening, fork=fork) as engine:
         sink = SinkOptions(
             model=str(options.model),
             listen=options.listen,
