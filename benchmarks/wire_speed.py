@@ -21,8 +21,8 @@ from benchmarks.options import Options
 from benchmarks.result import Result, ratio_of
 from benchmarks.wire_ends import WIDTH
 from common.checkpoint import open_checkpoint
+from lm_worker.shared_memory import create_folder
 from lm_worker.sink import SinkOptions
-from lm_worker.store import create_folder
 
 SIZES = {"2 MiB": 2 << 20, "26 MiB": 26 << 20}
 WIDE = checkpoint.SMALL | {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1}

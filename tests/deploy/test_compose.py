@@ -11,7 +11,7 @@ import pytest
 from common.options import read_options
 from dvd.config import HealthOptions
 from lm_worker import sink
-from lm_worker.__main__ import _refuse_ours, _split
+from lm_worker.config import reject_own_flags, split_arguments
 from server import __main__ as gateway
 from server.workers.discovery import parse_name
 from tests.deploy.files import (
@@ -44,7 +44,7 @@ def options(service: str, said: Any) -> Any:
     command = dockerfile(service).entrypoint()
     assert command[:3] == ["tini", "--", "dvd"]
     assert command[3:] == [OURS[service]]
-    arguments, _ = _split(said["command"])
+    arguments, _ = split_arguments(said["command"])
     return read_options(COMMANDS[OURS[service]], arguments, environment(service, said))
 
 
@@ -82,14 +82,14 @@ def test_flags_of_variables_reach_the_programs(files: tuple[Path, ...]) -> None:
     assert options("vision", said["vision"]).prepare_threads == 5
     language = options("language", said["language"])
     assert (language.sink_bytes, str(language.model)) == (77, "/models/some/8B")
-    _, theirs = _split(said["language"]["command"])
+    _, theirs = split_arguments(said["language"]["command"])
     assert theirs[-3:] == ["--max-model-len", "4096", '--hf-overrides={"a": 1}']
 
 
 @EVERY_SET
 def test_what_follows_the_dashes_is_left_to_vllm(files: tuple[Path, ...]) -> None:
-    _, theirs = _split(services(files)["language"]["command"])
-    _refuse_ours(theirs)
+    _, theirs = split_arguments(services(files)["language"]["command"])
+    reject_own_flags(theirs)
 
 
 @pytest.mark.parametrize("overlay", [CPU, ONE_GPU])
@@ -166,7 +166,7 @@ def test_every_service_can_be_scaled_restarted_and_its_log_ends(files: tuple[Pat
 
 @EVERY_SET
 @pytest.mark.parametrize(
-    ("service", "drain"), [("gateway", gateway._GRACE), ("vision", vision._GRACE), ("language", sink.GRACE)]
+    ("service", "drain"), [("gateway", gateway._GRACE), ("vision", vision._GRACE), ("language", sink._STOP_GRACE_SECONDS)]
 )
 def test_a_stop_leaves_time_for_the_drain(files: tuple[Path, ...], service: str, drain: float) -> None:
     assert seconds(services(files)[service]["stop_grace_period"]) >= drain + ENDING

@@ -17,8 +17,8 @@ from pathlib import Path
 from common import errors
 from common.checkpoint import open_checkpoint
 from dvd.health import check
+from lm_worker.shared_memory import create_folder
 from lm_worker.sink import SinkOptions
-from lm_worker.store import create_folder
 from tests.deploy.files import ROOT, dockerfile, environment, services
 from tests.ports import free_port
 from tests.server.fakes.vllm import FakeVLLM

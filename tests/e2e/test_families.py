@@ -19,7 +19,8 @@ from common.checkpoint import open_checkpoint
 from common.embedding import Header
 from common.options import read_options
 from common.tiling import Tiling
-from lm_worker.store import Store, create_folder
+from lm_worker.shared_memory import create_folder
+from lm_worker.store import Store
 from tests import checkpoints
 from tests.e2e.serving import IMAGES, ROOT, text_part
 from vision_worker import encoder as encoders
