@@ -240,6 +240,7 @@ def draw(points: Sequence[Point], options: LoadOptions, file: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("offered requests/s")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)
 
@@ -263,7 +264,8 @@ def _draw_latency(axes: Axes, points: Sequence[Point], measure: str, limit_secon
             milliseconds = [1e3 * point.latencies[measure][percentile_name] for point in measured]
             axes.plot([point.offered for point in measured], milliseconds, style, color=colour)
     axes.axhline(1e3 * limit_seconds, color=_GREY, linewidth=0.8)
-    axes.set_ylabel(f"{measure}, ms: median (solid), 99th percentile (dotted)")
+    axes.set_ylabel(f"{measure}, ms")
+    axes.set_title("median (solid), 99th percentile (dotted)", fontsize=8)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,6 +64,7 @@ def _draw_ratios(results: dict[str, Any]) -> Figure:
         axes.text(1.08 * max(1.0, share + whisker), row, label, va="center", fontsize=9)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.4)
     axes.set_title("Which targets are met? Blue: met, orange: missed", fontsize=10)
     axes.set_xlabel("ratio / target (whiskers: spread of the repeats)")
@@ -94,6 +95,7 @@ def _draw_equal_hardware(figures: dict[str, Any]) -> Figure:
     colours = {name: OURS if name.startswith("ours") else COLOCATED for name in rates_by_name}
     bars = rates.bar(range(len(rates_by_name)), list(rates_by_name.values()), color=list(colours.values()))
     rates.bar_label(bars, fmt="%.2f")
+    rates.margins(y=0.1)
     rates.set_xticks(range(len(rates_by_name)), [textwrap.fill(name, 14) for name in rates_by_name], fontsize=7)
     rates.set_title("requests/s at saturation", fontsize=10)
     _draw_latency(ttft, figures["latency, ms"], "TTFT", colours)
@@ -113,7 +115,7 @@ def _draw_latency(axes: Axes, latency: dict[str, Any], measure: str, colours: di
         axes.plot(percents, milliseconds, style, marker="o", color=colours[name], label=name)
     axes.set_title(f"{measure}, 99th percentile, ms", fontsize=10)
     axes.set_xlabel("offered load, % of colocated's maximum")
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
 
 
 if __name__ == "__main__":
