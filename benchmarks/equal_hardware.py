@@ -89,9 +89,8 @@ class _Comparison:
             vision_flags = ("--cache=none", f"--max-batch-tiles={costs.BATCH_TILES}")
             servers.enter_context(processes.vision_worker(folder, model, cores[:1], *vision_flags))
             servers.enter_context(processes.language_worker(folder, model, cores[-1:], *VLLM_FLAGS))
-            server, url = processes.gateway(folder, cores, *gateway_flags)
-            servers.enter_context(server)
-            yield Stack(folder, url, model, self._seeds, IN_FLIGHT)
+            gateway = servers.enter_context(processes.gateway(folder, cores, *gateway_flags))
+            yield Stack(folder, gateway.url, model, self._seeds, IN_FLIGHT)
 
     @contextmanager
     def colocated_stack(self, front_end_cores: int) -> Iterator[Stack]:
@@ -99,10 +98,10 @@ class _Comparison:
         cores = processes.available_cores()
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         engine_cores = cores[front_end_cores:] or cores
-        server, url = processes.stock_vllm(folder, self._baseline, self._stock, engine_cores, *VLLM_FLAGS)
+        server = processes.stock_vllm(folder, self._baseline, self._stock, engine_cores, *VLLM_FLAGS)
         server.cores = cores
         with server:
-            yield Stack(folder, url, self._stock, self._seeds, IN_FLIGHT)
+            yield Stack(folder, server.url, self._stock, self._seeds, IN_FLIGHT)
 
     def measure_costs(self, model: Path) -> tuple[Costs, int, int]:
         """Costs of the stages, tokens of a prompt without image, and tokens of an answer that balances both halves."""

@@ -39,9 +39,8 @@ def run(options: Options) -> Result:
         port = free_port()
         servers.enter_context(processes.vision_worker(folder, model, cores[:1], "--vision-backend=fake"))
         servers.enter_context(processes.fake_language_worker(folder, model, cores[-1:], port, "float32"))
-        server, url = processes.gateway(folder, cores[:1])
-        servers.enter_context(server)
-        return asyncio.run(_measure({"gateway": url, "direct": f"http://127.0.0.1:{port}"}, model.name, options))
+        gateway = servers.enter_context(processes.gateway(folder, cores[:1]))
+        return asyncio.run(_measure({"gateway": gateway.url, "direct": f"http://127.0.0.1:{port}"}, model.name, options))
 
 
 async def _measure(urls: dict[str, str], model: str, options: Options) -> Result:

@@ -39,14 +39,12 @@ def run(options: Options) -> Result:
         stock = colocated.copy_with_remote_code(plain, folder / "stock")
         servers.enter_context(processes.vision_worker(folder, plain, cores[:1], "--cache=none"))
         servers.enter_context(processes.language_worker(folder, plain, cores[-1:], "--dtype=float32", *STEP_FLAGS))
-        gateway, url = processes.gateway(folder, cores)
-        vllm, vllm_url = processes.stock_vllm(folder, baseline, stock, cores, "--dtype=float32", *STEP_FLAGS)
-        servers.enter_context(gateway)
-        servers.enter_context(vllm)
+        gateway = servers.enter_context(processes.gateway(folder, cores))
+        vllm = servers.enter_context(processes.stock_vllm(folder, baseline, stock, cores, "--dtype=float32", *STEP_FLAGS))
         percentiles: _Percentiles = {"ours": [], "colocated": []}
         for repeat in range(options.repeats(3) + 1):
-            for side, side_url, model in (("ours", url, plain.name), ("colocated", vllm_url, stock.name)):
-                measured = asyncio.run(_measure(side_url, model, repeat))
+            for side, server, model in (("ours", gateway, plain.name), ("colocated", vllm, stock.name)):
+                measured = asyncio.run(_measure(server.url, model, repeat))
                 if repeat:  # the first is the warm-up
                     percentiles[side].append(measured)
     return _result(percentiles)

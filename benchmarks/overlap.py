@@ -46,9 +46,8 @@ def _start(folder: Path, traces: Path, servers: ExitStack) -> Stack:
     vllm_flags = ("--no-enable-prefix-caching", "--dtype=float32")
     servers.enter_context(processes.vision_worker(folder, model, vision_cores, *vision_flags))
     servers.enter_context(processes.language_worker(folder, model, language_cores, *vllm_flags))
-    server, url = processes.gateway(folder, cores, f"--trace={traces}")
-    servers.enter_context(server)
-    return Stack(folder, url, model, itertools.count(), IN_FLIGHT)
+    gateway = servers.enter_context(processes.gateway(folder, cores, f"--trace={traces}"))
+    return Stack(folder, gateway.url, model, itertools.count(), IN_FLIGHT)
 
 
 async def _measure(stack: Stack, options: Options) -> tuple[Result, float]:

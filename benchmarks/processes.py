@@ -35,6 +35,7 @@ class Server:
         folder: Folder of the log file.
         ready: Returns whether the server accepts requests.
         environment: Additional environment variables.
+        url: Base URL of its HTTP API, if it has one at a TCP port.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Server:
     folder: Path
     ready: Callable[[], bool]
     environment: Mapping[str, str] = field(default_factory=dict)
+    url: str = ""
     _process: "subprocess.Popen[bytes] | None" = None
 
     def __enter__(self) -> "Server":
@@ -144,26 +146,26 @@ def _vllm_environment(cores: Sequence[int]) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
-def gateway(folder: Path, cores: Sequence[int], *flags: str, vision_names: Sequence[str] = ("vision",)) -> tuple[Server, str]:
-    """A gateway in front of the workers of a folder, and its URL."""
+def gateway(folder: Path, cores: Sequence[int], *flags: str, vision_names: Sequence[str] = ("vision",)) -> Server:
+    """A gateway in front of the workers of a folder."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     addresses = ",".join(f"unix:{folder / name}" for name in vision_names)
     command = [
         sys.executable, "-m", "server", f"--port={port}", f"--vision-workers={addresses}",
         f"--language-workers=unix:{folder / 'language'}", *flags,
     ]  # fmt: skip
-    return Server("gateway", command, cores, folder, lambda: returns_ok(f"{url}/health/ready")), url
+    return Server("gateway", command, cores, folder, lambda: returns_ok(f"{url}/health/ready"), url=url)
 
 
-def stock_vllm(folder: Path, python: str, model: Path, cores: Sequence[int], *flags: str) -> tuple[Server, str]:
-    """Stock vLLM with its own vision tower, run by the interpreter `python`, and its URL."""
+def stock_vllm(folder: Path, python: str, model: Path, cores: Sequence[int], *flags: str) -> Server:
+    """Stock vLLM with its own vision tower, run by the interpreter `python`."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port), "--host", "127.0.0.1",
         f"--served-model-name={model.name}", "--trust-remote-code", *_VLLM_FLAGS, *flags,
     ]  # fmt: skip
     environment = {**_vllm_environment(cores), "VLLM_PLUGINS": "none", "PYTHONPATH": str(TORCHVISION_SHIM)}
-    return Server("colocated", command, cores, folder, lambda: returns_ok(f"{url}/health"), environment), url
+    return Server("colocated", command, cores, folder, lambda: returns_ok(f"{url}/health"), environment, url)
 
 
 def _accepts_connections(path: Path) -> bool:

@@ -43,8 +43,7 @@ def run(options: Options) -> Result:
             servers.enter_context(processes.vision_worker(folder, model, cores[:1], *flags, name=vision_name))
         language = servers.enter_context(ExitStack())
         language.enter_context(processes.language_worker(folder, model, cores[-1:], "--dtype=float32"))
-        server, url = processes.gateway(folder, cores, vision_names=VISION_NAMES)
-        servers.enter_context(server)
+        url = servers.enter_context(processes.gateway(folder, cores, vision_names=VISION_NAMES)).url
         figures, ratios = _measure(url, model.name, metrics_ports, options.repeats(5))
         language.close()
         servers.enter_context(processes.language_worker(folder, model, cores[-1:], "--dtype=float32"))

@@ -113,7 +113,7 @@ def main() -> None:
     rows = {
         "checkpoint": vision_bytes + LANGUAGE_SHARDS * LANGUAGE_SHARD_BYTES, "vision weights": vision_bytes,
         "memory before loading": memory["before"], "memory after loading": memory["after"],
-        "held by the model": memory["after"] - memory["before"], "peak": memory["peak"],
+        "taken by the model": memory["after"] - memory["before"], "peak": memory["peak"],
     }  # fmt: skip
     for name, size in rows.items():
         print(f"{name:<22}{size / _MIB:10,.0f} MiB")
