@@ -31,7 +31,8 @@ _REPEATED_IMAGES = 8
 """Number of distinct images among the repeated ones."""
 _SATURATION_SHARE = 0.9
 """Share of the offered rate; a server that completes less is saturated."""
-_FIRST_RATE = 0.5
+_WARM_UP_RATE, _FIRST_RATE = 1.0, 0.5
+"""Requests per second."""
 _MAX_DOUBLINGS = 12
 _DRAIN_SECONDS = 120.0
 _MODELS_TIMEOUT_SECONDS = 10
@@ -191,7 +192,7 @@ async def sweep(options: LoadOptions, kind: str, rates: Sequence[float]) -> list
 
     Points are in ascending order of rates unless rates are given; each is printed as soon as it is measured.
     """
-    await measure_rate(options, kind, 1.0, 999)  # warm-up
+    await measure_rate(options, kind, _WARM_UP_RATE, 999)
     if rates:
         return [_print_row(await measure_rate(options, kind, rate, i)) for i, rate in enumerate(rates)]
     points: list[Point] = []
