@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from demo.words import TEMPLATE, Words
 from safetensors.torch import load_file
 
 from common.checkpoint import open_checkpoint, read_header
-from demo.words import TEMPLATE, Words
 from tests.checkpoints import make
 
 DEMO = Path(__file__).parents[2] / "demo/checkpoint"
