@@ -15,8 +15,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.layouts import opengvlab
 from demo.files import write_json
-from demo.model import config as demo_config
-from demo.words import Words
+from demo.model.config import checkpoint_config as demo_config
+from demo.text.tokenizer import DemoTokenizer
 from vision_worker.models.internvl import Model
 
 VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
@@ -42,7 +42,7 @@ def config(vocabulary: int, flash: bool, dtype: str, language: dict[str, int]) -
 def make(folder: Path, flash: bool = True, dtype: str = "float32", language: dict[str, int] = LANGUAGE) -> Path:
     """Write it. `language`: sizes of the language model."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = Words()
+    words = DemoTokenizer()
     said = config(words.size, flash, dtype, language)
     with torch.device("meta"):
         vision = Model(opengvlab.LAYOUT.describe(said, {}), 1025)
