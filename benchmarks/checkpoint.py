@@ -15,8 +15,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.layouts import opengvlab
 from demo.files import write_json
-from demo.model import config as demo_config
-from demo.words import Words
+from demo.model.config import checkpoint_config as demo_config
+from demo.text.tokenizer import DemoTokenizer
 from vision_worker.models.internvl import Model
 
 VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
@@ -52,8 +52,8 @@ def write_checkpoint(folder: Path, flash: bool = True, dtype: str = "float32", l
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    words = Words()
-    content = config(words.size, flash, dtype, language)
+    tokenizer = DemoTokenizer()
+    content = config(tokenizer.size, flash, dtype, language)
     with torch.device("meta"):
         vision_model = Model(opengvlab.LAYOUT.describe(content, {}), 1025)
         language_model = Qwen3ForCausalLM(Qwen3Config(**content["llm_config"]))
@@ -67,7 +67,7 @@ def write_checkpoint(folder: Path, flash: bool = True, dtype: str = "float32", l
     write_json(folder / "config.json", content)
     write_json(folder / "generation_config.json", {"eos_token_id": 2, "pad_token_id": 0})
     write_json(folder / "preprocessor_config.json", {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]})
-    words.save(folder)
+    tokenizer.save(folder)
     return folder
 
 
