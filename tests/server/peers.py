@@ -25,7 +25,7 @@ from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
 from server.app import create_app
 from server.config import GatewayOptions
-from server.http.protocol import served
+from server.http.protocol import uvicorn_config
 
 MODEL = "internvl"
 PATIENCE = 60.0
@@ -460,7 +460,7 @@ async def serve(
         **{"vision_workers": [v.address for v in visions], "language_workers": [w.sink.address for w in languages], **options}
     )
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(served(create_app(chosen), grace=1))
+    server = uvicorn.Server(uvicorn_config(create_app(chosen), shutdown_timeout=1))
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     try:

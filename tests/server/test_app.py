@@ -15,7 +15,7 @@ from aiohttp import web
 from common import errors
 from common.embedding_ref import parse_embedding_url
 from protos import vision_pb2 as pb
-from server.vllm_response import LOST
+from server.vllm_response import ENGINE_ERROR_MESSAGE
 from tests.server.peers import (
     COMPLETION,
     EVENTS,
@@ -1187,7 +1187,7 @@ async def test_an_embedding_lost_twice_is_an_error(stack: Stack) -> None:
     await stack.settled()
 
 
-# Workers that fail
+# WorkerPools that fail
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -1209,7 +1209,7 @@ async def test_an_engine_that_fails_says_nothing_of_its_inside(
     for content in (["a"], [image_part(A)]):
         answer = await stack.chat(*content, stream=stream)
         assert (answer.status, answer.error["code"], answer.error["type"]) == (status, code, "server_error")
-        assert answer.error["message"] == LOST
+        assert answer.error["message"] == ENGINE_ERROR_MESSAGE
     assert len(stack.engine.received) == 2, "what would fail again is not tried again"
     assert len(stack.vision.calls) == 1
     stack.engine.respond = usual

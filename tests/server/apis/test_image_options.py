@@ -6,10 +6,10 @@ import pytest
 
 from common import errors
 from protos import vision_pb2 as pb
-from server.apis.image_options import Allowed, read_dial, read_router
+from server.apis.image_options import RequestPolicy, parse_image_options, parse_router
 from tests.server.peers import described
 
-ANY = Allowed(1)
+ANY = RequestPolicy(1)
 WHERE = "messages[0].content[1].image_url"
 
 
@@ -22,7 +22,7 @@ def deep(depth: int) -> Any:
 
 def bounds(allowed: int | None = None, own: dict[str, Any] | None = None, **said: Any) -> tuple[int, int]:
     """Fewest and most tiles of an image that says this."""
-    tiling = read_dial(said, WHERE, pb.Router(), ANY).tiling(described(**(own or {})), allowed)
+    tiling = parse_image_options(said, WHERE, pb.Router(), ANY).tiling(described(**(own or {})), allowed)
     return tiling.min_tiles, tiling.max_tiles
 
 
@@ -80,19 +80,19 @@ NO_WORDS: dict[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.parametrize(("said", "param", "message"), NO_WORDS.values(), ids=NO_WORDS)
 def test_words_that_are_none_are_refused_with_their_place(said: dict[str, Any], param: str, message: str) -> None:
     with pytest.raises(errors.InvalidRequest, match=message) as caught:
-        read_dial(said, WHERE, pb.Router(), ANY)
+        parse_image_options(said, WHERE, pb.Router(), ANY)
     assert caught.value.param == f"{WHERE}.{param}"
     assert len(str(caught.value)) < 400
 
 
 def test_an_operator_may_keep_the_router_to_himself() -> None:
-    closed = Allowed(1, HALF, vir=False)
-    assert read_dial({"vir": None}, WHERE, HALF, closed).router == HALF
+    closed = RequestPolicy(1, HALF, vir=False)
+    assert parse_image_options({"vir": None}, WHERE, HALF, closed).router == HALF
     with pytest.raises(errors.InvalidRequest, match="vir is not accepted from callers here: leave it out") as caught:
-        read_router({}, HALF, closed)
+        parse_router({}, HALF, closed)
     assert caught.value.param == "vir"
     with pytest.raises(errors.InvalidRequest) as caught:
-        read_dial({"vir": {"mode": "off"}}, WHERE, HALF, closed)
+        parse_image_options({"vir": {"mode": "off"}}, WHERE, HALF, closed)
     assert caught.value.param == f"{WHERE}.vir"
 
 
@@ -121,7 +121,7 @@ ROUTERS: dict[str, tuple[Any, pb.Router, pb.Router]] = {
 
 @pytest.mark.parametrize(("said", "own", "router"), ROUTERS.values(), ids=ROUTERS)
 def test_the_router_is_the_callers_before_the_operators(said: Any, own: pb.Router, router: pb.Router) -> None:
-    assert read_router(said, own, ANY) == router
+    assert parse_router(said, own, ANY) == router
 
 
 NO_ROUTERS: dict[str, tuple[Any, str, str]] = {
@@ -151,15 +151,15 @@ NO_ROUTERS: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize(("said", "param", "message"), NO_ROUTERS.values(), ids=NO_ROUTERS)
 def test_settings_of_the_router_that_are_none_are_refused(said: Any, param: str, message: str) -> None:
     with pytest.raises(errors.InvalidRequest, match=message) as caught:
-        read_router(said, pb.Router(), ANY)
+        parse_router(said, pb.Router(), ANY)
     assert caught.value.param == param
     assert len(str(caught.value)) < 400
     with pytest.raises(errors.InvalidRequest) as caught:
-        read_dial({"vir": said}, "images[3]", pb.Router(), ANY)
+        parse_image_options({"vir": said}, "images[3]", pb.Router(), ANY)
     assert caught.value.param == f"images[3].{param}"
     assert param in str(caught.value)
 
 
 def test_a_threshold_where_the_operator_asks_no_router_needs_a_mode() -> None:
     with pytest.raises(errors.InvalidRequest, match='the mode is off: .* "mode": "auto"'):
-        read_router({"relative_threshold": 0.5}, OFF, ANY)
+        parse_router({"relative_threshold": 0.5}, OFF, ANY)

@@ -8,9 +8,11 @@ import pytest
 
 from common import errors
 from common.embedding_ref import parse_embedding_url
-from server.apis.image_options import Allowed
-from server.apis.messages import parse_messages
+from server.apis import messages
+from server.apis.image_options import RequestPolicy
 from tests.server.peers import inline, picture
+
+parse_messages = messages.APIS[0].parse
 
 DATA = base64.b64encode(picture()).decode()
 SOURCE = {"type": "base64", "media_type": "image/png", "data": DATA}
@@ -27,7 +29,7 @@ def text(said: str = "a") -> dict[str, Any]:
 
 def parsed(*messages: Any, **fields: Any) -> Any:
     body = {"model": "m", "max_tokens": 5, "messages": list(messages), **fields}
-    return parse_messages(json.dumps(body).encode(), Allowed(2))
+    return parse_messages(json.dumps(body).encode(), RequestPolicy(2))
 
 
 def user(*blocks: Any) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def user(*blocks: Any) -> dict[str, Any]:
 def test_texts_pass_byte_for_byte() -> None:
     for message in ({"role": "user", "content": "see <image>"}, user(text()), user({"type": "tool_result", "content": "a"})):
         asked = parsed(message, system=[text("be brief")])
-        assert asked.replaced([], []) is asked.raw
+        assert asked.with_embeddings([], []) is asked.raw
 
 
 def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
@@ -46,8 +48,8 @@ def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
     messages = [user(text(), asked_by_url), user(result)]
     asked = parsed(*messages, vir={"mode": "off"})
     assert [one.url for one in asked.images] == ["https://example.org/a.png", inline(picture())]
-    assert [one.dial.where for one in asked.images] == ["messages[0].content[1]", "messages[1].content[0].content[1]"]
-    made = json.loads(asked.replaced(KEYS, [10, 20]))
+    assert [one.options.location for one in asked.images] == ["messages[0].content[1]", "messages[1].content[0].content[1]"]
+    made = json.loads(asked.with_embeddings(KEYS, [10, 20]))
     first, second = made["messages"][0]["content"][1], made["messages"][1]["content"][0]["content"][1]
     for block, key, tokens in ((first, KEYS[0], 10), (second, KEYS[1], 20)):
         handed = parse_embedding_url(block["source"].pop("url"))
@@ -94,7 +96,7 @@ def test_an_image_where_the_engine_would_lose_it_is_refused() -> None:
 
 def test_words_of_the_dial_are_on_the_block() -> None:
     asked = parsed(user(image(detail="low"), image(max_dynamic_patch=3)))
-    assert [(one.dial.detail, one.dial.max_tiles) for one in asked.images] == [("low", None), ("auto", 3)]
+    assert [(one.options.detail, one.options.max_tiles) for one in asked.images] == [("low", None), ("auto", 3)]
     with pytest.raises(errors.InvalidRequest) as caught:
         parsed(user(image(max_dynamic_patch=0)))
     assert caught.value.param == "messages[0].content[0].max_dynamic_patch"

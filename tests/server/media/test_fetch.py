@@ -22,7 +22,7 @@ from PIL import Image
 from common import errors
 from common.options import IMAGE_FORMATS
 from server.config import ServingOptions
-from server.media.fetch import Fetcher, ThreadsResolver, inspect, is_public
+from server.media.fetch import MediaFetcher, ThreadedResolver, inspect_image, is_public
 from tests.server.peers import Handler, files, hang, inline, picture, sends
 
 PNG = picture()
@@ -46,8 +46,8 @@ class Names(AbstractResolver):
 
 
 @contextlib.asynccontextmanager
-async def fetching(*addresses: str, **options: Any) -> AsyncIterator[Fetcher]:
-    fetcher = Fetcher(ServingOptions(**options), Names(*addresses) if addresses else None)
+async def fetching(*addresses: str, **options: Any) -> AsyncIterator[MediaFetcher]:
+    fetcher = MediaFetcher(ServingOptions(**options), Names(*addresses) if addresses else None)
     try:
         yield fetcher
     finally:
@@ -179,7 +179,7 @@ URLS = [
 @pytest.mark.parametrize("url", URLS, ids=lambda url: ascii(url)[:60])
 async def test_urls_that_are_not_fetched(url: str) -> None:
     names = Names("127.0.0.1")
-    fetcher = Fetcher(ServingOptions(), names)
+    fetcher = MediaFetcher(ServingOptions(), names)
     with pytest.raises(errors.InvalidRequest) as caught:
         await fetcher.load(url)
     await fetcher.close()
@@ -217,7 +217,7 @@ async def test_names_whose_servers_never_answer_hold_up_nobody_else(monkeypatch:
         return real("127.0.0.1", *more, **most)
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    resolver, loop = ThreadsResolver(), asyncio.get_running_loop()
+    resolver, loop = ThreadedResolver(), asyncio.get_running_loop()
     waiting = [asyncio.create_task(resolver.resolve("silent.example", 80)) for _ in range(256)]
     try:
         await asyncio.sleep(0)
@@ -406,9 +406,9 @@ async def test_neither_cookies_nor_names_go_out() -> None:
 
 @pytest.mark.parametrize("kind", IMAGE_FORMATS)
 def test_formats_that_are_served(kind: str) -> None:
-    inspect(picture(kind=kind), 64)
+    inspect_image(picture(kind=kind), 64)
     with pytest.raises(errors.ImageTooLarge, match="8 × 8 pixels; at most 63"):
-        inspect(picture(kind=kind), 63)
+        inspect_image(picture(kind=kind), 63)
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -448,23 +448,23 @@ NO_IMAGES = {
 @pytest.mark.parametrize("data", NO_IMAGES.values(), ids=NO_IMAGES)
 def test_bytes_that_are_no_image_served_here(data: bytes) -> None:
     with pytest.raises(errors.InvalidImage, match=f"{len(data)} bytes"):
-        inspect(data, 1 << 20)
+        inspect_image(data, 1 << 20)
 
 
 def test_an_empty_file_is_no_image() -> None:
     with pytest.raises(errors.InvalidImage, match="0 bytes"):
-        inspect(b"", 1)
+        inspect_image(b"", 1)
 
 
 @pytest.mark.parametrize(("width", "height"), [(65_535, 65_535), (20_000, 20_000), (2**31 - 1, 1), (1, 2**31 - 1)])
 def test_a_header_that_claims_too_much_is_believed_and_refused(width: int, height: int) -> None:
     with pytest.raises(errors.ImageTooLarge):
-        inspect(png(width, height), 64_000_000)
+        inspect_image(png(width, height), 64_000_000)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_any_mode_will_do(mode: str) -> None:
-    inspect(picture(mode=mode), 64)
+    inspect_image(picture(mode=mode), 64)
 
 
 def test_damaged_files_raise_nothing_else() -> None:
@@ -475,4 +475,4 @@ def test_damaged_files_raise_nothing_else() -> None:
             for _ in range(5):
                 data[noise.randrange(len(data))] = noise.randrange(256)
             with contextlib.suppress(errors.InvalidImage, errors.ImageTooLarge):
-                inspect(bytes(data[: noise.randrange(1, len(data) + 1)]), 64_000_000)
+                inspect_image(bytes(data[: noise.randrange(1, len(data) + 1)]), 64_000_000)

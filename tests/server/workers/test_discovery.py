@@ -83,7 +83,7 @@ class Zone:
         self.told.append(addresses)
 
     async def asked_times(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(discovery, "RESOLVE_EVERY", 0.0)
+        monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.0)
         watching = asyncio.create_task(discovery.watch(NAME, self.resolve, self.tell))
         await until(lambda: len(self.asked) >= count or watching.done(), "asked so often")
         watching.cancel()
@@ -127,7 +127,7 @@ class Hosts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
         self.names = names
-        monkeypatch.setattr(discovery, "RESOLVE_EVERY", 0.05)
+        monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.05)
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._answer)
 
     async def _answer(self, host: str, port: int, **rest: Any) -> list[Any]:
