@@ -1,4 +1,4 @@
-"""Real videos, encoded here: a frame shows its number in binary, eight upright stripes."""
+"""Real videos, encoded by the tests. Each frame shows its index in binary as eight upright stripes."""
 
 import io
 from fractions import Fraction
@@ -8,16 +8,27 @@ import numpy as np
 from PIL import Image
 
 
-def made(kind: str, codec: str, count: int, rate: int = 10, size: tuple[int, int] = (64, 48), together: int = 12) -> bytes:
-    """`together`: frames from one key frame to the next."""
+def encode_video(
+    container: str, codec: str, count: int, rate: int = 10, size: tuple[int, int] = (64, 48), key_frame_interval: int = 12
+) -> bytes:
+    """Encodes a video whose frames show their indices.
+
+    Args:
+        container: Container format, as FFmpeg names it.
+        codec: Video codec, as FFmpeg names it.
+        count: Number of frames.
+        rate: Frames per second.
+        size: Width and height in pixels.
+        key_frame_interval: Number of frames from one key frame to the next.
+    """
     file = io.BytesIO()
-    with av.open(file, "w", format=kind) as out:
+    with av.open(file, "w", format=container) as out:
         stream = out.add_stream(codec, rate=Fraction(rate))
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = together
-        for number in range(count):
-            bits = np.array([255 * (number >> i & 1) for i in range(8)], dtype=np.uint8).repeat(size[0] // 8)
+        stream.codec_context.gop_size = key_frame_interval
+        for index in range(count):
+            bits = np.array([255 * (index >> i & 1) for i in range(8)], dtype=np.uint8).repeat(size[0] // 8)
             stripes = np.broadcast_to(bits[None, :, None], (size[1], size[0], 3))
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(stripes), format="rgb24")):
                 out.mux(packet)
@@ -26,6 +37,7 @@ def made(kind: str, codec: str, count: int, rate: int = 10, size: tuple[int, int
     return file.getvalue()
 
 
-def read(file: bytes) -> int:
+def read_frame_index(file: bytes) -> int:
+    """Returns the index that a frame shows; `file` is an image file."""
     stripes = np.asarray(Image.open(io.BytesIO(file)).convert("L")).mean(0).reshape(8, -1).mean(1)
     return sum(1 << i for i, bright in enumerate(stripes > 127) if bright)

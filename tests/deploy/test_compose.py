@@ -176,7 +176,7 @@ def test_every_service_scales_restarts_and_rotates_its_log(files: tuple[Path, ..
 
 @EVERY_CONFIGURATION
 @pytest.mark.parametrize(
-    ("service", "drain"), [("gateway", gateway._GRACE), ("vision", vision._GRACE), ("language", sink.GRACE)]
+    ("service", "drain"), [("gateway", gateway._SHUTDOWN_TIMEOUT_SECONDS), ("vision", vision._GRACE), ("language", sink.GRACE)]
 )
 def test_the_stop_grace_period_covers_the_drain(files: tuple[Path, ...], service: str, drain: float) -> None:
     assert seconds(services(files)[service]["stop_grace_period"]) >= drain + CLOSE_SECONDS

@@ -22,7 +22,8 @@ from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder
 from tests.deploy.files import ROOT, dockerfile, dvd_environment, services
 from tests.ports import free_port
-from tests.server.peers import Engine, until
+from tests.server.fakes.vllm import FakeVLLM
+from tests.server.fakes.waiting import wait_until
 
 EXPOSED_PORTS = [str(port) for service in ("gateway", "vision", "language") for port in dockerfile(service).ports()]
 CHECKPOINT = ROOT / "demo/checkpoint"
@@ -77,7 +78,7 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def run_language_worker(folder: Path) -> AsyncIterator[Engine]:
+async def run_language_worker(folder: Path) -> AsyncIterator[FakeVLLM]:
     """Run a sink at the image's address, and a stand-in for vLLM."""
     variables = {name: localized(value) for name, value in dvd_environment("language", services()["language"]).items()}
     options = SinkOptions(
@@ -87,7 +88,7 @@ async def run_language_worker(folder: Path) -> AsyncIterator[Engine]:
         metrics_port=int(variables["DVD_METRICS_PORT"]),
     )  # fmt: skip
     create_folder(folder / "sink")
-    engine = Engine(variables["DVD_HTTP"])
+    engine = FakeVLLM(variables["DVD_HTTP"])
     await engine.start()
     process = await asyncio.create_subprocess_exec(
         sys.executable, *options.arguments(), cwd=ROOT, env=clean_environment(), stdin=asyncio.subprocess.PIPE
@@ -129,7 +130,7 @@ async def is_healthy(address: str) -> bool:
 
 async def becomes_healthy(service: str) -> None:
     """Wait in this process, where a check needs no new Python, and then check as Compose does."""
-    await until(lambda: is_healthy(checked_address(service)), f"{service} is healthy", START_TIMEOUT_SECONDS)
+    await wait_until(lambda: is_healthy(checked_address(service)), f"{service} is healthy", START_TIMEOUT_SECONDS)
     status, output = await run_health_check(service)
     assert status == 0, output
     assert output.startswith(f"{checked_address(service)}: ")
@@ -147,7 +148,7 @@ async def test_health_checks_follow_the_state_of_the_processes(tmp_path: Path) -
         async with run_service("vision"), run_language_worker(tmp_path) as engine:
             await becomes_healthy("vision")
             await becomes_healthy("language")
-            await until(lambda: is_healthy(readiness), "the gateway has found both workers", START_TIMEOUT_SECONDS)
+            await wait_until(lambda: is_healthy(readiness), "the gateway has found both workers", START_TIMEOUT_SECONDS)
             await engine.stop()
             status, output = await run_health_check("language")
             assert status == 1, "a sink without its vLLM is no language worker"

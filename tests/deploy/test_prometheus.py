@@ -10,7 +10,7 @@ import pytest
 
 from tests.deploy.processes import Processes, run_processes, run_prometheus, wait_until
 from tests.deploy.promql import find_tool, queries, rules
-from tests.server.peers import chat, image_part, picture
+from tests.server.fakes.requests import chat, image_file, image_part
 
 WITHOUT_DATA = {"Deliveries to the sinks: {{code}}"}
 """Panels that are empty while nothing fails: rejected deliveries."""
@@ -32,7 +32,7 @@ async def observed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tu
 
 async def send_requests(processes: Processes, number: int) -> None:
     """Send a text, an image twice at once and then again, and images that gateway or vision worker reject."""
-    image, truncated = image_part(picture(number, (900, 700))), image_part(picture(number)[:-30])
+    image, truncated = image_part(image_file(number, (900, 700))), image_part(image_file(number)[:-30])
     await asyncio.gather(*(post(processes, chat(part, stream=True)) for part in ("hello", image, image)))
     for part in (image, image_part(b"text"), truncated):
         await post(processes, chat(part, stream=True))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.processes import ENGINE_EVENTS, Processes, run_processes, wait_until
-from tests.server.peers import chat, image_part, inline, picture, text_part
+from tests.server.fakes.requests import chat, data_url, image_file, image_part, text_part
 
 REQUEST_ID = "a-request.1"
 PROMPT = "the prompt that no log may contain"
@@ -24,7 +24,7 @@ async def processes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[P
 
 async def send_request(processes: Processes, **fields: Any) -> dict[str, float]:
     """Return `Server-Timing` of a successful response: milliseconds by stage."""
-    body = chat(image_part(picture(7, (900, 700))), text_part(PROMPT), stream=True, **fields)
+    body = chat(image_part(image_file(7, (900, 700))), text_part(PROMPT), stream=True, **fields)
     headers = {"X-Request-Id": REQUEST_ID, "Authorization": "Bearer a-secret-key"}
     async with processes.session.post(f"{processes.url}/v1/chat/completions", json=body, headers=headers) as response:
         assert (response.status, await response.read()) == (200, b"".join(ENGINE_EVENTS))
@@ -57,5 +57,5 @@ async def test_logs_have_the_request_id_and_timings_but_no_content(processes: Pr
     (delivery,) = [record for record in processes.records("sink") if record["message"] == "delivery"]
     assert (delivery["request_id"], delivery["outcome"]) == (REQUEST_ID, "stored")
     all_logs = "".join(map(processes.log, processes.ports))
-    for secret in (PROMPT, "a-secret-key", inline(picture(7, (900, 700)))[30:60]):
+    for secret in (PROMPT, "a-secret-key", data_url(image_file(7, (900, 700)))[30:60]):
         assert secret not in all_logs

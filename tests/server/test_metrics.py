@@ -68,7 +68,8 @@ def test_only_good_answers_of_the_model_are_timed_whole() -> None:
         ("/v1/chat/completions", 200, None), ("/v1/chat/completions", 400, "invalid_request"),
         ("/v1/chat/completions", 200, "client_gone"), ("/metrics", 200, None),
     ):  # fmt: skip
-        metrics.record_request(RequestStats("a", error_code=error), route, status)
+        stats = RequestStats("a", error_code=error, generates_text=route != "/metrics")
+        metrics.record_request(stats, route, status)
     value = metrics.registry.get_sample_value
     assert value("dvd_request_seconds_count", {"route": "/v1/chat/completions"}) == 1
     assert value("dvd_request_seconds_count", {"route": "/metrics"}) is None

@@ -27,6 +27,7 @@ CONTEXT = "This model's maximum context length is 4096 tokens. However, you requ
     [
         (400, vllm(400), ("bad", "invalid_request_error", None, "invalid_request")),
         (400, vllm(400, param="stop"), ("bad", "invalid_request_error", "stop", "invalid_request")),
+        (400, vllm(400, param="input_tokens"), ("bad", "invalid_request_error", "input_tokens", "context_length_exceeded")),
         (400, vllm(400, CONTEXT), (CONTEXT, "invalid_request_error", None, "context_length_exceeded")),
         (401, vllm(401), ("bad", "authentication_error", None, "invalid_api_key")),
         (401, b'{"error": "Unauthorized"}', ('{"error": "Unauthorized"}', "authentication_error", None, "invalid_api_key")),
@@ -80,6 +81,11 @@ async def everything(made: EventStream) -> bytes:
 
 
 A, B, DONE = b'data: {"n": 1}\n\n', b'data: {"n": 2}\n\n', b"data: [DONE]\n\n"
+ROLE = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":'
+    b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"prompt_token_ids":null,"prompt_text":null}\n\n'
+)
+MESSAGE_START = b'event: message_start\ndata: {"type":"message_start","message":{"id":"m","content":[]}}\n\n'
 FAILED = b"data: " + vllm(500, "/root/x.py failed") + b"\n\n"
 REFUSED = b"data: " + vllm(400, "too hot") + b"\n\n"
 
@@ -98,9 +104,9 @@ async def test_an_end_in_the_middle_of_an_event_loses_nothing() -> None:
     assert await everything(made) == A + B + b"data: {"
 
 
-@pytest.mark.parametrize("before", [b"", A])
+@pytest.mark.parametrize("before", [b"", ROLE, ROLE + ROLE.replace(b'"index":0', b'"index":1'), MESSAGE_START])
 @pytest.mark.parametrize("size", [1, 10, 1000])
-async def test_an_error_among_the_first_two_events_is_no_beginning(before: bytes, size: int) -> None:
+async def test_an_error_after_the_preamble_decides_the_status(before: bytes, size: int) -> None:
     said = before + FAILED + DONE
     failure = await stream(*(said[i : i + size] for i in range(0, len(said), size))).start()
     assert failure is not None
@@ -120,7 +126,7 @@ async def test_an_error_with_a_strange_code_is_ours(code: Any) -> None:
     assert failure.status == 500
 
 
-@pytest.mark.parametrize("chunks", [(), (A,), (A[:5],)])
+@pytest.mark.parametrize("chunks", [(), (ROLE,), (A[:5],), (MESSAGE_START,)])
 @pytest.mark.parametrize("error", [aiohttp.ClientPayloadError(), aiohttp.ServerDisconnectedError()])
 async def test_a_break_before_anything_went_out_can_be_tried_elsewhere(chunks: tuple[bytes, ...], error: Exception) -> None:
     with pytest.raises(errors.Unavailable):
@@ -128,8 +134,33 @@ async def test_a_break_before_anything_went_out_can_be_tried_elsewhere(chunks: t
 
 
 async def test_an_end_before_any_event_can_be_tried_elsewhere() -> None:
-    with pytest.raises(errors.Unavailable):
-        await stream().start()
+    for chunks in ((), (ROLE,), (MESSAGE_START,)):
+        with pytest.raises(errors.WorkerUnavailable):
+            await stream(*chunks).start()
+
+
+@pytest.mark.parametrize("preamble", [ROLE, MESSAGE_START], ids=["chat", "messages"])
+async def test_the_preamble_waits_for_the_next_event_however_late(preamble: bytes) -> None:
+    later = asyncio.Event()
+    made = stream(preamble, later, A, DONE)
+    starting = asyncio.create_task(made.start())
+    await asyncio.wait([starting], timeout=0.1)
+    assert not starting.done()
+    later.set()
+    assert await starting is None
+    assert await everything(made) == preamble + A + DONE
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ROLE.replace(b'"content":""', b'"content":"a"'), ROLE.replace(b'"finish_reason":null', b'"finish_reason":"stop"'),
+        b'event: response.created\ndata: {}\n\n', b'data: {"choices":[{"text":"a"}]}\n\n', DONE,
+    ],
+)  # fmt: skip
+async def test_every_other_event_starts_the_stream_at_once(event: bytes) -> None:
+    never = asyncio.Event()
+    assert await asyncio.wait_for(stream(event, never).start(), 20) is None
 
 
 async def test_a_first_event_does_not_wait_for_a_second() -> None:
@@ -255,7 +286,7 @@ NAMED = b'event: error\ndata: {"type":"error","error":{"type":"internal_error","
 
 @pytest.mark.parametrize("shape", [error_format.OPENAI_RESPONSES, error_format.ANTHROPIC], ids=["responses", "messages"])
 async def test_apis_whose_events_have_names_have_errors_with_names(shape: error_format.ErrorFormat) -> None:
-    start = b"event: message_start\ndata: {}\n\n"
+    start = b"event: content_block_start\ndata: {}\n\n"
     made = stream(start, start, start + NAMED, error_format=shape)
     assert await made.start() is None
     events = (await everything(made)).split(b"\n\n")

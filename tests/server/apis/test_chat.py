@@ -12,12 +12,13 @@ from protos import vision_pb2 as pb
 from server.apis import chat as chat_api
 from server.apis import tokenize
 from server.apis.image_options import RequestPolicy
-from tests.server.peers import chat, image_part, picture, text_part
+from server.http.json_body import decode_object
+from tests.server.fakes.requests import chat, image_file, image_part, text_part
 
 parse_chat = chat_api.APIS[0].parse
 parse_tokenize = tokenize.APIS[0].parse
 
-IMAGE = image_part(picture())
+IMAGE = image_part(image_file())
 
 
 def raw(body: Any) -> bytes:
@@ -161,7 +162,7 @@ def test_images_are_counted_over_all_messages() -> None:
     messages = [{"role": "user", "content": [IMAGE, IMAGE]}, {"role": "user", "content": [IMAGE]}]
     body = raw({"model": "m", "messages": messages})
     assert len(parse_chat(body, RequestPolicy(3)).images) == 3
-    with pytest.raises(errors.TooManyImages, match="3 images in one request, at most 2"):
+    with pytest.raises(errors.TooManyImages, match="has 3 images; the maximum is 2"):
         parse_chat(body, RequestPolicy(2))
 
 
@@ -188,7 +189,7 @@ WORDS = {
 @pytest.mark.parametrize("fields", WORDS.values(), ids=WORDS)
 def test_words_that_mark_an_image_are_refused_beside_one(fields: dict[str, Any]) -> None:
     image = {"role": "user", "content": [IMAGE]}
-    with pytest.raises(errors.InvalidRequest, match="which marks the place of an image") as caught:
+    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image") as caught:
         parse_chat(raw({"model": "m", **fields, "messages": [*fields.get("messages", []), image]}), RequestPolicy(1))
     assert caught.value.param
     assert len(caught.value.param) <= 200
@@ -197,7 +198,7 @@ def test_words_that_mark_an_image_are_refused_beside_one(fields: dict[str, Any])
 
 
 def test_images_are_replaced_in_order_and_nothing_else_changes() -> None:
-    images = [image_part(picture(i)) for i in range(4)]
+    images = [image_part(image_file(i)) for i in range(4)]
     images[1]["image_url"]["detail"] = "high"
     body = {
         "model": "m",
@@ -244,7 +245,7 @@ def test_any_depth_is_either_read_and_written_or_refused(depth: int) -> None:
         b"[" * depth + b"]" * depth,
     )
     with contextlib.suppress(errors.InvalidRequest) if depth > 100 else contextlib.nullcontext():
-        assert json.loads(parse_chat(body, RequestPolicy(1)).with_embeddings(["k"], [1]))["model"] == "m"
+        assert decode_object(parse_chat(body, RequestPolicy(1)).with_embeddings(["k"], [1]))["model"] == "m"
 
 
 def video(**words: Any) -> dict[str, Any]:
@@ -261,13 +262,13 @@ def test_a_video_is_eight_frames_of_one_tile_unless_it_says_otherwise() -> None:
 
 
 def test_frames_count_as_images() -> None:
-    with pytest.raises(errors.TooManyImages, match="12 images in one request, frames of videos counted, at most 11"):
+    with pytest.raises(errors.TooManyImages, match=r"has 12 images \(frames of videos counted\); the maximum is 11"):
         parse_chat(raw(chat(IMAGE, video(), video(num_frames=3))), RequestPolicy(11))
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, "8", True, [8]])
 def test_bad_numbers_of_frames_are_refused_with_their_place(count: Any) -> None:
-    with pytest.raises(errors.InvalidRequest, match="not a whole number above 0") as caught:
+    with pytest.raises(errors.InvalidRequest, match="not an integer above 0") as caught:
         parse_chat(raw(chat(text_part("a"), video(num_frames=count))), RequestPolicy(9))
     assert caught.value.param == "messages[0].content[1].video_url.num_frames"
 

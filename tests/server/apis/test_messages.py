@@ -10,11 +10,11 @@ from common import errors
 from common.embedding_ref import parse_embedding_url
 from server.apis import messages
 from server.apis.image_options import RequestPolicy
-from tests.server.peers import inline, picture
+from tests.server.fakes.requests import data_url, image_file
 
 parse_messages = messages.APIS[0].parse
 
-DATA = base64.b64encode(picture()).decode()
+DATA = base64.b64encode(image_file()).decode()
 SOURCE = {"type": "base64", "media_type": "image/png", "data": DATA}
 KEYS = ["a" * 64, "b" * 64]
 
@@ -47,7 +47,7 @@ def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
     asked_by_url = image({"type": "url", "url": "https://example.org/a.png"}, cache_control={"type": "ephemeral"})
     messages = [user(text(), asked_by_url), user(result)]
     asked = parsed(*messages, vir={"mode": "off"})
-    assert [one.url for one in asked.images] == ["https://example.org/a.png", inline(picture())]
+    assert [one.url for one in asked.images] == ["https://example.org/a.png", data_url(image_file())]
     assert [one.options.location for one in asked.images] == ["messages[0].content[1]", "messages[1].content[0].content[1]"]
     made = json.loads(asked.with_embeddings(KEYS, [10, 20]))
     first, second = made["messages"][0]["content"][1], made["messages"][1]["content"][0]["content"][1]
@@ -76,7 +76,7 @@ SOURCES: dict[str, Any] = {
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_sources_that_are_none_are_refused(source: Any) -> None:
-    with pytest.raises(errors.InvalidRequest, match='must read .*"base64"') as caught:
+    with pytest.raises(errors.InvalidRequest, match='is not supported; expected .*"base64"') as caught:
         parsed(user(text(), image(source)))
     assert caught.value.param == "messages[0].content[1].source"
 
@@ -89,7 +89,7 @@ def test_an_image_where_the_engine_would_lose_it_is_refused() -> None:
         ({"messages": [{"role": "assistant", "content": [result]}]}, "messages[0].content[0].content[0]"),
         ({"messages": [{"role": "system", "content": [image()]}]}, "messages[0].content[0]"),
     ):
-        with pytest.raises(errors.InvalidRequest, match="of the user only") as caught:
+        with pytest.raises(errors.InvalidRequest, match="in user messages only") as caught:
             parsed(**fields)
         assert caught.value.param == param
 
@@ -113,7 +113,7 @@ def test_images_are_counted_and_words_that_mark_one_refused_beside_them() -> Non
         parsed(user(image(), image(), image()))
     hidden = {"type": "tool_use", "id": "1", "name": "f", "input": {"type": "image", "source": "<image>"}}
     for message in (user(text("<image>")), {"role": "assistant", "content": [hidden]}):
-        with pytest.raises(errors.InvalidRequest, match="which marks the place of an image"):
+        with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
             parsed(user(image()), message)
-    with pytest.raises(errors.InvalidRequest, match="which marks the place of an image"):
+    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
         parsed(user(image()), system="see <IMG_CONTEXT>")

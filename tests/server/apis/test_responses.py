@@ -9,11 +9,11 @@ from common import errors
 from common.embedding_ref import parse_embedding_url
 from server.apis import responses
 from server.apis.image_options import RequestPolicy
-from tests.server.peers import inline, picture
+from tests.server.fakes.requests import data_url, image_file
 
 parse_responses = responses.APIS[0].parse
 
-URL = inline(picture())
+URL = data_url(image_file())
 KEYS = ["a" * 64, "b" * 64]
 
 
@@ -85,7 +85,7 @@ def test_parts_that_may_not_pass_are_refused_with_their_place(name: str, part: A
 
 @pytest.mark.parametrize("name", ["previous_response_id", "previous_input_messages", "background"])
 def test_what_would_need_a_memory_is_refused(name: str) -> None:
-    with pytest.raises(errors.InvalidRequest, match="no response is kept here") as caught:
+    with pytest.raises(errors.InvalidRequest, match="responses are not stored") as caught:
         parsed("a", **{name: "x"})
     assert caught.value.param == name
     assert parsed("a", **{name: None}).images == []
@@ -97,7 +97,7 @@ def test_images_are_counted_and_words_that_mark_one_refused_beside_them() -> Non
         parsed([user(image(), image(), image())])
     assert caught.value.param == "input"
     for fields in ({"instructions": "see <image>"}, {"tools": [{"name": "<IMG_CONTEXT>"}]}):
-        with pytest.raises(errors.InvalidRequest, match="which marks the place of an image"):
+        with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
             parsed([user(image())], **fields)
-    with pytest.raises(errors.InvalidRequest, match="which marks the place"):
+    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
         parsed([user(image(), text("<image>"))])
