@@ -132,7 +132,7 @@ load: dev
 
 docs: dev
 	$(BIN)/python -m tests.docs.reference > docs/configuration.md
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 protos: dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotos=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
