@@ -36,9 +36,8 @@ def exported(registry: CollectorRegistry) -> dict[str, Row]:
     """Return the metrics of a registry, including those without a sample yet."""
     rows = {}
     for collector in list(registry._collector_to_names):
-        declared = isinstance(collector, MetricWrapperBase)
-        for family in collector.describe() if declared else collector.collect():
-            labels = collector._labelnames if declared else family.samples[0].labels
+        for family in collector.describe() if isinstance(collector, MetricWrapperBase) else collector.collect():
+            labels = collector._labelnames if isinstance(collector, MetricWrapperBase) else family.samples[0].labels
             rows[family.name + ("_total" if family.type == "counter" else "")] = (family.type, frozenset(labels))
     return rows
 
