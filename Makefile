@@ -31,8 +31,8 @@ help:
 	@echo "make check      lint, formatting, types and package boundaries; changes no file"
 	@echo "make fix        repair what the linter can, and format"
 	@echo "make test       run all tests"
-	@echo "make test-fast  run the tests that need no vLLM, on two processes"
-	@echo "make coverage   measure the branch coverage of the fast tests; fails below the floor in pyproject.toml"
+	@echo "make test-fast  run the tests that need no vLLM and are not slow, on two processes"
+	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
 	@echo "make docs       regenerate docs/configuration.md and build the documentation into site/"
 	@echo "make lock       resolve the pinned versions in constraints/ again, for both devices"
 	@echo "make protos     regenerate the gRPC stubs in protos/"
@@ -93,9 +93,9 @@ fix: dev
 test: dev
 	$(BIN)/python -m pytest $(ARGS)
 
-# One file stays on one process: its fixtures are servers.
+# A file stays on one process, since its fixtures are servers. More than one thread of torch a process would only wait.
 test-fast: dev
-	$(BIN)/python -m pytest -m 'not vllm and not install' -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not vllm and not slow and not install' -n 2 --dist loadfile $(ARGS)
 
 # Apart from `make test`: before Python 3.12 tracing branches costs more than a tenth of a run.
 coverage: dev

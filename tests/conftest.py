@@ -1,4 +1,4 @@
-"""What holds for all tests: which of them need vLLM, and that none is skipped in CI."""
+"""Settings of all tests: which of them need vLLM or are slow, and that none is skipped in CI."""
 
 import os
 from collections.abc import Generator
@@ -13,12 +13,22 @@ _TESTS = Path(__file__).parent
 _NEED_VLLM = ("e2e", "lm_worker/test_connector.py", "lm_worker/test_media.py")
 """Folders and files whose tests start vLLM or import it, which takes longer than all the rest of a test."""
 
+_SLOW = (
+    "deploy/test_health.py",
+    "deploy/test_prometheus.py",
+    "deploy/test_request_id.py",
+    "docs/test_site.py",
+    "vision_worker/models/test_compiled.py",
+)
+"""Files whose tests start several processes, wait for scrapes, compile a model or build the site: half a minute each."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need vLLM."""
+    """Mark the tests that need vLLM, and the slow ones."""
     for item in items:
-        if any(item.path.is_relative_to(_TESTS / name) for name in _NEED_VLLM):
-            item.add_marker(pytest.mark.vllm)
+        for marker, names in ((pytest.mark.vllm, _NEED_VLLM), (pytest.mark.slow, _SLOW)):
+            if any(item.path.is_relative_to(_TESTS / name) for name in names):
+                item.add_marker(marker)
 
 
 @pytest.hookimpl(wrapper=True)
