@@ -65,7 +65,9 @@ class Operations:
         """Return the metrics of a language worker's vLLM, which may listen where Prometheus cannot reach it."""
         index, workers = request.path_params["index"], self._workers.language.workers
         if not index.isdecimal() or len(index) > 9 or int(index) >= len(workers):
-            raise errors.InvalidRequest(f"Language worker {index[:50]!r} does not exist: expected 0 to {len(workers) - 1}.")
+            raise errors.InvalidRequest(
+                f"Language worker {index[:50]!r} does not exist: expected a number from 0 to {len(workers) - 1}."
+            )
         worker = workers[int(index)]
         with worker.in_use():
             text = await worker.client.text("/metrics", _ENGINE_METRICS_TIMEOUT_SECONDS, _MAX_ENGINE_METRICS_BYTES)

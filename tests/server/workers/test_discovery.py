@@ -32,7 +32,7 @@ NAME = "dns:vision:50051"
     ],
 )  # fmt: skip
 def test_a_name_is_told_from_an_address(address: str, stands: tuple[str, int] | None) -> None:
-    assert discovery.named(address) == stands
+    assert discovery.parse_name(address) == stands
 
 
 async def test_the_systems_resolver_is_asked() -> None:

@@ -248,7 +248,7 @@ async def test_a_dtype_that_no_vision_worker_delivers_is_a_mismatch(tmp_path: Pa
             said = workers.mismatch()
             assert bool(said) == wrong
             if said:
-                assert f"dtype number {number}, and vision workers deliver bfloat16, float16, float32" in said.summary
+                assert f"dtype number {number}, but vision workers deliver bfloat16, float16, float32" in said.summary
                 assert said.details.startswith(f"language worker {language.sink.address} computes in")
 
 
