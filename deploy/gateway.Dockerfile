@@ -1,12 +1,13 @@
-# The gateway: HTTP, and no torch. From the root of the repository: docker build -f deploy/gateway.Dockerfile -t dvd-gateway .
+# The gateway, without torch and vLLM. From the root of the repository: docker build -f deploy/gateway.Dockerfile -t dvd-gateway .
 FROM python:3.11.13-slim-bookworm AS build
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 WORKDIR /src
-RUN pip install --no-cache-dir uv==0.13.8 && python -m venv /opt/dvd
-# what it needs before what it is: an edit of the source leaves this layer as it was
+RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/dvd
+# dependencies in a layer of their own, which an edit of the source does not rebuild; exact versions from constraints/
 COPY pyproject.toml ./
+COPY constraints constraints
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --python /opt/dvd/bin/python -r pyproject.toml --extra gateway
+    uv pip install --python /opt/dvd/bin/python -c constraints/cpu.txt -r pyproject.toml --extra gateway
 COPY README.md LICENSE ./
 COPY protos protos
 COPY common common
@@ -25,7 +26,7 @@ ENV PATH=/opt/dvd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
 USER 10001:10001
 WORKDIR /home/dvd
 EXPOSE 8000
-# alive, not ready: without a vision worker it still answers texts, and must not be restarted for that
+# liveness, not readiness: without a vision worker the gateway still serves text, and a restart would not help
 HEALTHCHECK --interval=30s --timeout=10s --retries=3 --start-period=30s --start-interval=2s \
     CMD ["dvd", "health", "http://127.0.0.1:8000/health/live"]
 ENTRYPOINT ["tini", "--", "dvd", "gateway"]

@@ -1,21 +1,22 @@
 # A language worker: vLLM and the sink. From the root of the repository: docker build -f deploy/language.Dockerfile -t dvd-language .
-# DEVICE: cuda, or cpu for vLLM's build for CPUs. Embeddings lie in /dev/shm: docker run --shm-size=12g.
+# DEVICE: cuda, or cpu for vLLM's build for CPUs. Embeddings are stored in /dev/shm: docker run --shm-size=12g.
 ARG DEVICE=cuda
 
 FROM python:3.11.13-slim-bookworm AS build
 ARG DEVICE
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 WORKDIR /src
-RUN pip install --no-cache-dir uv==0.13.8 && python -m venv /opt/dvd
-# what it needs before what it is: an edit of the source leaves this layer as it was
+RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/dvd
+# dependencies in a layer of their own, which an edit of the source does not rebuild; exact versions from constraints/
 COPY pyproject.toml ./
+COPY constraints constraints
 RUN --mount=type=cache,target=/root/.cache/uv \
     case "$DEVICE" in \
         cpu) set -- --extra language-cpu --torch-backend=cpu ;; \
         cuda) set -- --extra language ;; \
         *) echo "DEVICE=$DEVICE: cpu or cuda" >&2; exit 1 ;; \
     esac \
-    && uv pip install --python /opt/dvd/bin/python -r pyproject.toml "$@"
+    && uv pip install --python /opt/dvd/bin/python -c "constraints/$DEVICE.txt" -r pyproject.toml "$@"
 COPY README.md LICENSE ./
 COPY protos protos
 COPY common common
@@ -26,7 +27,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 
 FROM python:3.11.13-slim-bookworm
 ARG DEVICE
-# vLLM's kernels for CPUs are linked with libnuma; on a GPU, Triton compiles its launchers with a C compiler
+# vLLM's CPU kernels are linked with libnuma; on a GPU, Triton compiles its launchers with a C compiler
 # hadolint ignore=DL3008
 RUN if [ "$DEVICE" = cuda ]; then set -- gcc libc6-dev; fi \
     && apt-get update && apt-get install --no-install-recommends -y tini libnuma1 "$@" \
@@ -39,7 +40,7 @@ ENV PATH=/opt/dvd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
 USER 10001:10001
 WORKDIR /home/dvd
 EXPOSE 50052 8001 9401
-# loading and compiling take minutes: until then nobody is told that it is unhealthy
+# loading and compiling take minutes, which must not count as unhealthy
 HEALTHCHECK --interval=30s --timeout=10s --retries=3 --start-period=15m --start-interval=5s \
     CMD ["dvd", "health", "127.0.0.1:50052"]
 ENTRYPOINT ["tini", "--", "dvd", "language"]

@@ -6,12 +6,17 @@ FROM python:3.11.13-slim-bookworm AS build
 ARG DEVICE
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 WORKDIR /src
-RUN pip install --no-cache-dir uv==0.13.8 && python -m venv /opt/dvd
-# what it needs before what it is: an edit of the source leaves this layer as it was
+RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/dvd
+# dependencies in a layer of their own, which an edit of the source does not rebuild; exact versions from constraints/
 COPY pyproject.toml ./
+COPY constraints constraints
 RUN --mount=type=cache,target=/root/.cache/uv \
-    case "$DEVICE" in cpu) torch=--torch-backend=cpu ;; cuda) torch= ;; *) echo "DEVICE=$DEVICE: cpu or cuda" >&2; exit 1 ;; esac \
-    && uv pip install --python /opt/dvd/bin/python $torch -r pyproject.toml --extra vision
+    case "$DEVICE" in \
+        cpu) set -- --torch-backend=cpu ;; \
+        cuda) set -- ;; \
+        *) echo "DEVICE=$DEVICE: cpu or cuda" >&2; exit 1 ;; \
+    esac \
+    && uv pip install --python /opt/dvd/bin/python -c "constraints/$DEVICE.txt" -r pyproject.toml --extra vision "$@"
 COPY README.md LICENSE ./
 COPY protos protos
 COPY common common

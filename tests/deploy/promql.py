@@ -1,4 +1,4 @@
-"""The board, the rules and Prometheus' own tools, for the tests that need them."""
+"""The dashboard, the alerting rules and Prometheus' own tools, for the tests that need them."""
 
 import json
 import re
@@ -10,25 +10,25 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-BOARD = ROOT / "deploy/grafana/dashboards/dvd.json"
+DASHBOARD = ROOT / "deploy/grafana/dashboards/dvd.json"
 RULES = ROOT / "deploy/prometheus/rules.yaml"
 
 
-def tool(name: str) -> str:
-    """The path of `prometheus` or `promtool`; the test is skipped where there is none."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"no {name} on the PATH: apt-get install prometheus")
-    return found
+def find_tool(name: str) -> str:
+    """Return the path of `prometheus` or `promtool`. Skips the test if it is not installed."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not on the PATH: apt-get install prometheus")
+    return path
 
 
 def panels() -> list[dict[str, Any]]:
-    """Those that draw something."""
-    return [panel for panel in json.loads(BOARD.read_text())["panels"] if panel["type"] != "row"]
+    """Return the dashboard's panels, without the rows that group them."""
+    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
 
 
 def queries(interval: str = "1m") -> dict[str, str]:
-    """Every expression of the board, by panel and legend, Grafana's variable replaced."""
+    """Return every expression of the dashboard by panel and legend, with Grafana's variable replaced."""
     return {
         f"{panel['title']}: {target['legendFormat']}": target["expr"].replace("$__rate_interval", interval)
         for panel in panels()
@@ -37,9 +37,10 @@ def queries(interval: str = "1m") -> dict[str, str]:
 
 
 def rules() -> list[dict[str, Any]]:
+    """Return the alerting rules of all groups."""
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
 def metrics(expression: str) -> set[str]:
-    """Of ours, that an expression reads."""
+    """Return the metrics of dvd-serve that an expression reads."""
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"\bdvd_\w+", expression)}

