@@ -14,7 +14,9 @@ PACKAGES = {*PROCESSES, "protos", "common", "dvd", "demo", "benchmarks", "tests"
 MAY_IMPORT = {
     "protos": set(),
     "common": {"protos"},
-    **dict.fromkeys(PROCESSES, {"protos", "common"}),
+    "server": {"protos", "common"},
+    "vision_worker": {"protos", "common"},
+    "lm_worker": {"protos", "common"},
     "dvd": {"protos", "common"},  # and options of the processes: see below
     "demo": {"vision_worker", "common"},
     "benchmarks": {"vision_worker", "lm_worker", "protos", "common", "dvd", "demo", "tests"},

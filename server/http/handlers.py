@@ -306,7 +306,7 @@ def _failed(status: int, body: dict[str, Any], shape: Shape, headers: dict[str, 
 
 def identity(request: Request) -> str:
     """The caller's X-Request-Id where it is harmless, else a new one."""
-    said = request.headers.get(logs.METADATA, "")
+    said = request.headers.get(logs.REQUEST_ID_KEY, "")
     return said if logs.is_valid_request_id(said) else uuid.uuid4().hex
 
 

@@ -6,13 +6,13 @@ import pytest
 
 from common import errors, rpc
 from common.embedding import HEADER_SIZE, Header
-from common.embedding_stream import _written, data_messages, header_message, parse_message
+from common.embedding_stream import _write_to_sink_file, data_messages, header_message, parse_message
 from protos import embeddings_pb2 as pb
 
 HEADER = Header("key", "f" * 64, "bfloat16", 3, 4)
 
 
-@pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, rpc.CHUNK - 1, rpc.CHUNK, rpc.CHUNK + 1, 3 * rpc.CHUNK])
+@pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, rpc.CHUNK_BYTES - 1, rpc.CHUNK_BYTES, rpc.CHUNK_BYTES + 1, 3 * rpc.CHUNK_BYTES])
 def test_a_delivery_is_what_protobuf_would_write(size: int) -> None:
     data = bytes(i % 251 for i in range(1000)) * (size // 1000 + 1)
     data = data[:size]
@@ -20,7 +20,7 @@ def test_a_delivery_is_what_protobuf_would_write(size: int) -> None:
     rest = list(data_messages(memoryview(data)))
     assert (said.key, said.fingerprint, said.rows, said.width, said.length) == ("key", "f" * 64, 3, 4, 24)
     assert said.dtype == pb.BFLOAT16
-    pieces = [data[at : at + rpc.CHUNK] for at in range(0, size, rpc.CHUNK)]
+    pieces = [data[at : at + rpc.CHUNK_BYTES] for at in range(0, size, rpc.CHUNK_BYTES)]
     assert rest == [pb.DeliverChunk(data=piece).SerializeToString() for piece in pieces]
     read_again = [parse_message(message) for message in rest]
     assert all(isinstance(part, memoryview) for part in read_again)
@@ -80,7 +80,7 @@ def test_no_file_but_the_sinks_is_written_to(tmp_path: Path) -> None:
     other.write_bytes(Header("another", "f" * 64, "bfloat16", 3, 4).pack())
     link.symlink_to(ours)
     data = memoryview(bytes(range(24)))
-    assert [_written(str(file), HEADER, data) for file in (other, link, tmp_path / "none", tmp_path)] == 4 * [False]
+    assert [_write_to_sink_file(str(file), HEADER, data) for file in (other, link, tmp_path / "none", tmp_path)] == 4 * [False]
     assert (other.stat().st_size, ours.stat().st_size) == (HEADER_SIZE, HEADER_SIZE)
-    assert _written(str(ours), HEADER, data)
+    assert _write_to_sink_file(str(ours), HEADER, data)
     assert ours.read_bytes() == HEADER.pack() + data

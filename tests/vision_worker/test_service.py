@@ -43,7 +43,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         header = (await anext(request)).header
         await embedding_stream.request_values(context, None)
         parts = [chunk.data async for chunk in request]
-        assert all(len(part) <= rpc.CHUNK for part in parts)
+        assert all(len(part) <= rpc.CHUNK_BYTES for part in parts)
         self.headers[header.key], self.data[header.key] = header, b"".join(parts)
         return embeddings_pb2.DeliverReply()
 
@@ -317,7 +317,7 @@ async def test_a_call_is_a_line_in_the_log_under_its_callers_id(
     log = logging.getLogger("dvd.encode")
     log.addFilter(names)
     caplog.set_level("INFO", log.name)
-    metadata = ((logs.METADATA, said),) if said else ()
+    metadata = ((logs.REQUEST_ID_KEY, said),) if said else ()
     await flash.encode("wide_1300x800.jpg", metadata=metadata)
     with pytest.raises(errors.InvalidImage):
         await flash.encode(b"text", metadata=metadata)
