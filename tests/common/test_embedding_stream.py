@@ -12,7 +12,9 @@ from protos import embeddings_pb2 as pb
 HEADER = Header("key", "f" * 64, "bfloat16", 3, 4)
 
 
-@pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, rpc.CHUNK_BYTES - 1, rpc.CHUNK_BYTES, rpc.CHUNK_BYTES + 1, 3 * rpc.CHUNK_BYTES])
+@pytest.mark.parametrize(
+    "size", [1, 127, 128, 16_383, 16_384, rpc.CHUNK_BYTES - 1, rpc.CHUNK_BYTES, rpc.CHUNK_BYTES + 1, 3 * rpc.CHUNK_BYTES]
+)
 def test_a_delivery_is_what_protobuf_would_write(size: int) -> None:
     data = bytes(i % 251 for i in range(1000)) * (size // 1000 + 1)
     data = data[:size]
