@@ -20,7 +20,7 @@ from benchmarks import load
 from common import rpc
 from common.checkpoint import open_checkpoint
 from dvd.plan.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, visual_tokens
-from dvd.plan.search import saturated
+from dvd.plan.search import simulate_saturated
 from protos import embeddings_pb2, vision_pb2, vision_pb2_grpc
 
 IN_FLIGHT = 16
@@ -140,7 +140,7 @@ async def prompt(stack: Stack) -> int:
 
 def predicted(costs: Costs, kind: Kind, in_flight: int) -> float:
     """Requests a second, saturated, by one vision and one language worker."""
-    return saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
+    return simulate_saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
 
 
 def halves(costs: Costs, tiles: int, text: int, tokens: int, compressed: float, in_flight: int) -> tuple[float, float]:
@@ -150,7 +150,8 @@ def halves(costs: Costs, tiles: int, text: int, tokens: int, compressed: float, 
     """
     engine = costs.language
     spoken = tokens * (engine.decode + engine.step / (in_flight / 2))
-    return tiles * costs.vision.tile, engine.request + engine.reading(text + visual_tokens(costs, tiles, compressed)) + spoken
+    prefill = engine.prefill_seconds(text + visual_tokens(costs, tiles, compressed))
+    return tiles * costs.vision.tile, engine.request + prefill + spoken
 
 
 def balanced(costs: Costs, tiles: int, text: int, compressed: float, in_flight: int, longer: float = 1.0) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-from dvd.plan.simulation import share
+from dvd.plan.simulation import share_in_window
 
 
 @dataclass
@@ -115,7 +115,7 @@ async def saturated(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
 def _within(felt: Felt, asked: int, window: tuple[float, float]) -> float:
     """How much of a request fell between both ends of `window`, as `dvd plan` counts it."""
     came = len(felt.tokens)
-    return share(felt.tokens, came if felt.ended else max(asked, came), *window)  # one event may hold several tokens
+    return share_in_window(felt.tokens, came if felt.ended else max(asked, came), *window)  # one event may hold several tokens
 
 
 async def offered(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[Felt]:

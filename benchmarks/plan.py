@@ -19,7 +19,7 @@ from benchmarks.options import Options
 from benchmarks.result import FOLDER, Result
 from dvd.plan.command import main as plan
 from dvd.plan.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, work
-from dvd.plan.search import saturated
+from dvd.plan.search import simulate_saturated
 
 SOURCES = ("overlap", "equal-hardware")
 
@@ -93,7 +93,7 @@ def _served(name: str, resolution: int, setting: str, reached: float, beside: fl
     else:
         fleet = Fleet(vision=CARDS, language=1)
     if queues:
-        return saturated(priced, load, fleet).throughput
+        return simulate_saturated(priced, load, fleet).throughput
     vision, language = work(priced, load)
     return 1 / (vision + language) if setting == "colocated" else 1 / max(vision / CARDS, language)
 
