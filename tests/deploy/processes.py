@@ -17,7 +17,8 @@ from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder
 from tests.deploy.promql import ROOT, RULES
 from tests.ports import free_port
-from tests.server.peers import Engine, streamed
+from tests.server.fakes.handlers import event_stream
+from tests.server.fakes.vllm import FakeVLLM
 
 CHECKPOINT = ROOT / "tests/data/golden/flash-qwen3/checkpoint"
 PATIENCE = 240.0
@@ -45,7 +46,7 @@ class Processes:
     folder: Path
     session: aiohttp.ClientSession
     ports: dict[str, int]
-    engine: Engine
+    engine: FakeVLLM
 
     @property
     def url(self) -> str:
@@ -70,8 +71,8 @@ class Processes:
 async def running(folder: Path) -> AsyncIterator[Processes]:
     """Everything but Prometheus, ready."""
     create_folder(folder / "store")
-    engine = Engine(f"unix:{folder}/http")
-    engine.respond = streamed(*ANSWER)
+    engine = FakeVLLM(f"unix:{folder}/http")
+    engine.respond = event_stream(*ANSWER)
     ports = {name: free_port() for name in ("gateway", "vision", "sink")}
     options = SinkOptions(
         model=str(CHECKPOINT), listen=f"unix:{folder}/sink", http=engine.address, dtype="float32", folder=str(folder / "store"),

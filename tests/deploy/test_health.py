@@ -21,7 +21,8 @@ from lm_worker.sink import SinkOptions
 from lm_worker.store import create_folder
 from tests.deploy.files import ROOT, dockerfile, environment, services
 from tests.ports import free_port
-from tests.server.peers import Engine, until
+from tests.server.fakes.vllm import FakeVLLM
+from tests.server.fakes.waiting import wait_until
 
 EXPOSED = [str(port) for service in ("gateway", "vision", "language") for port in dockerfile(service).ports()]
 CHECKPOINT = ROOT / "demo/checkpoint"
@@ -75,7 +76,7 @@ def outside() -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def language_worker(folder: Path) -> AsyncIterator[Engine]:
+async def language_worker(folder: Path) -> AsyncIterator[FakeVLLM]:
     """Its sink as a process, where the image says, and vLLM's place taken."""
     ours = {name: moved(value) for name, value in environment("language", services()["language"]).items()}
     said = open_checkpoint(CHECKPOINT)
@@ -85,7 +86,7 @@ async def language_worker(folder: Path) -> AsyncIterator[Engine]:
         metrics_port=int(ours["DVD_METRICS_PORT"]),
     )  # fmt: skip
     create_folder(folder / "sink")
-    engine = Engine(ours["DVD_HTTP"])
+    engine = FakeVLLM(ours["DVD_HTTP"])
     await engine.start()
     process = await asyncio.create_subprocess_exec(
         sys.executable, *options.arguments(), cwd=ROOT, env=outside(), stdin=asyncio.subprocess.PIPE
@@ -123,7 +124,7 @@ async def well(address: str) -> bool:
 
 async def becomes_healthy(service: str) -> None:
     """Waited for here, where a question costs no start of a Python, and then asked as Compose asks."""
-    await until(lambda: well(asked(service)), f"{service} is well", PATIENCE)
+    await wait_until(lambda: well(asked(service)), f"{service} is well", PATIENCE)
     status, said = await health(service)
     assert status == 0, said
     assert said.startswith(f"{asked(service)}: ")
@@ -141,7 +142,7 @@ async def test_each_check_says_what_is_so(tmp_path: Path) -> None:
         async with container("vision"), language_worker(tmp_path) as engine:
             await becomes_healthy("vision")
             await becomes_healthy("language")
-            await until(lambda: well(ready), "the gateway has found both", PATIENCE)
+            await wait_until(lambda: well(ready), "the gateway has found both", PATIENCE)
             await engine.stop()
             status, said = await health("language")
             assert status == 1, "a sink without its vLLM is no language worker"

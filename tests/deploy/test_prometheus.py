@@ -10,7 +10,7 @@ import pytest
 
 from tests.deploy.processes import Processes, prometheus, running, until
 from tests.deploy.promql import queries, rules, tool
-from tests.server.peers import chat, image_part, picture
+from tests.server.fakes.requests import chat, image_file, image_part
 
 WITHOUT_DATA = {"Deliveries to the sinks: {{code}}"}
 """What a good run does not show: refusals of the sink."""
@@ -32,7 +32,7 @@ async def observed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tu
 
 async def ask(processes: Processes, number: int) -> None:
     """A text, an image twice at once and then again, and images that are none to the gateway or to the vision worker."""
-    image, broken = image_part(picture(number, (900, 700))), image_part(picture(number)[:-30])
+    image, broken = image_part(image_file(number, (900, 700))), image_part(image_file(number)[:-30])
     await asyncio.gather(*(post(processes, chat(part, stream=True)) for part in ("hello", image, image)))
     for part in (image, image_part(b"text"), broken):
         await post(processes, chat(part, stream=True))

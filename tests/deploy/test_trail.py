@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.processes import ANSWER, Processes, running, until
-from tests.server.peers import chat, image_part, inline, picture, text_part
+from tests.server.fakes.requests import chat, data_url, image_file, image_part, text_part
 
 NAME = "a-request.1"
 SECRET = "the prompt that nobody reads"
@@ -24,7 +24,7 @@ async def processes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[P
 
 async def asked(processes: Processes, **fields: Any) -> dict[str, float]:
     """Server-Timing of a good answer, milliseconds by stage."""
-    body = chat(image_part(picture(7, (900, 700))), text_part(SECRET), stream=True, **fields)
+    body = chat(image_part(image_file(7, (900, 700))), text_part(SECRET), stream=True, **fields)
     headers = {"X-Request-Id": NAME, "Authorization": "Bearer a-secret-key"}
     async with processes.session.post(f"{processes.url}/v1/chat/completions", json=body, headers=headers) as answer:
         assert (answer.status, await answer.read()) == (200, b"".join(ANSWER))
@@ -57,5 +57,5 @@ async def test_a_request_leaves_its_id_and_its_times_and_nothing_else(processes:
     (delivery,) = [record for record in processes.records("sink") if record["message"] == "delivery"]
     assert (delivery["request_id"], delivery["outcome"]) == (NAME, "stored")
     everything = "".join(map(processes.log, processes.ports))
-    for secret in (SECRET, "a-secret-key", inline(picture(7, (900, 700)))[30:60]):
+    for secret in (SECRET, "a-secret-key", data_url(image_file(7, (900, 700)))[30:60]):
         assert secret not in everything

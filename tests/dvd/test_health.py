@@ -9,24 +9,26 @@ import pytest
 from common import errors
 from dvd.health import check
 from tests.ports import free_port
-from tests.server.peers import Language, Vision, serve
+from tests.server.fakes.language_worker import FakeLanguageWorker
+from tests.server.fakes.stack import start_stack
+from tests.server.fakes.vision_worker import FakeVisionWorker
 
 
 async def test_a_vision_worker(tmp_path: Path) -> None:
-    vision = Vision(f"127.0.0.1:{free_port()}")
+    vision = FakeVisionWorker(f"127.0.0.1:{free_port()}")
     await vision.start()
     assert await check(vision.address, 20) == "vision worker of InternVL, float32 on cpu"
-    vision.answers.clear()
+    vision.responsive.clear()
     with pytest.raises(errors.Unavailable, match="deadline_exceeded"):
         await check(vision.address, 0.2)
-    vision.answers.set()
+    vision.responsive.set()
     await vision.stop()
     with pytest.raises(errors.Unavailable, match=r"no worker answers \(unavailable\)"):
         await check(vision.address, 20)
 
 
 async def test_a_language_worker_is_its_sink_and_its_engine(tmp_path: Path) -> None:
-    language = Language(tmp_path, 0, f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
+    language = FakeLanguageWorker(tmp_path, 0, f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
     language.sink.http = language.engine.address.replace("127.0.0.1", "0.0.0.0")
     await language.start()
     said = await check(language.sink.address, 20)
@@ -38,7 +40,7 @@ async def test_a_language_worker_is_its_sink_and_its_engine(tmp_path: Path) -> N
 
 
 async def test_a_gateway_says_why_it_is_not_ready(tmp_path: Path) -> None:
-    async with serve(tmp_path) as stack:
+    async with start_stack(tmp_path) as stack:
         for path in ("live", "ready"):
             assert await check(f"{stack.url}/health/{path}", 20) == "200"
         await stack.vision.stop()

@@ -13,7 +13,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.server.peers import COMPLETION, Answer, Stack, chat, hang, image_part, picture, serve, until
+from tests.server.fakes.handlers import hang
+from tests.server.fakes.requests import chat, image_file, image_part
+from tests.server.fakes.stack import Response, Stack, start_stack
+from tests.server.fakes.vllm import COMPLETION
+from tests.server.fakes.waiting import wait_until
 
 
 class Gateway(Stack):
@@ -30,8 +34,8 @@ class Gateway(Stack):
 @asynccontextmanager
 async def running(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
     addresses = {
-        "vision-workers": ",".join(worker.address for worker in stack.visions),
-        "language-workers": ",".join(worker.sink.address for worker in stack.languages),
+        "vision-workers": ",".join(worker.address for worker in stack.vision_workers),
+        "language-workers": ",".join(worker.sink.address for worker in stack.language_workers),
     }
     command = ["-m", "server", "--port=0", *(f"--{name}={value}" for name, value in addresses.items()), *flags]
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
@@ -43,9 +47,9 @@ async def running(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
         # a connection for each request, so that they spread over the processes
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=60)) as session:
-            gateway = Gateway(stack.visions, stack.languages, session, int(said[1]))
+            gateway = Gateway(stack.vision_workers, stack.language_workers, session, int(said[1]))
             gateway.process = process
-            await gateway.ready()
+            await gateway.wait_until_ready()
             yield gateway
         draining.cancel()
     finally:
@@ -56,13 +60,13 @@ async def running(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
 
 @pytest.fixture
 async def two(tmp_path: Path) -> AsyncIterator[Gateway]:
-    async with serve(tmp_path) as stack, running(stack, "--workers=2") as gateway:
-        await until(lambda: len(gateway.workers()) == 2, "two processes")
+    async with start_stack(tmp_path) as stack, running(stack, "--workers=2") as gateway:
+        await wait_until(lambda: len(gateway.workers()) == 2, "two processes")
         yield gateway
 
 
-async def asked(gateway: Gateway, count: int) -> list[Answer]:
-    return list(await asyncio.gather(*(gateway.chat(image_part(picture(i % 3))) for i in range(count))))
+async def asked(gateway: Gateway, count: int) -> list[Response]:
+    return list(await asyncio.gather(*(gateway.chat(image_part(image_file(i % 3))) for i in range(count))))
 
 
 async def test_two_processes_serve_one_port_and_count_as_one(two: Gateway) -> None:
@@ -70,13 +74,13 @@ async def test_two_processes_serve_one_port_and_count_as_one(two: Gateway) -> No
     assert {(answer.status, answer.body) for answer in answers} == {(200, COMPLETION)}
     assert await two.metric('dvd_requests_total{code="200",route="/v1/chat/completions"') == 40
     assert await two.metric("dvd_images_total") == 40
-    await two.settled()
+    await two.wait_until_idle()
     assert await two.metric("dvd_worker_up") == 2, "one vision and one language worker, however many processes ask"
     assert await two.metric("dvd_build_info") == await two.metric("dvd_model_info") == 1
     assert await two.metric('dvd_stage_seconds_count{stage="engine"') == 40
     assert await two.metric('dvd_request_seconds_count{route="/v1/chat/completions"') == 40
     assert await two.metric("dvd_stage_requests") == 0
-    await until(lambda: _is(two, "dvd_engine_requests_waiting", 8), "the engine's, not once for each process")
+    await wait_until(lambda: _is(two, "dvd_engine_requests_waiting", 8), "the engine's, not once for each process")
     await two.vision.stop()
     shown = 'dvd_worker_up{{address="{}",kind="{}"}} {}.0'
     wanted = [shown.format(two.vision.address, "vision", 0), shown.format(two.sink.address, "language", 1)]
@@ -86,35 +90,35 @@ async def test_two_processes_serve_one_port_and_count_as_one(two: Gateway) -> No
             lines = (await two.get("/metrics")).body.decode().splitlines()
             return sorted(line for line in lines if line.startswith("dvd_worker_up")) == sorted(wanted)
 
-        await until(right, "what is shown is true")
+        await wait_until(right, "what is shown is true")
 
 
 async def test_a_process_that_is_killed_is_replaced(two: Gateway) -> None:
     gone, stays = two.workers()
     os.kill(gone, signal.SIGKILL)
-    await until(lambda: len(two.workers()) == 2 and gone not in two.workers(), "another process")
+    await wait_until(lambda: len(two.workers()) == 2 and gone not in two.workers(), "another process")
     assert stays in two.workers()
-    await two.ready()
+    await two.wait_until_ready()
     assert {answer.status for answer in await asked(two, 20)} == {200}
 
 
 async def test_requests_of_processes_that_were_killed_are_not_in_flight_for_ever(two: Gateway) -> None:
     two.engine.respond = hang
     waiting = [asyncio.create_task(two.post(chat("hello"))) for _ in range(30)]
-    await until(lambda: _is(two, "dvd_requests_in_flight", 30), "all are in flight")
+    await wait_until(lambda: _is(two, "dvd_requests_in_flight", 30), "all are in flight")
     gone = two.workers()
     for pid in gone:
         os.kill(pid, signal.SIGKILL)
     lost = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(error, aiohttp.ClientError) for error in lost)
-    await until(lambda: len(two.workers()) == 2 and not set(two.workers()) & set(gone), "other processes")
-    await two.ready()
-    await two.settled()
+    await wait_until(lambda: len(two.workers()) == 2 and not set(two.workers()) & set(gone), "other processes")
+    await two.wait_until_ready()
+    await two.wait_until_idle()
     assert await two.metric("dvd_stage_requests") == 0
 
 
 async def test_json_is_all_that_is_said(tmp_path: Path) -> None:
-    async with serve(tmp_path) as stack:
+    async with start_stack(tmp_path) as stack:
         addresses = [f"--vision-workers={stack.vision.address}", f"--language-workers={stack.sink.address}"]
         command = ["-m", "server", "--port=0", "--workers=2", "--log-format=json", *addresses]
         process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
@@ -134,7 +138,7 @@ async def _is(gateway: Gateway, name: str, value: float) -> bool:
 
 
 async def test_the_limit_of_requests_is_that_of_all_processes(tmp_path: Path) -> None:
-    async with serve(tmp_path) as stack, running(stack, "--workers=2", "--max-in-flight=8") as gateway:
+    async with start_stack(tmp_path) as stack, running(stack, "--workers=2", "--max-in-flight=8") as gateway:
         stack.engine.respond = hang
         waiting = [asyncio.create_task(gateway.post(chat("hello"))) for _ in range(60)]
         while sum(not task.done() for task in waiting) > 8:
@@ -150,14 +154,14 @@ async def test_a_signal_ends_all_processes(two: Gateway, number: int) -> None:
     workers = two.workers()
     two.process.send_signal(number)
     assert await asyncio.wait_for(two.process.wait(), 30) == 0
-    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "the processes are gone")
+    await wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "the processes are gone")
 
 
 async def test_nobody_is_left_when_the_first_process_is_killed(two: Gateway) -> None:
     workers = two.workers()
     two.process.kill()
     await two.process.wait()
-    await until(lambda: not any(_runs(pid) for pid in workers), "the processes are gone")
+    await wait_until(lambda: not any(_runs(pid) for pid in workers), "the processes are gone")
 
 
 def _runs(pid: int) -> bool:

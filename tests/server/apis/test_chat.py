@@ -11,9 +11,9 @@ from common import errors
 from protos import vision_pb2 as pb
 from server.apis.chat import parse_chat, parse_tokenize
 from server.apis.image_options import Allowed
-from tests.server.peers import chat, image_part, picture, text_part
+from tests.server.fakes.requests import chat, image_file, image_part, text_part
 
-IMAGE = image_part(picture())
+IMAGE = image_part(image_file())
 
 
 def raw(body: Any) -> bytes:
@@ -193,7 +193,7 @@ def test_words_that_mark_an_image_are_refused_beside_one(fields: dict[str, Any])
 
 
 def test_images_are_replaced_in_order_and_nothing_else_changes() -> None:
-    images = [image_part(picture(i)) for i in range(4)]
+    images = [image_part(image_file(i)) for i in range(4)]
     images[1]["image_url"]["detail"] = "high"
     body = {
         "model": "m",

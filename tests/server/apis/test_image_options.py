@@ -7,7 +7,7 @@ import pytest
 from common import errors
 from protos import vision_pb2 as pb
 from server.apis.image_options import Allowed, read_dial, read_router
-from tests.server.peers import described
+from tests.server.fakes.vision_worker import checkpoint_description
 
 ANY = Allowed(1)
 WHERE = "messages[0].content[1].image_url"
@@ -22,7 +22,7 @@ def deep(depth: int) -> Any:
 
 def bounds(allowed: int | None = None, own: dict[str, Any] | None = None, **said: Any) -> tuple[int, int]:
     """Fewest and most tiles of an image that says this."""
-    tiling = read_dial(said, WHERE, pb.Router(), ANY).tiling(described(**(own or {})), allowed)
+    tiling = read_dial(said, WHERE, pb.Router(), ANY).tiling(checkpoint_description(**(own or {})), allowed)
     return tiling.min_tiles, tiling.max_tiles
 
 

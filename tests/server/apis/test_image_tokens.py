@@ -9,7 +9,7 @@ from common import errors
 from protos import vision_pb2 as pb
 from server.apis.image_options import Allowed
 from server.apis.image_tokens import parse_images
-from tests.server.peers import chat, image_part, picture, text_part
+from tests.server.fakes.requests import chat, image_file, image_part, text_part
 
 URL = "https://example.org/a.png"
 
@@ -32,7 +32,7 @@ def test_a_list_of_images_each_with_its_words() -> None:
 
 
 def test_a_chat_is_taken_with_all_its_images() -> None:
-    part = image_part(picture())
+    part = image_part(image_file())
     assert len(parsed({**chat(part, text_part("a"), part), "temperature": 0.5}).images) == 2
     assert parsed(chat("no image")).images == []
 

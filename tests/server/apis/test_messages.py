@@ -10,9 +10,9 @@ from common import errors
 from common.embedding_ref import parse_embedding_url
 from server.apis.image_options import Allowed
 from server.apis.messages import parse_messages
-from tests.server.peers import inline, picture
+from tests.server.fakes.requests import data_url, image_file
 
-DATA = base64.b64encode(picture()).decode()
+DATA = base64.b64encode(image_file()).decode()
 SOURCE = {"type": "base64", "media_type": "image/png", "data": DATA}
 KEYS = ["a" * 64, "b" * 64]
 
@@ -45,7 +45,7 @@ def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
     asked_by_url = image({"type": "url", "url": "https://example.org/a.png"}, cache_control={"type": "ephemeral"})
     messages = [user(text(), asked_by_url), user(result)]
     asked = parsed(*messages, vir={"mode": "off"})
-    assert [one.url for one in asked.images] == ["https://example.org/a.png", inline(picture())]
+    assert [one.url for one in asked.images] == ["https://example.org/a.png", data_url(image_file())]
     assert [one.dial.where for one in asked.images] == ["messages[0].content[1]", "messages[1].content[0].content[1]"]
     made = json.loads(asked.replaced(KEYS, [10, 20]))
     first, second = made["messages"][0]["content"][1], made["messages"][1]["content"][0]["content"][1]

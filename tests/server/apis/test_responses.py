@@ -9,9 +9,9 @@ from common import errors
 from common.embedding_ref import parse_embedding_url
 from server.apis.image_options import Allowed
 from server.apis.responses import parse_responses
-from tests.server.peers import inline, picture
+from tests.server.fakes.requests import data_url, image_file
 
-URL = inline(picture())
+URL = data_url(image_file())
 KEYS = ["a" * 64, "b" * 64]
 
 

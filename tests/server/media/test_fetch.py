@@ -23,9 +23,11 @@ from common import errors
 from common.options import IMAGE_FORMATS
 from server.config import ServingOptions
 from server.media.fetch import Fetcher, ThreadsResolver, inspect, is_public
-from tests.server.peers import Handler, files, hang, inline, picture, sends
+from tests.server.fakes.file_server import file_server
+from tests.server.fakes.handlers import Handler, hang, respond_with
+from tests.server.fakes.requests import data_url, image_file
 
-PNG = picture()
+PNG = image_file()
 
 
 class Names(AbstractResolver):
@@ -132,10 +134,10 @@ async def test_other_forms_are_refused(url: str) -> None:
 @pytest.mark.parametrize("limit", [len(PNG) - 1, len(PNG) - 2, len(PNG) // 2, 1])
 async def test_too_many_bytes_inline_are_refused_to_the_byte(limit: int) -> None:
     async with fetching(max_image_bytes=len(PNG)) as fetcher:
-        assert await fetcher.load(inline(PNG)) == PNG
+        assert await fetcher.load(data_url(PNG)) == PNG
     async with fetching(max_image_bytes=limit) as fetcher:
         with pytest.raises(errors.ImageTooLarge, match=f"more than {limit} bytes"):
-            await fetcher.load(inline(PNG))
+            await fetcher.load(data_url(PNG))
 
 
 PUBLIC = ["8.8.8.8", "93.184.216.34", "2606:4700::1111", "2a00:1450:4001::1"]
@@ -270,13 +272,13 @@ async def test_a_redirect_leads_nowhere_else(location: str, monkeypatch: pytest.
 
 
 def redirects(location: str, status: int = 302) -> Handler:
-    return sends(b"", status, Location=location)
+    return respond_with(b"", status, Location=location)
 
 
 async def fails(
     handler: Handler, error: type[Exception] = errors.ImageFetchFailed, says: str | None = None, **options: Any
 ) -> None:
-    async with files(a=handler) as url, fetching(allow_private_images=True, **options) as fetcher:
+    async with file_server(a=handler) as url, fetching(allow_private_images=True, **options) as fetcher:
         with pytest.raises(error, match=says) as caught:
             await fetcher.load(f"{url}/a?signature=secret#part")
     assert "secret" not in str(caught.value)
@@ -285,21 +287,21 @@ async def fails(
 
 @pytest.mark.parametrize("status", [201, 204, 206, 304, 400, 401, 403, 404, 410, 418, 429, 500, 502, 503])
 async def test_an_answer_that_is_no_image(status: int) -> None:
-    await fails(sends(b"" if status in (204, 304) else PNG, status), says=f"answered {status}")
+    await fails(respond_with(b"" if status in (204, 304) else PNG, status), says=f"answered {status}")
 
 
 async def test_a_page_in_place_of_an_image() -> None:
-    await fails(sends(b"<html>not found</html>", Content_Type="image/png"), errors.InvalidImage)
-    await fails(sends(b""), errors.InvalidImage, "0 bytes")
+    await fails(respond_with(b"<html>not found</html>", Content_Type="image/png"), errors.InvalidImage)
+    await fails(respond_with(b""), errors.InvalidImage, "0 bytes")
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "gzip, identity"])
 async def test_compressed_bodies_are_not_unfolded(encoding: str) -> None:
-    await fails(sends(gzip.compress(bytes(1 << 20)), Content_Encoding=encoding), says="compressed")
+    await fails(respond_with(gzip.compress(bytes(1 << 20)), Content_Encoding=encoding), says="compressed")
 
 
 async def test_a_body_over_the_limit_is_not_read_to_its_end() -> None:
-    await fails(sends(bytes(3000)), errors.ImageTooLarge, "more than 2000 bytes", max_image_bytes=2000)
+    await fails(respond_with(bytes(3000)), errors.ImageTooLarge, "more than 2000 bytes", max_image_bytes=2000)
 
     async def endless(request: web.Request) -> web.StreamResponse:
         answer = web.StreamResponse()
@@ -366,12 +368,12 @@ async def test_nobody_listens_or_speaks_tls_or_http() -> None:
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_redirects_are_followed_but_not_for_ever(status: int) -> None:
     chain = {str(i): redirects(f"/{i + 1}", status) for i in range(4)}
-    async with files(**chain, **{"4": sends(PNG)}) as url, fetching(allow_private_images=True) as fetcher:
+    async with file_server(**chain, **{"4": respond_with(PNG)}) as url, fetching(allow_private_images=True) as fetcher:
         assert await fetcher.load(f"{url}/1") == PNG, "three"
         with pytest.raises(errors.ImageFetchFailed, match="redirects more than 3 times"):
             await fetcher.load(f"{url}/0")
     await fails(redirects("/a", status), says="more than 3 times")
-    await fails(sends(b"", status), says="more than 3 times")
+    await fails(respond_with(b"", status), says="more than 3 times")
 
 
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://a/", "http://u@a/", "data:,", "http://[", "http://a:99999/"])
@@ -380,7 +382,7 @@ async def test_redirects_to_what_is_no_address_of_an_image(location: str) -> Non
 
 
 async def test_http_and_private_addresses_only_where_the_operator_allows_them() -> None:
-    async with files(a=sends(PNG)) as url:
+    async with file_server(a=respond_with(PNG)) as url:
         async with fetching(allow_private_images=True) as fetcher:
             assert await fetcher.load(f"{url}/a") == PNG
             assert await fetcher.load(f"{url.replace('127.0.0.1', 'localhost')}/a?b=c#d") == PNG
@@ -397,7 +399,7 @@ async def test_neither_cookies_nor_names_go_out() -> None:
         seen.append(request.headers)
         return web.Response(body=PNG, headers={"Set-Cookie": "a=b"})
 
-    async with files(a=setting) as url, fetching(allow_private_images=True) as fetcher:
+    async with file_server(a=setting) as url, fetching(allow_private_images=True) as fetcher:
         await fetcher.load(f"{url}/a")
         await fetcher.load(f"{url}/a")
     assert not [headers for headers in seen if {"Cookie", "Authorization", "Referer"} & set(headers)]
@@ -406,9 +408,9 @@ async def test_neither_cookies_nor_names_go_out() -> None:
 
 @pytest.mark.parametrize("kind", IMAGE_FORMATS)
 def test_formats_that_are_served(kind: str) -> None:
-    inspect(picture(kind=kind), 64)
+    inspect(image_file(file_format=kind), 64)
     with pytest.raises(errors.ImageTooLarge, match="8 × 8 pixels; at most 63"):
-        inspect(picture(kind=kind), 63)
+        inspect(image_file(file_format=kind), 63)
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -464,14 +466,14 @@ def test_a_header_that_claims_too_much_is_believed_and_refused(width: int, heigh
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_any_mode_will_do(mode: str) -> None:
-    inspect(picture(mode=mode), 64)
+    inspect(image_file(mode=mode), 64)
 
 
 def test_damaged_files_raise_nothing_else() -> None:
     noise = random.Random(1)
     for kind in IMAGE_FORMATS:
         for _ in range(100):
-            data = bytearray(picture(kind=kind))
+            data = bytearray(image_file(file_format=kind))
             for _ in range(5):
                 data[noise.randrange(len(data))] = noise.randrange(256)
             with contextlib.suppress(errors.InvalidImage, errors.ImageTooLarge):

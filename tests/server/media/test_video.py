@@ -9,49 +9,49 @@ from PIL import Image
 
 from common import errors
 from server.media.fetch import video
-from tests.videos import made, read
+from tests.videos import encode_video, read_frame_index
 
 PIXELS = 1_000_000
 
 
 def numbers(data: bytes, count: int) -> list[int]:
-    return [read(file) for file in video.frames(data, count, PIXELS, 30)]
+    return [read_frame_index(file) for file in video.frames(data, count, PIXELS, 30)]
 
 
 @pytest.mark.parametrize(("kind", "codec"), [("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mpeg4"), ("webm", "libvpx")])
 def test_frames_are_the_middles_of_even_parts(kind: str, codec: str) -> None:
     # by hand: parts of 99 / 4 frames, the first middle at 12.375, then 25, 50 and 74 further on
     assert video.chosen(100, 4) == [12, 37, 62, 86]
-    assert numbers(made(kind, codec, 100), 4) == [12, 37, 62, 86]
+    assert numbers(encode_video(kind, codec, 100), 4) == [12, 37, 62, 86]
 
 
 def test_a_long_video_is_jumped_through() -> None:
-    data = made("mp4", "mpeg4", 120, rate=1)  # two minutes
+    data = encode_video("mp4", "mpeg4", 120, rate=1)  # two minutes
     assert numbers(data, 5) == video.chosen(120, 5)
 
 
 def test_one_key_frame_for_all() -> None:
-    assert numbers(made("mp4", "mpeg4", 100, rate=1, together=600), 4) == [12, 37, 62, 86]
+    assert numbers(encode_video("mp4", "mpeg4", 100, rate=1, key_frame_interval=600), 4) == [12, 37, 62, 86]
 
 
 def test_no_more_frames_than_there_are() -> None:
-    assert numbers(made("mp4", "mpeg4", 3), 8) == [0, 1, 2]
-    assert len(video.frames(made("mp4", "mpeg4", 1), 8, PIXELS, 30)) == 1
+    assert numbers(encode_video("mp4", "mpeg4", 3), 8) == [0, 1, 2]
+    assert len(video.frames(encode_video("mp4", "mpeg4", 1), 8, PIXELS, 30)) == 1
 
 
 def test_pixels_are_those_of_the_frame() -> None:
-    (file,) = video.frames(made("mp4", "mpeg4", 1, size=(320, 240)), 1, PIXELS, 30)
+    (file,) = video.frames(encode_video("mp4", "mpeg4", 1, size=(320, 240)), 1, PIXELS, 30)
     assert Image.open(io.BytesIO(file)).size == (320, 240)
 
 
 def test_too_many_pixels() -> None:
     with pytest.raises(errors.ImageTooLarge, match="video of 64 × 48 pixels; at most 3071"):
-        video.frames(made("mp4", "mpeg4", 2), 1, 64 * 48 - 1, 30)
+        video.frames(encode_video("mp4", "mpeg4", 2), 1, 64 * 48 - 1, 30)
 
 
 def test_no_time_left() -> None:
     with pytest.raises(errors.DeadlineExceeded):
-        video.frames(made("mp4", "mpeg4", 10), 1, PIXELS, 0)
+        video.frames(encode_video("mp4", "mpeg4", 10), 1, PIXELS, 0)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_no_time_left() -> None:
         pytest.param(b"ffconcat version 1.0\nfile /etc/passwd\n", id="concatenation"),
         pytest.param(b"\x00\x00\x00\x18ftypmp42" + bytes(200), id="only a head"),
         pytest.param(b"\x1a\x45\xdf\xa3" + bytes(200), id="only a magic"),
-        pytest.param(made("mp4", "mpeg4", 20)[:-900], id="its end is missing"),
+        pytest.param(encode_video("mp4", "mpeg4", 20)[:-900], id="its end is missing"),
     ],
 )
 def test_what_is_no_video(data: bytes) -> None:
@@ -100,7 +100,7 @@ def test_a_codec_that_is_not_decoded_here(codec: bytes) -> None:
 
 
 def test_of_a_damaged_video_come_the_frames_before_the_damage() -> None:
-    data = bytearray(made("matroska", "mpeg4", 100))
+    data = bytearray(encode_video("matroska", "mpeg4", 100))
     data[len(data) // 2 : len(data) // 2 + 300] = b"\xff" * 300
     found = numbers(bytes(data), 4)
     assert len(found) == 4

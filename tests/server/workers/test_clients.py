@@ -8,7 +8,7 @@ import pytest
 
 from server.workers.clients import LanguageClient
 from tests.ports import free_port
-from tests.server.peers import Language
+from tests.server.fakes.language_worker import FakeLanguageWorker
 
 
 def _has_ipv6() -> bool:
@@ -36,7 +36,7 @@ async def test_an_address_that_stands_for_all_is_on_the_sinks_machine(
 ) -> None:
     port = free_port()
     address = f"unix:{tmp_path}/sink" if sink == "unix" else f"{sink}:{free_port()}"
-    language = Language(tmp_path, 0, address, f"{engine}:{port}")
+    language = FakeLanguageWorker(tmp_path, 0, address, f"{engine}:{port}")
     language.sink.http = f"{says}:{port}"
     await language.start()
     client = LanguageClient(address)

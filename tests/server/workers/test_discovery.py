@@ -13,17 +13,13 @@ import pytest
 
 from server.workers import discovery
 from tests.ports import free_port
-from tests.server.peers import (
-    EVENTS,
-    Language,
-    Stack,
-    Vision,
-    image_part,
-    picture,
-    serve,
-    streamed,
-    until,
-)  # fmt: skip
+from tests.server.fakes.handlers import event_stream
+from tests.server.fakes.language_worker import FakeLanguageWorker
+from tests.server.fakes.requests import image_file, image_part
+from tests.server.fakes.stack import Stack, start_stack
+from tests.server.fakes.vision_worker import FakeVisionWorker
+from tests.server.fakes.vllm import EVENTS
+from tests.server.fakes.waiting import wait_until
 
 NAME = "dns:vision:50051"
 
@@ -85,7 +81,7 @@ class Zone:
     async def asked_times(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(discovery, "RESOLVE_EVERY", 0.0)
         watching = asyncio.create_task(discovery.watch(NAME, self.resolve, self.tell))
-        await until(lambda: len(self.asked) >= count or watching.done(), "asked so often")
+        await wait_until(lambda: len(self.asked) >= count or watching.done(), "asked so often")
         watching.cancel()
         with pytest.raises(asyncio.CancelledError):
             await watching
@@ -155,11 +151,11 @@ def ports() -> Ports:
     return Ports()
 
 
-def at(host: str, ports: Ports) -> tuple[Vision, Language]:
+def at(host: str, ports: Ports) -> tuple[FakeVisionWorker, FakeLanguageWorker]:
     """A worker of each kind as a container has them: fixed ports, and vLLM on every address of the machine."""
-    language = Language(Path("/nowhere"), 0, f"{host}:{ports.sink}", f"{host}:{ports.http}")
+    language = FakeLanguageWorker(Path("/nowhere"), 0, f"{host}:{ports.sink}", f"{host}:{ports.http}")
     language.sink.http = f"0.0.0.0:{ports.http}"
-    return Vision(f"{host}:{ports.vision}"), language
+    return FakeVisionWorker(f"{host}:{ports.vision}"), language
 
 
 @contextlib.asynccontextmanager
@@ -167,33 +163,35 @@ async def named(ports: Ports) -> AsyncIterator[Stack]:
     """A gateway that knows its workers by name; all of them run."""
     visions, languages = zip(*(at(host, ports) for host in HOSTS), strict=True)
     lists = {"vision_workers": [f"dns:vision:{ports.vision}"], "language_workers": [f"dns:language:{ports.sink}"]}
-    async with serve(Path("/nowhere"), list(visions), list(languages), **lists) as stack:
+    async with start_stack(Path("/nowhere"), list(visions), list(languages), **lists) as stack:
         yield stack
 
 
 async def test_workers_by_the_systems_resolver(tmp_path: Path, ports: Ports) -> None:
     """Two servers behind localhost, told apart by their ports, and a language worker whose embeddings come by TCP."""
     second = free_port()
-    visions, (_, language) = [Vision(f"127.0.0.1:{port}") for port in (ports.vision, second)], at("127.0.0.1", ports)
+    visions, (_, language) = [FakeVisionWorker(f"127.0.0.1:{port}") for port in (ports.vision, second)], at("127.0.0.1", ports)
     lists = {"vision_workers": [f"dns:localhost:{port}" for port in (ports.vision, second)]}
-    async with serve(tmp_path, visions, [language], **lists, language_workers=[f"dns:localhost:{ports.sink}"]) as stack:
-        await stack.counts("dvd_worker_up", 3)
+    async with start_stack(tmp_path, visions, [language], **lists, language_workers=[f"dns:localhost:{ports.sink}"]) as stack:
+        await stack.wait_for_metric("dvd_worker_up", 3)
         for i in range(20):
-            assert (await stack.chat(image_part(picture(i)))).status == 200
-        assert all(peer.calls for peer in stack.visions)
-        assert {call.deliver_to for peer in stack.visions for call in peer.calls} == {f"127.0.0.1:{ports.sink}"}
+            assert (await stack.chat(image_part(image_file(i)))).status == 200
+        assert all(peer.calls for peer in stack.vision_workers)
+        assert {call.deliver_to for peer in stack.vision_workers for call in peer.calls} == {f"127.0.0.1:{ports.sink}"}
         assert len(stack.sink.rows) == 20
 
 
 async def test_replicas_of_one_name_share_the_work(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
     Hosts(monkeypatch, vision=[*HOSTS], language=[*HOSTS])
     async with named(ports) as stack:
-        await stack.counts("dvd_worker_up", 4)
+        await stack.wait_for_metric("dvd_worker_up", 4)
         for i in range(20):
-            assert (await stack.chat(image_part(picture(i)))).status == 200
-        assert all(peer.calls for peer in stack.visions)
-        assert all(peer.engine.received for peer in stack.languages), "each at its own address, though all say 0.0.0.0"
-        assert {call.deliver_to for peer in stack.visions for call in peer.calls} == {f"{host}:{ports.sink}" for host in HOSTS}
+            assert (await stack.chat(image_part(image_file(i)))).status == 200
+        assert all(peer.calls for peer in stack.vision_workers)
+        assert all(peer.engine.requests for peer in stack.language_workers), "each at its own address, though all say 0.0.0.0"
+        assert {call.deliver_to for peer in stack.vision_workers for call in peer.calls} == {
+            f"{host}:{ports.sink}" for host in HOSTS
+        }
 
 
 async def test_the_gateway_starts_before_its_workers_have_names(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
@@ -201,9 +199,9 @@ async def test_the_gateway_starts_before_its_workers_have_names(monkeypatch: pyt
     name_them = asyncio.get_running_loop().call_later(0.3, hosts.names.update, {"vision": [HOSTS[0]], "language": [HOSTS[0]]})
     async with named(ports) as stack:  # this waits until it is ready
         assert name_them.when() <= asyncio.get_running_loop().time()
-        await stack.counts("dvd_worker_up", 2)
+        await stack.wait_for_metric("dvd_worker_up", 2)
         hosts.names["vision"] = [*HOSTS]
-        await stack.counts("dvd_worker_up", 3)
+        await stack.wait_for_metric("dvd_worker_up", 3)
 
 
 async def test_an_answer_that_has_begun_ends_though_its_worker_has_left(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
@@ -214,15 +212,15 @@ async def test_an_answer_that_has_begun_ends_though_its_worker_has_left(monkeypa
         async def later(_request: Any) -> Any:
             await more.wait()
 
-        stack.engine.respond = streamed(*EVENTS[:2], then=later)
-        asked = asyncio.create_task(stack.chat(image_part(picture()), stream=True))
-        await until(lambda: stack.engine.received, "the engine answers")
+        stack.engine.respond = event_stream(*EVENTS[:2], then=later)
+        asked = asyncio.create_task(stack.chat(image_part(image_file()), stream=True))
+        await wait_until(lambda: stack.engine.requests, "the engine answers")
         hosts.names["language"] = [HOSTS[1]]
         await stack.sink.stop()
         left = f'dvd_worker_up{{address="{HOSTS[0]}:{ports.sink}"'
-        await until(lambda: gone(stack, left), "it is no longer shown")
-        await stack.ready()
-        assert (await stack.chat(image_part(picture(1)))).status == 200, "the other one serves"
+        await wait_until(lambda: gone(stack, left), "it is no longer shown")
+        await stack.wait_until_ready()
+        assert (await stack.chat(image_part(image_file(1)))).status == 200, "the other one serves"
         assert not asked.done()
         more.set()
         answer = await asked

@@ -23,7 +23,10 @@ from server.metrics import Metrics
 from server.workers.clients import VisionClient
 from server.workers.pool import Pool, Workers
 from server.workers.pool import Vision as Member
-from tests.server.peers import METRICS, Language, Vision, described, until
+from tests.server.fakes.language_worker import FakeLanguageWorker
+from tests.server.fakes.vision_worker import FakeVisionWorker, checkpoint_description
+from tests.server.fakes.vllm import METRICS
+from tests.server.fakes.waiting import wait_until
 
 KEYS = [f"key-{i}" for i in range(600)]
 
@@ -93,16 +96,16 @@ async def test_nobody_there_is_an_error_that_says_when_to_come_back() -> None:
 @contextlib.asynccontextmanager
 async def asked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, timeout: float = 20.0
-) -> AsyncIterator[tuple[Workers, Vision, Language]]:
+) -> AsyncIterator[tuple[Workers, FakeVisionWorker, FakeLanguageWorker]]:
     """Workers that are asked only by the test."""
     monkeypatch.setattr(server.workers.pool, "POLL_EVERY", 3600.0)
     monkeypatch.setattr(server.workers.pool, "PROBE_TIMEOUT", timeout)
-    vision, language = Vision(f"unix:{folder}/vision"), Language(folder, 0)
+    vision, language = FakeVisionWorker(f"unix:{folder}/vision"), FakeLanguageWorker(folder, 0)
     await vision.start()
     await language.start()
     workers = Workers([vision.address], [language.sink.address], Metrics())
     try:
-        await until(lambda: workers.vision.up() and workers.language.up(), "both answer")
+        await wait_until(lambda: workers.vision.up() and workers.language.up(), "both answer")
         await workers.probe()  # the first one has ended then
         yield workers, vision, language
     finally:
@@ -123,9 +126,9 @@ async def test_who_is_late_once_may_be_busy_who_is_late_twice_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with asked(tmp_path, monkeypatch, timeout=1.0) as (workers, vision, language):
-        for late in (vision.answers, language.sink.answers, language.engine.answers):
+        for late in (vision.responsive, language.sink.responsive, language.engine.responsive):
             late.clear()
-            which = (late is not vision.answers, late is vision.answers)
+            which = (late is not vision.responsive, late is vision.responsive)
             assert await workers.probe() == which
             assert there(workers) == (1, 1)
             assert await workers.probe() == which
@@ -137,8 +140,8 @@ async def test_who_is_late_once_may_be_busy_who_is_late_twice_is_not_there(
 
 async def test_who_is_asked_by_several_at_once_is_late_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with asked(tmp_path, monkeypatch, timeout=1.0) as (workers, vision, language):
-        vision.answers.clear()
-        language.engine.answers.clear()
+        vision.responsive.clear()
+        language.engine.responsive.clear()
         assert await asyncio.gather(*(workers.probe() for _ in range(5))) == [(False, False)] * 5
         assert there(workers) == (1, 1)
 
@@ -153,7 +156,7 @@ async def test_who_has_ended_is_not_there_at_once_and_is_found_again(tmp_path: P
             assert await workers.probe() == expected
             assert there(workers) == tuple(map(int, expected))
             await peer.start()
-            await until(lambda: all_there(workers), "it is found again")
+            await wait_until(lambda: all_there(workers), "it is found again")
 
 
 @pytest.mark.parametrize("listed", [None, [], {}, {"data": None}, {"data": [{}]}, {"data": [5]}, {"data": {"a": 1}}, "x"])
@@ -207,12 +210,12 @@ async def test_what_workers_disagree_in_is_named_with_both_values(
 ) -> None:
     async with asked(tmp_path, monkeypatch) as (workers, vision, language):
         assert workers.mismatch() is None
-        vision.checkpoint = described(**changed)
+        vision.checkpoint = checkpoint_description(**changed)
         await workers.probe()
         said = workers.mismatch()
         assert said is not None
         ((name, value),) = changed.items()
-        values = {name, str(value), str(getattr(described(), name))}
+        values = {name, str(value), str(getattr(checkpoint_description(), name))}
         assert values <= set(said.in_short.replace(";", "").split())
         assert values <= set(said.in_full.replace(";", "").split())
         for kind, address in (("vision", vision.address), ("language", language.sink.address)):
@@ -222,9 +225,9 @@ async def test_what_workers_disagree_in_is_named_with_both_values(
 
 async def test_the_odd_one_out_is_named_apart_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with names(tmp_path, monkeypatch, vision=7) as (workers, zone):
-        zone.visions[3].checkpoint = described(width=5)
+        zone.visions[3].checkpoint = checkpoint_description(width=5)
         await zone.has(*range(7))
-        await until(lambda: there(workers) == (7, 1), "all there")
+        await wait_until(lambda: there(workers) == (7, 1), "all there")
         said = workers.mismatch()
         assert said is not None
         others = ", ".join(f"vision worker {zone.visions[i].address}" for i in (0, 1, 2, 4))
@@ -249,7 +252,8 @@ class Zone:
     def __init__(self, folder: Path, visions: int) -> None:
         self.addresses: dict[str, list[str]] = {}
         self.asked: Counter[str] = Counter()
-        self.visions, self.language = [Vision(f"unix:{folder}/v{i}") for i in range(visions)], Language(folder, 0)
+        self.visions = [FakeVisionWorker(f"unix:{folder}/v{i}") for i in range(visions)]
+        self.language = FakeLanguageWorker(folder, 0)
         self.metrics = Metrics()
 
     async def resolve(self, name: str, port: int) -> Collection[str]:
@@ -266,7 +270,7 @@ class Zone:
 
     async def taken_over(self) -> None:
         before = self.asked["vision"]  # the first question from now on may be under way: the third follows what the second told
-        await until(lambda: self.asked["vision"] >= before + 3, "the name is asked for again")
+        await wait_until(lambda: self.asked["vision"] >= before + 3, "the name is asked for again")
 
     def shown(self) -> dict[str, float]:
         """`dvd_worker_up` of each vision worker."""
@@ -290,7 +294,7 @@ async def names(
     visions = [*(zone.visions[i].address for i in static), "dns:vision:1"]
     workers = Workers(visions, ["dns:language:1"], zone.metrics, zone.resolve)
     try:
-        await until(lambda: workers.language.up(), "the name of the language worker is found")
+        await wait_until(lambda: workers.language.up(), "the name of the language worker is found")
         yield workers, zone
     finally:
         await workers.close()
@@ -303,7 +307,7 @@ async def test_a_name_that_does_not_resolve_yet_is_waited_for(tmp_path: Path, mo
         assert await workers.probe() == (False, True)
         assert zone.shown() == {}
         await zone.has(0, 1)
-        await until(lambda: there(workers) == (2, 1), "found, asked and there without another poll")
+        await wait_until(lambda: there(workers) == (2, 1), "found, asked and there without another poll")
         assert zone.shown() == {peer.address: 1 for peer in zone.visions}
 
 
@@ -311,9 +315,9 @@ async def test_who_comes_gets_requests_at_once(tmp_path: Path, monkeypatch: pyte
     async with names(tmp_path, monkeypatch) as (workers, zone):
         first, second = (peer.address for peer in zone.visions)
         await zone.has(0)
-        await until(lambda: there(workers) == (1, 1), "the first")
+        await wait_until(lambda: there(workers) == (1, 1), "the first")
         await zone.has(1, 0)
-        await until(lambda: there(workers) == (2, 1), "the second")
+        await wait_until(lambda: there(workers) == (2, 1), "the second")
         assert {workers.vision.pick(key).client.address for key in KEYS} == {first, second}
 
 
@@ -324,11 +328,11 @@ async def test_who_comes_but_does_not_answer_gets_nothing_until_it_does(
         starting = zone.visions[1]
         await starting.stop()
         await zone.has(0, 1)
-        await until(lambda: len(workers.vision.members) == 2 and workers.vision.up(), "both known")
+        await wait_until(lambda: len(workers.vision.members) == 2 and workers.vision.up(), "both known")
         assert zone.shown() == {zone.visions[0].address: 1, starting.address: 0}
         assert {workers.vision.pick(key).client.address for key in KEYS} == {zone.visions[0].address}
         await starting.start()
-        await until(lambda: probed(workers, 2), "it has started")
+        await wait_until(lambda: probed(workers, 2), "it has started")
 
 
 async def probed(workers: Workers, visions: int) -> bool:
@@ -339,7 +343,7 @@ async def probed(workers: Workers, visions: int) -> bool:
 async def test_who_is_no_longer_listed_stays_while_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with names(tmp_path, monkeypatch) as (workers, zone):
         await zone.has(0, 1)
-        await until(lambda: there(workers) == (2, 1), "both")
+        await wait_until(lambda: there(workers) == (2, 1), "both")
         gone, stays = zone.visions
         await zone.has(1)
         await workers.probe()
@@ -353,14 +357,15 @@ async def test_who_is_no_longer_listed_stays_while_it_answers(tmp_path: Path, mo
         assert [worker.client.address for worker in workers.vision.members] == [stays.address]
         await gone.start()
         await zone.has(0, 1)
-        await until(lambda: probed(workers, 2), "it may come back")  # gRPC may still hold its last failure against the address
+        # gRPC may still remember that the last connection to this address failed
+        await wait_until(lambda: probed(workers, 2), "it may come back")
         assert there(workers) == (2, 1)
 
 
 async def test_a_resolver_that_fails_takes_nobody_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with names(tmp_path, monkeypatch) as (workers, zone):
         await zone.has(0, 1)
-        await until(lambda: there(workers) == (2, 1), "both")
+        await wait_until(lambda: there(workers) == (2, 1), "both")
         del zone.addresses["vision"]
         await zone.taken_over()
         await zone.visions[0].stop()
@@ -372,7 +377,7 @@ async def test_a_resolver_that_fails_takes_nobody_away(tmp_path: Path, monkeypat
 async def test_who_left_is_closed_once_nobody_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with names(tmp_path, monkeypatch) as (workers, zone):
         await zone.has(0)
-        await until(lambda: there(workers) == (1, 1), "there")
+        await wait_until(lambda: there(workers) == (1, 1), "there")
         (worker,) = workers.vision.members
         await zone.has()
         await zone.visions[0].stop()
@@ -389,7 +394,7 @@ async def test_who_left_is_closed_once_nobody_uses_it(tmp_path: Path, monkeypatc
 async def test_static_workers_and_names_are_one_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with names(tmp_path, monkeypatch, vision=3, static=[0, 2]) as (workers, zone):
         await zone.has(0, 1)
-        await until(lambda: there(workers) == (3, 1), "each once")
+        await wait_until(lambda: there(workers) == (3, 1), "each once")
         await zone.has()
         for peer in zone.visions:
             await peer.stop()
