@@ -12,7 +12,7 @@ import pytest
 from server.media.video import frames
 from tests.e2e.conftest import Golden
 from tests.e2e.serving import Served, image_part, request, text_part
-from tests.videos import made
+from tests.videos import encode_video
 
 SQUARE = image_part("square.png")
 PALETTE = image_part("palette_512x512.png")
@@ -75,7 +75,7 @@ def test_images_may_come_in_any_turn_and_any_place(served: Served) -> None:
 
 
 def test_a_video_is_what_its_frames_are_one_by_one(served: Served) -> None:
-    clip = made("mp4", "mpeg4", 40, size=(640, 480))
+    clip = encode_video("mp4", "mpeg4", 40, size=(640, 480))
     url = f"data:video/mp4;base64,{base64.b64encode(clip).decode()}"
     video = {"type": "video_url", "video_url": {"url": url, "num_frames": 3}}
     asked = {"logprobs": True, "max_tokens": 8}

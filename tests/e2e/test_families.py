@@ -20,7 +20,7 @@ from common.embedding import Header
 from common.options import read_options
 from common.tiling import Tiling
 from lm_worker.store import Store, create_folder
-from tests import checkpoints
+from tests.checkpoints import write_checkpoint, write_native_checkpoint
 from tests.e2e.serving import IMAGES, ROOT, text_part
 from vision_worker import encoder as encoders
 from vision_worker.config import VisionOptions
@@ -47,7 +47,7 @@ FAMILIES = [
     Family("phi3", {"language": "phi3", "select_layer": -2, "chat_template": "text"}),
     Family("gpt-oss", {"language": "gpt_oss"}),
     Family("native-qwen2", {"language": "qwen2"}),
-    Family("native-qwen3", {"language": "qwen3", "spelling": "module"}),
+    Family("native-qwen3", {"language": "qwen3", "tensor_names": "module"}),
 ]
 
 
@@ -96,7 +96,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     folder = tmp_path_factory.mktemp("families")
     jobs, rows = [], {}
     for family in FAMILIES:
-        make = checkpoints.make_native if family.name.startswith("native") else checkpoints.make
+        make = write_native_checkpoint if family.name.startswith("native") else write_checkpoint
         checkpoint, store = folder / family.name, folder / f"{family.name}-store"
         make(checkpoint, **family.options)
         rows[family.name] = embed(checkpoint, store)
