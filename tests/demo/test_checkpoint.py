@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from common.checkpoint import open_checkpoint, read_header
 from demo.words import TEMPLATE, Words
-from tests.checkpoints import make
+from tests.checkpoints import write_checkpoint
 
 DEMO = Path(__file__).parents[2] / "demo/checkpoint"
 
@@ -20,7 +20,7 @@ def layered(names: set[str]) -> set[str]:
 
 
 def test_every_tensor_of_the_layout_and_no_other(tmp_path: Path) -> None:
-    made = make(tmp_path, language="qwen3", flash=True)
+    made = write_checkpoint(tmp_path, language="qwen3", flash=True)
     found, expected = (read_header(folder / "model.safetensors") for folder in (DEMO, made))
     assert layered(set(found)) == layered(set(expected))
     assert {tensor.dtype for tensor in found.values()} == {"BF16"}
