@@ -16,6 +16,7 @@ DvdError
 ├── DeadlineExceeded          the request's time is up
 ├── Unavailable               no worker can serve the request now
 │   ├── WorkerUnavailable     the worker that was called does not answer; another one may
+│   ├── EmbeddingLost         an embedding was evicted before vLLM read it
 │   ├── CheckpointMismatch    two workers serve different checkpoints
 │   ├── SinkUnavailable       a vision worker found no sink to deliver to
 │   └── SinkFull              no room for an embedding that would not be evicted again
@@ -125,6 +126,10 @@ class Unavailable(DvdError):
 
 class WorkerUnavailable(Unavailable):
     """The worker that was called is gone or cannot compute. The caller marks it down and may ask another one."""
+
+
+class EmbeddingLost(Unavailable):
+    code = "embedding_lost"
 
 
 class CheckpointMismatch(Unavailable):

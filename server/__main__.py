@@ -14,18 +14,18 @@ from uvicorn.supervisors import Multiprocess
 
 from common import logs
 from common.options import ConfigError, read_options
-from server.app import in_this_process
+from server.app import create_worker_app
 from server.config import GatewayOptions
-from server.http.protocol import served
+from server.http.protocol import uvicorn_config
 
 log = logging.getLogger("dvd.gateway")
 
-_GRACE = 15
-"""Seconds that answers in flight have to end after a signal."""
+_SHUTDOWN_TIMEOUT_SECONDS = 15
+"""Time that responses in flight have to end after a signal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run until a signal. Exits 2 on a bad option, 1 where it cannot listen, with one line that says why."""
+    """Run until a signal. Exits with 2 on an invalid option, with 1 if it cannot listen, and one line that says why."""
     try:
         options = read_options(GatewayOptions, sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
@@ -35,17 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         listening = _listen(options.host, options.port)
     except OSError as error:
         sys.exit(f"dvd gateway: cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port")
-    each = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
-    serving = served(functools.partial(in_this_process, each), _GRACE, factory=True, workers=options.workers)
+    process_options = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
+    config = uvicorn_config(
+        functools.partial(create_worker_app, process_options),
+        _SHUTDOWN_TIMEOUT_SECONDS,
+        factory=True,
+        workers=options.workers,
+    )
     logs.configure(options.log_level, options.log_format)
     log.info("listening on http://%s:%d", options.host, listening.getsockname()[1])
     if options.workers == 1:
-        uvicorn.Server(serving).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[listening])
         return
-    with ExitStack() as held:
-        # where prometheus-client lets several processes count together; it reads the variable when it is first imported
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = held.enter_context(tempfile.TemporaryDirectory(prefix="dvd-metrics-"))
-        Multiprocess(serving, [listening]).run()
+    with ExitStack() as resources:
+        # prometheus-client aggregates processes through files here; it reads the variable when it is first imported
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = resources.enter_context(tempfile.TemporaryDirectory(prefix="dvd-metrics-"))
+        Multiprocess(config, [listening]).run()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -32,6 +32,7 @@ class ServingOptions(ImageLimits, TraceOptions):
     host: str = Field("127.0.0.1", description="address the gateway listens on")
     port: int = Field(8000, ge=0, le=65535, description="port the gateway listens on")
     api_key: SecretStr | None = Field(None, description="bearer token that callers must send; unset: no authentication")
+    docs: bool = Field(False, description="serve an interactive page of the API at /docs; it loads scripts from a CDN")
     allow_private_images: bool = Field(
         False, description="also fetch images over http and from private addresses: only if every caller is trusted"
     )

@@ -1,6 +1,6 @@
-"""The name of an embedding: a digest over everything that decides its values, and over who asked.
+"""Keys of embeddings: a digest over everything that determines the values, and over the caller.
 
-The caller is part of it so that nobody learns, by a faster answer, what another one has shown the server.
+The caller is part of the key so that response times do not reveal which images other callers have sent.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from protos import vision_pb2 as pb
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What decides an embedding besides the image: checkpoint, tiles, router, dtype of the values."""
+class EncodeSetting:
+    """What determines an embedding besides the image: checkpoint, tiling, router, and dtype of the values."""
 
     fingerprint: str
     tiling: pb.Tiling
@@ -21,6 +21,7 @@ class Setting:
     dtype: int
 
     def digest(self) -> bytes:
+        """Return the SHA-256 digest of the setting."""
         router = self.router
         thresholds = [
             repr(getattr(router, name)) if router.HasField(name) else "default"
@@ -34,23 +35,28 @@ class Setting:
 
 
 def digest(*fields: bytes) -> bytes:
-    """SHA-256 of the fields, each with its length, so that no two lists of fields look alike."""
-    made = hashlib.sha256()
+    """Return the SHA-256 digest of the fields, each with its length, so that no two lists of fields collide."""
+    sha256 = hashlib.sha256()
     for field in fields:
-        made.update(len(field).to_bytes(8, "big"))
-        made.update(field)
-    return made.digest()
+        sha256.update(len(field).to_bytes(8, "big"))
+        sha256.update(field)
+    return sha256.digest()
 
 
-def keys_alone(caller: bytes, settings: Sequence[Setting], images: Sequence[bytes]) -> list[str]:
-    """One key an image (digests of their bytes), each routed alone, with a setting of its own."""
-    asked = zip(settings, images, strict=True)
-    return [digest(b"alone", caller, setting.digest(), image).hex() for setting, image in asked]
+def image_keys(caller: bytes, settings: Sequence[EncodeSetting], images: Sequence[bytes]) -> list[str]:
+    """Return a key for each image, each routed by itself.
+
+    Args:
+        caller: Digest of the caller's credentials.
+        settings: Setting of each image.
+        images: SHA-256 digest of each image file.
+    """
+    return [digest(b"alone", caller, setting.digest(), image).hex() for setting, image in zip(settings, images, strict=True)]
 
 
-def keys_together(caller: bytes, setting: Setting, images: Sequence[bytes]) -> list[str]:
-    """One key an image of a group that is routed as one: its neighbours decide its embedding too."""
+def group_keys(caller: bytes, setting: EncodeSetting, images: Sequence[bytes]) -> list[str]:
+    """Return a key for each image of a group that is routed together: the other images determine its embedding too."""
     if len(images) == 1:
-        return keys_alone(caller, [setting], images)
+        return image_keys(caller, [setting], images)
     group = digest(*images)
     return [digest(b"group", caller, setting.digest(), group, str(i).encode()).hex() for i in range(len(images))]

@@ -1,6 +1,6 @@
-"""What the gateway counts: one registry a process, every metric declared here. Several processes are shown as one.
+"""Metrics of the gateway: one registry per process, every metric declared here. Several processes are exported as one.
 
-`docs/metrics.md` lists them for people.
+`docs/metrics.md` documents them.
 """
 
 import contextlib
@@ -17,134 +17,134 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from common.metrics import STAGE_BUCKETS, ProcessMetrics, cache_counter
-from server.request_stats import Account
+from server.request_stats import RequestStats
 
-_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-_BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
-_WHOLE = (0.03, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-_TILES = (1, 2, 3, 5, 7, 9, 13, 21, 31, 41)
-
-_COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-"""Routes whose answers are timed: the others are not what anybody waits for."""
+_FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+_INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
+_REQUEST_BUCKETS = (0.03, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TILE_BUCKETS = (1, 2, 3, 5, 7, 9, 13, 21, 31, 41)
 
 
 class Metrics:
+    """All metrics of one gateway process."""
+
     def __init__(self) -> None:
-        self.registry = made = CollectorRegistry()
-        self.common = ProcessMetrics(made, "gateway")
-        self.requests = Counter("dvd_requests", "Answered requests", ["route", "code"], registry=made)
-        self.errors = Counter("dvd_errors", "Requests that ended in an error, streams too", ["code"], registry=made)
-        self.in_flight = Gauge("dvd_requests_in_flight", "Requests being served", registry=made, multiprocess_mode="livesum")
+        self.registry = registry = CollectorRegistry()
+        self.process = ProcessMetrics(registry, "gateway")
+        self.requests = Counter("dvd_requests", "Completed requests", ["route", "code"], registry=registry)
+        self.errors = Counter("dvd_errors", "Requests that ended with an error, streams included", ["code"], registry=registry)
+        self.in_flight = Gauge("dvd_requests_in_flight", "Requests in flight", registry=registry, multiprocess_mode="livesum")
         self.in_stage = Gauge(
-            "dvd_stage_requests", "Requests in a stage now", ["stage"], registry=made, multiprocess_mode="livesum"
+            "dvd_stage_requests", "Requests in a stage", ["stage"], registry=registry, multiprocess_mode="livesum"
         )
-        self.stages = Histogram("dvd_stage_seconds", "Seconds in a stage", ["stage"], registry=made, buckets=STAGE_BUCKETS)
+        self.stages = Histogram("dvd_stage_seconds", "Seconds in a stage", ["stage"], registry=registry, buckets=STAGE_BUCKETS)
         self.to_engine = Histogram(
             "dvd_time_to_engine_seconds",
-            "Seconds from arrival until vLLM is asked",
-            registry=made,
+            "Seconds from arrival until the request is sent to vLLM",
+            registry=registry,
             buckets=STAGE_BUCKETS,
         )
         self.first_token = Histogram(
-            "dvd_time_to_first_token_seconds", "Seconds from arrival to a stream's first event with content", registry=made,
-            buckets=_FIRST_TOKEN,
+            "dvd_time_to_first_token_seconds", "Seconds from arrival to a stream's first event with content", registry=registry,
+            buckets=_FIRST_TOKEN_BUCKETS,
         )  # fmt: skip
-        self.between_tokens = Histogram(
-            "dvd_inter_token_seconds", "Seconds between two events with content of a stream", registry=made,
-            buckets=_BETWEEN_TOKENS,
+        self.inter_token = Histogram(
+            "dvd_inter_token_seconds", "Seconds between two events with content of a stream", registry=registry,
+            buckets=_INTER_TOKEN_BUCKETS,
         )  # fmt: skip
-        self.whole = Histogram(
-            "dvd_request_seconds", "Seconds from arrival to the last byte of a good answer", ["route"], registry=made,
-            buckets=_WHOLE,
+        self.request_seconds = Histogram(
+            "dvd_request_seconds", "Seconds from arrival to the last byte of a response", ["route"], registry=registry,
+            buckets=_REQUEST_BUCKETS,
         )  # fmt: skip
-        self.images = Counter("dvd_images", "Images in accepted requests", registry=made)
-        self.cache = cache_counter(made)
-        self.encodes = Counter("dvd_encodes", "Encode calls made", registry=made)
-        self.joined = Counter("dvd_encodes_joined", "Images that shared an encode in flight", registry=made)
-        self.tiles = Counter("dvd_tiles", "Encoded tiles", ["resolution"], registry=made)
-        self.image_tiles = Histogram("dvd_image_tiles", "Tiles of an encoded image", registry=made, buckets=_TILES)
-        self.visual_tokens = Counter("dvd_visual_tokens", "Visual tokens sent to language models", registry=made)
-        self.saved_tokens = Counter("dvd_visual_tokens_saved", "Visual tokens that compression left out", registry=made)
-        self._workers: _Workers | None = None
+        self.images = Counter("dvd_images", "Images in accepted requests", registry=registry)
+        self.cache = cache_counter(registry)
+        self.encodes = Counter("dvd_encodes", "Encode calls sent to vision workers", registry=registry)
+        self.joined = Counter("dvd_encodes_joined", "Images that shared an encode in flight", registry=registry)
+        self.tiles = Counter("dvd_tiles", "Encoded tiles", ["resolution"], registry=registry)
+        self.image_tiles = Histogram("dvd_image_tiles", "Tiles of an encoded image", registry=registry, buckets=_TILE_BUCKETS)
+        self.visual_tokens = Counter("dvd_visual_tokens", "Visual tokens sent to language models", registry=registry)
+        self.saved_tokens = Counter("dvd_visual_tokens_saved", "Visual tokens saved by compression", registry=registry)
+        self._workers: _WorkerCollector | None = None
 
-    def watch(self, workers: Callable[[], Iterable["Worker"]]) -> None:
-        """Show whom `workers` lists when somebody looks."""
-        self._workers = _Workers(workers)
+    def watch_workers(self, statuses: Callable[[], Iterable["WorkerStatus"]]) -> None:
+        """Export the workers that `statuses` returns at each scrape."""
+        self._workers = _WorkerCollector(statuses)
         self.registry.register(self._workers)
 
     @contextlib.contextmanager
-    def stage(self, name: str, account: Account) -> Iterator[None]:
-        """A request is in a stage: counted while it is; the seconds go to its account, also where it fails."""
-        inside = self.in_stage.labels(name)
-        inside.inc()
-        began = time.monotonic()
+    def stage(self, name: str, stats: RequestStats) -> Iterator[None]:
+        """Count a request as being in a stage, and add the stage's duration to its statistics, also if it fails."""
+        gauge = self.in_stage.labels(name)
+        gauge.inc()
+        started = time.monotonic()
         try:
             yield
         finally:
-            inside.dec()
-            account.add(name, time.monotonic() - began)
+            gauge.dec()
+            stats.add_stage(name, time.monotonic() - started)
 
-    def count(self, account: Account, route: str, status: int) -> None:
-        """A request has ended."""
+    def record_request(self, stats: RequestStats, route: str, status: int) -> None:
+        """Record a request that has ended."""
         self.requests.labels(route, status).inc()
-        if account.error is not None:
-            self.errors.labels(account.error).inc()
-        for stage, seconds in account.stages.items():
+        if stats.error_code is not None:
+            self.errors.labels(stats.error_code).inc()
+        for stage, seconds in stats.stages.items():
             self.stages.labels(stage).observe(seconds)
-        if account.to_engine is not None:
-            self.to_engine.observe(account.to_engine)
-        if route in _COUNTED and status == 200 and account.error is None:
-            self.whole.labels(route).observe(account.elapsed())
+        if stats.seconds_to_engine is not None:
+            self.to_engine.observe(stats.seconds_to_engine)
+        if stats.generates_text and status == 200 and stats.error_code is None:
+            self.request_seconds.labels(route).observe(stats.elapsed())
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Render all metrics in Prometheus' text format."""
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if folder is None:
             return generate_latest(self.registry)
-        _forget_the_dead(Path(folder))
-        everybody = CollectorRegistry()
-        MultiProcessCollector(everybody)  # type: ignore[no-untyped-call]
+        _remove_dead_processes(Path(folder))
+        merged = CollectorRegistry()
+        MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
         if self._workers:
-            everybody.register(self._workers)  # every process asks every worker: any of them knows
-        return generate_latest(everybody)
+            merged.register(self._workers)  # every process probes every worker, so each of them can tell
+        return generate_latest(merged)
 
 
-class Load(NamedTuple):
-    """Of one vLLM: its requests, and the used part of its KV cache, 0 to 1, of its fullest engine."""
+class EngineLoad(NamedTuple):
+    """Load of one vLLM: its requests, and the used share of its KV cache (0 to 1), of its fullest engine."""
 
     requests_waiting: float
     requests_running: float
     kv_cache_usage: float
 
 
-class Worker(NamedTuple):
-    """What is shown of one. `load` is None where it is no language worker, or its vLLM does not say."""
+class WorkerStatus(NamedTuple):
+    """What is exported of a worker. `load` is None for a vision worker, or if vLLM does not report it."""
 
     kind: str
     address: str
-    up: bool
-    load: Load | None
+    is_up: bool
+    load: EngineLoad | None
 
 
-class _Workers(Collector):
-    """Read when somebody looks, so that a worker that has left is not shown: the files of several processes forget nothing."""
+class _WorkerCollector(Collector):
+    """Collects the workers at each scrape, so that a removed one is not exported: multi-process files never forget a label."""
 
-    _ENGINE = (
-        ("requests_waiting", "Requests that wait in a language worker's vLLM"),
-        ("requests_running", "Requests that a language worker's vLLM computes"),
-        ("kv_cache_usage", "Used part of a language worker's KV cache, 0 to 1"),
+    _ENGINE_METRICS = (
+        ("requests_waiting", "Requests waiting in a language worker's vLLM"),
+        ("requests_running", "Requests running in a language worker's vLLM"),
+        ("kv_cache_usage", "Used share of a language worker's KV cache, 0 to 1"),
     )
 
-    def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
-        self._workers = workers
+    def __init__(self, statuses: Callable[[], Iterable[WorkerStatus]]) -> None:
+        self._statuses = statuses
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        workers = list(self._workers())
-        up = GaugeMetricFamily("dvd_worker_up", "Whether a worker answers", labels=["kind", "address"])
+        """Yield the metric families of all workers."""
+        workers = list(self._statuses())
+        up = GaugeMetricFamily("dvd_worker_up", "Whether a worker is up", labels=["kind", "address"])
         for worker in workers:
-            up.add_metric([worker.kind, worker.address], worker.up)
+            up.add_metric([worker.kind, worker.address], worker.is_up)
         yield up
-        for name, text in self._ENGINE:
+        for name, text in self._ENGINE_METRICS:
             family = GaugeMetricFamily(f"dvd_engine_{name}", text, labels=["address"])
             for worker in workers:
                 if worker.load is not None:
@@ -152,44 +152,44 @@ class _Workers(Collector):
             yield family
 
 
-class Listener:
-    """Hears a streamed answer go by, and times its events. They are told by their bytes: nothing is parsed.
+class StreamTimer:
+    """Times the events of a streamed response, recognised by their bytes: nothing is parsed.
 
-    An event counts that has something of the answer in it. The first one's time is the TTFT; events that come in one piece
-    have no time between them.
+    Only events with generated content count. The first one gives the time to first token. Events that arrive in one piece have
+    no time between them.
     """
 
     _CONTENT = re.compile(
         rb'"(?:content|reasoning|reasoning_content|text|delta|partial_json)"\s*:\s*"(?!")|"tool_calls"\s*:\s*\[\s*\{'
     )
-    _NAMED = re.compile(rb"event: \S*delta\n|(?!event: )")  # responses and messages say it all again when a part is done
+    _DELTA = re.compile(rb"event: \S*delta\n|(?!event: )")  # Responses and Messages repeat the content when a part is complete
 
-    def __init__(self, metrics: Metrics, account: Account) -> None:
-        self._metrics, self._account = metrics, account
+    def __init__(self, metrics: Metrics, stats: RequestStats) -> None:
+        self._metrics, self._stats = metrics, stats
         self._last: float | None = None
 
-    def saw(self, events: bytes) -> None:
-        """Whole events, each with its end."""
+    def record(self, events: bytes) -> None:
+        """Record complete events that arrived now."""
         for event in events.split(b"\n\n"):
-            if self._NAMED.match(event) and self._CONTENT.search(event):
-                self._came(time.monotonic())
+            if self._DELTA.match(event) and self._CONTENT.search(event):
+                self._record_content(time.monotonic())
 
-    def failed(self, code: str) -> None:
-        """The answer ends in an error, though its head said 200."""
-        self._account.error = code
+    def record_error(self, code: str) -> None:
+        """Record that the stream ends with an error, although its status was 200."""
+        self._stats.error_code = code
 
-    def _came(self, now: float) -> None:
+    def _record_content(self, now: float) -> None:
         if self._last is None:
-            self._metrics.first_token.observe(now - self._account.arrived)
+            self._metrics.first_token.observe(now - self._stats.arrived)
         else:
-            self._metrics.between_tokens.observe(now - self._last)
+            self._metrics.inter_token.observe(now - self._last)
         self._last = now
 
 
-def _forget_the_dead(folder: Path) -> None:
-    """A process that was killed leaves its gauges behind, and with them requests in flight that nobody serves."""
+def _remove_dead_processes(folder: Path) -> None:
+    """Remove the gauges of killed processes, which would report requests that nobody serves."""
     for file in folder.glob("gauge_live*.db"):
         pid = int(file.stem.rpartition("_")[2])
         if not Path(f"/proc/{pid}").exists():
-            with contextlib.suppress(FileNotFoundError):  # another process of the gateway was faster
+            with contextlib.suppress(FileNotFoundError):  # another gateway process removed it
                 mark_process_dead(pid)  # type: ignore[no-untyped-call]

@@ -1,71 +1,64 @@
-"""What one request came to: filled in on its way, counted once when it ends, rendered into its head and the access log."""
+"""Statistics of one request: collected while it is served, rendered into its headers, recorded when it ends."""
 
 import time
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from protos import vision_pb2 as pb
 
-_OF_THE_VISION_WORKER = ("wait", "decode", "tile", "queue", "encode", "route", "deliver")
+_VISION_STAGES = ("wait", "decode", "tile", "queue", "encode", "route", "deliver")
 
 
 @dataclass
-class Account:
-    """One request. Seconds, by stage; the two dictionaries are in the order in which things happened.
+class RequestStats:
+    """Statistics of one request. Durations are in seconds; dictionaries are in the order in which stages ran.
 
-    `stages` are the gateway's own, `vision` those of the vision worker: of the slowest image where there are several, since
-    they run side by side. `images` is what `X-DvD-Images` says. `error` is the code of what it ended in.
+    Attributes:
+        request_id: The `X-Request-Id` of the request.
+        arrived: Monotonic time of arrival.
+        stages: Duration of each stage of the gateway.
+        vision_stages: Duration of each stage of the vision worker, of the slowest image where several ran in parallel.
+        seconds_to_engine: Time from arrival until the request was sent to vLLM; None before that.
+        images: The fields of the `X-DvD-Images` header; empty for a request without images.
+        error_code: Code of the error that the request ended with.
+        generates_text: Whether its API generates text, so that its total duration is recorded.
     """
 
-    identity: str
+    request_id: str
     arrived: float = field(default_factory=time.monotonic)
     stages: dict[str, float] = field(default_factory=dict)
-    vision: dict[str, float] = field(default_factory=dict)
-    to_engine: float | None = None
+    vision_stages: dict[str, float] = field(default_factory=dict)
+    seconds_to_engine: float | None = None
     images: dict[str, int] = field(default_factory=dict)
-    error: str | None = None
+    error_code: str | None = None
+    generates_text: bool = False
 
-    def add(self, stage: str, seconds: float) -> None:
-        """A stage may come twice, where a request is tried again."""
+    def add_stage(self, stage: str, seconds: float) -> None:
+        """Add the duration of a stage. A stage runs twice if the request is retried."""
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
-    def encoded(self, timings: pb.Timings) -> None:
-        """What the vision worker took for an image of this request."""
-        for stage in _OF_THE_VISION_WORKER:
-            self.vision[stage] = max(self.vision.get(stage, 0.0), getattr(timings, stage))
+    def add_vision_timings(self, timings: pb.Timings) -> None:
+        """Add what a vision worker measured for one image of this request."""
+        for stage in _VISION_STAGES:
+            self.vision_stages[stage] = max(self.vision_stages.get(stage, 0.0), getattr(timings, stage))
 
-    def handed_over(self) -> None:
-        """The engine has the request now."""
-        if self.to_engine is None:
-            self.to_engine = self.elapsed()
+    def mark_sent_to_engine(self) -> None:
+        """Record that the request is sent to vLLM now. Only the first call counts."""
+        if self.seconds_to_engine is None:
+            self.seconds_to_engine = self.elapsed()
 
     def elapsed(self) -> float:
+        """Return the seconds since arrival."""
         return time.monotonic() - self.arrived
 
     @property
-    def cache(self) -> str | None:
-        """Whether the language worker had the embeddings: `hit`, `part` of them, `miss`; None where there are no images."""
+    def cache_result(self) -> str | None:
+        """Whether the sink had the embeddings: `hit` (all), `part`, `miss` (none); None for a request without images."""
         images, reused = self.images.get("images", 0), self.images.get("reused", 0)
         if not images:
             return None
         return "hit" if reused == images else "part" if reused else "miss"
 
     def server_timing(self) -> str:
-        """W3C's header: what is known now, in milliseconds. `wait` to `deliver` are inside of `vision`."""
-        return ", ".join(f"{stage};dur={1e3 * seconds:.1f}" for stage, seconds in self._so_far().items())
-
-    def _so_far(self) -> Mapping[str, float]:
-        return self.stages | self.vision | {"total": self.elapsed()}
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who asks (a digest), for which path, the request's account, when its time is up (monotonic), and what is held until
-    the answer's last byte."""
-
-    digest: bytes
-    path: str
-    account: Account
-    deadline: float
-    held: AsyncExitStack
+        """Render the `Server-Timing` header (W3C), in milliseconds. The stages `wait` to `deliver` are part of `vision`."""
+        durations = self.stages | self.vision_stages | {"total": self.elapsed()}
+        return ", ".join(f"{stage};dur={1e3 * seconds:.1f}" for stage, seconds in durations.items())

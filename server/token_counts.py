@@ -1,4 +1,4 @@
-"""What images cost in tiles and visual tokens, by their sizes alone; and by what the router did, where it was asked."""
+"""Tiles and visual tokens of images: by arithmetic on their sizes, and by the router's decision where it was made."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,20 +6,33 @@ from typing import Any
 from common.tiling import Tiling, has_thumbnail, select_grid
 from protos import embeddings_pb2
 from protos import vision_pb2 as pb
-from server.apis.image_options import Dial
+from server.apis.image_options import ImageOptions
 
 
-def costs(
+def token_counts(
     sizes: Sequence[tuple[int, int]],
-    dials: Sequence[Dial],
-    own: embeddings_pb2.CheckpointDescription,
-    most: int | None,
+    options: Sequence[ImageOptions],
+    checkpoint: embeddings_pb2.CheckpointDescription,
+    max_tiles: int | None,
     routes: Sequence[pb.EncodedImage] | None,
 ) -> dict[str, Any]:
-    """The answer of `/v1/images/tokens`. `sizes` are (width, height) in pixels; `own` and `most` are for `Dial.tiling`."""
-    images = [_cost(size, dial, own, most) for size, dial in zip(sizes, dials, strict=True)]
-    tokens = [image["tokens"] for image in images]
-    total: dict[str, Any] = {"tiles": sum(image["tiles"]["total"] for image in images), "tokens": _sum(tokens)}
+    """Return the response of `/v1/images/tokens`.
+
+    Args:
+        sizes: Width and height of each image in pixels.
+        options: Options of each image.
+        checkpoint: The checkpoint that is served.
+        max_tiles: The operator's bound for the tiles of an image, None for the checkpoint's.
+        routes: What the router decided for each image; None if it was not asked.
+
+    Raises:
+        InvalidRequest: An image asks for more tiles than are allowed.
+    """
+    images = [_image_counts(size, option, checkpoint, max_tiles) for size, option in zip(sizes, options, strict=True)]
+    total: dict[str, Any] = {
+        "tiles": sum(image["tiles"]["total"] for image in images),
+        "tokens": _sum_tokens([image["tokens"] for image in images]),
+    }
     if routes is not None:
         for image, route in zip(images, routes, strict=True):
             image["routed"] = {"tokens": route.tokens, "compressed": list(route.compressed)}
@@ -27,27 +40,32 @@ def costs(
     return {"object": "list", "images": images, "total": total}
 
 
-def _cost(size: tuple[int, int], dial: Dial, own: embeddings_pb2.CheckpointDescription, most: int | None) -> dict[str, Any]:
-    asked = dial.tiling(own, most)
-    tiling = Tiling(asked.min_tiles, asked.max_tiles, own.thumbnail, own.tile_size)
+def _image_counts(
+    size: tuple[int, int],
+    options: ImageOptions,
+    checkpoint: embeddings_pb2.CheckpointDescription,
+    max_tiles: int | None,
+) -> dict[str, Any]:
+    bounds = options.tiling(checkpoint, max_tiles)
+    tiling = Tiling(bounds.min_tiles, bounds.max_tiles, checkpoint.thumbnail, checkpoint.tile_size)
     columns, rows = select_grid(*size, tiling)
     thumbnail = has_thumbnail(columns, rows, tiling)
-    total = columns * rows + thumbnail
-    off, compressed = total * own.tokens_per_tile, total * own.compressed_tokens_per_tile
+    tiles = columns * rows + thumbnail
+    full, compressed = tiles * checkpoint.tokens_per_tile, tiles * checkpoint.compressed_tokens_per_tile
     return {
         "width": size[0],
         "height": size[1],
-        "tiles": {"columns": columns, "rows": rows, "thumbnail": thumbnail, "total": total},
-        "mode": pb.Router.Mode.Name(dial.router.mode).lower(),
+        "tiles": {"columns": columns, "rows": rows, "thumbnail": thumbnail, "total": tiles},
+        "mode": pb.Router.Mode.Name(options.router.mode).lower(),
         # without a router nothing can be compressed
-        "tokens": {"off": off, "all": compressed or None, "auto": [compressed or off, off]},
+        "tokens": {"off": full, "all": compressed or None, "auto": [compressed or full, full]},
     }
 
 
-def _sum(tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of several images of one checkpoint: all of them have a router, or none has."""
+def _sum_tokens(tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the counts of several images of one checkpoint: either all of them have a router or none has."""
     return {
-        "off": sum(one["off"] for one in tokens),
-        "all": None if any(one["all"] is None for one in tokens) else sum(one["all"] for one in tokens),
-        "auto": [sum(one["auto"][end] for one in tokens) for end in (0, 1)],
+        "off": sum(counts["off"] for counts in tokens),
+        "all": None if any(counts["all"] is None for counts in tokens) else sum(counts["all"] for counts in tokens),
+        "auto": [sum(counts["auto"][end] for counts in tokens) for end in (0, 1)],
     }

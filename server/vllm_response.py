@@ -1,84 +1,141 @@
-"""Answers of the language worker's engine on their way to the caller: bytes untouched, errors in OpenAI's shape."""
+"""Responses of vLLM on their way to the caller: bytes unchanged, errors as OpenAI's error object, visual tokens counted."""
 
 import asyncio
-import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
 from common import errors
-from server.http.error_format import CHAT, Shape
-from server.metrics import Listener
+from server.http.error_format import OPENAI, ErrorBody, ErrorFormat
+from server.metrics import StreamTimer
 
 _KEEP_ALIVE = b": keep-alive\n\n"
 _ERROR_EVENTS = (b'data: {"error"', b"event: error\n")
+_EVENT_END = b"\n\n"
+
+_PREAMBLE = re.compile(
+    rb'data: \{[^\n]*"delta":\{"role":"[a-z]+","content":""[,}][^\n]*"finish_reason":null|event: message_start\n'
+)
+"""Events that vLLM sends at the start of a stream, before the first token: a chat's role, a message's start. An error of the
+engine's first step comes after them, so they do not decide the status. tests/e2e/test_vllm_contract.py compares them
+with the pinned vLLM."""
+
 _USAGE = b'"usage":{'
-_MOST_OF_USAGE = 4096
-"""Bytes; a real one has some hundred."""
-_DECODER = json.JSONDecoder()
-_END = b"\n\n"
-_SAME_BREATH = 0.05
-"""Seconds."""
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
-_CODES = {400: "invalid_request", 401: "invalid_api_key", 404: "model_not_found", 422: "invalid_request", 429: "overloaded"}
-LOST = "the engine failed on this request; try again"
+_MAX_USAGE_BYTES = 4096
+"""Upper bound for a usage object, which has a few hundred bytes."""
+
+_ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "invalid_request_error",
+    429: "rate_limit_error",
+}
+_ERROR_CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    404: "model_not_found",
+    422: "invalid_request",
+    429: "overloaded",
+}
+_CONTEXT_LENGTH_PARAMS = ("input_tokens", "input_text")
+_CONTEXT_LENGTH_TEXTS = ("maximum context length", "longer than the maximum model length")
+"""How vLLM reports a prompt that is too long: by `param`, but with images, and to Anthropic's clients, by the text only.
+
+tests/e2e/test_vllm_contract.py compares them with the pinned vLLM.
+"""
+
+ENGINE_ERROR_MESSAGE = "The engine failed on this request; retry it."
+
+_decoder = json.JSONDecoder()
 
 
-def normalised(status: int, body: bytes) -> dict[str, Any]:
-    """The engine's error as OpenAI's error object: a string code, and nothing of its inside where the fault is ours."""
+@dataclass(frozen=True)
+class Failure:
+    """An error of vLLM: the status and OpenAI's error object for the caller."""
+
+    status: int
+    body: ErrorBody
+
+    @property
+    def code(self) -> str:
+        """The error's string code."""
+        return str(self.body["error"]["code"])
+
+    @classmethod
+    def parse(cls, status: int, body: bytes) -> "Failure":
+        """Convert vLLM's error: a string code, and nothing of vLLM's internals if the fault is the server's."""
+        try:
+            response = json.loads(body)
+            error = response.get("error", response)
+            message, param = str(error.get("message") or error.get("detail") or error), error.get("param")
+        except (ValueError, AttributeError):
+            message, param = body.decode(errors="replace")[:500], None
+        if status >= 500:
+            return cls(status, _error_body(ENGINE_ERROR_MESSAGE, "server_error", None, "engine_error"))
+        code = _ERROR_CODES.get(status, "invalid_request")
+        if param in _CONTEXT_LENGTH_PARAMS or any(text in message for text in _CONTEXT_LENGTH_TEXTS):
+            code = "context_length_exceeded"
+        return cls(status, _error_body(message, _ERROR_TYPES.get(status, "invalid_request_error"), param, code))
+
+    @classmethod
+    def parse_event(cls, event: bytes) -> "Failure":
+        """Convert an error event of a stream; without a valid status in its code it is the server's fault."""
+        data = event.partition(b"data: ")[2]
+        try:
+            status = int(json.loads(data)["error"]["code"])
+        except (ValueError, KeyError, TypeError):
+            status = 500
+        return cls.parse(status if 400 <= status < 600 else 500, data)
+
+
+def _error_body(message: str, error_type: str, param: Any, code: str) -> ErrorBody:
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+
+
+async def read_all(answer: aiohttp.ClientResponse) -> bytes:
+    """Read a response to its end. Raises `WorkerUnavailable` if the connection breaks."""
     try:
-        said = json.loads(body)
-        error = said.get("error", said)
-        message, param = str(error.get("message") or error.get("detail") or error), error.get("param")
-    except (ValueError, AttributeError):
-        message, param = body.decode(errors="replace")[:500], None
-    if status >= 500:
-        message, param = LOST, None
-    code = "context_length_exceeded" if _is_context(message) else _CODES.get(status, "invalid_request")
-    kind = _TYPES.get(status, "invalid_request_error")
-    if status >= 500:
-        code, kind = "engine_error", "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        return await answer.read()
+    except aiohttp.ClientError:
+        raise errors.WorkerUnavailable("The language worker went away before its response was complete; retry.") from None
 
 
-def _is_context(message: str) -> bool:
-    return "maximum context length" in message or "longer than the maximum model length" in message
+def add_image_tokens(data: bytes, image_tokens: int) -> bytes:
+    """Add the number of visual tokens to every prompt token count in a response or in events; change nothing else.
 
-
-def with_image_tokens(said: bytes, image_tokens: int) -> bytes:
-    """Every count of a prompt's tokens in an answer or in events, with how many of them are visual. All else stays as it is.
-
-    Inside a text the quotes of `"usage":{` would be escaped; where it is the name of something else, no number of tokens is
-    in it.
+    Inside a JSON string the quotes of `"usage":{` would be escaped. Where `usage` is the name of something else, it has no
+    number of prompt tokens.
     """
-    parts, done = [], 0
-    while (at := said.find(_USAGE, done)) >= 0:
-        start = at + len(_USAGE) - 1
-        usage, end = _object(said, start)
-        parts += [said[done:start], _detailed(usage, image_tokens) or said[start:end]]
-        done = end
-    return b"".join([*parts, said[done:]]) if parts else said
+    parts, position = [], 0
+    while (match := data.find(_USAGE, position)) >= 0:
+        start = match + len(_USAGE) - 1
+        usage, end = _parse_object(data, start)
+        parts += [data[position:start], _usage_with_image_tokens(usage, image_tokens) or data[start:end]]
+        position = end
+    return b"".join([*parts, data[position:]]) if parts else data
 
 
-def _object(said: bytes, start: int) -> tuple[Any, int]:
-    """The JSON value that begins there, and where it ends; what is none ends at once."""
-    text = said[start : start + _MOST_OF_USAGE].decode(errors="surrogateescape")
+def _parse_object(data: bytes, start: int) -> tuple[Any, int]:
+    """Return the JSON value at `start` and where it ends; (None, start + 1) if it is not valid JSON."""
+    text = data[start : start + _MAX_USAGE_BYTES].decode(errors="surrogateescape")
     try:
-        value, end = _DECODER.raw_decode(text)
+        value, end = _decoder.raw_decode(text)
     except (ValueError, RecursionError):
         return None, start + 1
     return value, start + len(text[:end].encode(errors="surrogateescape"))
 
 
-def _detailed(usage: Any, image_tokens: int) -> bytes | None:
-    """None where it is no count of a prompt's tokens, or one of an API that has no place for details."""
+def _usage_with_image_tokens(usage: Any, image_tokens: int) -> bytes | None:
+    """Return the usage object with visual tokens; None if it counts no prompt, or its API has no place for details."""
     if not isinstance(usage, dict):
         return None
     if type(usage.get("prompt_tokens")) is int:
         name = "prompt_tokens_details"
-    elif type(usage.get("input_tokens")) is int and "input_tokens_details" in usage:  # Anthropic's has none
+    elif type(usage.get("input_tokens")) is int and "input_tokens_details" in usage:  # absent in Anthropic's usage
         name = "input_tokens_details"
     else:
         return None
@@ -86,97 +143,101 @@ def _detailed(usage: Any, image_tokens: int) -> bytes | None:
     return json.dumps(changed, separators=(",", ":")).encode()
 
 
-class Stream:
-    """The events of a streamed answer. The first ones are looked at before anything goes to the caller.
+class EventStream:
+    """The events of a streamed response.
 
-    `image_tokens`: how many visual tokens the prompt has; 0: none, and nothing is said of them. `keep_alive`: seconds of
-    silence, after the first events, until a comment is sent, which clients pass over and proxies take for life; 0: never.
+    Nothing is sent to the caller until an event decides the status: the first one that is not part of the preamble.
+
+    Args:
+        answer: vLLM's response.
+        timer: Times the events.
+        error_format: How the caller's API reports errors.
+        image_tokens: Visual tokens of the prompt, added to usage; 0 adds nothing.
+        keep_alive: Seconds without an event, once the stream has started, until a comment is sent; 0 sends none. Clients ignore
+            comments, and proxies see that the connection is alive.
     """
 
     def __init__(
         self,
         answer: aiohttp.ClientResponse,
-        listener: Listener,
-        shape: Shape = CHAT,
+        timer: StreamTimer,
+        error_format: ErrorFormat = OPENAI,
         image_tokens: int = 0,
         keep_alive: float = 0,
     ) -> None:
-        self._content, self._listener, self._shape = answer.content, listener, shape
+        self._content, self._timer, self._error_format = answer.content, timer, error_format
         self._image_tokens, self._keep_alive = image_tokens, keep_alive or None
-        self._first = self._held = b""
+        self._first_events = self._incomplete_event = b""
 
-    async def begin(self) -> tuple[int, dict[str, Any]] | None:
-        """Wait for the first event. Status and body where it is an error; raises `Unavailable` where none comes.
+    async def start(self) -> Failure | None:
+        """Wait until an event decides the status. Returns the failure if that is an error.
 
-        The engine says who speaks before it says what went wrong, in one breath: so after a lone first event, look once more.
+        Raises:
+            WorkerUnavailable: The stream ended before that, so that the request can be retried.
         """
         try:
-            self._first = await self._next()
-            if self._first.count(_END) == 1:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_SAME_BREATH):
-                        self._first += await self._next()
+            while (events := await self._read_events()) != b"":
+                self._first_events += events
+                for event in self._first_events.split(_EVENT_END):
+                    if event.startswith(_ERROR_EVENTS):
+                        return Failure.parse_event(event)
+                if not _is_preamble(self._first_events):
+                    return None
         except aiohttp.ClientError:
-            self._first = b""  # nothing has gone to the caller: the request can begin anew
-        if not self._first:
-            raise errors.Unavailable("the language worker went away before its answer began; try again")
-        return next((_failure(event) for event in self._first.split(_END) if event.startswith(_ERROR_EVENTS)), None)
+            pass
+        raise errors.WorkerUnavailable("The language worker went away before its response started; retry.")
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Everything, from the first event on. A broken connection ends it with an error event."""
-        yield self._counted(self._first)
+        """Yield all events. If the connection breaks or the deadline passes, the last one is an error event."""
+        yield self._with_image_tokens(self._first_events)
         try:
-            while (chunk := await self._next_or_silence()) != b"":
-                yield _KEEP_ALIVE if chunk is None else self._counted(self._passed(chunk))
+            while (events := await self._read_or_time_out()) != b"":
+                yield _KEEP_ALIVE if events is None else self._with_image_tokens(self._convert_errors(events))
         except TimeoutError:
-            yield self._broken(errors.DeadlineExceeded("the request's time is up"))
+            yield self._final_error(errors.DeadlineExceeded("Deadline exceeded (X-Request-Timeout / --request-timeout)."))
         except aiohttp.ClientError:
-            yield self._broken(errors.Unavailable("the language worker went away in the middle of its answer"))
+            yield self._final_error(errors.WorkerUnavailable("The language worker went away during its response."))
 
-    async def _next_or_silence(self) -> bytes | None:
-        """As `_next`; None where nothing came for a while."""
+    async def _read_or_time_out(self) -> bytes | None:
+        """Like `_read_events`, but returns None after `keep_alive` seconds without an event."""
         waiting = asyncio.timeout(self._keep_alive)
         try:
             async with waiting:
-                return await self._next()
+                return await self._read_events()
         except TimeoutError:
             if waiting.expired():
                 return None
-            raise  # the request's own time
+            raise  # the deadline of the request
 
-    def _counted(self, chunk: bytes) -> bytes:
-        return with_image_tokens(chunk, self._image_tokens) if self._image_tokens else chunk
-
-    def _passed(self, chunk: bytes) -> bytes:
-        if not any(mark in chunk for mark in _ERROR_EVENTS):
-            return chunk
-        return _END.join(self._normalised(e) if e.startswith(_ERROR_EVENTS) else e for e in chunk.split(_END))
-
-    def _normalised(self, event: bytes) -> bytes:
-        body = _failure(event)[1]
-        self._listener.failed(body["error"]["code"])
-        return self._shape.event(body)
-
-    def _broken(self, error: errors.DvdError) -> bytes:
-        self._listener.failed(error.code)
-        return self._shape.event(error.body()) + _END + self._shape.end
-
-    async def _next(self) -> bytes:
-        """The bytes that have come, cut only between events; empty at the end. May be cancelled: nothing read is lost."""
+    async def _read_events(self) -> bytes:
+        """Return the next complete events, or what is left at the end; empty after that. Cancellation loses no bytes."""
         while chunk := await self._content.readany():
-            whole, end, self._held = (self._held + chunk).rpartition(_END)
+            complete, end, self._incomplete_event = (self._incomplete_event + chunk).rpartition(_EVENT_END)
             if end:
-                self._listener.saw(whole)
-                return whole + end
-        last, self._held = self._held, b""
+                self._timer.record(complete)
+                return complete + end
+        last, self._incomplete_event = self._incomplete_event, b""
         return last
 
+    def _with_image_tokens(self, events: bytes) -> bytes:
+        return add_image_tokens(events, self._image_tokens) if self._image_tokens else events
 
-def _failure(event: bytes) -> tuple[int, dict[str, Any]]:
-    said = event.partition(b"data: ")[2]
-    try:
-        status = int(json.loads(said)["error"]["code"])
-    except (ValueError, KeyError, TypeError):
-        status = 500
-    status = status if 400 <= status < 600 else 500
-    return status, normalised(status, said)
+    def _convert_errors(self, events: bytes) -> bytes:
+        if not any(mark in events for mark in _ERROR_EVENTS):
+            return events
+        return _EVENT_END.join(
+            self._convert_error(event) if event.startswith(_ERROR_EVENTS) else event for event in events.split(_EVENT_END)
+        )
+
+    def _convert_error(self, event: bytes) -> bytes:
+        failure = Failure.parse_event(event)
+        self._timer.record_error(failure.code)
+        return self._error_format.event(failure.body)
+
+    def _final_error(self, error: errors.DvdError) -> bytes:
+        self._timer.record_error(error.code)
+        return self._error_format.event(error.body()) + _EVENT_END + self._error_format.stream_end
+
+
+def _is_preamble(events: bytes) -> bool:
+    return all(_PREAMBLE.match(event) for event in events.removesuffix(_EVENT_END).split(_EVENT_END))

@@ -1,7 +1,6 @@
-"""Bodies of `/v1/chat/completions` and `/tokenize`.
+"""OpenAI's `/v1/chat/completions`. Images are `image_url` parts of messages, videos are `video_url` parts.
 
-What is ours is read and taken out: `vir`, and with its part all that an image says of itself. All else is the engine's
-business and passes through as it came.
+The gateway reads `vir` and the options of image and video parts, and removes them. vLLM gets all other fields unchanged.
 """
 
 from collections.abc import Iterator
@@ -9,86 +8,106 @@ from typing import Any
 
 from common import errors
 from protos import vision_pb2 as pb
-from server.apis.image_options import Allowed, read_dial, read_router, shown
-from server.apis.request import MEDIA, Asked, Image, Path, check_fields, check_images, place
-from server.http.json_body import parse_object
+from server.apis.base import Api
+from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
+from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path
 
-_PARTS = {"text", "image_url", "video_url", "refusal"}
-_FRAMES = 8
-"""Of a video, where nothing is said: `load_video` of the official model card's example."""
-
-
-def parse_chat(raw: bytes, allowed: Allowed) -> Asked:
-    """Raises `InvalidRequest` or `TooManyImages`, naming the place."""
-    body = parse_object(raw)
-    check_fields(body)
-    return Asked(raw, body, chat_images(body, allowed))
+_PART_TYPES = {"text", "image_url", "video_url", "refusal"}
+_DEFAULT_FRAMES = 8
+"""Frames of a video by default (`load_video` in the official model card)."""
 
 
-def parse_tokenize(raw: bytes, allowed: Allowed) -> Asked:
-    """A conversation as for a chat, or a text in `prompt`."""
-    body = parse_object(raw)
-    check_fields(body)
-    return Asked(raw, body, chat_images(body, allowed) if "messages" in body else [])
-
-
-def chat_images(body: dict[str, Any], allowed: Allowed) -> list[Image]:
-    """The images of `messages`, with the whole body checked for what may not stand beside them."""
-    router = read_router(body.get("vir"), allowed.router, allowed)
+def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
+    """Find the images and videos in `messages`. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+    router = parse_router(body.get("vir"), policy.router, policy)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise errors.InvalidRequest("messages must be a list with at least one message", param="messages")
+        raise errors.InvalidRequest("messages must be a list with at least one message.", param="messages")
     images = []
-    for path, part in _parts(messages):
-        kind = _kind(part, place(path))
-        if kind in ("image_url", "video_url"):
-            said, where = _link(part, kind, place(path)), f"{place(path)}.{kind}"
-            if kind == "video_url":
-                images.append(_video(path, said, where, router, allowed))
+    for path, part in _content_parts(messages):
+        part_type = _check_part(part, format_path(path))
+        if part_type in ("image_url", "video_url"):
+            media, location = _media(part, part_type, format_path(path)), f"{format_path(path)}.{part_type}"
+            if part_type == "video_url":
+                images.append(_video(path, media, location, router, policy))
             else:
-                images.append(Image(path, said["url"], read_dial(said, where, router, allowed)))
-    check_images(body, images, allowed, "messages")
+                images.append(ImagePart(path, media["url"], parse_image_options(media, location, router, policy)))
+    check_images(body, images, policy, "messages")
     return images
 
 
-def _parts(messages: list[Any]) -> Iterator[tuple[Path, Any]]:
+def _content_parts(messages: list[Any]) -> Iterator[tuple[Path, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise errors.InvalidRequest(f"messages[{i}] must be an object with role and content", param="messages")
+            raise errors.InvalidRequest(f"messages[{i}] must be an object with role and content.", param="messages")
         content = message.get("content")
         if isinstance(content, list):
             for j, part in enumerate(content):
                 yield ("messages", i, "content", j), part
 
 
-def _kind(part: Any, where: str) -> str:
-    """What a part is; raises `InvalidRequest` where it is something that may not pass."""
+def _check_part(part: Any, location: str) -> str:
+    """Return the type of a content part. Raises `InvalidRequest` if it is not supported or has fields of another type."""
     if isinstance(part, str):
         return "text"
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in _PARTS:
-        said = f"{where}: type {shown(kind)} is not served; expected text, image_url or video_url"
-        raise errors.InvalidRequest(said, param=where)
-    if foreign := sorted(MEDIA & part.keys() - {kind}):
-        raise errors.InvalidRequest(f"{where}: {foreign[0]} is not accepted in a part of type {kind}", param=where)
-    return kind
+    part_type = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part_type, str) or part_type not in _PART_TYPES:
+        raise errors.InvalidRequest(
+            f"{location}: type {format_value(part_type)} is not supported; expected text, image_url or video_url.",
+            param=location,
+        )
+    if foreign := sorted(MEDIA_FIELDS & part.keys() - {part_type}):
+        raise errors.InvalidRequest(f"{location}: {foreign[0]} is not allowed in a part of type {part_type}.", param=location)
+    return part_type
 
 
-def _link(part: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
-    """What a part says of its image or video: a URL at least."""
-    said = part.get(kind)
-    if not isinstance(said, dict) or not isinstance(said.get("url"), str) or not said["url"]:
-        raise errors.InvalidRequest(f'{where}: {kind} must read {{"url": "data:… or https://…"}}', param=where)
-    return said
+def _media(part: dict[str, Any], part_type: str, location: str) -> dict[str, Any]:
+    """Return the object of an image or video part, which has a URL."""
+    media = part.get(part_type)
+    if not isinstance(media, dict) or not isinstance(media.get("url"), str) or not media["url"]:
+        raise errors.InvalidRequest(
+            f'{location}: {part_type} must be an object {{"url": "data:… or https://…"}}.', param=location
+        )
+    return media
 
 
-def _video(path: Path, video: dict[str, Any], where: str, router: pb.Router, allowed: Allowed) -> Image:
-    """A video, whose frames are one tile each unless it says otherwise."""
+def _video(path: Path, video: dict[str, Any], location: str, router: pb.Router, policy: RequestPolicy) -> ImagePart:
+    """Parse a video part. Its frames are one tile each unless it sets `detail` or `max_dynamic_patch`."""
     count = video.get("num_frames")
     if count is not None and (type(count) is not int or count < 1):
-        param = f"{where}.num_frames"
+        param = f"{location}.num_frames"
         raise errors.InvalidRequest(
-            f"{param} {shown(count)} is not a whole number above 0; leave it out for {_FRAMES}", param=param
+            f"{param} {format_value(count)} is not an integer above 0; omit it for {_DEFAULT_FRAMES}.", param=param
         )
-    free = video if {"detail", "max_dynamic_patch"} & video.keys() else {"detail": "low", **video}
-    return Image(path, video["url"], read_dial(free, where, router, allowed), frames=count or min(_FRAMES, allowed.max_images))
+    options = video if {"detail", "max_dynamic_patch"} & video.keys() else {"detail": "low", **video}
+    return ImagePart(
+        path,
+        video["url"],
+        parse_image_options(options, location, router, policy),
+        frames=count or min(_DEFAULT_FRAMES, policy.max_images),
+    )
+
+
+EXAMPLE: dict[str, Any] = {
+    "model": "InternVL3_5-8B-Flash",
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "https://example.org/photo.jpg", "detail": "high"}},
+                {"type": "text", "text": "What is in the picture?"},
+            ],
+        }
+    ],
+    "max_tokens": 64,
+}
+
+APIS = (
+    Api(
+        path="/v1/chat/completions",
+        summary="Answer a conversation with images and videos (OpenAI Chat Completions)",
+        example=EXAMPLE,
+        find_images=find_images,
+        generates_text=True,
+    ),
+)

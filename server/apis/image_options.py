@@ -1,4 +1,4 @@
-"""What a caller may say of an image: into how many tiles it is cut at most, and what the router does with them."""
+"""Options that a request may set for an image: the bound of its tiles and how the router treats them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,99 +15,139 @@ _DETAILS = ("low", "high", "original", "auto")
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """What the operator allows callers, and what the router does where they say nothing."""
+class RequestPolicy:
+    """What the operator allows in a request, and the router's defaults.
+
+    Attributes:
+        max_images: Maximum number of images, each frame of a video counted.
+        router: What the router does unless the request says otherwise.
+        allow_vir: Whether a request may set `vir`.
+    """
 
     max_images: int
     router: pb.Router = field(default_factory=pb.Router)
-    vir: bool = True
+    allow_vir: bool = True
 
 
 @dataclass(frozen=True)
-class Dial:
-    """An image's setting. `where` is the place of its words, for errors; `max_tiles` None: nothing was said."""
+class ImageOptions:
+    """Options of one image.
 
-    where: str
+    Attributes:
+        location: Where the options are in the body, for error messages: `messages[0].content[1].image_url`.
+        detail: OpenAI's `detail`.
+        max_tiles: The request's `max_dynamic_patch`, None if it is not set.
+        router: What the router does with the tiles.
+    """
+
+    location: str
     detail: str
     max_tiles: int | None
     router: pb.Router
 
-    def tiling(self, own: embeddings_pb2.CheckpointDescription, allowed: int | None) -> pb.Tiling:
-        """The bounds of its grid. Raises `InvalidRequest` where more was asked for than `allowed`, or the checkpoint's own."""
-        most = allowed or own.max_tiles
-        if self.max_tiles is not None and self.max_tiles > most:
-            param = f"{self.where}.max_dynamic_patch"
-            raise errors.InvalidRequest(f"{param} {self.max_tiles} is above {most}, the most that is served here", param=param)
-        usual = most if self.detail == "original" else min(own.max_tiles, most)
-        chosen = 1 if self.detail == "low" else self.max_tiles or usual
-        least, chosen = resolve_tile_bounds(0, chosen, own.min_tiles, own.max_tiles)
-        return pb.Tiling(min_tiles=least, max_tiles=chosen)
+    def tiling(self, checkpoint: embeddings_pb2.CheckpointDescription, max_tiles: int | None) -> pb.Tiling:
+        """Return the bounds of the image's tile grid.
+
+        Args:
+            checkpoint: The checkpoint's own bounds.
+            max_tiles: The operator's bound, None for the checkpoint's.
+
+        Raises:
+            InvalidRequest: The request asks for more tiles than the operator allows.
+        """
+        allowed = max_tiles or checkpoint.max_tiles
+        if self.max_tiles is not None and self.max_tiles > allowed:
+            param = f"{self.location}.max_dynamic_patch"
+            raise errors.InvalidRequest(f"{param} {self.max_tiles} exceeds {allowed}, this server's maximum.", param=param)
+        default = allowed if self.detail == "original" else min(checkpoint.max_tiles, allowed)
+        upper = 1 if self.detail == "low" else self.max_tiles or default
+        lower, upper = resolve_tile_bounds(0, upper, checkpoint.min_tiles, checkpoint.max_tiles)
+        return pb.Tiling(min_tiles=lower, max_tiles=upper)
 
 
-def read_dial(given: Mapping[str, Any], where: str, router: pb.Router, allowed: Allowed) -> Dial:
-    """The words of an image at `where` in the body; `router` is the request's own. Raises `InvalidRequest`."""
-    detail, most = _detail(given.get("detail"), where), _max_tiles(given.get("max_dynamic_patch"), where)
-    if detail == "low" and most not in (None, 1):
-        param = f"{where}.max_dynamic_patch"
-        raise errors.InvalidRequest(f"{param} {most}: detail low is one tile; leave out one of the two", param=param)
-    return Dial(where, detail, most, read_router(given.get("vir"), router, allowed, f"{where}.vir"))
+def parse_image_options(part: Mapping[str, Any], location: str, router: pb.Router, policy: RequestPolicy) -> ImageOptions:
+    """Parse the options of an image.
+
+    Args:
+        part: The object that holds the options.
+        location: Where `part` is in the body.
+        router: The request's default for the router.
+        policy: What the operator allows.
+
+    Raises:
+        InvalidRequest: An option has an invalid value.
+    """
+    detail, max_tiles = _parse_detail(part.get("detail"), location), _parse_max_tiles(part.get("max_dynamic_patch"), location)
+    if detail == "low" and max_tiles not in (None, 1):
+        param = f"{location}.max_dynamic_patch"
+        raise errors.InvalidRequest(f"{param} {max_tiles} contradicts detail low, which is one tile: omit one.", param=param)
+    return ImageOptions(location, detail, max_tiles, parse_router(part.get("vir"), router, policy, f"{location}.vir"))
 
 
-def read_router(given: Any, own: pb.Router, allowed: Allowed, where: str = "vir") -> pb.Router:
-    """What `vir` says, and where it says nothing what holds without it. Raises `InvalidRequest`."""
-    if given is None:
-        return own
-    if not allowed.vir:
-        raise errors.InvalidRequest(f"{where} is not accepted from callers here: leave it out", param=where)
-    if not isinstance(given, dict):
-        raise errors.InvalidRequest(f'{where} must be an object such as {{"mode": "off"}}, not {shown(given)}', param=where)
-    if unknown := given.keys() - {"mode", *_THRESHOLDS}:
-        known = ", ".join(("mode", *_THRESHOLDS))
-        raise errors.InvalidRequest(f"{where} has no field {shown(min(unknown))}; expected {known}", param=where)
-    said = {name: value for name, value in given.items() if value is not None}
-    mode = _one_of(_MODES, said["mode"], f"{where}.mode") if "mode" in said else pb.Router.Mode.Name(own.mode).lower()
-    thresholds = {name: _threshold(said[name], f"{where}.{name}") for name in _THRESHOLDS if name in said}
-    if mode == "auto":
-        thresholds = {name: getattr(own, name) for name in _THRESHOLDS if own.HasField(name)} | thresholds
-    elif thresholds:
-        name, value = next(iter(thresholds.items()))
+def parse_router(value: Any, default: pb.Router, policy: RequestPolicy, location: str = "vir") -> pb.Router:
+    """Parse `vir`; what it leaves out is taken from `default`. Raises `InvalidRequest`."""
+    if value is None:
+        return default
+    if not policy.allow_vir:
+        raise errors.InvalidRequest(f"{location} is disabled on this server (--allow-vir=false): omit it.", param=location)
+    if not isinstance(value, dict):
         raise errors.InvalidRequest(
-            f'{where}.{name} {value} is only for mode auto, and the mode is {mode}: leave it out, or send "mode": "auto"',
-            param=f"{where}.{name}",
+            f'{location} must be an object such as {{"mode": "off"}}, not {format_value(value)}.', param=location
+        )
+    if unknown := value.keys() - {"mode", *_THRESHOLDS}:
+        known = ", ".join(("mode", *_THRESHOLDS))
+        raise errors.InvalidRequest(
+            f"{location} has an unknown field {format_value(min(unknown))}; expected {known}.", param=location
+        )
+    fields = {name: field_value for name, field_value in value.items() if field_value is not None}
+    mode = pb.Router.Mode.Name(default.mode).lower()
+    if "mode" in fields:
+        mode = _parse_choice(_MODES, fields["mode"], f"{location}.mode")
+    thresholds = {name: _parse_threshold(fields[name], f"{location}.{name}") for name in _THRESHOLDS if name in fields}
+    if mode == "auto":
+        thresholds = {name: getattr(default, name) for name in _THRESHOLDS if default.HasField(name)} | thresholds
+    elif thresholds:
+        name, threshold = next(iter(thresholds.items()))
+        raise errors.InvalidRequest(
+            f'{location}.{name} {threshold} requires mode auto, but the mode is {mode}: omit it, or send "mode": "auto".',
+            param=f"{location}.{name}",
         )
     return pb.Router(mode=mode.upper(), **thresholds)
 
 
-def _detail(value: Any, where: str) -> str:
-    return "auto" if value is None else _one_of(_DETAILS, value, f"{where}.detail")
+def format_value(value: Any) -> str:
+    """Format a caller's value for a message: cut to 100 characters, and only its type if it may be deeply nested."""
+    return type(value).__name__ if isinstance(value, list | dict) else repr(value)[:100]
 
 
-def _max_tiles(value: Any, where: str) -> int | None:
+def _parse_detail(value: Any, location: str) -> str:
+    return "auto" if value is None else _parse_choice(_DETAILS, value, f"{location}.detail")
+
+
+def _parse_max_tiles(value: Any, location: str) -> int | None:
     if value is None:
         return None
-    if type(value) is not int or not 1 <= value <= MAX_TILES:  # a bool is an int, but no number of tiles
-        param = f"{where}.max_dynamic_patch"
+    if type(value) is not int or not 1 <= value <= MAX_TILES:  # bool is a subclass of int
+        param = f"{location}.max_dynamic_patch"
         raise errors.InvalidRequest(
-            f"{param} {shown(value)} is not a whole number from 1 to {MAX_TILES}; leave it out for the checkpoint's own",
+            f"{param} {format_value(value)} is not an integer from 1 to {MAX_TILES}; omit it for the checkpoint's default.",
             param=param,
         )
     return value
 
 
-def _one_of(known: tuple[str, ...], value: Any, where: str) -> str:
-    if not isinstance(value, str) or value not in known:
-        said = f"{where} {shown(value)} is not one of {', '.join(known)}; leave it out for the server's own"
-        raise errors.InvalidRequest(said, param=where)
+def _parse_choice(choices: tuple[str, ...], value: Any, location: str) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise errors.InvalidRequest(
+            f"{location} {format_value(value)} is not one of {', '.join(choices)}; omit it for the server's default.",
+            param=location,
+        )
     return value
 
 
-def _threshold(value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1:  # a bool is an int, but no threshold
-        said = f"{where} {shown(value)} is not a number from 0 to 1; leave it out for the server's own"
-        raise errors.InvalidRequest(said, param=where)
+def _parse_threshold(value: Any, location: str) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:  # bool is a subclass of int
+        raise errors.InvalidRequest(
+            f"{location} {format_value(value)} is not a number from 0 to 1; omit it for the server's default.", param=location
+        )
     return float(value)
-
-
-def shown(value: Any) -> str:
-    """A value for a message: cut, and only the type of what may be deep."""
-    return type(value).__name__ if isinstance(value, list | dict) else repr(value)[:100]

@@ -1,46 +1,58 @@
-"""Bodies of `/v1/images/tokens`: a list of images, or a chat with some."""
+"""Our own `/v1/images/tokens`: tiles and visual tokens of images before they are used, in a list or in a chat."""
 
 from typing import Any
 
 from common import errors
-from server.apis.chat import chat_images
-from server.apis.image_options import Allowed, read_dial, read_router, shown
-from server.apis.request import Asked, Image, check_fields, check_images
-from server.http.json_body import parse_object
+from server.apis import chat
+from server.apis.base import Api
+from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
+from server.apis.request import ImagePart, check_images
+from server.pipeline import Pipeline
 
 _FIELDS = ("model", "images", "vir", "route")
-_OF_AN_IMAGE = ("url", "detail", "max_dynamic_patch", "vir")
+_IMAGE_FIELDS = ("url", "detail", "max_dynamic_patch", "vir")
 
 
-def parse_images(raw: bytes, allowed: Allowed) -> Asked:
-    """With `route` in the body true or false, or absent. Raises `InvalidRequest` or `TooManyImages`."""
-    body = parse_object(raw)
-    check_fields(body)
+def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
+    """Find the images in `images` or `messages`. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
     if type(body.get("route", False)) is not bool:
-        raise errors.InvalidRequest(f"route {shown(body['route'])} is not true or false", param="route")
+        raise errors.InvalidRequest(f"route {format_value(body['route'])} is not true or false.", param="route")
     if ("images" in body) == ("messages" in body):
-        raise errors.InvalidRequest("the body must have images, or messages with image parts, and not both", param="images")
-    return Asked(raw, body, chat_images(body, allowed) if "messages" in body else _listed(body, allowed))
+        raise errors.InvalidRequest("The body must have either images, or messages with image parts.", param="images")
+    return chat.find_images(body, policy) if "messages" in body else _listed_images(body, policy)
 
 
-def _listed(body: dict[str, Any], allowed: Allowed) -> list[Image]:
-    _refuse_unknown(body, _FIELDS, "")
-    router, given = read_router(body.get("vir"), allowed.router, allowed), body["images"]
-    if not isinstance(given, list) or not given:
-        raise errors.InvalidRequest("images must be a list with at least one image", param="images")
+def _listed_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
+    _check_known(body, _FIELDS, "")
+    router, values = parse_router(body.get("vir"), policy.router, policy), body["images"]
+    if not isinstance(values, list) or not values:
+        raise errors.InvalidRequest("images must be a list with at least one image.", param="images")
     images = []
-    for i, image in enumerate(given):
-        where = f"images[{i}]"
+    for i, image in enumerate(values):
+        location = f"images[{i}]"
         if not isinstance(image, dict) or not isinstance(image.get("url"), str) or not image["url"]:
-            raise errors.InvalidRequest(f'{where} must read {{"url": "data:… or https://…"}}', param=where)
-        _refuse_unknown(image, _OF_AN_IMAGE, f"{where}.")
-        images.append(Image(("images", i), image["url"], read_dial(image, where, router, allowed)))
-    check_images(body, images, allowed, "images")
+            raise errors.InvalidRequest(f'{location} must be an object {{"url": "data:… or https://…"}}.', param=location)
+        _check_known(image, _IMAGE_FIELDS, f"{location}.")
+        options = parse_image_options(image, location, router, policy)
+        images.append(ImagePart(("images", i), image["url"], options))
+    check_images(body, images, policy, "images")
     return images
 
 
-def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    if unknown := given.keys() - set(known):
-        name = min(unknown)
-        expected = ", ".join(known)
-        raise errors.InvalidRequest(f"{where}{name[:100]} is not known; expected {expected}", param=f"{where}{name[:100]}")
+def _check_known(value: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:
+    if unknown := value.keys() - set(known):
+        name = min(unknown)[:100]
+        raise errors.InvalidRequest(
+            f"{prefix}{name} is not a known field; expected {', '.join(known)}.", param=f"{prefix}{name}"
+        )
+
+
+APIS = (
+    Api(
+        path="/v1/images/tokens",
+        summary="Compute tiles and visual tokens of images",
+        example={"model": "InternVL3_5-8B-Flash", "images": [{"url": "https://example.org/photo.jpg"}], "route": False},
+        find_images=find_images,
+        respond=Pipeline.count_image_tokens,
+    ),
+)

@@ -1,63 +1,100 @@
-"""Bodies of Anthropic's `/v1/messages` and `/v1/messages/count_tokens`. Their images are blocks with a source."""
+"""Anthropic's `/v1/messages` and `/v1/messages/count_tokens`. Images are `image` blocks with a source."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from common import errors
 from common.embedding_ref import EmbeddingRef
-from server.apis.image_options import Allowed, read_dial, read_router, shown
-from server.apis.request import Asked, Image, Path, check_fields, check_images, place
-from server.http.json_body import parse_object
+from server.apis.base import Api
+from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
+from server.apis.request import ImagePart, Path, check_images, format_path
+from server.http.error_format import ANTHROPIC
 
 
-def parse_messages(raw: bytes, allowed: Allowed) -> Asked:
-    """Raises `InvalidRequest` or `TooManyImages`, naming the place."""
-    body = parse_object(raw)
-    check_fields(body)
-    router = read_router(body.get("vir"), allowed.router, allowed)
+def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
+    """Find the image blocks, those in tools' results included. Raises `InvalidRequest` or `TooManyImages`."""
+    router = parse_router(body.get("vir"), policy.router, policy)
     images = []
     for path, block, role in _blocks(body):
         if isinstance(block, dict) and block.get("type") == "image":
-            where = place(path)
-            if role != "user":  # the engine would drop it without a word, or write it down
-                raise errors.InvalidRequest(f"{where}: images are served in messages of the user only", param=where)
-            images.append(Image(path, _url(block.get("source"), where), read_dial(block, where, router, allowed)))
-    check_images(body, images, allowed, "messages")
-    return Asked(raw, body, images, _by_url)
+            location = format_path(path)
+            if role != "user":  # vLLM would drop the image silently, or print it as text
+                raise errors.InvalidRequest(f"{location}: images are supported in user messages only.", param=location)
+            url = _image_url(block.get("source"), location)
+            images.append(ImagePart(path, url, parse_image_options(block, location, router, policy)))
+    check_images(body, images, policy, "messages")
+    return images
 
 
-def _by_url(key: str, tokens: int) -> dict[str, Any]:
-    """The engine takes no embedding here, but an image by its URL."""
+def image_url_block(key: str, tokens: int) -> dict[str, Any]:
+    """Return an image block with the URL of an embedding: this API of vLLM takes images by URL only."""
     return {"type": "image", "source": {"type": "url", "url": EmbeddingRef(key, tokens).url}}
 
 
 def _blocks(body: dict[str, Any]) -> Iterator[tuple[Path, Any, Any]]:
-    """Every content block, those of tools' results too, and who says it."""
-    for path, block in _listed(("system",), body.get("system")):
+    """Yield path, block and role of every content block."""
+    for path, block in _elements(("system",), body.get("system")):
         yield path, block, "system"
-    for at, message in _listed(("messages",), body.get("messages")):
+    for message_path, message in _elements(("messages",), body.get("messages")):
         if not isinstance(message, dict):
-            raise errors.InvalidRequest(f"{place(at)} must be an object with role and content", param="messages")
-        for path, block in _listed((*at, "content"), message.get("content")):
+            raise errors.InvalidRequest(
+                f"{format_path(message_path)} must be an object with role and content.", param="messages"
+            )
+        for path, block in _elements((*message_path, "content"), message.get("content")):
             yield path, block, message.get("role")
             if isinstance(block, dict) and block.get("type") == "tool_result":
-                for inner_path, inner in _listed((*path, "content"), block.get("content")):
+                for inner_path, inner in _elements((*path, "content"), block.get("content")):
                     yield inner_path, inner, message.get("role")
 
 
-def _listed(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
-    for i, inner in enumerate(value if isinstance(value, list) else []):
-        yield (*path, i), inner
+def _elements(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
+    for i, element in enumerate(value if isinstance(value, list) else []):
+        yield (*path, i), element
 
 
-def _url(source: Any, where: str) -> str:
-    kind = source.get("type") if isinstance(source, dict) else None
-    if kind == "url" and isinstance(source.get("url"), str) and source["url"]:
+def _image_url(source: Any, location: str) -> str:
+    source_type = source.get("type") if isinstance(source, dict) else None
+    if source_type == "url" and isinstance(source.get("url"), str) and source["url"]:
         return str(source["url"])
-    if kind == "base64" and isinstance(source.get("data"), str) and isinstance(source.get("media_type", ""), str):
+    if source_type == "base64" and isinstance(source.get("data"), str) and isinstance(source.get("media_type", ""), str):
         return f"data:{source.get('media_type', '')};base64,{source['data']}"
     raise errors.InvalidRequest(
-        f'{where}: source of type {shown(kind)} must read {{"type": "base64", "media_type": "image/png", "data": "…"}} or '
-        '{"type": "url", "url": "https://…"}',
-        param=f"{where}.source",
+        f"{location}: source of type {format_value(source_type)} is not supported; expected "
+        '{"type": "base64", "media_type": "image/png", "data": "…"} or {"type": "url", "url": "https://…"}.',
+        param=f"{location}.source",
     )
+
+
+_EXAMPLE: dict[str, Any] = {
+    "model": "InternVL3_5-8B-Flash",
+    "max_tokens": 64,
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "source": {"type": "url", "url": "https://example.org/photo.jpg"}},
+                {"type": "text", "text": "What is in the picture?"},
+            ],
+        }
+    ],
+}
+
+APIS = (
+    Api(
+        path="/v1/messages",
+        summary="Answer a conversation with images (Anthropic Messages)",
+        example=_EXAMPLE,
+        find_images=find_images,
+        placeholder=image_url_block,
+        error_format=ANTHROPIC,
+        generates_text=True,
+    ),
+    Api(
+        path="/v1/messages/count_tokens",
+        summary="Count the tokens of a conversation with images (Anthropic)",
+        example={name: value for name, value in _EXAMPLE.items() if name != "max_tokens"},
+        find_images=find_images,
+        placeholder=image_url_block,
+        error_format=ANTHROPIC,
+    ),
+)

@@ -1,58 +1,84 @@
-"""Bodies of `/v1/responses`. Its images are parts of type `input_image`, of messages and of what tools gave."""
+"""OpenAI's `/v1/responses`. Images are `input_image` parts of messages and of tools' outputs."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from common import errors
 from common.embedding_ref import EmbeddingRef
-from server.apis.image_options import Allowed, read_dial, read_router, shown
-from server.apis.request import MEDIA, Asked, Image, Path, check_fields, check_images, place
-from server.http.json_body import parse_object
+from server.apis.base import Api
+from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
+from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path
+from server.http.error_format import OPENAI_RESPONSES
 
-_TEXTS = {"input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"}
-_KEPT = ("previous_response_id", "previous_input_messages", "background")
+_TEXT_TYPES = {"input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"}
+_STATEFUL_FIELDS = ("previous_response_id", "previous_input_messages", "background")
 
 
-def parse_responses(raw: bytes, allowed: Allowed) -> Asked:
-    """Raises `InvalidRequest` or `TooManyImages`, naming the place."""
-    body = parse_object(raw)
-    check_fields(body)
-    for name in _KEPT:
+def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
+    """Find the images in `input`. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+    for name in _STATEFUL_FIELDS:
         if body.get(name):
-            said = f"{name} is not served: no response is kept here; send the whole conversation in input"
-            raise errors.InvalidRequest(said, param=name)
-    router = read_router(body.get("vir"), allowed.router, allowed)
+            raise errors.InvalidRequest(
+                f"{name} is not supported: responses are not stored; send the whole conversation in input.", param=name
+            )
+    router = parse_router(body.get("vir"), policy.router, policy)
     images = [
-        Image(path, part["image_url"], read_dial(part, place(path), router, allowed))
-        for path, part in _parts(body.get("input"))
-        if _is_image(part, place(path))
+        ImagePart(path, part["image_url"], parse_image_options(part, format_path(path), router, policy))
+        for path, part in _content_parts(body.get("input"))
+        if _is_image(part, format_path(path))
     ]
-    check_images(body, images, allowed, "input")
-    return Asked(raw, body, images, _by_url)
+    check_images(body, images, policy, "input")
+    return images
 
 
-def _by_url(key: str, tokens: int) -> dict[str, Any]:
-    """The engine takes no embedding here, but an image by its URL."""
+def image_url_part(key: str, tokens: int) -> dict[str, Any]:
+    """Return an image part with the URL of an embedding: this API of vLLM takes images by URL only."""
     return {"type": "input_image", "detail": "auto", "image_url": EmbeddingRef(key, tokens).url}
 
 
-def _parts(given: Any) -> Iterator[tuple[Path, Any]]:
-    for i, item in enumerate(given if isinstance(given, list) else []):
+def _content_parts(value: Any) -> Iterator[tuple[Path, Any]]:
+    for i, item in enumerate(value if isinstance(value, list) else []):
         for name in ("content", "output"):
             parts = item.get(name) if isinstance(item, dict) else None
             for j, part in enumerate(parts if isinstance(parts, list) else []):
                 yield ("input", i, name, j), part
 
 
-def _is_image(part: Any, where: str) -> bool:
-    """Raises `InvalidRequest` where it is something that may not pass."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in {*_TEXTS, "input_image"}:
+def _is_image(part: Any, location: str) -> bool:
+    """Return whether a content part is an image. Raises `InvalidRequest` if it is not supported."""
+    part_type = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part_type, str) or part_type not in {*_TEXT_TYPES, "input_image"}:
         raise errors.InvalidRequest(
-            f"{where}: type {shown(kind)} is not served; expected input_text or input_image", param=where
+            f"{location}: type {format_value(part_type)} is not supported; expected input_text or input_image.", param=location
         )
-    if foreign := sorted(MEDIA & part.keys() - ({"image_url"} if kind == "input_image" else set())):
-        raise errors.InvalidRequest(f"{where}: {foreign[0]} is not accepted in a part of type {kind}", param=where)
-    if kind == "input_image" and (not isinstance(part.get("image_url"), str) or not part["image_url"]):
-        raise errors.InvalidRequest(f'{where}: image_url must be "data:…" or "https://…"; files are not kept here', param=where)
-    return kind == "input_image"
+    if foreign := sorted(MEDIA_FIELDS & part.keys() - ({"image_url"} if part_type == "input_image" else set())):
+        raise errors.InvalidRequest(f"{location}: {foreign[0]} is not allowed in a part of type {part_type}.", param=location)
+    if part_type == "input_image" and (not isinstance(part.get("image_url"), str) or not part["image_url"]):
+        raise errors.InvalidRequest(
+            f'{location}: image_url must be "data:…" or "https://…"; uploaded files are not supported.', param=location
+        )
+    return part_type == "input_image"
+
+
+APIS = (
+    Api(
+        path="/v1/responses",
+        summary="Answer a conversation with images (OpenAI Responses)",
+        example={
+            "model": "InternVL3_5-8B-Flash",
+            "input": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "input_image", "image_url": "https://example.org/photo.jpg"},
+                        {"type": "input_text", "text": "What is in the picture?"},
+                    ],
+                }
+            ],
+        },
+        find_images=find_images,
+        placeholder=image_url_part,
+        error_format=OPENAI_RESPONSES,
+        generates_text=True,
+    ),
+)

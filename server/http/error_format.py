@@ -1,61 +1,60 @@
-"""How an API says that something went wrong: OpenAI's error object everywhere, in the clothes that a route's clients know."""
+"""Error formats of the APIs: every error is OpenAI's error object, converted to the format that an API's clients parse."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Body = dict[str, Any]
+ErrorBody = dict[str, Any]
 
-_ANTHROPICS = {
+_ANTHROPIC_TYPES = {
     "model_not_found": "not_found_error",
     "body_too_large": "request_too_large",
     "deadline_exceeded": "timeout_error",
     "unavailable": "overloaded_error",
 }
-"""Anthropic's types of errors by our codes; where there is none, `server_error` is their `api_error`, and others are alike."""
+"""Anthropic's error type by our error code. Without an entry, `server_error` becomes `api_error`; other types are equal."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """`body` makes an answer of OpenAI's error object, `event` what is said in a stream; `end` ends one that broke."""
+class ErrorFormat:
+    """How an API reports an error.
 
-    body: Callable[[Body], Body]
-    event: Callable[[Body], bytes]
-    end: bytes = b""
+    Attributes:
+        body: Converts OpenAI's error object to the body of a response.
+        event: Converts OpenAI's error object to a server-sent event, without the blank line that ends it.
+        stream_end: What follows an error event in a stream.
+    """
+
+    body: Callable[[ErrorBody], ErrorBody]
+    event: Callable[[ErrorBody], bytes]
+    stream_end: bytes = b""
 
 
-def _plain(body: Body) -> Body:
+def _openai_body(body: ErrorBody) -> ErrorBody:
     return body
 
 
-def _plain_event(body: Body) -> bytes:
+def _openai_event(body: ErrorBody) -> bytes:
     return b"data: " + json.dumps(body).encode()
 
 
-def _response_event(body: Body) -> bytes:
+def _responses_event(body: ErrorBody) -> bytes:
     error = body["error"]
-    said = {"type": "error", "code": error["code"], "message": error["message"], "param": error["param"], **body}
-    return b"event: error\ndata: " + json.dumps(said).encode()
+    event = {"type": "error", "code": error["code"], "message": error["message"], "param": error["param"], **body}
+    return b"event: error\ndata: " + json.dumps(event).encode()
 
 
-def _message(body: Body) -> Body:
+def _anthropic_body(body: ErrorBody) -> ErrorBody:
     error = body["error"]
-    kind = _ANTHROPICS.get(error["code"], "api_error" if error["type"] == "server_error" else error["type"])
-    return {"type": "error", "error": {**error, "type": kind}}
+    error_type = _ANTHROPIC_TYPES.get(error["code"], "api_error" if error["type"] == "server_error" else error["type"])
+    return {"type": "error", "error": {**error, "type": error_type}}
 
 
-def _message_event(body: Body) -> bytes:
-    return b"event: error\ndata: " + json.dumps(_message(body)).encode()
+def _anthropic_event(body: ErrorBody) -> bytes:
+    return b"event: error\ndata: " + json.dumps(_anthropic_body(body)).encode()
 
 
-CHAT = Shape(_plain, _plain_event, b"data: [DONE]\n\n")
-RESPONSES = Shape(_plain, _response_event)
-MESSAGES = Shape(_message, _message_event)
-
-
-def of(path: str) -> Shape:
-    """That of a route."""
-    if path.startswith("/v1/messages"):
-        return MESSAGES
-    return RESPONSES if path == "/v1/responses" else CHAT
+OPENAI = ErrorFormat(_openai_body, _openai_event, b"data: [DONE]\n\n")
+OPENAI_RESPONSES = ErrorFormat(_openai_body, _responses_event)
+ANTHROPIC = ErrorFormat(_anthropic_body, _anthropic_event)

@@ -1,7 +1,7 @@
-"""A video file to a few of its frames, chosen as InternVL's own code chooses them; each frame is then an image of one tile.
+"""Sampling of video frames, as the official InternVL code samples them. Each frame becomes an image of one tile.
 
-FFmpeg, through PyAV, reads what strangers send. So the container is told by its first bytes, and FFmpeg is told which it is:
-left to guess, it would also open playlists, which name other files and addresses.
+FFmpeg (through PyAV) reads untrusted files. The container is detected from the first bytes and FFmpeg is told which one it is:
+its own detection would also accept playlists, which refer to other files and addresses.
 """
 
 import io
@@ -18,83 +18,98 @@ from av.video.stream import VideoStream
 from common import errors
 
 CONTAINERS = {"mp4": (4, b"ftyp", "mov"), "webm or mkv": (0, b"\x1a\x45\xdf\xa3", "matroska"), "avi": (8, b"AVI ", "avi")}
-"""Name, and where which bytes tell it; what FFmpeg calls it."""
-_NEAR = 4.0
-"""Seconds ahead that are decoded rather than looked for: a jump goes to the key frame before, which may be as far."""
+"""By name: offset and value of the bytes that identify a container, and FFmpeg's name for it."""
+_SEEK_THRESHOLD_SECONDS = 4.0
+"""Distance from which a frame is sought rather than decoded to: a seek goes back to a key frame, which may be as far."""
 
 
-def frames(data: bytes, count: int, max_pixels: int, seconds: float) -> list[bytes]:
-    """`count` frames as PNG files, in order; fewer where the video has fewer. Any thread; takes at most some `seconds`.
+def sample_frames(data: bytes, count: int, max_pixels: int, seconds: float) -> list[bytes]:
+    """Sample frames of a video. Thread-safe.
 
-    Raises `InvalidVideo`, `ImageTooLarge`, `DeadlineExceeded`.
+    Args:
+        data: The video file.
+        count: Number of frames; a shorter video gives fewer.
+        max_pixels: Maximum number of pixels of a frame.
+        seconds: Time limit.
+
+    Returns:
+        The frames as PNG files, in order.
+
+    Raises:
+        InvalidVideo: The file cannot be decoded.
+        ImageTooLarge: A frame has too many pixels.
+        DeadlineExceeded: Decoding took longer than `seconds`.
     """
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     try:
-        with av.open(io.BytesIO(data), "r", format=_container(data), metadata_errors="ignore") as opened:
+        with av.open(io.BytesIO(data), "r", format=_detect_container(data), metadata_errors="ignore") as opened:
             if not opened.streams.video:
-                raise errors.InvalidVideo("the video has no pictures, only sound or text")
+                raise errors.InvalidVideo("The file has no video stream.")
             stream = opened.streams.video[0]
-            if stream.codec_context is None:  # whatever its types say
-                raise errors.InvalidVideo("the video's codec is not decoded here: send H.264, VP9 or AV1")
+            if stream.codec_context is None:  # despite PyAV's type hints
+                raise errors.InvalidVideo("The codec of the video is not supported: send H.264, VP9 or AV1.")
             _check_size(stream.width, stream.height, max_pixels)
-            total = _total(opened, stream, until)
-            found = [_png(frame, max_pixels) for frame in _at(opened, stream, chosen(total, min(count, total)), until)]
+            total = _count_frames(opened, stream, deadline)
+            indices = frame_indices(total, min(count, total))
+            frames = [_encode_png(frame, max_pixels) for frame in _decode_at(opened, stream, indices, deadline)]
     except (av.error.FFmpegError, ValueError, LookupError, OverflowError) as error:
-        raise errors.InvalidVideo(f"{len(data)} bytes of video cannot be read: {type(error).__name__}") from None
-    if not found:
-        raise errors.InvalidVideo("the video has no picture that can be decoded")
-    return found
+        raise errors.InvalidVideo(f"The video ({len(data)} bytes) cannot be decoded: {type(error).__name__}.") from None
+    if not frames:
+        raise errors.InvalidVideo("The video has no frame that can be decoded.")
+    return frames
 
 
-def chosen(total: int, count: int) -> list[int]:
-    """Numbers of the frames: the middle of each of `count` parts (`get_index` of the official model card's example)."""
-    part = (total - 1) / count
-    return [int(part / 2 + round(part * i)) for i in range(count)]
+def frame_indices(total: int, count: int) -> list[int]:
+    """Return the indices of the middle frames of `count` equal segments (`get_index` in the official model card)."""
+    segment = (total - 1) / count
+    return [int(segment / 2 + round(segment * i)) for i in range(count)]
 
 
-def _container(data: bytes) -> str:
-    for at, magic, name in CONTAINERS.values():
-        if data[at : at + len(magic)] == magic:
+def _detect_container(data: bytes) -> str:
+    for offset, magic, name in CONTAINERS.values():
+        if data[offset : offset + len(magic)] == magic:
             return name
-    raise errors.InvalidVideo(f"{len(data)} bytes that are no video in a format served here: {', '.join(CONTAINERS)}")
+    raise errors.InvalidVideo(f"The file ({len(data)} bytes) is not a video in a supported container: {', '.join(CONTAINERS)}.")
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if not width or not height:
-        raise errors.InvalidVideo("the video does not say how large its pictures are")
+        raise errors.InvalidVideo("The video has no frame size.")
     if width * height > max_pixels:
-        raise errors.ImageTooLarge(f"video of {width} × {height} pixels; at most {max_pixels} are accepted: shrink it")
+        raise errors.ImageTooLarge(
+            f"The video has {width} × {height} pixels; the maximum is {max_pixels} (--max-image-pixels)."
+        )
 
 
-def _rate(stream: VideoStream) -> Fraction:
+def _frame_rate(stream: VideoStream) -> Fraction:
     return stream.average_rate or stream.guessed_rate or Fraction(25)
 
 
-def _total(opened: InputContainer, stream: VideoStream, until: float) -> int:
-    """Frames: counted by their packets, since headers lie or say nothing; nothing is decoded for it."""
+def _count_frames(opened: InputContainer, stream: VideoStream, deadline: float) -> int:
+    """Count frames by their packets, since headers may be missing or wrong. Nothing is decoded."""
     total = 0
     for packet in opened.demux(stream):
         total += packet.size > 0
-        _in_time(until)
+        _check_deadline(deadline)
     if not total:
-        raise errors.InvalidVideo("the video has no frames")
+        raise errors.InvalidVideo("The video has no frames.")
     opened.seek(0)
     return total
 
 
-def _at(opened: InputContainer, stream: VideoStream, numbers: list[int], until: float) -> Iterator[VideoFrame]:
-    """The frames of these numbers, at the times that an even rate gives them; the last one there is for any beyond the end."""
-    begins = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
-    rate = float(_rate(stream))
+def _decode_at(opened: InputContainer, stream: VideoStream, indices: list[int], deadline: float) -> Iterator[VideoFrame]:
+    """Yield the frames at `indices`, located by time at a constant rate; the last frame stands for any beyond the end."""
+    start_time = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+    rate = float(_frame_rate(stream))
     last: VideoFrame | None = None
     decoded = opened.decode(stream)
-    for number in numbers:
-        wanted = begins + number / rate
-        if last is not None and last.time is not None and wanted - last.time > _NEAR and stream.time_base:
+    for index in indices:
+        wanted = start_time + index / rate
+        if last is not None and last.time is not None and wanted - last.time > _SEEK_THRESHOLD_SECONDS and stream.time_base:
             opened.seek(int(wanted / stream.time_base), stream=stream)
             decoded = opened.decode(stream)
         for frame in decoded:
-            _in_time(until)
+            _check_deadline(deadline)
             last = frame
             if frame.time is None or frame.time >= wanted - 0.5 / rate:
                 break
@@ -102,13 +117,13 @@ def _at(opened: InputContainer, stream: VideoStream, numbers: list[int], until: 
             yield last
 
 
-def _in_time(until: float) -> None:
-    if time.monotonic() > until:
-        raise errors.DeadlineExceeded("the video took too long to decode: send a shorter or smaller one")
+def _check_deadline(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise errors.DeadlineExceeded("Decoding the video took too long: send a shorter or smaller one.")
 
 
-def _png(frame: VideoFrame, max_pixels: int) -> bytes:
-    _check_size(frame.width, frame.height, max_pixels)  # a stream may change its size as it goes
+def _encode_png(frame: VideoFrame, max_pixels: int) -> bytes:
+    _check_size(frame.width, frame.height, max_pixels)  # the size may change within a stream
     file = io.BytesIO()
     frame.to_image().save(file, "PNG", compress_level=1)  # type: ignore[no-untyped-call]
     return file.getvalue()

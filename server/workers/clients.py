@@ -1,50 +1,64 @@
-"""The two kinds of worker as the gateway sees them."""
+"""Clients of the two kinds of worker: gRPC to vision workers and sinks, HTTP to vLLM."""
 
 import contextlib
 import ipaddress
 import logging
-import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from common import errors, logs, rpc
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
-from server.metrics import Load
+from server.metrics import EngineLoad
 
 log = logging.getLogger(__name__)
 
-_HERE = "127.0.0.1"
-_LOAD = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
-_MOST_METRICS = 4 << 20
+_LOOPBACK = "127.0.0.1"
+_LOAD_METRICS = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+_MAX_METRICS_BYTES = 4 << 20
+_IDLE_CONNECTION_SECONDS = 2
+"""vLLM closes idle connections after 5 s; one that it is about to close must not be used for a request."""
 
 
 class VisionClient:
-    """One vision worker. Make it inside the event loop."""
+    """Client of one vision worker. `async with`, or `close()` it; needs a running event loop."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self._channel = rpc.open_channel(address)
         self._stub = vision_pb2_grpc.VisionStub(self._channel)
 
+    async def __aenter__(self) -> "VisionClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     async def describe(self, timeout: float) -> vision_pb2.VisionDescription:
+        """Return the worker's description, within `timeout` seconds. Raises what the worker raises, or `WorkerUnavailable`."""
         with rpc.translate_errors("vision worker", quiet=True):
-            said: vision_pb2.VisionDescription = await self._stub.Describe(pb.DescribeRequest(), timeout=timeout)
-        return said
+            description: vision_pb2.VisionDescription = await self._stub.Describe(pb.DescribeRequest(), timeout=timeout)
+        return description
 
     async def encode(self, request: vision_pb2.EncodeRequest, timeout: float) -> vision_pb2.EncodeReply:
+        """Encode images, within `timeout` seconds. Raises what the worker raises, or `WorkerUnavailable`."""
         with rpc.translate_errors("vision worker"):
             reply: vision_pb2.EncodeReply = await self._stub.Encode(request, timeout=timeout, metadata=logs.request_metadata())
         return reply
 
     async def close(self) -> None:
+        """Close the channel."""
         await self._channel.close()
 
 
 class LanguageClient:
-    """One language worker: its sink, and vLLM's server, whose address the sink tells."""
+    """Client of one language worker: of its sink, and of vLLM's server, whose address the sink reports.
+
+    `async with`, or `close()` it; needs a running event loop.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -54,61 +68,64 @@ class LanguageClient:
         self._base = ""
         self._session: aiohttp.ClientSession | None = None
 
+    async def __aenter__(self) -> "LanguageClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     async def describe(self, timeout: float) -> pb.LanguageDescription:
+        """Return the sink's description, within `timeout` seconds. Raises what the sink raises, or `WorkerUnavailable`."""
         with rpc.translate_errors("language worker", quiet=True):
-            said: pb.LanguageDescription = await self._sink.Describe(pb.DescribeRequest(), timeout=timeout)
-        if said.http != self._http:
-            await self._connect(said.http)
-        return said
+            description: pb.LanguageDescription = await self._sink.Describe(pb.DescribeRequest(), timeout=timeout)
+        if description.http != self._http:
+            await self._connect(description.http)
+        return description
 
     async def has(self, keys: Sequence[str], timeout: float) -> list[int]:
-        """Visual tokens that the sink has under each key, 0 for none."""
+        """Return the number of visual tokens that the sink has under each key, 0 for none."""
         with rpc.translate_errors("language worker"):
             return list((await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout)).tokens)
 
     async def get(self, path: str, timeout: float) -> Any:
-        """A JSON answer of vLLM's server, None where the body is empty. Raises `Unavailable`, `DeadlineExceeded`."""
+        """Return a JSON response of vLLM, None if its body is empty. Raises `WorkerUnavailable`, `DeadlineExceeded`."""
         async with self.request("GET", path, timeout=timeout) as answer:
             if answer.status != 200:
-                raise errors.Unavailable(f"the language worker answered {answer.status}")
+                raise errors.WorkerUnavailable(f"The language worker answered {path} with status {answer.status}.")
             try:
                 return await answer.json() if await answer.read() else None
             except TimeoutError:
-                raise errors.DeadlineExceeded("the language worker did not answer in time") from None
+                raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
             except (aiohttp.ClientError, ValueError):
-                raise errors.Unavailable("the language worker's answer broke off") from None
+                raise errors.WorkerUnavailable(f"The language worker's answer to {path} broke off.") from None
 
     async def text(self, path: str, timeout: float, limit: int) -> bytes:
-        """What vLLM's server answers, of at most `limit` bytes. Raises `Unavailable`, `DeadlineExceeded`."""
-        # identity: where vLLM may, it compresses
+        """Return a response of vLLM of at most `limit` bytes. Raises `WorkerUnavailable`, `DeadlineExceeded`."""
+        # identity: vLLM compresses if it may
         async with self.request("GET", path, headers={"Accept-Encoding": "identity"}, timeout=timeout) as answer:
             body = bytearray()
             try:
                 async for chunk in answer.content.iter_any():
                     body += chunk
                     if len(body) > limit:
-                        raise errors.Unavailable(f"the language worker's {path} has more than {limit} bytes")
+                        raise errors.WorkerUnavailable(f"The language worker's answer to {path} exceeds {limit} bytes.")
             except TimeoutError:
-                raise errors.DeadlineExceeded("the language worker did not answer in time") from None
+                raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
             except aiohttp.ClientError:
-                raise errors.Unavailable("the language worker's answer broke off") from None
+                raise errors.WorkerUnavailable(f"The language worker's answer to {path} broke off.") from None
             if answer.status != 200:
-                raise errors.Unavailable(f"the language worker answered {answer.status}")
+                raise errors.WorkerUnavailable(f"The language worker answered {path} with status {answer.status}.")
         return bytes(body)
 
-    async def load(self, timeout: float) -> Load | None:
-        """What vLLM says of its own load; None where it says nothing."""
-        wanted = "&".join(f"name[]={name}" for name in _LOAD)
+    async def load(self, timeout: float) -> EngineLoad | None:
+        """Return the load that vLLM reports in its metrics; None if it reports none."""
+        query = "&".join(f"name[]={name}" for name in _LOAD_METRICS)
         try:
-            # with the slash: only there does vLLM look at name[], which makes a few lines of a thousand
-            said = await self.text(f"/metrics/?{wanted}", timeout, _MOST_METRICS)
-            found = {name: [float(value) for value in _samples(name, said)] for name in _LOAD}
+            # with the slash: only there does vLLM honour name[], which leaves a few lines of a thousand
+            text = await self.text(f"/metrics/?{query}", timeout, _MAX_METRICS_BYTES)
+            return _parse_load(text.decode())
         except (errors.DvdError, ValueError):
             return None
-        if not all(found.values()):
-            return None
-        waiting, running, kv_cache = found.values()
-        return Load(sum(waiting), sum(running), max(kv_cache))
 
     @contextlib.asynccontextmanager
     async def request(
@@ -119,64 +136,76 @@ class LanguageClient:
         headers: dict[str, str] | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer of vLLM's server, its body still to be read. Raises `Unavailable`, `DeadlineExceeded`."""
+        """Send a request to vLLM and yield its response, whose body is not read yet.
+
+        Raises:
+            WorkerUnavailable: vLLM does not answer.
+            DeadlineExceeded: vLLM did not answer within `timeout` seconds.
+        """
         if self._session is None:
-            raise errors.Unavailable("the language worker is not there yet; try again", retry_after=1)
+            raise errors.WorkerUnavailable("The language worker has not been probed yet; retry later.", retry_after=1)
         limits = aiohttp.ClientTimeout(total=timeout)
         try:
             answer = await self._session.request(method, self._base + path, data=body, headers=headers, timeout=limits)
         except TimeoutError:
-            raise errors.DeadlineExceeded("the language worker did not answer in time") from None
+            raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
         except (aiohttp.ClientError, OSError):
-            raise errors.Unavailable("the language worker does not answer; try again", retry_after=1) from None
+            raise errors.WorkerUnavailable("The language worker does not answer; retry later.", retry_after=1) from None
         try:
             yield answer
         finally:
-            # not release(): an unfinished answer must be cut, so that vLLM aborts its request
+            # not release(): the connection of an unfinished response must be closed, so that vLLM aborts the request
             answer.close()
 
     async def _connect(self, http: str) -> None:
         path = http.removeprefix("unix:")
         unix = path != http
-        # vLLM closes idle connections after 5 s; one it is about to close must not be taken for a request
-        kept: Any = {"limit": 0, "keepalive_timeout": 2}
-        connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, **kept) if unix else aiohttp.TCPConnector(**kept)
+        limits: Any = {"limit": 0, "keepalive_timeout": _IDLE_CONNECTION_SECONDS}
+        connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, **limits) if unix else aiohttp.TCPConnector(**limits)
         session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
-        # exchanged before the old one is closed: two probes may be here at once
+        # replaced before the old one is closed: two probes may run at once
         old, self._session = self._session, session
-        self._base = "http://vllm" if unix else f"http://{self._from_here(http)}"
+        self._base = "http://vllm" if unix else f"http://{self._reachable_address(http)}"
         self._http = http
         if old is not None:
             await old.close()
 
-    def _from_here(self, http: str) -> str:
-        """Where vLLM's server is found: on the sink's machine, where it listens on every address of that."""
+    def _reachable_address(self, http: str) -> str:
+        """Return vLLM's address as seen from here: the sink's host if vLLM listens on all addresses."""
         host, _, port = http.rpartition(":")
-        machine = _HERE if self.address.startswith("unix:") else self.address.rpartition(":")[0]
-        says, asked = _ip(host), _ip(machine)
-        if says and says.is_unspecified:
+        machine = _LOOPBACK if self.address.startswith("unix:") else self.address.rpartition(":")[0]
+        vllm_ip, sink_ip = _parse_ip(host), _parse_ip(machine)
+        if vllm_ip and vllm_ip.is_unspecified:
             return f"{machine}:{port}"
-        if says and says.is_loopback and not (asked and asked.is_loopback):
+        if vllm_ip and vllm_ip.is_loopback and not (sink_ip and sink_ip.is_loopback):
             log.warning(
-                "the language worker at %s says that vLLM is at %s, which nobody reaches from another machine: "
+                "language worker %s reports vLLM at %s, which is not reachable from other machines: "
                 "start it with --http=0.0.0.0:%s", self.address, http, port,
             )  # fmt: skip
         return http
 
     async def close(self) -> None:
+        """Close the channel and the HTTP connections."""
         if self._session is not None:
             await self._session.close()
         await self._channel.close()
 
 
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """A host's address where it is one, IPv6 in brackets; no host is every address. None for a name."""
+def _parse_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Parse a host that is an IP address, IPv6 in brackets; an empty host means all addresses. Returns None for a name."""
     try:
-        return ipaddress.ip_address({"": "0.0.0.0", "localhost": _HERE}.get(host, host.strip("[]")))
+        return ipaddress.ip_address({"": "0.0.0.0", "localhost": _LOOPBACK}.get(host, host.strip("[]")))
     except ValueError:
         return None
 
 
-def _samples(name: str, text: bytes) -> list[bytes]:
-    """Values of one metric, of any labels, in Prometheus' text format."""
-    return re.findall(rb"^" + name.encode() + rb"(?:\{.*\})? (\S+)", text, re.MULTILINE)
+def _parse_load(text: str) -> EngineLoad | None:
+    """Parse vLLM's metrics; with data parallelism there is a sample per engine. Raises `ValueError` on malformed text."""
+    samples: dict[str, list[float]] = {name: [] for name in _LOAD_METRICS}
+    for family in text_string_to_metric_families(text):
+        if family.name in samples:
+            samples[family.name] += [sample.value for sample in family.samples]
+    if not all(samples.values()):
+        return None
+    waiting, running, kv_cache = samples.values()
+    return EngineLoad(sum(waiting), sum(running), max(kv_cache))

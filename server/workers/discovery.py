@@ -1,6 +1,6 @@
-"""Workers found by name: `dns:NAME:PORT` stands for one worker at each address the name has.
+"""Discovery of workers by DNS: `dns:NAME:PORT` stands for one worker at each address of the name.
 
-The name is asked for again and again, in the event loop's resolver, so that workers may come and go while the gateway runs.
+Names are resolved periodically by the event loop's resolver, so that workers may come and go while the gateway runs.
 """
 
 import asyncio
@@ -11,61 +11,61 @@ from collections.abc import Awaitable, Callable, Collection
 
 log = logging.getLogger(__name__)
 
-RESOLVE_EVERY = 3.0
-"""Seconds between two questions for one name."""
+RESOLVE_INTERVAL_SECONDS = 3.0
 
 Resolve = Callable[[str, int], Awaitable[Collection[str]]]
-"""A name and a port to addresses, `HOST:PORT` each. Raises `OSError` (as `socket.gaierror`) where it cannot say."""
+"""Resolves a name and a port to addresses, `HOST:PORT` each. Raises `OSError` (such as `socket.gaierror`) on failure."""
 
-Tell = Callable[[Collection[str]], Awaitable[object]]
+OnResolved = Callable[[Collection[str]], Awaitable[object]]
+"""Called with the addresses of a name."""
 
 _NAME = re.compile(r"dns:(.+):(\d+)")
-_NOBODY = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
-"""The resolver's answers that are no failure: there is no such name, or it has no address."""
+_NO_ADDRESS_ERRORS = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
+"""Resolver errors that mean an empty list of addresses: no such name, or no address for it."""
 
 
-def named(address: str) -> tuple[str, int] | None:
-    """Name and port of `dns:NAME:PORT`; None for an address that is one already."""
-    found = _NAME.fullmatch(address)
-    return (found[1], int(found[2])) if found else None
+def parse_name(address: str) -> tuple[str, int] | None:
+    """Return name and port of `dns:NAME:PORT`; None for a static address."""
+    match = _NAME.fullmatch(address)
+    return (match[1], int(match[2])) if match else None
 
 
 async def resolve(name: str, port: int) -> list[str]:
-    """Every address of a name, IPv6 in brackets, from the system's resolver: hosts file, DNS. Raises `socket.gaierror`."""
+    """Resolve a name by the system's resolver (hosts file, DNS), IPv6 in brackets. Raises `socket.gaierror`."""
     loop = asyncio.get_running_loop()
-    # ADDRCONFIG: no IPv6 addresses on a machine that has no IPv6, where nobody could ever answer at them
-    found = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
-    return sorted({_joined(family, place[0], port) for family, _, _, _, place in found})
+    # ADDRCONFIG: no IPv6 addresses on a machine without IPv6, which could not reach them
+    infos = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    return sorted({_join_host_port(family, place[0], port) for family, _, _, _, place in infos})
 
 
-def _joined(family: int, host: str | int, port: int) -> str:
+def _join_host_port(family: int, host: str | int, port: int) -> str:
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
 
 
-async def watch(address: str, resolve: Resolve, tell: Tell) -> None:
-    """Tell what `dns:NAME:PORT` stands for, every `RESOLVE_EVERY` seconds, until cancelled.
+async def watch(address: str, resolve: Resolve, on_resolved: OnResolved) -> None:
+    """Resolve `dns:NAME:PORT` every `RESOLVE_INTERVAL_SECONDS` until cancelled, and pass the addresses on.
 
-    A resolver that fails is passed over and complained of once, until it answers again: what was told last stays true. One
-    question at a time, without a limit of its own: a lookup cannot be called back, and a second one would only queue behind.
+    A resolver error changes nothing and is logged once until the name resolves again. There is one lookup at a time, without a
+    timeout: a lookup cannot be cancelled, and a second one would only queue behind it.
     """
-    place = named(address)
-    assert place is not None
-    complained = False
+    name = parse_name(address)
+    assert name is not None
+    failing = False
     while True:
         try:
-            found: Collection[str] | None = await resolve(*place)
+            addresses: Collection[str] | None = await resolve(*name)
         except (OSError, UnicodeError) as error:
-            found = () if isinstance(error, OSError) and error.errno in _NOBODY else None
-            if not complained:
-                log.warning("%s does not resolve: %s; asking again every %.0f s", address, error, RESOLVE_EVERY)
-            complained = True
+            addresses = () if isinstance(error, OSError) and error.errno in _NO_ADDRESS_ERRORS else None
+            if not failing:
+                log.warning("%s does not resolve: %s; next attempt every %.0f s", address, error, RESOLVE_INTERVAL_SECONDS)
+            failing = True
         else:
-            if complained:
+            if failing:
                 log.info("%s resolves again", address)
-            complained = False
-        if found is not None:
+            failing = False
+        if addresses is not None:
             try:
-                await tell(found)
+                await on_resolved(addresses)
             except Exception:
-                log.exception("what %s stands for could not be taken over", address)
-        await asyncio.sleep(RESOLVE_EVERY)
+                log.exception("updating the workers of %s failed", address)
+        await asyncio.sleep(RESOLVE_INTERVAL_SECONDS)

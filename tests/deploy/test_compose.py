@@ -13,7 +13,7 @@ from dvd.config import HealthOptions
 from lm_worker import sink
 from lm_worker.__main__ import _refuse_ours, _split
 from server import __main__ as gateway
-from server.workers.discovery import named
+from server.workers.discovery import parse_name
 from tests.deploy.files import (
     BASE,
     CPU,
@@ -106,7 +106,7 @@ def test_processes_find_each_other(files: tuple[Path, ...]) -> None:
     for address, of in itertools.chain(
         zip(door.vision_workers, ["vision"], strict=True), zip(door.language_workers, ["language"], strict=True)
     ):
-        assert named(address) == (of, int(options(of, said[of]).listen.rpartition(":")[2]))
+        assert parse_name(address) == (of, int(options(of, said[of]).listen.rpartition(":")[2]))
         assert set(said["gateway"]["networks"]) & set(said[of]["networks"]) == {"workers"}, "one road: one address a worker"
     assert set(said["vision"]["networks"]) & set(said["language"]["networks"]), "embeddings go straight"
     host, port = re.fullmatch(r"redis://(\w+):(\d+)/0", options("vision", said["vision"]).cache).groups()  # type: ignore[union-attr]

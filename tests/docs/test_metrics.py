@@ -9,7 +9,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from lm_worker.metrics import Metrics as SinkMetrics
 from lm_worker.store import Store
-from server.metrics import Load, Worker
+from server.metrics import EngineLoad, WorkerStatus
 from server.metrics import Metrics as GatewayMetrics
 from vision_worker.cache.embedding_cache import EmbeddingCache, Memory
 from vision_worker.metrics import Metrics as VisionMetrics
@@ -44,7 +44,7 @@ def exported(registry: CollectorRegistry) -> dict[str, Row]:
 
 def test_of_the_gateway() -> None:
     made = GatewayMetrics()
-    made.watch(lambda: [Worker("language", "a:1", True, Load(0, 0, 0))])
+    made.watch(lambda: [WorkerStatus("language", "a:1", True, EngineLoad(0, 0, 0))])
     assert exported(made.registry) == documented("gateway")
 
 

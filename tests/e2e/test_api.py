@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.media.video import frames
+from server.media.video import sample_frames
 from tests.e2e.conftest import Golden
 from tests.e2e.serving import Served, image_part, request, text_part
 from tests.videos import encode_video
@@ -83,7 +83,7 @@ def test_a_video_is_what_its_frames_are_one_by_one(served: Served) -> None:
     assert answer.status == 200, answer.text
     assert answer.headers["x-dvd-images"].startswith("images=3; ")
     parts: list[Any] = []
-    for number, frame in enumerate(frames(clip, 3, 1 << 20, 60), start=1):
+    for number, frame in enumerate(sample_frames(clip, 3, 1 << 20, 60), start=1):
         link = f"data:image/png;base64,{base64.b64encode(frame).decode()}"
         parts += [f"Frame{number}: ", {"type": "image_url", "image_url": {"url": link, "detail": "low"}}]
     again = served.chat(*parts, "What happens?", **asked)

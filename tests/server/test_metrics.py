@@ -2,8 +2,8 @@
 
 import pytest
 
-from server.metrics import Listener, Metrics
-from server.request_stats import Account
+from server.metrics import Metrics, StreamTimer
+from server.request_stats import RequestStats
 
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
@@ -15,9 +15,9 @@ DONE = b"data: [DONE]\n\n"
 def heard(*pieces: bytes) -> tuple[float, float]:
     """First tokens and gaps that were counted."""
     metrics = Metrics()
-    listener = Listener(metrics, Account("a"))
+    listener = StreamTimer(metrics, RequestStats("a"))
     for piece in pieces:
-        listener.saw(piece)
+        listener.record(piece)
     counted = (metrics.registry.get_sample_value(f"dvd_{name}_seconds_count") for name in NAMES)
     first, between = (value or 0 for value in counted)
     return first, between
@@ -54,10 +54,10 @@ def test_gaps_are_between_events_however_they_come() -> None:
 
 def test_a_gap_is_as_long_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics, times = Metrics(), iter([100.0, 103.0, 103.5])
-    listener = Listener(metrics, Account("a", arrived=98.0))
+    listener = StreamTimer(metrics, RequestStats("a", arrived=98.0))
     monkeypatch.setattr("server.metrics.time.monotonic", lambda: next(times))
-    listener.saw(TOKEN)
-    listener.saw(TOKEN + TOKEN)
+    listener.record(TOKEN)
+    listener.record(TOKEN + TOKEN)
     sums = [metrics.registry.get_sample_value(f"dvd_{name}_seconds_sum") for name in NAMES]
     assert sums == [2.0, 3.5]
 
@@ -68,7 +68,8 @@ def test_only_good_answers_of_the_model_are_timed_whole() -> None:
         ("/v1/chat/completions", 200, None), ("/v1/chat/completions", 400, "invalid_request"),
         ("/v1/chat/completions", 200, "client_gone"), ("/metrics", 200, None),
     ):  # fmt: skip
-        metrics.count(Account("a", error=error), route, status)
+        stats = RequestStats("a", error_code=error, generates_text=route != "/metrics")
+        metrics.record_request(stats, route, status)
     value = metrics.registry.get_sample_value
     assert value("dvd_request_seconds_count", {"route": "/v1/chat/completions"}) == 1
     assert value("dvd_request_seconds_count", {"route": "/metrics"}) is None

@@ -7,23 +7,25 @@ import pytest
 
 from common import errors
 from protos import vision_pb2 as pb
-from server.apis.image_options import Allowed
-from server.apis.image_tokens import parse_images
+from server.apis import image_tokens
+from server.apis.image_options import RequestPolicy
 from tests.server.fakes.requests import chat, image_file, image_part, text_part
+
+parse_images = image_tokens.APIS[0].parse
 
 URL = "https://example.org/a.png"
 
 
 def parsed(body: Any, most: int = 4) -> Any:
-    return parse_images(json.dumps(body).encode(), Allowed(most))
+    return parse_images(json.dumps(body).encode(), RequestPolicy(most))
 
 
 def test_a_list_of_images_each_with_its_words() -> None:
     off, hires = {"mode": "off"}, {"url": URL, "detail": "original", "max_dynamic_patch": 9, "vir": {"mode": "all"}}
     made = parsed({"model": "m", "images": [{"url": URL}, hires], "vir": off, "route": True})
     assert [image.url for image in made.images] == [URL, URL]
-    assert [image.dial.router.mode for image in made.images] == [pb.Router.OFF, pb.Router.ALL]
-    assert (made.images[1].dial.detail, made.images[1].dial.max_tiles, made.images[1].dial.where) == (
+    assert [image.options.router.mode for image in made.images] == [pb.Router.OFF, pb.Router.ALL]
+    assert (made.images[1].options.detail, made.images[1].options.max_tiles, made.images[1].options.location) == (
         "original",
         9,
         "images[1]",

@@ -8,9 +8,11 @@ import pytest
 
 from common import errors
 from common.embedding_ref import parse_embedding_url
-from server.apis.image_options import Allowed
-from server.apis.messages import parse_messages
+from server.apis import messages
+from server.apis.image_options import RequestPolicy
 from tests.server.fakes.requests import data_url, image_file
+
+parse_messages = messages.APIS[0].parse
 
 DATA = base64.b64encode(image_file()).decode()
 SOURCE = {"type": "base64", "media_type": "image/png", "data": DATA}
@@ -27,7 +29,7 @@ def text(said: str = "a") -> dict[str, Any]:
 
 def parsed(*messages: Any, **fields: Any) -> Any:
     body = {"model": "m", "max_tokens": 5, "messages": list(messages), **fields}
-    return parse_messages(json.dumps(body).encode(), Allowed(2))
+    return parse_messages(json.dumps(body).encode(), RequestPolicy(2))
 
 
 def user(*blocks: Any) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def user(*blocks: Any) -> dict[str, Any]:
 def test_texts_pass_byte_for_byte() -> None:
     for message in ({"role": "user", "content": "see <image>"}, user(text()), user({"type": "tool_result", "content": "a"})):
         asked = parsed(message, system=[text("be brief")])
-        assert asked.replaced([], []) is asked.raw
+        assert asked.with_embeddings([], []) is asked.raw
 
 
 def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
@@ -46,8 +48,8 @@ def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
     messages = [user(text(), asked_by_url), user(result)]
     asked = parsed(*messages, vir={"mode": "off"})
     assert [one.url for one in asked.images] == ["https://example.org/a.png", data_url(image_file())]
-    assert [one.dial.where for one in asked.images] == ["messages[0].content[1]", "messages[1].content[0].content[1]"]
-    made = json.loads(asked.replaced(KEYS, [10, 20]))
+    assert [one.options.location for one in asked.images] == ["messages[0].content[1]", "messages[1].content[0].content[1]"]
+    made = json.loads(asked.with_embeddings(KEYS, [10, 20]))
     first, second = made["messages"][0]["content"][1], made["messages"][1]["content"][0]["content"][1]
     for block, key, tokens in ((first, KEYS[0], 10), (second, KEYS[1], 20)):
         handed = parse_embedding_url(block["source"].pop("url"))
@@ -74,7 +76,7 @@ SOURCES: dict[str, Any] = {
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_sources_that_are_none_are_refused(source: Any) -> None:
-    with pytest.raises(errors.InvalidRequest, match='must read .*"base64"') as caught:
+    with pytest.raises(errors.InvalidRequest, match='is not supported; expected .*"base64"') as caught:
         parsed(user(text(), image(source)))
     assert caught.value.param == "messages[0].content[1].source"
 
@@ -87,14 +89,14 @@ def test_an_image_where_the_engine_would_lose_it_is_refused() -> None:
         ({"messages": [{"role": "assistant", "content": [result]}]}, "messages[0].content[0].content[0]"),
         ({"messages": [{"role": "system", "content": [image()]}]}, "messages[0].content[0]"),
     ):
-        with pytest.raises(errors.InvalidRequest, match="of the user only") as caught:
+        with pytest.raises(errors.InvalidRequest, match="in user messages only") as caught:
             parsed(**fields)
         assert caught.value.param == param
 
 
 def test_words_of_the_dial_are_on_the_block() -> None:
     asked = parsed(user(image(detail="low"), image(max_dynamic_patch=3)))
-    assert [(one.dial.detail, one.dial.max_tiles) for one in asked.images] == [("low", None), ("auto", 3)]
+    assert [(one.options.detail, one.options.max_tiles) for one in asked.images] == [("low", None), ("auto", 3)]
     with pytest.raises(errors.InvalidRequest) as caught:
         parsed(user(image(max_dynamic_patch=0)))
     assert caught.value.param == "messages[0].content[0].max_dynamic_patch"
@@ -111,7 +113,7 @@ def test_images_are_counted_and_words_that_mark_one_refused_beside_them() -> Non
         parsed(user(image(), image(), image()))
     hidden = {"type": "tool_use", "id": "1", "name": "f", "input": {"type": "image", "source": "<image>"}}
     for message in (user(text("<image>")), {"role": "assistant", "content": [hidden]}):
-        with pytest.raises(errors.InvalidRequest, match="which marks the place of an image"):
+        with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
             parsed(user(image()), message)
-    with pytest.raises(errors.InvalidRequest, match="which marks the place of an image"):
+    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
         parsed(user(image()), system="see <IMG_CONTEXT>")

@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 
 from common import errors
-from server.apis.image_options import Allowed
-from server.apis.request import check_fields, parse_text, place
+from server.apis import completions
+from server.apis.image_options import RequestPolicy
+from server.apis.request import check_fields, format_path
+
+parse_text = completions.APIS[0].parse
 
 
 def deep(depth: int) -> Any:
@@ -35,14 +38,14 @@ def test_what_only_the_operator_may_set_is_refused(name: str) -> None:
 def test_models_that_are_no_names_are_refused() -> None:
     for model in (5, True, [], {}, deep(900)):
         with pytest.raises(errors.InvalidRequest) as caught:
-            parse_text(json.dumps({"model": model}).encode(), Allowed(1))
+            parse_text(json.dumps({"model": model}).encode(), RequestPolicy(1))
         assert caught.value.param == "model"
 
 
 def test_a_text_is_passed_byte_for_byte() -> None:
     body = b'{ "prompt" : "a\\u00e9 \xc3\xa9", "model" :"m","x":1.50}\n'
-    assert parse_text(body, Allowed(1)).replaced([], []) is body
+    assert parse_text(body, RequestPolicy(1)).with_embeddings([], []) is body
 
 
 def test_places_are_named_as_callers_write_them() -> None:
-    assert place(("messages", 0, "content", 12)) == "messages[0].content[12]"
+    assert format_path(("messages", 0, "content", 12)) == "messages[0].content[12]"

@@ -7,9 +7,11 @@ import pytest
 
 from common import errors
 from common.embedding_ref import parse_embedding_url
-from server.apis.image_options import Allowed
-from server.apis.responses import parse_responses
+from server.apis import responses
+from server.apis.image_options import RequestPolicy
 from tests.server.fakes.requests import data_url, image_file
+
+parse_responses = responses.APIS[0].parse
 
 URL = data_url(image_file())
 KEYS = ["a" * 64, "b" * 64]
@@ -24,7 +26,7 @@ def text(said: str = "a") -> dict[str, Any]:
 
 
 def parsed(given: Any, **fields: Any) -> Any:
-    return parse_responses(json.dumps({"model": "m", "input": given, **fields}).encode(), Allowed(2))
+    return parse_responses(json.dumps({"model": "m", "input": given, **fields}).encode(), RequestPolicy(2))
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def user(*parts: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("given", ["see <image>", None, [], [user(text("see <image>"))], [{"role": "user", "content": "a"}]])
 def test_texts_pass_byte_for_byte(given: Any) -> None:
     asked = parsed(given, instructions="be brief")
-    assert asked.replaced([], []) is asked.raw
+    assert asked.with_embeddings([], []) is asked.raw
 
 
 def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
@@ -43,9 +45,9 @@ def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
     given = [user(text(), image(detail="original", vir={"mode": "off"})), call, seen]
     asked = parsed(given, vir={"mode": "all"}, temperature=0.5)
     assert [one.url for one in asked.images] == [URL, URL]
-    assert [one.dial.where for one in asked.images] == ["input[0].content[1]", "input[2].output[1]"]
-    assert [one.dial.detail for one in asked.images] == ["original", "low"]
-    made = json.loads(asked.replaced(KEYS, [10, 20]))
+    assert [one.options.location for one in asked.images] == ["input[0].content[1]", "input[2].output[1]"]
+    assert [one.options.detail for one in asked.images] == ["original", "low"]
+    made = json.loads(asked.with_embeddings(KEYS, [10, 20]))
     first, second = made["input"][0]["content"][1], made["input"][2]["output"][1]
     for part, key, tokens in ((first, KEYS[0], 10), (second, KEYS[1], 20)):
         handed = parse_embedding_url(part.pop("image_url"))
@@ -83,7 +85,7 @@ def test_parts_that_may_not_pass_are_refused_with_their_place(name: str, part: A
 
 @pytest.mark.parametrize("name", ["previous_response_id", "previous_input_messages", "background"])
 def test_what_would_need_a_memory_is_refused(name: str) -> None:
-    with pytest.raises(errors.InvalidRequest, match="no response is kept here") as caught:
+    with pytest.raises(errors.InvalidRequest, match="responses are not stored") as caught:
         parsed("a", **{name: "x"})
     assert caught.value.param == name
     assert parsed("a", **{name: None}).images == []
@@ -95,7 +97,7 @@ def test_images_are_counted_and_words_that_mark_one_refused_beside_them() -> Non
         parsed([user(image(), image(), image())])
     assert caught.value.param == "input"
     for fields in ({"instructions": "see <image>"}, {"tools": [{"name": "<IMG_CONTEXT>"}]}):
-        with pytest.raises(errors.InvalidRequest, match="which marks the place of an image"):
+        with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
             parsed([user(image())], **fields)
-    with pytest.raises(errors.InvalidRequest, match="which marks the place"):
+    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
         parsed([user(image(), text("<image>"))])

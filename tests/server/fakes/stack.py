@@ -13,9 +13,11 @@ from typing import Any
 import aiohttp
 import uvicorn
 
+from server.apis.base import Api
+from server.apis.registry import APIS
 from server.app import create_app
 from server.config import GatewayOptions
-from server.http.protocol import served
+from server.http.protocol import uvicorn_config
 from tests.server.fakes.language_worker import FakeLanguageWorker, FakeSink
 from tests.server.fakes.requests import chat
 from tests.server.fakes.vision_worker import FakeVisionWorker
@@ -139,6 +141,7 @@ async def start_stack(
     folder: Path,
     vision: int | list[FakeVisionWorker] = 1,
     language: int | list[FakeLanguageWorker] = 1,
+    apis: tuple[Api, ...] = APIS,
     **options: Any,
 ) -> AsyncIterator[Stack]:
     """Starts workers and a gateway, and yields them when the gateway is ready.
@@ -147,6 +150,7 @@ async def start_stack(
         folder: Folder for the workers' Unix sockets.
         vision: Number of vision workers, or the workers.
         language: Number of language workers, or the workers.
+        apis: The APIs of the gateway.
         options: Fields of GatewayOptions.
     """
     vision_workers = vision if isinstance(vision, list) else _vision_workers(folder, vision)
@@ -159,7 +163,7 @@ async def start_stack(
         "language_workers": [worker.sink.address for worker in language_workers],
     }
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(served(create_app(GatewayOptions(**{**addresses, **options})), grace=1))
+    server = uvicorn.Server(uvicorn_config(create_app(GatewayOptions(**{**addresses, **options}), apis), shutdown_timeout=1))
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)

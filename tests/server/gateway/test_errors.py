@@ -6,7 +6,7 @@ import pytest
 from aiohttp import web
 
 from common import errors
-from server.vllm_response import LOST
+from server.vllm_response import ENGINE_ERROR_MESSAGE
 from tests.server.fakes.handlers import abort_connection, error_response, event_stream, respond_with
 from tests.server.fakes.requests import image_file, image_part
 from tests.server.fakes.stack import Stack
@@ -31,7 +31,7 @@ async def test_an_engine_error_reveals_no_internals(stack: Stack, respond: Any, 
     for content in (["a"], [image_part(A)]):
         response = await stack.chat(*content, stream=stream)
         assert (response.status, response.error["code"], response.error["type"]) == (status, code, "server_error")
-        assert response.error["message"] == LOST
+        assert response.error["message"] == ENGINE_ERROR_MESSAGE
     assert len(stack.engine.requests) == 2, "an error that would repeat is not retried"
     assert len(stack.vision.calls) == 1
     stack.engine.respond = default_response

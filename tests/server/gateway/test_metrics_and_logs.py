@@ -79,7 +79,7 @@ def metric_is_absent(stack: Stack, line: str) -> Callable[[], Awaitable[bool]]:
 async def test_metrics_of_a_language_worker_that_does_not_exist_are_rejected(shared_stack: Stack, index: str) -> None:
     response = await shared_stack.get(f"/metrics/engine/{index}")
     assert (response.status, response.error["code"]) == (400, "invalid_request")
-    assert "numbered from 0 to 0" in response.error["message"]
+    assert "expected a number from 0 to 0" in response.error["message"]
 
 
 @pytest.mark.parametrize(

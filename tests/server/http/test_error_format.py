@@ -11,14 +11,14 @@ FULL = errors.SinkFull("no room", param="x").body()
 
 
 def test_chats_have_openais_errors() -> None:
-    shape = error_format.of("/v1/chat/completions")
+    shape = error_format.OPENAI
     assert shape.body(FULL) is FULL
     assert json.loads(shape.event(FULL).removeprefix(b"data: ")) == FULL
-    assert shape.end == b"data: [DONE]\n\n"
+    assert shape.stream_end == b"data: [DONE]\n\n"
 
 
 def test_responses_have_openais_errors_and_events_that_say_all_twice() -> None:
-    shape = error_format.of("/v1/responses")
+    shape = error_format.OPENAI_RESPONSES
     assert shape.body(FULL) is FULL
     name, data = shape.event(FULL).split(b"\n")
     assert name == b"event: error"
@@ -27,7 +27,6 @@ def test_responses_have_openais_errors_and_events_that_say_all_twice() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -43,9 +42,9 @@ def test_responses_have_openais_errors_and_events_that_say_all_twice() -> None:
         (errors.InternalError, "api_error"),
     ],
 )
-def test_messages_have_anthropics_types(path: str, error: type[errors.DvdError], kind: str) -> None:
-    body = error_format.of(path).body(error("why", param="p").body())
+def test_messages_have_anthropics_types(error: type[errors.DvdError], kind: str) -> None:
+    body = error_format.ANTHROPIC.body(error("why", param="p").body())
     said = {"type": kind, "message": "why", "param": "p", "code": error.code}
     assert body == {"type": "error", "error": said}
-    name, data = error_format.of(path).event(error("why", param="p").body()).split(b"\n")
+    name, data = error_format.ANTHROPIC.event(error("why", param="p").body()).split(b"\n")
     assert (name, json.loads(data.removeprefix(b"data: "))) == (b"event: error", body)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common import errors
-from server.http.json_body import parse_object
+from server.http.json_body import decode_object
 
 NOT_AN_OBJECT = {
     "empty": b"",
@@ -49,7 +49,7 @@ NOT_AN_OBJECT = {
 @pytest.mark.parametrize("body", NOT_AN_OBJECT.values(), ids=NOT_AN_OBJECT)
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(errors.InvalidRequest):
-        parse_object(body)
+        decode_object(body)
 
 
 FILE = "data:image/png;base64," + base64.b64encode(bytes(range(256)) * 300).decode()
@@ -72,12 +72,12 @@ LARGE: dict[str, Any] = {
 @pytest.mark.parametrize("options", [{}, {"ensure_ascii": False}, {"indent": 3}, {"separators": (",", ":")}], ids=str)
 def test_large_files_are_read_as_they_came(body: dict[str, Any], options: dict[str, Any]) -> None:
     raw = json.dumps(body, **options).encode()
-    assert parse_object(raw) == json.loads(raw) == body
+    assert decode_object(raw) == json.loads(raw) == body
 
 
 def test_slashes_may_be_escaped() -> None:
     raw = json.dumps({"url": FILE}).replace("/", "\\/").encode()
-    assert parse_object(raw) == {"url": FILE}
+    assert decode_object(raw) == {"url": FILE}
 
 
 BROKEN = {
@@ -96,4 +96,4 @@ BROKEN = {
 @pytest.mark.parametrize("file", [FILE, BARE], ids=["URL", "bare"])
 def test_what_is_broken_beside_a_large_file_is_refused(body: str, file: str) -> None:
     with pytest.raises(errors.InvalidRequest):
-        parse_object((body % file).encode())
+        decode_object((body % file).encode())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from server.http.protocol import MAX_HEAD, served
+from server.http.protocol import MAX_HEAD_BYTES, uvicorn_config
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 
@@ -31,7 +31,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 @asynccontextmanager
 async def serving(app: Callable[..., Any] = application) -> AsyncIterator[int]:
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(served(app, 1, lifespan="off"))
+    server = uvicorn.Server(uvicorn_config(app, 1, lifespan="off"))
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         yield listening.getsockname()[1]
@@ -73,14 +73,14 @@ def error(answer: bytes) -> dict[str, Any]:
     ],
 )
 async def test_a_head_may_be_so_large_and_no_larger(head: Callable[[int], bytes]) -> None:
-    assert (await said(GET + head(MAX_HEAD - 200) + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-    refused = error(await said(GET + head(MAX_HEAD + 200) + b"\r\n"))
+    assert (await said(GET + head(MAX_HEAD_BYTES - 200) + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    refused = error(await said(GET + head(MAX_HEAD_BYTES + 200) + b"\r\n"))
     assert (refused["status"], refused["code"]) == (431, "head_too_large")
-    assert str(MAX_HEAD) in refused["message"]
+    assert str(MAX_HEAD_BYTES) in refused["message"]
 
 
 async def test_so_is_a_path() -> None:
-    assert error(await said(b"GET /" + b"x" * MAX_HEAD + b" HTTP/1.1\r\nHost: a\r\n\r\n"))["status"] == 431
+    assert error(await said(b"GET /" + b"x" * MAX_HEAD_BYTES + b" HTTP/1.1\r\nHost: a\r\n\r\n"))["status"] == 431
 
 
 @pytest.mark.parametrize("some", [b"x" * 9_000, b"X-A: b\r\n" * 1_000])
@@ -100,7 +100,7 @@ async def test_what_is_no_http_is_answered_in_the_shape_of_all_errors(sent: byte
 
 
 async def test_a_large_body_does_not_count_nor_does_what_follows_it() -> None:
-    body = b"x" * 5 * MAX_HEAD
+    body = b"x" * 5 * MAX_HEAD_BYTES
     post = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
     answer = await said(post + body + GET + b"Connection: close\r\n\r\n")
     assert answer.count(b"HTTP/1.1 200 ") == 2
@@ -126,14 +126,14 @@ async def test_trailers_are_read_over() -> None:
     ],
 )
 async def test_what_follows_a_body_and_never_ends_is_cut(begins: bytes, some: bytes) -> None:
-    sent = [some] * (4 * MAX_HEAD // len(some))
+    sent = [some] * (4 * MAX_HEAD_BYTES // len(some))
     assert b" 200 " not in await said(CHUNKED, begins, *sent)
 
 
 @pytest.mark.parametrize("way", ["abort", "end"])
 async def test_a_caller_that_reads_nothing_is_hung_up_on(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether its answer would ever end or not; one that reads gets all of it."""
-    monkeypatch.setattr("server.http.protocol.STALL", 0.3)
+    monkeypatch.setattr("server.http.protocol.STALL_TIMEOUT_SECONDS", 0.3)
     ended, size = asyncio.Event(), 4 << 20
 
     async def endless(_scope: Any, receive: Any, send: Any) -> None:
@@ -159,7 +159,7 @@ async def test_a_caller_that_reads_nothing_is_hung_up_on(way: str, monkeypatch: 
 
 
 async def test_the_next_head_counts_from_nothing() -> None:
-    head = GET + b"X-Long: " + b"x" * (MAX_HEAD - 200) + b"\r\n"
+    head = GET + b"X-Long: " + b"x" * (MAX_HEAD_BYTES - 200) + b"\r\n"
     assert (await said(head + b"\r\n", head + b"Connection: close\r\n\r\n")).count(b"HTTP/1.1 200 ") == 2
 
 

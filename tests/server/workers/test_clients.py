@@ -55,7 +55,7 @@ async def test_a_worker_that_names_its_own_loopback_is_complained_of(caplog: pyt
     for said in ("127.0.0.1:8001", "localhost:8001", "[::1]:8001"):
         await client._connect(said)
         assert "10.0.0.7:50052" in caplog.text
-        assert f"at {said}, which nobody reaches" in caplog.text
+        assert f"at {said}, which is not reachable" in caplog.text
         assert "--http=0.0.0.0:8001" in caplog.text
         caplog.clear()
     for said in ("10.0.0.7:8001", "0.0.0.0:8001", "vllm:8001", "unix:/vllm"):

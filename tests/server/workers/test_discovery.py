@@ -32,7 +32,7 @@ NAME = "dns:vision:50051"
     ],
 )  # fmt: skip
 def test_a_name_is_told_from_an_address(address: str, stands: tuple[str, int] | None) -> None:
-    assert discovery.named(address) == stands
+    assert discovery.parse_name(address) == stands
 
 
 async def test_the_systems_resolver_is_asked() -> None:
@@ -79,7 +79,7 @@ class Zone:
         self.told.append(addresses)
 
     async def asked_times(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(discovery, "RESOLVE_EVERY", 0.0)
+        monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.0)
         watching = asyncio.create_task(discovery.watch(NAME, self.resolve, self.tell))
         await wait_until(lambda: len(self.asked) >= count or watching.done(), "asked so often")
         watching.cancel()
@@ -123,7 +123,7 @@ class Hosts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
         self.names = names
-        monkeypatch.setattr(discovery, "RESOLVE_EVERY", 0.05)
+        monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.05)
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._answer)
 
     async def _answer(self, host: str, port: int, **rest: Any) -> list[Any]:

@@ -16,13 +16,14 @@ import grpc
 import pytest
 
 import server.workers.discovery
-import server.workers.pool
+import server.workers.probes
 from common import errors
 from protos import vision_pb2
 from server.metrics import Metrics
 from server.workers.clients import VisionClient
-from server.workers.pool import Pool, Workers
-from server.workers.pool import Vision as Member
+from server.workers.pool import Pool
+from server.workers.probes import WorkerPools
+from server.workers.worker import VisionWorker
 from tests.server.fakes.language_worker import FakeLanguageWorker
 from tests.server.fakes.vision_worker import FakeVisionWorker, checkpoint_description
 from tests.server.fakes.vllm import METRICS
@@ -31,10 +32,10 @@ from tests.server.fakes.waiting import wait_until
 KEYS = [f"key-{i}" for i in range(600)]
 
 
-def pool(count: int) -> Pool[Member]:
-    there = vision_pb2.VisionDescription()
-    made = Pool("vision", lambda address: Member(VisionClient(address), there), "nobody is there")
-    made.enlist("", [f"unix:/nowhere/{i}" for i in range(count)])
+def pool(count: int) -> Pool[VisionWorker]:
+    made = Pool("vision", lambda address: VisionWorker(VisionClient(address)), "nobody is there")
+    for worker in made.set_members("", [f"unix:/nowhere/{i}" for i in range(count)]):
+        worker.mark_up(vision_pb2.VisionDescription())
     return made
 
 
@@ -48,46 +49,52 @@ async def test_a_key_always_goes_to_the_same_worker_and_keys_are_spread() -> Non
 async def test_only_the_keys_of_a_worker_that_left_move() -> None:
     three = pool(3)
     first = [three.pick(key) for key in KEYS]
-    gone = three.members[1]
-    there, gone.said = gone.said, None
+    gone = three.workers[1]
+    gone.mark_down("gone")
     second = [three.pick(key) for key in KEYS]
     assert gone not in second
     assert [b for a, b in zip(first, second, strict=True) if a is not gone] == [a for a in first if a is not gone]
     assert len({id(b) for a, b in zip(first, second, strict=True) if a is gone}) == 2, "both others take of its keys"
-    gone.said = there
+    gone.mark_up(vision_pb2.VisionDescription())
     assert [three.pick(key) for key in KEYS] == first
 
 
 async def test_a_worker_far_busier_than_the_others_gets_no_more() -> None:
     two = pool(2)
     chosen = two.pick("key")
-    while two.pick("key") is chosen:
-        chosen.outstanding += 1
-        assert chosen.outstanding < 50
-    assert chosen.outstanding > 2, "a little busier does not matter"
+    with contextlib.ExitStack() as requests:
+        while two.pick("key") is chosen:
+            requests.enter_context(chosen.track_in_flight())
+            assert chosen.outstanding < 50
+        assert chosen.outstanding > 2, "a little busier does not matter"
+    assert chosen.outstanding == 0
 
 
 @pytest.mark.parametrize("busy", [0, 1, 1000])
 async def test_there_is_always_one_to_pick(busy: int) -> None:
     for count in (1, 2, 3):
         some = pool(count)
-        for member in some.members:
-            member.outstanding = busy
-        assert some.pick("key") in some.members
+        with contextlib.ExitStack() as requests:
+            for worker in some.workers:
+                for _ in range(busy):
+                    requests.enter_context(worker.track_in_flight())
+            assert some.pick("key") in some.workers
 
 
 async def test_without_a_key_the_least_busy_is_picked() -> None:
     three = pool(3)
-    for member, outstanding in zip(three.members, (5, 2, 7), strict=True):
-        member.outstanding = outstanding
-    assert three.pick(None) is three.members[1]
+    with contextlib.ExitStack() as requests:
+        for worker, outstanding in zip(three.workers, (5, 2, 7), strict=True):
+            for _ in range(outstanding):
+                requests.enter_context(worker.track_in_flight())
+        assert three.pick(None) is three.workers[1]
 
 
 async def test_nobody_there_is_an_error_that_says_when_to_come_back() -> None:
     one = pool(1)
-    for without in ([], one.members):
+    for without in ([], one.workers):
         if not without:
-            one.members[0].said = None
+            one.workers[0].mark_down("gone")
         with pytest.raises(errors.Unavailable, match="nobody is there") as caught:
             one.pick("key", without)
         assert caught.value.retry_after
@@ -96,29 +103,28 @@ async def test_nobody_there_is_an_error_that_says_when_to_come_back() -> None:
 @contextlib.asynccontextmanager
 async def asked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, timeout: float = 20.0
-) -> AsyncIterator[tuple[Workers, FakeVisionWorker, FakeLanguageWorker]]:
-    """Workers that are asked only by the test."""
-    monkeypatch.setattr(server.workers.pool, "POLL_EVERY", 3600.0)
-    monkeypatch.setattr(server.workers.pool, "PROBE_TIMEOUT", timeout)
+) -> AsyncIterator[tuple[WorkerPools, FakeVisionWorker, FakeLanguageWorker]]:
+    """WorkerPools that are asked only by the test."""
+    monkeypatch.setattr(server.workers.probes, "POLL_INTERVAL_SECONDS", 3600.0)
+    monkeypatch.setattr(server.workers.probes, "PROBE_TIMEOUT_SECONDS", timeout)
     vision, language = FakeVisionWorker(f"unix:{folder}/vision"), FakeLanguageWorker(folder, 0)
     await vision.start()
     await language.start()
-    workers = Workers([vision.address], [language.sink.address], Metrics())
     try:
-        await wait_until(lambda: workers.vision.up() and workers.language.up(), "both answer")
-        await workers.probe()  # the first one has ended then
-        yield workers, vision, language
+        async with WorkerPools([vision.address], [language.sink.address], Metrics()) as workers:
+            await wait_until(lambda: workers.vision.available() and workers.language.available(), "both answer")
+            await workers.probe()  # the first one has ended then
+            yield workers, vision, language
     finally:
-        await workers.close()
         await vision.stop()
         await language.stop()
 
 
-def there(workers: Workers) -> tuple[int, int]:
-    return len(workers.vision.up()), len(workers.language.up())
+def there(workers: WorkerPools) -> tuple[int, int]:
+    return len(workers.vision.available()), len(workers.language.available())
 
 
-async def all_there(workers: Workers) -> bool:
+async def all_there(workers: WorkerPools) -> bool:
     return all(await workers.probe())
 
 
@@ -190,7 +196,7 @@ async def test_an_engine_that_does_not_say_its_load_is_there_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     async with asked(tmp_path, monkeypatch) as (workers, _, language):
-        client = workers.language.members[0].client
+        client = workers.language.workers[0].client
         assert await client.load(20) == (8, 5, 0.5), "of both engines: requests together, the fullest cache"
         language.engine.metrics = said
         assert await client.load(20) is None
@@ -216,11 +222,11 @@ async def test_what_workers_disagree_in_is_named_with_both_values(
         assert said is not None
         ((name, value),) = changed.items()
         values = {name, str(value), str(getattr(checkpoint_description(), name))}
-        assert values <= set(said.in_short.replace(";", "").split())
-        assert values <= set(said.in_full.replace(";", "").split())
+        assert values <= set(said.summary.replace(";", "").split())
+        assert values <= set(said.details.replace(";", "").split())
         for kind, address in (("vision", vision.address), ("language", language.sink.address)):
-            assert f"({kind} worker {address})" in said.in_full
-            assert address not in said.in_short, "callers need not know where"
+            assert f"({kind} worker {address})" in said.details
+            assert address not in said.summary, "callers need not know where"
 
 
 async def test_the_odd_one_out_is_named_apart_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +237,7 @@ async def test_the_odd_one_out_is_named_apart_from_the_others(tmp_path: Path, mo
         said = workers.mismatch()
         assert said is not None
         others = ", ".join(f"vision worker {zone.visions[i].address}" for i in (0, 1, 2, 4))
-        assert f"width 4 ({others} and 3 more) and 5 (vision worker {zone.visions[3].address});" in said.in_full
+        assert f"width 4 ({others} and 3 more) and 5 (vision worker {zone.visions[3].address});" in said.details
 
 
 async def test_a_dtype_that_no_vision_worker_delivers_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +248,8 @@ async def test_a_dtype_that_no_vision_worker_delivers_is_a_mismatch(tmp_path: Pa
             said = workers.mismatch()
             assert bool(said) == wrong
             if said:
-                assert f"dtype number {number}, and vision workers deliver bfloat16, float16, float32" in said.in_short
-                assert said.in_full.startswith(f"language worker {language.sink.address} computes in")
+                assert f"dtype number {number}, but vision workers deliver bfloat16, float16, float32" in said.summary
+                assert said.details.startswith(f"language worker {language.sink.address} computes in")
 
 
 class Zone:
@@ -252,8 +258,10 @@ class Zone:
     def __init__(self, folder: Path, visions: int) -> None:
         self.addresses: dict[str, list[str]] = {}
         self.asked: Counter[str] = Counter()
-        self.visions = [FakeVisionWorker(f"unix:{folder}/v{i}") for i in range(visions)]
-        self.language = FakeLanguageWorker(folder, 0)
+        self.visions, self.language = (
+            [FakeVisionWorker(f"unix:{folder}/v{i}") for i in range(visions)],
+            FakeLanguageWorker(folder, 0),
+        )
         self.metrics = Metrics()
 
     async def resolve(self, name: str, port: int) -> Collection[str]:
@@ -282,22 +290,21 @@ class Zone:
 @contextlib.asynccontextmanager
 async def names(
     folder: Path, monkeypatch: pytest.MonkeyPatch, vision: int = 2, static: Sequence[int] = ()
-) -> AsyncIterator[tuple[Workers, Zone]]:
-    """Workers behind names, asked for without a pause, and static ones beside them. Only who is new is probed, or by a test."""
-    monkeypatch.setattr(server.workers.pool, "POLL_EVERY", 3600.0)
-    monkeypatch.setattr(server.workers.pool, "PROBE_TIMEOUT", 20.0)
-    monkeypatch.setattr(server.workers.discovery, "RESOLVE_EVERY", 0.01)
+) -> AsyncIterator[tuple[WorkerPools, Zone]]:
+    """Pools filled by names, resolved without a pause, beside static addresses. Only new workers are probed, or by the test."""
+    monkeypatch.setattr(server.workers.probes, "POLL_INTERVAL_SECONDS", 3600.0)
+    monkeypatch.setattr(server.workers.probes, "PROBE_TIMEOUT_SECONDS", 20.0)
+    monkeypatch.setattr(server.workers.discovery, "RESOLVE_INTERVAL_SECONDS", 0.01)
     zone = Zone(folder, vision)
     for peer in (*zone.visions, zone.language):
         await peer.start()
     zone.addresses["language"] = [zone.language.sink.address]
     visions = [*(zone.visions[i].address for i in static), "dns:vision:1"]
-    workers = Workers(visions, ["dns:language:1"], zone.metrics, zone.resolve)
     try:
-        await wait_until(lambda: workers.language.up(), "the name of the language worker is found")
-        yield workers, zone
+        async with WorkerPools(visions, ["dns:language:1"], zone.metrics, zone.resolve) as workers:
+            await wait_until(lambda: workers.language.available(), "the name of the language worker is found")
+            yield workers, zone
     finally:
-        await workers.close()
         for peer in (*zone.visions, zone.language):
             await peer.stop()
 
@@ -318,7 +325,7 @@ async def test_who_comes_gets_requests_at_once(tmp_path: Path, monkeypatch: pyte
         await wait_until(lambda: there(workers) == (1, 1), "the first")
         await zone.has(1, 0)
         await wait_until(lambda: there(workers) == (2, 1), "the second")
-        assert {workers.vision.pick(key).client.address for key in KEYS} == {first, second}
+        assert {workers.vision.pick(key).address for key in KEYS} == {first, second}
 
 
 async def test_who_comes_but_does_not_answer_gets_nothing_until_it_does(
@@ -328,16 +335,16 @@ async def test_who_comes_but_does_not_answer_gets_nothing_until_it_does(
         starting = zone.visions[1]
         await starting.stop()
         await zone.has(0, 1)
-        await wait_until(lambda: len(workers.vision.members) == 2 and workers.vision.up(), "both known")
+        await wait_until(lambda: len(workers.vision.workers) == 2 and workers.vision.available(), "both known")
         assert zone.shown() == {zone.visions[0].address: 1, starting.address: 0}
-        assert {workers.vision.pick(key).client.address for key in KEYS} == {zone.visions[0].address}
+        assert {workers.vision.pick(key).address for key in KEYS} == {zone.visions[0].address}
         await starting.start()
         await wait_until(lambda: probed(workers, 2), "it has started")
 
 
-async def probed(workers: Workers, visions: int) -> bool:
+async def probed(workers: WorkerPools, visions: int) -> bool:
     await workers.probe()
-    return len(workers.vision.up()) == visions
+    return len(workers.vision.available()) == visions
 
 
 async def test_who_is_no_longer_listed_stays_while_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,17 +354,16 @@ async def test_who_is_no_longer_listed_stays_while_it_answers(tmp_path: Path, mo
         gone, stays = zone.visions
         await zone.has(1)
         await workers.probe()
-        await workers.vision.sweep()
+        await workers.vision.prune()
         assert there(workers) == (2, 1), "a resolver may leave out some"
         await gone.stop()
         await workers.probe()
         assert zone.shown() == {gone.address: 0, stays.address: 1}
-        await workers.vision.sweep()
+        await workers.vision.prune()
         assert zone.shown() == {stays.address: 1}
-        assert [worker.client.address for worker in workers.vision.members] == [stays.address]
+        assert [worker.address for worker in workers.vision.workers] == [stays.address]
         await gone.start()
         await zone.has(0, 1)
-        # gRPC may still remember that the last connection to this address failed
         await wait_until(lambda: probed(workers, 2), "it may come back")
         assert there(workers) == (2, 1)
 
@@ -370,7 +376,7 @@ async def test_a_resolver_that_fails_takes_nobody_away(tmp_path: Path, monkeypat
         await zone.taken_over()
         await zone.visions[0].stop()
         await workers.probe()
-        await workers.vision.sweep()
+        await workers.vision.prune()
         assert zone.shown() == {zone.visions[0].address: 0, zone.visions[1].address: 1}
 
 
@@ -378,16 +384,16 @@ async def test_who_left_is_closed_once_nobody_uses_it(tmp_path: Path, monkeypatc
     async with names(tmp_path, monkeypatch) as (workers, zone):
         await zone.has(0)
         await wait_until(lambda: there(workers) == (1, 1), "there")
-        (worker,) = workers.vision.members
+        (worker,) = workers.vision.workers
         await zone.has()
         await zone.visions[0].stop()
-        with worker.held():
+        with worker.in_use():
             await workers.probe()
-            await workers.vision.sweep()
-            assert workers.vision.members == []
+            await workers.vision.prune()
+            assert workers.vision.workers == []
             with pytest.raises(errors.Unavailable):
                 await worker.client.describe(1)
-        await workers.vision.sweep()
+        await workers.vision.prune()
         assert worker.client._channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
 
 
@@ -399,23 +405,22 @@ async def test_static_workers_and_names_are_one_list(tmp_path: Path, monkeypatch
         for peer in zone.visions:
             await peer.stop()
         await workers.probe()
-        await workers.vision.sweep()
+        await workers.vision.prune()
         assert zone.shown() == {zone.visions[i].address: 0 for i in (0, 2)}, "the operator's own stay"
 
 
 SHOWN_TWICE = """
 import asyncio
 from server.metrics import Metrics
-from server.workers.pool import Workers
+from server.workers.probes import WorkerPools
 
 async def main():
     metrics = Metrics()
-    workers = Workers(["a:1", "b:1"], ["c:1"], metrics)
-    metrics.encodes.inc(3)
-    print(metrics.text().decode(), "---", sep="\\n")
-    del workers.vision.members[0]
-    print(metrics.text().decode())
-    await workers.close()
+    async with WorkerPools(["a:1", "b:1"], ["c:1"], metrics) as workers:
+        metrics.encodes.inc(3)
+        print(metrics.text().decode(), "---", sep="\\n")
+        del workers.vision.workers[0]
+        print(metrics.text().decode())
 
 asyncio.run(main())
 """

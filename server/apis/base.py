@@ -1,0 +1,56 @@
+"""What an API of the gateway declares. Adding an API is one file in this folder and one line in `registry.py`."""
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from server.apis.image_options import RequestPolicy
+from server.apis.request import ImagePart, ParsedRequest, Placeholder, check_fields, embedding_part
+from server.http import json_body
+from server.http.error_format import OPENAI, ErrorFormat
+from server.pipeline import Pipeline
+from server.request_context import RequestContext
+
+FindImages = Callable[[dict[str, Any], RequestPolicy], list[ImagePart]]
+"""Finds the images of a body, in their order. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+
+Respond = Callable[[Pipeline, ParsedRequest, RequestContext], Coroutine[Any, Any, Response]]
+"""Answers a parsed request."""
+
+
+def no_images(_body: dict[str, Any], _policy: RequestPolicy) -> list[ImagePart]:
+    """Return no images: the API takes text only."""
+    return []
+
+
+@dataclass(frozen=True)
+class Api:
+    """One endpoint of the gateway, `POST path`.
+
+    Attributes:
+        path: Path of the endpoint; unless `respond` is set, also the path on vLLM's server.
+        summary: One line for the OpenAPI document.
+        example: A request body for the OpenAPI document.
+        find_images: Finds the images of a body.
+        placeholder: Makes what stands for an image in the body that vLLM gets.
+        error_format: How the API's clients read errors.
+        generates_text: Whether the response is generated text; its duration is then exported as `dvd_request_seconds`.
+        respond: Answers a request; by default `Pipeline.answer`, which forwards it to vLLM.
+    """
+
+    path: str
+    summary: str
+    example: dict[str, Any] = field(repr=False)
+    find_images: FindImages = no_images
+    placeholder: Placeholder = embedding_part
+    error_format: ErrorFormat = OPENAI
+    generates_text: bool = False
+    respond: Respond = Pipeline.answer
+
+    def parse(self, raw: bytes, policy: RequestPolicy) -> ParsedRequest:
+        """Parse a request body. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+        body = json_body.decode_object(raw)
+        check_fields(body)
+        return ParsedRequest(raw, body, self.find_images(body, policy), self.placeholder)

@@ -1,0 +1,74 @@
+"""From the image and video parts of a request to image files."""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from common import errors
+from common.tasks import gather_or_cancel
+from server.apis.request import ImagePart, ParsedRequest
+from server.media.fetch import MediaFetcher, inspect_image
+
+_MAX_PARALLEL_FETCHES = 8
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An encoded image file (PNG, JPEG, …) and the SHA-256 digest of its bytes."""
+
+    data: bytes
+    digest: bytes
+
+
+class MediaLoader:
+    """Loads all images of a request."""
+
+    def __init__(self, fetcher: MediaFetcher, max_total_bytes: int, max_image_pixels: int) -> None:
+        self._fetcher = fetcher
+        self._max_total_bytes = max_total_bytes
+        self._max_image_pixels = max_image_pixels
+
+    async def load(self, request: ParsedRequest) -> tuple[ParsedRequest, list[ImageFile]]:
+        """Load the images, and replace each video by its frames. Equal URLs are loaded once.
+
+        Returns:
+            The request with one `ImagePart` for each image file, and the files in the same order.
+
+        Raises:
+            InvalidRequest: An image or video cannot be fetched or decoded, or is too large.
+        """
+        wanted = list(dict.fromkeys((image.url, image.frames) for image in request.images))
+        loaded = dict(zip(wanted, await self._load_all(wanted), strict=True))
+        files = [loaded[image.url, image.frames] for image in request.images]
+        images = [
+            part for image, image_files in zip(request.images, files, strict=True) for part in _frame_parts(image, image_files)
+        ]
+        return replace(request, images=images), [file for image_files in files for file in image_files]
+
+    async def sizes(self, files: Sequence[ImageFile]) -> list[tuple[int, int]]:
+        """Return width and height in pixels of each file, from its header."""
+        return [await asyncio.to_thread(inspect_image, file.data, self._max_image_pixels) for file in files]
+
+    async def _load_all(self, wanted: Sequence[tuple[str, int]]) -> list[list[ImageFile]]:
+        """Load the image of each URL, or frames of its video; together they may be as large as a body."""
+        slots, remaining = asyncio.Semaphore(_MAX_PARALLEL_FETCHES), self._max_total_bytes
+
+        async def load_one(url: str, frames: int) -> list[ImageFile]:
+            nonlocal remaining
+            async with slots:
+                files = await self._fetcher.load_frames(url, frames) if frames else [await self._fetcher.load(url)]
+            remaining -= sum(map(len, files))
+            if remaining < 0:
+                raise errors.ImageTooLarge(f"The images of the request exceed {self._max_total_bytes} bytes in total.")
+            # in a thread: hashing megabytes would delay all streams
+            return await asyncio.to_thread(lambda: [ImageFile(file, hashlib.sha256(file).digest()) for file in files])
+
+        return await gather_or_cancel(*(load_one(url, frames) for url, frames in wanted))
+
+
+def _frame_parts(image: ImagePart, files: Sequence[ImageFile]) -> list[ImagePart]:
+    """Return an image as it is, and a video as its frames with the labels that InternVL is trained with."""
+    if not image.frames:
+        return [image]
+    return [replace(image, frames=0, label=f"Frame{number}: ") for number in range(1, len(files) + 1)]

@@ -1,0 +1,28 @@
+"""What the pipeline must know of a request besides its body."""
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from server.http.error_format import ErrorFormat
+from server.request_stats import RequestStats
+
+
+@dataclass(frozen=True)
+class RequestContext:
+    """Context of one request.
+
+    Attributes:
+        caller: Digest of the caller's credentials; part of every embedding key.
+        path: Path of the request, which is also the path on vLLM's server.
+        error_format: How the caller's API reports errors.
+        stats: Statistics of the request.
+        deadline: Monotonic time at which the request expires.
+        resources: What the request holds (permit, workers in use, connections) until the last byte of its response.
+    """
+
+    caller: bytes
+    path: str
+    error_format: ErrorFormat
+    stats: RequestStats
+    deadline: float
+    resources: AsyncExitStack

@@ -1,0 +1,173 @@
+"""Membership and health of workers: who is in the pools, and who of them is up."""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+
+from common import errors, messages
+from common.tasks import SingleFlight
+from server.metrics import Metrics, WorkerStatus
+from server.workers import discovery
+from server.workers.clients import LanguageClient, VisionClient
+from server.workers.compatibility import DELIVERED_DTYPES, Mismatch, find_mismatch
+from server.workers.pool import Pool, W
+from server.workers.worker import LanguageWorker, VisionWorker
+
+log = logging.getLogger(__name__)
+
+POLL_INTERVAL_SECONDS = 1.0
+PROBE_TIMEOUT_SECONDS = 2.0
+
+
+class WorkerPools:
+    """Both pools, and the tasks that keep them up to date. `async with WorkerPools(…) as workers`.
+
+    Each list of addresses may hold static addresses and names (`dns:NAME:PORT`), which `resolve` turns into addresses.
+    """
+
+    def __init__(
+        self,
+        vision: Sequence[str],
+        language: Sequence[str],
+        metrics: Metrics,
+        resolve: discovery.Resolve = discovery.resolve,
+    ) -> None:
+        self.vision = Pool(
+            "vision",
+            lambda address: VisionWorker(VisionClient(address)),
+            "No vision worker is available; image requests cannot be served yet.",
+        )
+        self.language = Pool(
+            "language",
+            lambda address: LanguageWorker(LanguageClient(address)),
+            "No language worker is available; retry later.",
+        )
+        self._addresses = vision, language
+        self._resolve = resolve
+        self._metrics = metrics
+        self._logged_mismatch: str | None = None
+        self._probes: SingleFlight[tuple[bool, bool]] = SingleFlight()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "WorkerPools":
+        vision, language = self._addresses
+        self._tasks = [
+            *self._follow(vision, self.vision, self._probe_vision),
+            *self._follow(language, self.language, self._probe_language),
+            asyncio.create_task(self._poll()),
+        ]
+        self._metrics.watch_workers(self._statuses)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.vision.close()
+        await self.language.close()
+
+    def _follow(
+        self, addresses: Sequence[str], pool: Pool[W], probe: Callable[[W], Awaitable[bool]]
+    ) -> list[asyncio.Task[None]]:
+        """Fill a pool: with the static addresses now, with those of each name in a task of its own."""
+
+        async def update(name: str, resolved: Collection[str]) -> None:
+            new = pool.set_members(name, resolved)
+            for worker in new:
+                log.info("%s worker %s added: %s resolves to it", pool.kind, worker.address, name)
+            await asyncio.gather(*map(probe, new))
+
+        pool.set_members("", [address for address in addresses if not discovery.parse_name(address)])
+        names = [address for address in dict.fromkeys(addresses) if discovery.parse_name(address)]
+        return [asyncio.create_task(discovery.watch(name, self._resolve, functools.partial(update, name))) for name in names]
+
+    async def probe(self) -> tuple[bool, bool]:
+        """Probe every worker now. Returns whether any vision worker and any language worker answered.
+
+        Concurrent callers share one round of probes: two rounds at once would each find a busy worker late, and two late
+        probes mark it down.
+        """
+        return await self._probes.run("", self._probe_all)
+
+    async def _probe_all(self) -> tuple[bool, bool]:
+        vision = await asyncio.gather(*(self._probe_vision(worker) for worker in self.vision.workers))
+        language = await asyncio.gather(*(self._probe_language(worker) for worker in self.language.workers))
+        return any(vision), any(language)
+
+    def mismatch(self) -> Mismatch | None:
+        """Return what the workers that are up disagree on."""
+        return find_mismatch(self._all())
+
+    def _all(self) -> Iterator[VisionWorker | LanguageWorker]:
+        yield from self.vision.workers
+        yield from self.language.workers
+
+    def _statuses(self) -> Iterator[WorkerStatus]:
+        for worker in self._all():
+            load = worker.load if isinstance(worker, LanguageWorker) else None
+            yield WorkerStatus(worker.kind, worker.address, worker.is_up, load)
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                await self.probe()
+                self._log_mismatch(self.mismatch())
+                await asyncio.gather(*map(self._read_load, self.language.workers))
+                await self.vision.prune()
+                await self.language.prune()
+            except Exception:
+                log.exception("probing the workers failed")
+            await asyncio.sleep(POLL_INTERVAL_SECONDS)
+
+    async def _read_load(self, worker: LanguageWorker) -> None:
+        if worker.description is None:
+            worker.update_load(None)
+            return
+        checkpoint, dtype = worker.description.checkpoint, worker.description.dtype
+        dtype_name = messages.dtype_from_proto(dtype) if dtype in DELIVERED_DTYPES else f"number {dtype}"
+        self._metrics.process.set_model(checkpoint.fingerprint, checkpoint.family, dtype_name)
+        with worker.in_use():
+            worker.update_load(await worker.client.load(PROBE_TIMEOUT_SECONDS))
+
+    async def _probe_vision(self, worker: VisionWorker) -> bool:
+        try:
+            with worker.in_use():
+                description = await worker.client.describe(PROBE_TIMEOUT_SECONDS)
+        except errors.DvdError as error:
+            worker.record_failed_probe(error)
+            return False
+        worker.mark_up(description)
+        return True
+
+    async def _probe_language(self, worker: LanguageWorker) -> bool:
+        """Probe the sink by `Describe`, and vLLM by `/health` and `/v1/models`."""
+        try:
+            with worker.in_use():
+                async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
+                    description = await worker.client.describe(PROBE_TIMEOUT_SECONDS)
+                    await worker.client.get("/health", PROBE_TIMEOUT_SECONDS)
+                    models = _model_names(await worker.client.get("/v1/models", PROBE_TIMEOUT_SECONDS))
+        except TimeoutError:
+            worker.record_failed_probe(errors.DeadlineExceeded(f"no answer within {PROBE_TIMEOUT_SECONDS:g} s"))
+            return False
+        except errors.DvdError as error:
+            worker.record_failed_probe(error)
+            return False
+        worker.update_models(models)
+        worker.mark_up(description)
+        return True
+
+    def _log_mismatch(self, mismatch: Mismatch | None) -> None:
+        details = mismatch.details if mismatch else None
+        if details and details != self._logged_mismatch:
+            log.error("%s", details)
+        self._logged_mismatch = details
+
+
+def _model_names(response: object) -> list[str]:
+    """Return the names in vLLM's list of models. Raises `WorkerUnavailable` if it is none."""
+    try:
+        return [model["id"] for model in response["data"]]  # type: ignore[index]
+    except (LookupError, TypeError):
+        raise errors.WorkerUnavailable("vLLM's /v1/models is not a list of models") from None

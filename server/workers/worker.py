@@ -1,0 +1,136 @@
+"""Workers as the gateway sees them. A worker is the only owner of its state: other code calls its methods."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from common import errors
+from protos import embeddings_pb2, vision_pb2
+from server.metrics import EngineLoad
+from server.workers.clients import LanguageClient, VisionClient
+
+log = logging.getLogger(__name__)
+
+ClientT = TypeVar("ClientT", VisionClient, LanguageClient)
+DescriptionT = TypeVar("DescriptionT", vision_pb2.VisionDescription, embeddings_pb2.LanguageDescription)
+
+_MAX_LATE_PROBES = 2
+"""Probes in a row that may time out: after one the worker may only be busy."""
+
+
+class Worker(Generic[ClientT, DescriptionT]):
+    """One worker: its client, whether it is up, and what it is busy with."""
+
+    kind: str
+
+    def __init__(self, client: ClientT) -> None:
+        self.client: ClientT = client
+        self._description: DescriptionT | None = None
+        self._late_probes = 0
+        self._outstanding = 0
+        self._users = 0
+
+    @property
+    def address(self) -> str:
+        """The address under which the gateway knows the worker."""
+        return self.client.address
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the worker may get requests."""
+        return self._description is not None
+
+    @property
+    def description(self) -> DescriptionT | None:
+        """The answer of the worker's last successful `Describe`; None while it is down."""
+        return self._description
+
+    @property
+    def outstanding(self) -> int:
+        """Number of requests that the worker is busy with."""
+        return self._outstanding
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether somebody may still use the client."""
+        return self._users > 0
+
+    def mark_up(self, description: DescriptionT) -> None:
+        """Record a successful probe: the worker may get requests."""
+        self._description, self._late_probes = description, 0
+
+    def mark_down(self, reason: str) -> None:
+        """Give the worker no requests until its next successful probe."""
+        if self._description is not None:
+            log.warning("%s worker %s is down: %s", self.kind, self.address, reason)
+        self._description = None
+
+    def record_failed_probe(self, error: errors.DvdError) -> None:
+        """Mark the worker down, unless the probe only timed out and it is the first one that did."""
+        self._late_probes += 1
+        if self._late_probes >= _MAX_LATE_PROBES or not isinstance(error, errors.DeadlineExceeded):
+            self.mark_down(str(error))
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the client open, also if the worker leaves the pool in the meantime."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+
+    @contextmanager
+    def track_in_flight(self) -> Iterator[None]:
+        """Count one request that the worker is busy with, and keep the client open."""
+        self._outstanding += 1
+        try:
+            with self.in_use():
+                yield
+        finally:
+            self._outstanding -= 1
+
+    @contextmanager
+    def marking_down_if_gone(self) -> Iterator[None]:
+        """Mark the worker down if a call to it finds that it is gone. Raises what the call raises."""
+        try:
+            yield
+        except errors.WorkerUnavailable as error:
+            self.mark_down(str(error))
+            raise
+
+
+class VisionWorker(Worker[VisionClient, vision_pb2.VisionDescription]):
+    """A vision worker."""
+
+    kind = "vision"
+
+
+class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription]):
+    """A language worker: vLLM's server and the sink beside it. It is up if both answer."""
+
+    kind = "language"
+
+    def __init__(self, client: LanguageClient) -> None:
+        super().__init__(client)
+        self._models: tuple[str, ...] = ()
+        self._load: EngineLoad | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models and adapters that the worker serves."""
+        return self._models
+
+    @property
+    def load(self) -> EngineLoad | None:
+        """The load of the worker's vLLM; None if the worker is down or vLLM does not report it."""
+        return self._load
+
+    def update_models(self, models: Sequence[str]) -> None:
+        """Record the models that vLLM lists."""
+        self._models = tuple(models)
+
+    def update_load(self, load: EngineLoad | None) -> None:
+        """Record the load that vLLM reports."""
+        self._load = load
