@@ -18,11 +18,6 @@ SQUARE = image_part("square.png")
 PALETTE = image_part("palette_512x512.png")
 
 
-@pytest.fixture(scope="session")
-def served(golden: Golden) -> Served:
-    return golden.flash
-
-
 def vllm_metric(golden: Golden, pattern: str) -> float:
     lines = request(f"{golden.vllm_url}/metrics").text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(pattern, line))

@@ -22,11 +22,6 @@ KEY = "a-secret-for-this-test"
 
 
 @pytest.fixture(scope="session")
-def served(golden: Golden) -> Served:
-    return golden.flash
-
-
-@pytest.fixture(scope="session")
 def client(served: Served) -> OpenAI:
     return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
 
