@@ -76,14 +76,14 @@ _FAMILIES = pytest.StashKey[FamilyRun]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Starts what the selected tests need."""
-    if session.config.option.collectonly:
+    """Starts what the selected tests need, except in pytest-xdist's workers: each would start its own."""
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):
         return
     fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if "golden" in fixtures:
-        session.config.stash[_GOLDEN] = Golden.start()
+        _golden(session.config)
     if "family_run" in fixtures:
-        session.config.stash[_FAMILIES] = FamilyRun.start()
+        _family_run(session.config)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -94,18 +94,30 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.stash[_FAMILIES].stop()
 
 
+def _golden(config: pytest.Config) -> Golden:
+    if _GOLDEN not in config.stash:
+        config.stash[_GOLDEN] = Golden.start()
+    return config.stash[_GOLDEN]
+
+
+def _family_run(config: pytest.Config) -> FamilyRun:
+    if _FAMILIES not in config.stash:
+        config.stash[_FAMILIES] = FamilyRun.start()
+    return config.stash[_FAMILIES]
+
+
 @pytest.fixture(scope="session")
 def golden(pytestconfig: pytest.Config) -> Golden:
     """The golden checkpoints' servers, ready."""
-    servers = pytestconfig.stash[_GOLDEN]
+    servers = _golden(pytestconfig)
     wait_ready(servers.flash, *servers.others.values())
     return servers
 
 
 @pytest.fixture(scope="session")
 def family_run(pytestconfig: pytest.Config) -> FamilyRun:
-    """The run of all families' checkpoints, started before the first test."""
-    return pytestconfig.stash[_FAMILIES]
+    """The run of all families' checkpoints."""
+    return _family_run(pytestconfig)
 
 
 @pytest.fixture(scope="session")
