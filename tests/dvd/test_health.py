@@ -5,28 +5,30 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.server.peers import Language, Vision, serve
 
 from common import errors
 from dvd.health import check
 from tests.ports import free_port
+from tests.server.fakes.language_worker import FakeLanguageWorker
+from tests.server.fakes.stack import start_stack
+from tests.server.fakes.vision_worker import FakeVisionWorker
 
 
 async def test_a_vision_worker_is_healthy_while_it_answers(tmp_path: Path) -> None:
-    vision = Vision(f"127.0.0.1:{free_port()}")
+    vision = FakeVisionWorker(f"127.0.0.1:{free_port()}")
     await vision.start()
     assert await check(vision.address, 20) == "vision worker of InternVL, float32 on cpu"
-    vision.answers.clear()
+    vision.responsive.clear()
     with pytest.raises(errors.Unavailable, match="deadline_exceeded"):
         await check(vision.address, 0.2)
-    vision.answers.set()
+    vision.responsive.set()
     await vision.stop()
     with pytest.raises(errors.Unavailable, match=r"no worker answers \(unavailable\)"):
         await check(vision.address, 20)
 
 
 async def test_a_language_worker_needs_its_sink_and_vllm(tmp_path: Path) -> None:
-    language = Language(tmp_path, 0, f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
+    language = FakeLanguageWorker(tmp_path, 0, f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
     language.sink.http = language.engine.address.replace("127.0.0.1", "0.0.0.0")
     await language.start()
     assert await check(language.sink.address, 20) == "language worker of InternVL, float32, 0 of 0 MiB of embeddings"
@@ -37,7 +39,7 @@ async def test_a_language_worker_needs_its_sink_and_vllm(tmp_path: Path) -> None
 
 
 async def test_a_gateway_that_is_not_ready_gives_the_reasons(tmp_path: Path) -> None:
-    async with serve(tmp_path) as stack:
+    async with start_stack(tmp_path) as stack:
         for path in ("live", "ready"):
             assert await check(f"{stack.url}/health/{path}", 20) == "200"
         await stack.vision.stop()

@@ -1,48 +1,126 @@
-"""Servers that tests share: one start of vLLM takes longer than all the requests of a file."""
+"""Servers that tests share, started before the first test so that they load while tests without vLLM run."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from tests.e2e.families import FamilyRun
 from tests.e2e.serving import EXACT, GOLDEN, TOOLS, Served, start, start_up, stop, wait_ready
 from tests.ports import free_port
 
+CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
+_FOLDER = Path(__file__).parent
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What ends a shared server comes last."""
-    items.sort(key=lambda item: item.get_closest_marker("ends_servers") is not None)
+    """Runs these tests last, since their servers load meanwhile; those that end a shared server come at the very end."""
+    items.sort(key=lambda item: (_FOLDER in item.path.parents, item.get_closest_marker("ends_servers") is not None))
 
 
 @dataclass
 class Golden:
-    """The three golden checkpoints, served at once; flash's processes one by one over TCP, the others by `dvd up`."""
+    """The three golden checkpoints, served at once.
+
+    Attributes:
+        flash: The gateway of flash-qwen3. Its processes are started one by one and listen on TCP.
+        vision: The vision worker of flash-qwen3.
+        language: The language worker of flash-qwen3.
+        language_arguments: Arguments of `dvd` that start this language worker.
+        vllm_url: The URL of this worker's vLLM server, for requests that bypass the gateway.
+        vision_at: The address of the vision worker.
+        sink_at: The address of the language worker's sink.
+        others: Servers of the other checkpoints by name, started by `dvd up`.
+    """
 
     flash: Served
     vision: Served
     language: Served
+    language_arguments: tuple[str, ...]
     vllm_url: str
-    workers: tuple[str, ...]  # flash's, as flags of another gateway
+    vision_at: str
+    sink_at: str
     others: dict[str, Served]
 
     def __getitem__(self, name: str) -> Served:
         return self.flash if name == "flash-qwen3" else self.others[name]
 
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The options of another gateway for the same workers."""
+        return (f"--vision-workers={self.vision_at}", f"--language-workers={self.sink_at}")
+
+    @classmethod
+    def start(cls) -> "Golden":
+        """Starts all processes and does not wait for them."""
+        vision_at, sink_at, http_at = (f"127.0.0.1:{free_port()}" for _ in range(3))
+        vision = start("vision", CHECKPOINT, f"--listen={vision_at}")
+        language_arguments = ("language", str(CHECKPOINT), f"--listen={sink_at}", f"--http={http_at}", "--", *EXACT, *TOOLS)
+        language = start(*language_arguments)
+        workers = (f"--vision-workers={vision_at}", f"--language-workers={sink_at}")
+        port = free_port()
+        flash = start("gateway", *workers, f"--port={port}", "--router-scope=request", url=f"http://127.0.0.1:{port}")
+        names = ("vit300m-qwen2", "vit6b-llama")
+        others = {name: start_up(GOLDEN / name / "checkpoint", "--vision-workers=2") for name in names}
+        return cls(flash, vision, language, language_arguments, f"http://{http_at}", vision_at, sink_at, others)
+
+    def stop(self) -> None:
+        """Ends all processes."""
+        for served in (self.flash, *self.others.values(), self.vision, self.language):
+            stop(served)
+
+
+_GOLDEN = pytest.StashKey[Golden]()
+_FAMILIES = pytest.StashKey[FamilyRun]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Starts what the selected tests need, except in pytest-xdist's workers: each would start its own."""
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):
+        return
+    fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if "golden" in fixtures:
+        _golden(session.config)
+    if "family_run" in fixtures:
+        _family_run(session.config)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ends what was started, also after an interrupt and where no test came to use it."""
+    if _GOLDEN in session.config.stash:
+        session.config.stash[_GOLDEN].stop()
+    if _FAMILIES in session.config.stash:
+        session.config.stash[_FAMILIES].stop()
+
+
+def _golden(config: pytest.Config) -> Golden:
+    if _GOLDEN not in config.stash:
+        config.stash[_GOLDEN] = Golden.start()
+    return config.stash[_GOLDEN]
+
+
+def _family_run(config: pytest.Config) -> FamilyRun:
+    if _FAMILIES not in config.stash:
+        config.stash[_FAMILIES] = FamilyRun.start()
+    return config.stash[_FAMILIES]
+
 
 @pytest.fixture(scope="session")
-def golden() -> Iterator[Golden]:
-    checkpoint = GOLDEN / "flash-qwen3/checkpoint"
-    vision_at, sink_at, http_at = (f"127.0.0.1:{free_port()}" for _ in range(3))
-    port = free_port()
-    vision = start("vision", checkpoint, f"--listen={vision_at}")
-    language = start("language", checkpoint, f"--listen={sink_at}", f"--http={http_at}", "--", *EXACT, *TOOLS)
-    workers = (f"--vision-workers={vision_at}", f"--language-workers={sink_at}")
-    flash = start("gateway", *workers, f"--port={port}", "--router-scope=request", url=f"http://127.0.0.1:{port}")
-    others = {name: start_up(GOLDEN / name / "checkpoint", "--vision-workers=2") for name in ("vit300m-qwen2", "vit6b-llama")}
-    made = Golden(flash, vision, language, f"http://{http_at}", workers, others)
-    try:
-        wait_ready(flash, *others.values())
-        yield made
-    finally:
-        for served in (flash, *others.values(), vision, language):
-            stop(served)
+def golden(pytestconfig: pytest.Config) -> Golden:
+    """The golden checkpoints' servers, ready."""
+    servers = _golden(pytestconfig)
+    wait_ready(servers.flash, *servers.others.values())
+    return servers
+
+
+@pytest.fixture(scope="session")
+def family_run(pytestconfig: pytest.Config) -> FamilyRun:
+    """The run of all families' checkpoints."""
+    return _family_run(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def served(golden: Golden) -> Served:
+    """The gateway of flash-qwen3."""
+    return golden.flash

@@ -1,23 +1,67 @@
-"""A program: vLLM's engine with our model class and connector, one checkpoint after the other in one process.
+"""A program: makes each family's checkpoint, encodes images with it, and answers questions with vLLM's engine.
 
-`python -m tests.e2e.family_engine JOBS.json`; prints one JSON line a job. Its imports cost more than all its work, which is
-why it takes all checkpoints; a start of the whole server for each would take the suite a minute a piece.
+`python -m tests.e2e.family_engine FOLDER` prints one line `RESULT {JSON}` a family. All families share a process because
+the imports take longer than the work; a server for each family would take a minute each.
 """
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.families import FAMILIES, IMAGE_FILES, QUESTIONS, Family
+from tests.e2e.serving import IMAGES, text_part
 
-def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Greedy token ids for each conversation of a job: `checkpoint`, `store` (the connector's folder), `conversations`."""
+
+def encode_images(checkpoint: Path, store_folder: Path) -> dict[str, int]:
+    """Encodes the images into a store, each under the name of its file; returns their numbers of visual tokens."""
+    import torch
+
+    from common.checkpoint import open_checkpoint
+    from common.embedding import Header
+    from common.options import read_options
+    from common.tiling import Tiling
+    from lm_worker.shared_memory import create_folder
+    from lm_worker.store import Store
+    from vision_worker import encoder as encoders
+    from vision_worker.config import VisionOptions
+    from vision_worker.models import vir
+
+    opened = open_checkpoint(checkpoint)
+    description = opened.description
+    encoder = encoders.load(read_options(VisionOptions, [str(checkpoint)], {}), opened)
+    create_folder(store_folder)
+    store = Store(store_folder, budget=64 << 20, lease=0)
+    rows = {}
+    for file in IMAGE_FILES:
+        tiles = encoder.prepare((IMAGES / file).read_bytes(), Tiling(1, 2, description.thumbnail))
+        policy = vir.create_policy(0, description.thresholds)
+        projected = encoder.project(encoder.forward(encoder.stage(tiles.pixels)), range(len(tiles)), policy)
+        embedding = torch.cat(projected.blocks).float()
+        key = file.partition(".")[0]
+        rows[key] = len(embedding)
+        with store.writing(Header(key, opened.fingerprint, "float32", *embedding.shape)) as incoming:
+            incoming.add(embedding.contiguous().numpy().tobytes())
+    return rows
+
+
+def conversation(parts: Sequence[str], rows: dict[str, int]) -> list[dict[str, Any]]:
+    """Returns one user message; the name of an image in `parts` stands for its embedding."""
+    images = {
+        key: {"type": "image_embeds", "image_embeds": {"image_num_tokens": [count]}, "uuid": key} for key, count in rows.items()
+    }
+    return [{"role": "user", "content": [images.get(part) or text_part(part) for part in parts]}]
+
+
+def answer(checkpoint: Path, store_folder: Path, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Returns greedy token ids and the length of the prompt for each conversation."""
     from vllm import LLM, SamplingParams
     from vllm.config import ECTransferConfig
 
     engine = LLM(
-        job["checkpoint"],
+        str(checkpoint),
         dtype="float32",
         enforce_eager=True,
         max_model_len=2048,
@@ -29,28 +73,39 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
             ec_connector="SharedMemoryConnector",
             ec_connector_module_path="lm_worker.connector",
             ec_role="ec_consumer",
-            ec_connector_extra_config={"folder": job["store"], "wait": 10},
+            ec_connector_extra_config={"folder": str(store_folder), "wait": 10},
         ),
     )
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    said = engine.chat(job["conversations"], sampling, use_tqdm=False)
+    outputs = engine.chat(conversations, sampling, use_tqdm=False)
     engine.llm_engine.engine_core.shutdown()
     return {
-        "tokens": [list(output.outputs[0].token_ids) for output in said],
-        "prompts": [len(output.prompt_token_ids or ()) for output in said],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "prompts": [len(output.prompt_token_ids or ()) for output in outputs],
     }
 
 
+def run(family: Family, folder: Path) -> dict[str, Any]:
+    """Makes a family's checkpoint and returns its rows and answers."""
+    from tests.checkpoints import write_checkpoint, write_native_checkpoint
+
+    checkpoint, store_folder = folder / family.name, folder / f"{family.name}-store"
+    (write_native_checkpoint if family.native else write_checkpoint)(checkpoint, **family.options)
+    rows = encode_images(checkpoint, store_folder)
+    return {"rows": rows, **answer(checkpoint, store_folder, [conversation(question, rows) for question in QUESTIONS])}
+
+
 def main() -> None:
+    """Runs all families; an error of one is its result."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for family in FAMILIES:
         try:
-            result = answer(job)
+            result = run(family, Path(sys.argv[1]))
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         cleanup_dist_env_and_memory()
-        print("RESULT " + json.dumps({"name": job["name"], **result}), flush=True)
+        print("RESULT " + json.dumps({"name": family.name, **result}), flush=True)
 
 
 if __name__ == "__main__":

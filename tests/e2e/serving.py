@@ -1,4 +1,4 @@
-"""Starting the real thing for tests: processes over sockets, found again by a mark in their environment."""
+"""Starts `dvd` commands for tests. A variable in their environment marks all processes that belong to a command."""
 
 import base64
 import contextlib
@@ -23,9 +23,11 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/golden"
 IMAGES = GOLDEN / "images"
 START_TIMEOUT = 280.0
+"""Seconds until a server must be ready."""
 MARK = "SERVED_FOR_TEST"
+"""The variable that marks the processes of a command."""
 
-# a small cache and no compilation: starts are what a test suite pays for
+# a small cache and no compilation, since starts take most of the time of these tests
 QUICK = ("--enforce-eager", "--kv-cache-memory-bytes=268435456", "--max-num-seqs=32")
 EXACT = (*QUICK, "--dtype=float32")
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
@@ -38,33 +40,38 @@ SYSTEM = {
 
 
 def image_part(image: str | bytes) -> dict[str, Any]:
-    """A content part with a golden image, or with any bytes."""
+    """Returns a content part with a golden image (its file's name) or with these bytes."""
     data = (IMAGES / image).read_bytes() if isinstance(image, str) else image
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}}
 
 
 def text_part(text: str) -> dict[str, Any]:
+    """Returns a content part with this text."""
     return {"type": "text", "text": text}
 
 
 @dataclass
 class Answer:
+    """A complete HTTP response."""
+
     status: int
     headers: dict[str, str]
     text: str
 
     @property
     def json(self) -> Any:
+        """The parsed body."""
         return json.loads(self.text)
 
     @property
     def error(self) -> dict[str, Any]:
+        """The error object of the body."""
         return dict(self.json["error"])
 
 
 @dataclass
 class Served:
-    """A running `dvd` command. `lines` is what it has printed so far."""
+    """A running `dvd` command."""
 
     process: "subprocess.Popen[bytes]"
     url: str
@@ -73,30 +80,34 @@ class Served:
 
     @property
     def lines(self) -> str:
+        """What the command has printed so far."""
         return self.log.read_text(errors="replace")
 
     def get(self, path: str) -> Answer:
+        """Sends a GET request."""
         return request(f"{self.url}{path}")
 
     def post(self, path: str, body: Any, **headers: str) -> Answer:
+        """Sends a POST request with these bytes, or with this value as JSON."""
         return request(f"{self.url}{path}", body if isinstance(body, bytes) else json.dumps(body).encode(), headers)
 
     def chat(self, *content: dict[str, Any] | str, **parameters: Any) -> Answer:
-        """One user message, greedy, 16 tokens unless said otherwise."""
+        """Sends one user message; greedy and 16 tokens unless `parameters` change it."""
         parts = [text_part(part) if isinstance(part, str) else part for part in content]
         defaults = {"messages": [{"role": "user", "content": parts}], "max_tokens": 16, "temperature": 0}
         return self.post("/v1/chat/completions", {**defaults, **parameters})
 
     def metric(self, name: str) -> float:
-        """The sum over all labels of one metric of this process."""
-        found = [line for line in self.get("/metrics").text.splitlines() if line.split("{")[0].split(" ")[0] == name]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+        """Returns the sum of a metric over all its labels."""
+        lines = self.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
 
 
 def request(url: str, body: bytes | None = None, headers: dict[str, str] | None = None, timeout: float = 240) -> Answer:
-    made = urllib.request.Request(url, body, {"Content-Type": "application/json", **(headers or {})})
+    """Sends a GET request, or a POST request where there is a body; an HTTP error is a response too."""
+    outgoing = urllib.request.Request(url, body, {"Content-Type": "application/json", **(headers or {})})
     try:
-        with urllib.request.urlopen(made, timeout=timeout) as answer:
+        with urllib.request.urlopen(outgoing, timeout=timeout) as answer:
             return Answer(answer.status, _lower(answer.headers), answer.read().decode())
     except urllib.error.HTTPError as error:
         return Answer(error.code, _lower(error.headers), error.read().decode())
@@ -107,7 +118,7 @@ def _lower(headers: Any) -> dict[str, str]:
 
 
 def start(*arguments: str | Path, url: str = "", environment: dict[str, str] | None = None) -> Served:
-    """Start `dvd` with these arguments; it goes on until `stop`."""
+    """Starts `dvd` with these arguments and does not wait; `stop` ends it."""
     mark = uuid.uuid4().hex
     log = Path(tempfile.mkstemp(prefix="dvd-test-", suffix=".log")[1])
     with log.open("wb") as file:
@@ -117,13 +128,14 @@ def start(*arguments: str | Path, url: str = "", environment: dict[str, str] | N
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **(environment or {}), MARK: mark},
+            # SPT_NOENV: vLLM sets process titles, which must not overwrite the mark in /proc/PID/environ
+            env={**os.environ, "SPT_NOENV": "1", **(environment or {}), MARK: mark},
         )
     return Served(process, url, log, mark)
 
 
 def run(*arguments: str | Path, timeout: float = 120, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run `dvd` to its end: exit code, and what it printed."""
+    """Runs `dvd` to its end and returns the exit code and what it printed."""
     served = start(*arguments, environment=environment)
     try:
         code = served.process.wait(timeout)
@@ -133,25 +145,25 @@ def run(*arguments: str | Path, timeout: float = 120, environment: dict[str, str
 
 
 def alive(mark: str) -> list[str]:
-    """Command lines of the processes that carry the mark, zombies left out."""
-    found = []
+    """Returns the command lines of the processes with this mark, without zombies."""
+    command_lines = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return found
+                command_lines.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return command_lines
 
 
 def gone(mark: str, within: float) -> list[str]:
-    """What is still alive after at most `within` seconds."""
-    until = time.monotonic() + within
-    while (left := alive(mark)) and time.monotonic() < until:
+    """Waits up to `within` seconds for the processes with this mark to end; returns those that did not."""
+    deadline = time.monotonic() + within
+    while (remaining := alive(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return left
+    return remaining
 
 
 def stop(served: Served) -> None:
-    """End it and everything it started, by the mark."""
+    """Ends a command and all processes that it started."""
     if served.process.poll() is None:
         served.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -164,26 +176,31 @@ def stop(served: Served) -> None:
 
 
 def wait_ready(*servers: Served) -> None:
-    """Until `/health/ready` of each says yes. Raises with the log of one that does not get there."""
-    until = time.monotonic() + START_TIMEOUT
+    """Waits until all servers are ready.
+
+    Raises:
+        RuntimeError: A server ended or was not ready in time; the message has the end of its log.
+    """
+    deadline = time.monotonic() + START_TIMEOUT
     for served in servers:
         while True:
             with contextlib.suppress(OSError):
                 if request(f"{served.url}/health/ready", timeout=10).status == 200:
                     break
-            if served.process.poll() is not None or time.monotonic() > until:
+            if served.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"not ready: {served.lines[-6000:]}")
             time.sleep(0.5)
 
 
 def start_up(checkpoint: Path, *flags: str, vllm: Sequence[str] = EXACT) -> Served:
-    """`dvd up` on a free port, not yet ready."""
+    """Starts `dvd up` on a free port and does not wait."""
     port = free_port()
     return start("up", checkpoint, f"--port={port}", *flags, "--", *vllm, url=f"http://127.0.0.1:{port}")
 
 
 @contextlib.contextmanager
 def up(checkpoint: Path, *flags: str, vllm: Sequence[str] = EXACT) -> Iterator[Served]:
+    """Runs `dvd up` and yields it when it is ready."""
     served = start_up(checkpoint, *flags, vllm=vllm)
     try:
         wait_ready(served)

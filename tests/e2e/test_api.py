@@ -1,4 +1,4 @@
-"""What an OpenAI client may ask for, through the real path; and what a bad request gets."""
+"""Requests of an OpenAI client to real processes, and the errors of invalid requests."""
 
 import base64
 import json
@@ -11,24 +11,20 @@ import pytest
 
 from server.media.video import sample_frames
 from tests.e2e.conftest import Golden
-from tests.e2e.serving import Served, image_part, request, text_part
+from tests.e2e.serving import IMAGES, Served, image_part, request, text_part
 from tests.videos import encode_video
 
 SQUARE = image_part("square.png")
 PALETTE = image_part("palette_512x512.png")
 
 
-@pytest.fixture(scope="session")
-def uvicorn_config(golden: Golden) -> Served:
-    return golden.flash
-
-
 def vllm_metric(golden: Golden, pattern: str) -> float:
+    """Returns the sum of vLLM's metrics whose lines match a pattern."""
     lines = request(f"{golden.vllm_url}/metrics").text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(pattern, line))
 
 
-def test_every_door_answers(served: Served) -> None:
+def test_models_version_health_and_metrics(served: Served) -> None:
     assert [model["id"] for model in served.get("/v1/models").json["data"]] == ["checkpoint"]
     assert served.get("/version").json["engine"] == "0.32.0"
     assert served.get("/health/live").status == 200
@@ -42,7 +38,7 @@ def test_usage_counts_image_tokens_and_cached_ones(served: Served) -> None:
     again = served.chat(SQUARE, question).json["usage"]
     text = served.chat(question).json["usage"]
     assert first["prompt_tokens"] > text["prompt_tokens"] + 256
-    assert again["prompt_tokens_details"]["cached_tokens"] >= 256, "the key is the engine's too: its prefix is found again"
+    assert again["prompt_tokens_details"]["cached_tokens"] >= 256, "the engine uses the key for its prefix cache"
 
 
 def test_a_repeated_image_is_not_encoded_again(served: Served) -> None:
@@ -53,7 +49,7 @@ def test_a_repeated_image_is_not_encoded_again(served: Served) -> None:
     assert served.metric("dvd_encodes_total") == before
 
 
-def test_images_may_come_in_any_turn_and_any_place(served: Served) -> None:
+def test_images_are_served_in_any_turn_and_place(served: Served) -> None:
     def ask(*first: Any) -> list[int]:
         messages = [
             {"role": "user", "content": [text_part("a "), *first, text_part(" b")]},
@@ -74,22 +70,22 @@ def test_images_may_come_in_any_turn_and_any_place(served: Served) -> None:
     assert one != other
 
 
-def test_a_video_is_what_its_frames_are_one_by_one(served: Served) -> None:
+def test_a_video_has_the_answer_of_its_frames(served: Served) -> None:
     clip = encode_video("mp4", "mpeg4", 40, size=(640, 480))
     url = f"data:video/mp4;base64,{base64.b64encode(clip).decode()}"
     video = {"type": "video_url", "video_url": {"url": url, "num_frames": 3}}
-    asked = {"logprobs": True, "max_tokens": 8}
-    answer = served.chat(video, "What happens?", **asked)
+    parameters: dict[str, Any] = {"logprobs": True, "max_tokens": 8}
+    answer = served.chat(video, "What happens?", **parameters)
     assert answer.status == 200, answer.text
     assert answer.headers["x-dvd-images"].startswith("images=3; ")
     parts: list[Any] = []
     for number, frame in enumerate(sample_frames(clip, 3, 1 << 20, 60), start=1):
         link = f"data:image/png;base64,{base64.b64encode(frame).decode()}"
         parts += [f"Frame{number}: ", {"type": "image_url", "image_url": {"url": link, "detail": "low"}}]
-    again = served.chat(*parts, "What happens?", **asked)
+    again = served.chat(*parts, "What happens?", **parameters)
     assert again.json["choices"] == answer.json["choices"]
     assert again.json["usage"]["prompt_tokens"] == answer.json["usage"]["prompt_tokens"]
-    assert "reused=3" in again.headers["x-dvd-images"], "one key, one encode: the frames are where the video left them"
+    assert "reused=3" in again.headers["x-dvd-images"], "the frames have the keys that the video's frames had"
 
 
 def test_choices_seed_stop_and_log_probabilities(served: Served) -> None:
@@ -105,60 +101,62 @@ def test_choices_seed_stop_and_log_probabilities(served: Served) -> None:
     assert stop not in stopped["message"]["content"]
 
 
-def test_structured_output_and_tools_pass_through(golden: Golden, served: Served) -> None:
+def test_structured_output_and_tools_are_forwarded(golden: Golden, served: Served) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
-    wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
-    said = served.chat(SQUARE, "x", response_format=wanted, max_tokens=200).json["choices"][0]
-    assert said["finish_reason"] == "length" or set(json.loads(said["message"]["content"])) == {"a"}
+    response_format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    choice = served.chat(SQUARE, "x", response_format=response_format, max_tokens=200).json["choices"][0]
+    assert choice["finish_reason"] == "length" or set(json.loads(choice["message"]["content"])) == {"a"}
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
-    refused = golden["vit300m-qwen2"].chat(SQUARE, "x", tools=[tool], tool_choice="auto")
-    assert refused.status == 400
-    assert "auto" in refused.error["message"], "the engine's own words: it was started without a tool parser"
+    rejected = golden["vit300m-qwen2"].chat(SQUARE, "x", tools=[tool], tool_choice="auto")
+    assert rejected.status == 400
+    assert "auto" in rejected.error["message"], "vLLM's message: it was started without a tool parser"
 
 
-def test_streams_end_with_usage_when_asked(served: Served) -> None:
+def test_streams_end_with_usage_when_requested(served: Served) -> None:
     text = served.chat(SQUARE, "x", stream=True, stream_options={"include_usage": True}).text
     events = [line.removeprefix("data: ") for line in text.splitlines() if line]
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["usage"]["completion_tokens"] > 0
 
 
-def test_a_caller_who_leaves_frees_the_engine(golden: Golden, served: Served) -> None:
+def test_a_disconnect_ends_the_engines_request(golden: Golden, served: Served) -> None:
     before = vllm_metric(golden, "vllm:generation_tokens_total")
     body = json.dumps({
         "messages": [{"role": "user", "content": [SQUARE, text_part("go on")]}],
         "max_tokens": 7000, "ignore_eos": True, "stream": True,
     }).encode()  # fmt: skip
     host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as caller:
+    with socket.create_connection((host, int(port))) as client:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        caller.sendall(head.encode() + body)
-        assert caller.recv(1000).startswith(b"HTTP/1.1 200")
-    until = time.monotonic() + 60
+        client.sendall(head.encode() + body)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+    deadline = time.monotonic() + 60
     while vllm_metric(golden, "vllm:num_requests_running"):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert vllm_metric(golden, "vllm:generation_tokens_total") - before < 6000, "vLLM went on for a caller who had left"
+    assert vllm_metric(golden, "vllm:generation_tokens_total") - before < 6000, (
+        "vLLM continued after the client had disconnected"
+    )
     assert served.metric("dvd_requests_in_flight") == 0
 
 
 LARGE = [image_part(name) for name in ("strip_100x1900.png", "vga_640x480.png", "hd_1920x1080.jpg", "rgba_700x500.png")]
-BAD: list[tuple[str, dict[str, Any], int, str]] = [
-    ("not an image", {"content": [image_part(b"hello")]}, 400, "invalid_image"),
-    ("no bytes", {"content": [image_part(b"")]}, 400, "invalid_image"),
-    ("cut", {"content": [image_part(b"\x89PNG\r\n\x1a\n")]}, 400, "invalid_image"),
-    ("too many", {"content": [SQUARE] * 33}, 400, "too_many_images"),
-    ("too long", {"content": "word " * 20_000}, 400, "context_length_exceeded"),
-    ("too many tokens", {"content": LARGE}, 400, "context_length_exceeded"),
-    ("private", {"content": [{"type": "image_url", "image_url": {"url": "https://127.0.0.1/a.png"}}]}, 400, "invalid_request"),
-    ("file", {"content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}, 400, "invalid_request"),
-    ("embeds", {"content": [{"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}}]}, 400, "invalid_request"),
-    ("marker", {"content": [SQUARE, text_part("<image>")]}, 400, "invalid_request"),
-]  # fmt: skip
+INVALID_REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "not an image": ({"content": [image_part(b"hello")]}, 400, "invalid_image"),
+    "no bytes": ({"content": [image_part(b"")]}, 400, "invalid_image"),
+    "truncated": ({"content": [image_part(b"\x89PNG\r\n\x1a\n")]}, 400, "invalid_image"),
+    "too many": ({"content": [SQUARE] * 33}, 400, "too_many_images"),
+    "too long": ({"content": "word " * 20_000}, 400, "context_length_exceeded"),
+    "too many tokens": ({"content": LARGE}, 400, "context_length_exceeded"),
+    "private": ({"content": [{"type": "image_url", "image_url": {"url": "https://127.0.0.1/a.png"}}]}, 400, "invalid_request"),
+    "file": ({"content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}, 400, "invalid_request"),
+    "embeds": ({"content": [{"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}}]}, 400, "invalid_request"),
+    "marker": ({"content": [SQUARE, text_part("<image>")]}, 400, "invalid_request"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("message", "status", "code"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_a_bad_request_is_told_why_and_the_next_is_served(
+@pytest.mark.parametrize(("message", "status", "code"), INVALID_REQUESTS.values(), ids=INVALID_REQUESTS)
+def test_an_invalid_request_has_its_code_and_the_next_is_served(
     served: Served, message: dict[str, Any], status: int, code: str
 ) -> None:
     answer = served.post("/v1/chat/completions", {"messages": [{"role": "user", **message}], "max_tokens": 4})
@@ -167,15 +165,13 @@ def test_a_bad_request_is_told_why_and_the_next_is_served(
     assert served.chat(SQUARE, "x").status == 200
 
 
-def test_an_image_that_breaks_while_it_is_decoded_is_the_callers_fault(served: Served) -> None:
-    from tests.e2e.serving import IMAGES
-
+def test_an_image_that_cannot_be_decoded_completely_is_invalid(served: Served) -> None:
     data = (IMAGES / "vga_640x480.png").read_bytes()
     answer = served.chat(image_part(data[: len(data) // 2]), "x")
     assert (answer.status, answer.error["code"]) == (400, "invalid_image")
 
 
-def test_an_unknown_model_is_named(served: Served) -> None:
+def test_the_error_for_an_unknown_model_names_it_and_the_known_ones(served: Served) -> None:
     answer = served.chat(SQUARE, "x", model="gpt-4o")
     assert (answer.status, answer.error["code"]) == (404, "model_not_found")
     assert "'gpt-4o'" in answer.error["message"]

@@ -1,4 +1,4 @@
-"""Through HTTP, with the image files themselves, to the token: the answers of the official implementation."""
+"""Answers through HTTP to image files equal those of the official implementation, token by token."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ CASES = {name: json.loads((GOLDEN / name / "cases.json").read_text()) for name i
 
 
 def messages(name: str, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """As the official code writes a conversation: the template's system message, images before the question."""
+    """Returns a conversation as the official code builds it: the system message, and images before the question."""
     template = json.loads((GOLDEN / name / "checkpoint/config.json").read_text())["template"]
     parts = []
     for number, image in enumerate(case["images"], 1):
@@ -27,7 +27,7 @@ def messages(name: str, case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def ask(served: Served, name: str, case: dict[str, Any]) -> tuple[int, list[int]]:
-    """Prompt tokens and greedy token ids of one case."""
+    """Returns the number of prompt tokens and the greedy token ids of one case."""
     body = {"messages": messages(name, case), "max_tokens": 16, "temperature": 0}
     answer = served.post("/v1/chat/completions", {**body, "ignore_eos": True, "return_token_ids": True})
     assert answer.status == 200, answer.text
@@ -37,20 +37,20 @@ def ask(served: Served, name: str, case: dict[str, Any]) -> tuple[int, list[int]
 @pytest.mark.parametrize(
     ("name", "number"), [pytest.param(name, i, id=f"{name}-{i}") for name in NAMES for i in range(len(CASES[name]))]
 )
-def test_an_answer_is_the_official_one(golden: Golden, name: str, number: int) -> None:
+def test_an_answer_equals_the_official_one(golden: Golden, name: str, number: int) -> None:
     case = CASES[name][number]
     assert ask(golden[name], name, case) == (case["num_prompt_tokens"], case["greedy_token_ids"])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_answers_are_the_same_all_at_once(golden: Golden, name: str) -> None:
+def test_concurrent_answers_are_the_same(golden: Golden, name: str) -> None:
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda case: ask(golden[name], name, case), CASES[name]))
     assert answers == [(case["num_prompt_tokens"], case["greedy_token_ids"]) for case in CASES[name]]
 
 
 @pytest.mark.parametrize("number", [2, 4, 11])
-def test_a_stream_says_the_same(golden: Golden, number: int) -> None:
+def test_a_streamed_answer_is_the_same(golden: Golden, number: int) -> None:
     case = CASES["flash-qwen3"][number]
     body = {"messages": messages("flash-qwen3", case), "max_tokens": 16, "temperature": 0, "ignore_eos": True}
     answer = golden.flash.post("/v1/chat/completions", {**body, "stream": True, "return_token_ids": True})
@@ -62,10 +62,10 @@ def test_a_stream_says_the_same(golden: Golden, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_the_answer_says_what_the_router_did(golden: Golden, number: int) -> None:
+def test_the_response_header_reports_the_routers_decision(golden: Golden, number: int) -> None:
     case = CASES["flash-qwen3"][number]
     answer = golden.flash.chat(*[image_part(image) for image in case["images"]], case["question"])
-    said = dict(part.split("=") for part in answer.headers["x-dvd-images"].replace(" ", "").split(";"))
-    assert int(said["tiles"]) == sum(case["num_tiles"])
-    assert int(said["compressed"]) == sum(map(sum, case["compressed"]))
-    assert int(said["tokens"]) == sum(case["visual_tokens"])
+    report = dict(part.split("=") for part in answer.headers["x-dvd-images"].replace(" ", "").split(";"))
+    assert int(report["tiles"]) == sum(case["num_tiles"])
+    assert int(report["compressed"]) == sum(map(sum, case["compressed"]))
+    assert int(report["tokens"]) == sum(case["visual_tokens"])

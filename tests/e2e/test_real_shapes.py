@@ -1,4 +1,4 @@
-"""A published model at its true dimensions, with random weights: InternVL3.5-1B-Flash boots and answers."""
+"""InternVL3.5-1B-Flash, a published model, loads and answers at its true dimensions, with random weights."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ QWEN3_06B = {
 
 @pytest.fixture
 def flash_1b(tmp_path: Path) -> Path:
-    """Its `config.json` with a small tokenizer; no weights at all."""
+    """The model's `config.json` with a small tokenizer and no weights."""
     source = GOLDEN / "flash-qwen3/checkpoint"
     folder = tmp_path / "InternVL3_5-1B-Flash"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
