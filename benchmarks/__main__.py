@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: run, and leave in `benchmarks/results` a JSON file each, a table and pictures of all."""
+"""Runs benchmarks: `python -m benchmarks [NAME …]`. Writes a JSON file for each, a table and plots to `benchmarks/results`."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from benchmarks import report, result
 from benchmarks.options import Options
 
 MODULES = {
-    "wire": "benchmarks.wire_speed",
+    "wire": "benchmarks.transfer",
     "preprocessing": "benchmarks.preprocessing",
     "encoder": "benchmarks.encoder",
     "gateway": "benchmarks.gateway",
@@ -20,33 +20,40 @@ MODULES = {
     "equal-hardware": "benchmarks.equal_hardware",
     "plan": "benchmarks.plan",
 }
+"""Module of each benchmark by its public name, in the order in which all of them run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 1 where a benchmark could not run. A target that is missed is no failure: it is said."""
+    """Run the named benchmarks, or all. Missed targets are reported; they do not fail the run.
+
+    Returns the exit status: 1 if a benchmark could not run.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*MODULES, []], metavar="NAME", help=", ".join(MODULES))
-    parser.add_argument("--baseline", help="Python of an environment with stock vLLM and torchvision: make baseline")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats: whether it runs, not how fast")
-    said = parser.parse_args(arguments)
-    options = Options(baseline=said.baseline, quick=said.quick)
-    result.FOLDER.mkdir(exist_ok=True)  # for what a benchmark draws, and what is written of it
-    failed = []
-    for name in said.names or MODULES:
-        began = time.monotonic()
-        print(f"{name} …", file=sys.stderr, flush=True)
-        try:
-            found = importlib.import_module(MODULES[name]).run(options)
-        except Exception as error:
-            failed.append(name)
-            print(f"{name} failed after {time.monotonic() - began:.0f} s: {type(error).__name__}: {error}", file=sys.stderr)
-            continue
-        file = result.write(found, options.quick)
-        verdict = "met" if found.met else "missed"
-        print(f"{name:<16} {found.ratio:8.2f}  target {found.target:g} {verdict}  spread {found.spread:.0%}", flush=True)
-        print(f"{name}: {time.monotonic() - began:.0f} s, {file}", file=sys.stderr)
+    parser.add_argument("names", nargs="*", choices=[*MODULES, []], metavar="NAME", help=f"one of {', '.join(MODULES)}")
+    parser.add_argument("--baseline", help="Python of an environment with stock vLLM and torchvision (make baseline)")
+    parser.add_argument("--quick", action="store_true", help="two repeats each: a smoke test, not a measurement")
+    parsed = parser.parse_args(arguments)
+    options = Options(baseline=parsed.baseline, quick=parsed.quick)
+    result.FOLDER.mkdir(exist_ok=True)  # benchmarks draw into it before their result is written
+    failures = [name for name in parsed.names or MODULES if not _run(name, options)]
     report.write()
-    return 1 if failed else 0
+    return 1 if failures else 0
+
+
+def _run(name: str, options: Options) -> bool:
+    """Run one benchmark and write its result. Returns whether it ran to its end."""
+    started_at = time.monotonic()
+    print(f"{name} …", file=sys.stderr, flush=True)
+    try:
+        measured = importlib.import_module(MODULES[name]).run(options)
+    except Exception as error:
+        print(f"{name} failed after {time.monotonic() - started_at:.0f} s: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    file = result.write(measured, options.quick)
+    verdict = "met" if measured.met else "missed"
+    print(f"{name:<16} {measured.ratio:8.2f}  target {measured.target:g} {verdict}  spread {measured.spread:.0%}", flush=True)
+    print(f"{name}: {time.monotonic() - started_at:.0f} s, {file}", file=sys.stderr)
+    return True
 
 
 if __name__ == "__main__":

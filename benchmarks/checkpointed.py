@@ -1,4 +1,4 @@
-"""What a long run has measured so far, in a file: one that was broken off goes on where it was."""
+"""Resumable runs: a long benchmark stores each finished measurement and continues after it when started again."""
 
 import json
 import os
@@ -9,37 +9,39 @@ from typing import Any, TypeVar, cast
 from benchmarks import result
 
 T = TypeVar("T")
-ENDING = ".parts.json"
+SUFFIX = ".parts.json"
 
 
-class Kept:
-    """`results/NAME.parts.json`, ignored by git. From what another commit, day or machine measured no run goes on."""
+class CheckpointedRun:
+    """Measurements of one run in `results/NAME.parts.json`, which git ignores.
+
+    Measurements are reused only on the same day, machine and commit and with the same value of `quick`.
+    """
 
     def __init__(self, name: str, quick: bool) -> None:
-        self._file = result.FOLDER / f"{name}{ENDING}"
+        self._file = result.FOLDER / f"{name}{SUFFIX}"
         self._run = {"quick": quick, "environment": result.environment()}
-        self._parts = self._found()
+        self._measurements = self._load()
 
-    def _found(self) -> dict[str, Any]:
+    def _load(self) -> dict[str, Any]:
         if not self._file.exists():
             return {}
-        said = json.loads(self._file.read_text(encoding="utf-8"))
-        return cast(dict[str, Any], said["parts"]) if said["run"] == self._run else {}
+        stored = json.loads(self._file.read_text(encoding="utf-8"))
+        return cast(dict[str, Any], stored["parts"]) if stored["run"] == self._run else {}
 
-    def part(self, name: str, measure: Callable[[], T]) -> T:
-        """What `measure` returns, something that JSON can say; not measured again if it is there from before."""
-        if name not in self._parts:
-            self._parts[name] = measure()
-            _replace(self._file, json.dumps({"run": self._run, "parts": self._parts}))
-        return cast(T, self._parts[name])
+    def measure(self, name: str, measure: Callable[[], T]) -> T:
+        """Return the stored measurement `name`, or call `measure` and store what it returns, a JSON value."""
+        if name not in self._measurements:
+            self._measurements[name] = measure()
+            _write_atomically(self._file, json.dumps({"run": self._run, "parts": self._measurements}))
+        return cast(T, self._measurements[name])
 
-    def done(self) -> None:
-        """The next run measures everything anew."""
+    def finish(self) -> None:
+        """Delete the stored measurements: the next run measures everything again."""
         self._file.unlink(missing_ok=True)
 
 
-def _replace(file: Path, text: str) -> None:
-    """Written in full or not at all."""
+def _write_atomically(file: Path, text: str) -> None:
     new = file.with_suffix(".new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, file)

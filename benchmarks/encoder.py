@@ -1,7 +1,7 @@
-"""Tiles/s of InternViT at its true shape, random weights: ours against transformers' eager tower and vLLM's.
+"""Tiles/s of InternViT at its published shape with random weights: ours against transformers' eager tower and vLLM's.
 
-All three in one process, the same tiles, the same dtype, one after another in each repeat. On a GPU also the share of the
-card's dense peak, in bf16. What is measured is the tower alone: no decoding, no projector.
+All towers run in one process, on the same tiles, with the same dtype, one after another in each repeat. On a GPU the share of
+the card's dense bf16 peak is measured too. Only the tower is measured, without image decoding and projector.
 """
 
 import os
@@ -14,80 +14,86 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.options import Options
-from benchmarks.result import Result, ratio_of
+from benchmarks.result import Result, median_ratio
 from common.layouts.base import Tower
-from vision_worker.models.compiled import Compiled
+from vision_worker.models import onednn
+from vision_worker.models.compiled import CompiledTower
 from vision_worker.models.intern_vit import InternViT
 
-M300 = Tower(1024, 4096, 24, 16, 448, 14, "layer_norm", 1e-6, "gelu", True, False)
-B6 = Tower(3200, 12800, 45, 25, 448, 14, "rms_norm", 1e-6, "gelu", False, True)
-TFLOP = {"300M": 0.724, "6B": 11.94}
-"""Of one tile."""
-PEAK = {"NVIDIA H200": 790.0}
-"""Dense bf16 TFLOP/s that a card can be held to."""
+INTERN_VIT_300M = Tower(1024, 4096, 24, 16, 448, 14, "layer_norm", 1e-6, "gelu", True, False)
+INTERN_VIT_6B = Tower(3200, 12800, 45, 25, 448, 14, "rms_norm", 1e-6, "gelu", False, True)
+TFLOP_PER_TILE = {"300M": 0.724, "6B": 11.94}
+PEAK_TFLOPS = {"NVIDIA H200": 790.0}
+"""Dense bf16 TFLOP/s that are reachable in practice, by prefix of the card's name."""
+_VLLM_GROUP = "tcp://127.0.0.1:29511"
+
+TowerFunction = Callable[[Tensor], Any]
 
 
 def run(options: Options) -> Result:
-    """The headline is ours over transformers' eager tower; target 1.1 on a CPU."""
+    """Measure tiles/s. The headline is ours over transformers' eager tower; the target is 1.1 on a CPU."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tiles = 32 if cuda else 2
     pixels = torch.randn(tiles, 3, 448, 448, device=device, dtype=dtype)
-    tower = _ours(M300, device, dtype)
-    towers: dict[str, Callable[[Tensor], Any]] = {
+    tower = _our_tower(INTERN_VIT_300M, device, dtype)
+    if onednn.is_supported(torch.device(device), dtype):
+        onednn.optimize(tower)
+    towers: dict[str, TowerFunction] = {
         "ours": tower,
-        "ours, compiled": Compiled(tower, tiles, torch.device(device)),
-        "transformers": _transformers(device, dtype),
-        "vllm": _vllm(device, dtype),
+        "ours, compiled": CompiledTower(_our_tower(INTERN_VIT_300M, device, dtype), tiles, torch.device(device)),
+        "transformers": _transformers_tower(device, dtype),
+        "vllm": _vllm_tower(device, dtype),
     }
-    rates = _rates(towers, pixels, options.repeats(5))
-    middle = {name: statistics.median(found) for name, found in rates.items()}
-    ratio, spread = ratio_of(rates["ours"], rates["transformers"])
+    rates = _measure_rates(towers, pixels, options.repeats(5))
+    medians = {name: statistics.median(repeats) for name, repeats in rates.items()}
+    ratio, spread = median_ratio(rates["ours"], rates["transformers"])
     figures = {
-        "tiles/s": {name: round(value, 3) for name, value in middle.items()},
-        "over vllm's": round(ratio_of(rates["ours"], rates["vllm"])[0], 3),
+        "tiles/s": {name: round(value, 3) for name, value in medians.items()},
+        "over vllm's": round(median_ratio(rates["ours"], rates["vllm"])[0], 3),
         "tiles in a batch": tiles, "device": device, "dtype": str(dtype),
-        "TFLOP/s": round(middle["ours"] * TFLOP["300M"], 2),
-        **(_on_gpu(options) if cuda else {}),
+        "TFLOP/s": round(medians["ours"] * TFLOP_PER_TILE["300M"], 2),
+        **({"gpu": _measure_on_gpu(options)} if cuda else {}),
     }  # fmt: skip
     return Result("encoder", ratio, 1.1, spread, figures)
 
 
-def _rates(towers: dict[str, Callable[[Tensor], Any]], pixels: Tensor, repeats: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in towers}
+def _measure_rates(towers: dict[str, TowerFunction], pixels: Tensor, repeats: int) -> dict[str, list[float]]:
+    """Tiles/s of each tower in each repeat; towers take turns."""
+    rates: dict[str, list[float]] = {name: [] for name in towers}
     for repeat in range(repeats + 1):
         for name, tower in towers.items():
-            seconds = _timed(lambda tower=tower: tower(pixels))  # type: ignore[misc]
-            if repeat:  # the first warms
-                found[name].append(len(pixels) / seconds)
-    return found
+            seconds = _forward_seconds(tower, pixels)
+            if repeat:  # the first is the warm-up
+                rates[name].append(len(pixels) / seconds)
+    return rates
 
 
 @torch.inference_mode()
-def _timed(work: Callable[[], Any]) -> float:
+def _forward_seconds(tower: TowerFunction, pixels: Tensor) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
+    started_at = time.perf_counter()
+    tower(pixels)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - started_at
 
 
-def _random(model: nn.Module) -> nn.Module:
+def _randomize(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
     return model.eval()
 
 
-def _ours(tower: Tower, device: str, dtype: torch.dtype) -> nn.Module:
+def _our_tower(tower: Tower, device: str, dtype: torch.dtype) -> nn.Module:
     with torch.device(device):
-        return _random(InternViT(tower, 1025)).to(dtype)
+        return _randomize(InternViT(tower, 1025)).to(dtype)
 
 
-def _transformers(device: str, dtype: torch.dtype) -> nn.Module:
+def _transformers_tower(device: str, dtype: torch.dtype) -> nn.Module:
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
     from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
@@ -97,11 +103,11 @@ def _transformers(device: str, dtype: torch.dtype) -> nn.Module:
     )  # fmt: skip
     config._attn_implementation = "eager"
     with torch.device(device):
-        return _random(InternVLVisionModel(config)).to(dtype)
+        return _randomize(InternVLVisionModel(config)).to(dtype)
 
 
-def _vllm(device: str, dtype: torch.dtype) -> nn.Module:
-    """One rank of one: vLLM builds no layer before it knows its group."""
+def _vllm_tower(device: str, dtype: torch.dtype) -> nn.Module:
+    """vLLM's tower in a process group of one: vLLM builds no layer without a group."""
     from transformers import PretrainedConfig
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -114,37 +120,37 @@ def _vllm(device: str, dtype: torch.dtype) -> nn.Module:
     )  # fmt: skip
     settings = VllmConfig(device_config=DeviceConfig(device=device))
     with set_current_vllm_config(settings), torch.device(device):
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:29511", 0, "nccl" if device == "cuda" else "gloo")
+        init_distributed_environment(1, 0, _VLLM_GROUP, 0, "nccl" if device == "cuda" else "gloo")
         initialize_model_parallel(1, 1)
-        model = _random(InternVisionModel(config)).to(dtype)
-        for layer in model.modules():  # as vLLM's loader does when the weights are there
+        model = _randomize(InternVisionModel(config)).to(dtype)
+        for layer in model.modules():  # vLLM's loader does this after it has loaded the weights
             if method := getattr(layer, "quant_method", None):
                 method.process_weights_after_loading(layer)
 
-    class InSettings(nn.Module):
+    class WithVllmConfig(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
             with set_current_vllm_config(settings):
-                found: Tensor = model(pixels)
-                return found
+                features: Tensor = model(pixels)
+                return features
 
-    return InSettings()
+    return WithVllmConfig()
 
 
-def _on_gpu(options: Options) -> dict[str, Any]:
-    """Both towers in bf16 at several batches: tiles/s, TFLOP/s and the share of the card's peak."""
-    peak = next((value for name, value in PEAK.items() if torch.cuda.get_device_name().startswith(name)), None)
-    found: dict[str, Any] = {}
-    for name, shape in (("300M", M300), ("6B", B6)):
-        model = _ours(shape, "cuda", torch.bfloat16)
+def _measure_on_gpu(options: Options) -> dict[str, Any]:
+    """Tiles/s, TFLOP/s and share of the card's peak of both towers in bf16 at several batch sizes."""
+    peak = next((value for name, value in PEAK_TFLOPS.items() if torch.cuda.get_device_name().startswith(name)), None)
+    figures: dict[str, Any] = {}
+    for name, tower in (("300M", INTERN_VIT_300M), ("6B", INTERN_VIT_6B)):
+        model = _our_tower(tower, "cuda", torch.bfloat16)
         for count in (8, 32, 128):
             pixels = torch.randn(count, 3, 448, 448, device="cuda", dtype=torch.bfloat16)
-            compiled = Compiled(model, count, torch.device("cuda"))
-            both: dict[str, Callable[[Tensor], Any]] = {name: model, f"{name}, compiled": compiled}
-            for which, rates in _rates(both, pixels, options.repeats(5)).items():
+            compiled = CompiledTower(model, count, torch.device("cuda"))
+            variants: dict[str, TowerFunction] = {name: model, f"{name}, compiled": compiled}
+            for variant, rates in _measure_rates(variants, pixels, options.repeats(5)).items():
                 rate = statistics.median(rates)
-                tflops = rate * TFLOP[name]
+                tflops = rate * TFLOP_PER_TILE[name]
                 share = {"share of the peak": round(tflops / peak, 3)} if peak else {}
-                found[f"{which}, {count} tiles"] = {"tiles/s": round(rate, 1), "TFLOP/s": round(tflops, 1), **share}
-        del model, both, compiled
+                figures[f"{variant}, {count} tiles"] = {"tiles/s": round(rate, 1), "TFLOP/s": round(tflops, 1), **share}
+        del model, variants, compiled
         torch.cuda.empty_cache()
-    return {"gpu": found}
+    return figures

@@ -1,8 +1,8 @@
-"""The same two cores for both: requests/s at saturation, TTFT and inter-token latency at several offered loads.
+"""Ours against stock vLLM on the same cores: requests/s at saturation, TTFT and inter-token latency at offered loads.
 
-Colocated: stock vLLM over both cores, and the better of two bindings. Ours: a core for vision, a core for language, the
-gateway on whichever is free; without the router for the comparison, and with half of all tiles compressed beside it. The
-mix: two tiles and a thumbnail an image, an answer as long as makes both halves cost about the same.
+Colocated: stock vLLM on both cores, with the better of two core bindings. Ours: one core for vision, one for language, the
+gateway on either. The comparison is without the router; a variant with half of all tiles compressed is measured too. A
+request has one image of two tiles and a thumbnail, and an answer for which both halves take about equally long.
 """
 
 import asyncio
@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import checkpoint, colocated, costs, load, processes
-from benchmarks.checkpointed import Kept
+from benchmarks.checkpointed import CheckpointedRun
 from benchmarks.costs import Stack
 from benchmarks.options import Options
-from benchmarks.result import Result, ratio_of
+from benchmarks.result import Result, median_ratio
 from dvd.plan.model import Costs, Kind
+from dvd.plan.simulation import percentile
 
 
 class Mix(NamedTuple):
-    """What a request shows: pictures of a size that makes so many tiles, thumbnail counted."""
+    """Images of a request: width and height, tiles of each including the thumbnail, and number."""
 
     size: tuple[int, int]
     tiles: int
@@ -38,207 +39,224 @@ MIXES = {
     BALANCED: Mix((896, 448), 3),
     "one tile": Mix((448, 448), 1),
     "five tiles": Mix((896, 896), 5),
-    "thirteen tiles": Mix(*costs.DEEP),
+    "thirteen tiles": Mix(costs.LARGE_IMAGE_SIZE, costs.LARGE_IMAGE_TILES),
     "four images of one tile": Mix((448, 448), 1, 4),
 }
 COLOCATED = ("colocated, both cores", "colocated, one for its front end")
-"""By how many cores vLLM leaves to its front end."""
-OURS, ROUTED = "ours", "ours, half compressed"
+"""Bindings of stock vLLM; the index is the number of cores that its engine leaves to its front end."""
+OURS, COMPRESSED = "ours", "ours, half compressed"
 LOADS = (0.4, 0.7, 0.9)
-"""Offered, as shares of what colocated does at most."""
+"""Offered loads as shares of colocated's saturated throughput."""
 PAIRS = 5
 IN_FLIGHT = 32
-"""Of ours about half are with the engine, the others with the tower."""
-ENGINE = "--dtype=float32", "--no-enable-prefix-caching"
-"""Both sides' vLLM. No two pictures are alike: there is nothing to find again, but where a half is measured alone."""
-HALF = ("--vir-relative-threshold=0.5", "--vir-absolute-threshold=0")
+"""Of ours about half are in the engine, the others in the vision worker."""
+VLLM_FLAGS = "--dtype=float32", "--no-enable-prefix-caching"
+"""Flags of vLLM on both sides. All images differ, so a prefix cache would matter only where a half is measured alone."""
+HALF_COMPRESSED_FLAGS = ("--vir-relative-threshold=0.5", "--vir-absolute-threshold=0")
+
+_Rates = dict[str, list[float]]
 
 
 def run(options: Options) -> Result:
-    """The headline: requests/s of ours over colocated's, saturated, balanced, no router; target 1.0."""
-    if options.baseline is None:
-        raise RuntimeError("stock vLLM to compare with: name its Python with --baseline")
+    """Measure both sides. The headline is requests/s of ours without router over colocated's; the target is 1.0."""
+    baseline = options.require_baseline("equal-hardware compares with stock vLLM")
     with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name:
         folder = Path(name)
-        plain, flash = (checkpoint.make(folder / kind, flash=kind == "flash") for kind in ("plain", "flash"))
-        stock = colocated.copied(plain, folder / "stock")
-        run = _Run(options, folder, stock)
-        priced, text, tokens = run.priced(plain)
-        return run.compared(plain, flash, priced, text, tokens)
+        plain = checkpoint.write_checkpoint(folder / "plain", flash=False)
+        flash = checkpoint.write_checkpoint(folder / "flash")
+        stock = colocated.copy_with_remote_code(plain, folder / "stock")
+        comparison = _Comparison(options, baseline, folder, stock)
+        stage_costs, text, tokens = comparison.measure_costs(plain)
+        return comparison.compare(plain, flash, stage_costs, text, tokens)
 
 
-class _Run:
-    def __init__(self, options: Options, folder: Path, stock: Path) -> None:
-        self._options, self._folder, self._stock = options, folder, stock
-        self._kept = Kept("equal-hardware", options.quick)
-        self._numbers = itertools.count()
-        self._count = 32 if options.quick else 48  # that are measured
+class _Comparison:
+    """One run of the benchmark, which continues after the measurements of an interrupted one."""
 
-    @contextmanager
-    def ours(self, model: Path, *flags: str) -> Iterator[Stack]:
-        """`flags` are the gateway's."""
-        cores = processes.cores()
-        folder = Path(tempfile.mkdtemp(dir=self._folder))
-        with ExitStack() as held:
-            seeing = ("--cache=none", f"--max-batch-tiles={costs.BATCH}")
-            held.enter_context(processes.vision(folder, model, cores[:1], *seeing))
-            held.enter_context(processes.language(folder, model, cores[-1:], *ENGINE))
-            server, url = processes.gateway(folder, cores, *flags)
-            held.enter_context(server)
-            yield Stack(folder, url, model, self._numbers, IN_FLIGHT)
+    def __init__(self, options: Options, baseline: str, folder: Path, stock: Path) -> None:
+        self._options, self._baseline, self._folder, self._stock = options, baseline, folder, stock
+        self._checkpointed = CheckpointedRun("equal-hardware", options.quick)
+        self._seeds = itertools.count()
+        self._count = 32 if options.quick else 48
+        """Requests in a measurement, besides those before and after its window."""
 
     @contextmanager
-    def colocated(self, reserve: int) -> Iterator[Stack]:
-        """`reserve`: cores that vLLM leaves to its front end."""
-        assert self._options.baseline is not None
-        cores = processes.cores()
+    def our_stack(self, model: Path, *gateway_flags: str) -> Iterator[Stack]:
+        """Our server, one core for vision and one for language."""
+        cores = processes.available_cores()
         folder = Path(tempfile.mkdtemp(dir=self._folder))
-        server, url = processes.colocated(folder, self._options.baseline, self._stock, cores[reserve:] or cores, *ENGINE)
+        with ExitStack() as servers:
+            vision_flags = ("--cache=none", f"--max-batch-tiles={costs.BATCH_TILES}")
+            servers.enter_context(processes.vision_worker(folder, model, cores[:1], *vision_flags))
+            servers.enter_context(processes.language_worker(folder, model, cores[-1:], *VLLM_FLAGS))
+            gateway = servers.enter_context(processes.gateway(folder, cores, *gateway_flags))
+            yield Stack(folder, gateway.url, model, self._seeds, IN_FLIGHT)
+
+    @contextmanager
+    def colocated_stack(self, front_end_cores: int) -> Iterator[Stack]:
+        """Stock vLLM; its engine leaves `front_end_cores` cores to its front end."""
+        cores = processes.available_cores()
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        engine_cores = cores[front_end_cores:] or cores
+        server = processes.stock_vllm(folder, self._baseline, self._stock, engine_cores, *VLLM_FLAGS)
         server.cores = cores
         with server:
-            yield Stack(folder, url, self._stock, self._numbers, IN_FLIGHT)
+            yield Stack(folder, server.url, self._stock, self._seeds, IN_FLIGHT)
 
-    def priced(self, model: Path) -> tuple[Costs, int, int]:
-        """What stages cost, tokens of a prompt without images, and of an answer for which both halves cost the same."""
-        priced, text, tokens = self._kept.part("costs", partial(self._priced, model))
-        return Costs.model_validate(priced), text, tokens
+    def measure_costs(self, model: Path) -> tuple[Costs, int, int]:
+        """Costs of the stages, tokens of a prompt without image, and tokens of an answer that balances both halves."""
+        stage_costs, text, tokens = self._checkpointed.measure("costs", partial(self._measure_costs, model))
+        return Costs.model_validate(stage_costs), text, tokens
 
-    def _priced(self, model: Path) -> tuple[dict[str, Any], int, int]:
-        with self.ours(model) as stack:
-            few = _fewer(stack)
-            found = asyncio.run(costs.measured(few, *MIXES[BALANCED][:2], 4 * costs.IN_FLIGHT))
-            text = asyncio.run(costs.prompt(few))
-            shown, tiles = self.shown(few, BALANCED), MIXES[BALANCED].tiles
-            return found.model_dump(), text, asyncio.run(costs.balanced_alone(few, shown, found, tiles, text))
+    def _measure_costs(self, model: Path) -> tuple[dict[str, Any], int, int]:
+        with self.our_stack(model) as full_stack:
+            stack = _with_fewer_in_flight(full_stack)
+            mix = MIXES[BALANCED]
+            stage_costs = asyncio.run(costs.measure_costs(stack, mix.size, mix.tiles, 4 * costs.IN_FLIGHT))
+            text = asyncio.run(stack.prompt_tokens())
+            requests = self.mix_requests(stack, BALANCED)
+            tokens = asyncio.run(costs.measure_balanced_tokens(stack, requests, stage_costs, mix.tiles, text))
+            return stage_costs.model_dump(), text, tokens
 
-    def saturated(self, stack: Stack, tokens: int) -> float:
-        """Requests a second, balanced."""
-        pictures = stack.pictures(self._count + 2 * IN_FLIGHT, MIXES[BALANCED].size)
-        return asyncio.run(stack.requests([[picture] for picture in pictures], tokens))
-
-    def shown(self, stack: Stack, mix: str) -> list[list[str]]:
-        """Of larger images fewer, so that all mixes take about as long."""
-        size, tiles, images = MIXES[mix]
-        few = 3 * costs.IN_FLIGHT
-        count = min(2 * few, max(few, 2 * few * MIXES[BALANCED].tiles // (tiles * images)))
-        return [stack.pictures(images, size) for _ in range(count)]
-
-    def mixed(self, stack: Stack, mix: str, tokens: int) -> float:
-        """Requests a second, of other images too."""
-        return asyncio.run(stack.requests(self.shown(stack, mix), tokens))
-
-    def compared(self, plain: Path, flash: Path, priced: Costs, text: int, tokens: int) -> Result:
-        with ExitStack() as held:  # those that are not asked cost nothing but memory: vLLM's grows with every picture
-            bindings = {name: held.enter_context(ExitStack()) for name in COLOCATED}
+    def compare(self, plain: Path, flash: Path, stage_costs: Costs, text: int, tokens: int) -> Result:
+        """Measure everything with all servers running; an idle one costs only memory."""
+        measure = self._checkpointed.measure
+        with ExitStack() as servers:
+            bindings = {name: servers.enter_context(ExitStack()) for name in COLOCATED}
             stacks = {
-                **{name: bindings[name].enter_context(self.colocated(reserve)) for reserve, name in enumerate(COLOCATED)},
-                OURS: held.enter_context(self.ours(plain)),
-                ROUTED: held.enter_context(self.ours(flash, *HALF)),
+                **{name: bindings[name].enter_context(self.colocated_stack(i)) for i, name in enumerate(COLOCATED)},
+                OURS: servers.enter_context(self.our_stack(plain)),
+                COMPRESSED: servers.enter_context(self.our_stack(flash, *HALF_COMPRESSED_FLAGS)),
             }
-            warm = {name: self.saturated(stack, tokens) for name, stack in stacks.items()}  # a run that goes on has to, too
-            _progress(f"warm, tokens of an answer {tokens}: {warm}")
-            first = self._kept.part("warm", lambda: warm)
+            warm_up = {name: self.saturated_rate(stack, tokens) for name, stack in stacks.items()}  # in a resumed run too
+            _log(f"warm, tokens of an answer {tokens}: {warm_up}")
+            first = measure("warm", lambda: warm_up)
             best, worse = sorted(COLOCATED, key=lambda name: -first[name])
             del stacks[worse]
             bindings[worse].close()
             pairs = [
-                self._kept.part(f"pair {number}", partial(self.pair, stacks, tokens, number % 2 == 0))
+                measure(f"pair {number}", partial(self.measure_pair, stacks, tokens, number % 2 == 0))
                 for number in range(self._options.repeats(PAIRS))
             ]
-            found = {name: [pair[name] for pair in pairs] for name in stacks}
-            most = statistics.median(found[best])
-            felt = {name: self._kept.part(f"felt, {name}", partial(self.felt, stacks[name], tokens, most)) for name in stacks}
-            longer = self._kept.part("longer", partial(self.longer, stacks, priced, text))
-            mixes = {best: self._kept.part("mixes", partial(self.mixes, _fewer(stacks[best]), tokens))}
-            bindings[best].close()
+            rates: _Rates = {name: [pair[name] for pair in pairs] for name in stacks}
+            most = statistics.median(rates[best])
+            latency = {
+                name: measure(f"latency, {name}", partial(self.measure_latency, stacks[name], tokens, most)) for name in stacks
+            }
+            longer = measure("longer", partial(self.measure_longer_answers, stacks, stage_costs, text))
+            mixes = {best: measure("mixes", partial(self.measure_mixes, _with_fewer_in_flight(stacks[best]), tokens))}
+            bindings[best].close()  # vLLM's memory grows with every image
+            ours = _with_fewer_in_flight(stacks[OURS])
             cases = [
-                self._kept.part(f"case, {name}", partial(self.case, _fewer(stacks[OURS]), name, priced, tokens, text))
+                measure(f"case, {name}", partial(self.measure_plan_case, ours, name, stage_costs, tokens, text))
                 for name in MIXES
             ]
             mixes[OURS] = {case["name"]: case["requests/s"] for case in cases[1:]}
-        made = _result(found, felt, tokens, best)
-        made.figures |= {
+        result = _result(rates, latency, tokens, best)
+        result.figures |= {
             "requests/s, the other binding, once": {worse: round(first[worse], 3)}, "mixes, requests/s": mixes,
-            "what compression allows": _allowed(priced, tokens, text), "costs": priced.model_dump(), "cases": cases,
-            "answers for which both halves cost the same once half is compressed": longer,
+            "what compression allows": _compression_bound(stage_costs, tokens, text), "costs": stage_costs.model_dump(),
+            "cases": cases, "answers for which both halves cost the same once half is compressed": longer,
         }  # fmt: skip
-        self._kept.done()
-        return made
+        self._checkpointed.finish()
+        return result
 
-    def pair(self, stacks: dict[str, Stack], tokens: int, backwards: bool) -> dict[str, float]:
-        """Requests a second of each, one after another; whichever the machine slows for, it is either's turn."""
-        found = {name: self.saturated(stacks[name], tokens) for name in sorted(stacks, reverse=backwards)}
-        _progress(f"requests/s: {found}")
-        return found
+    def saturated_rate(self, stack: Stack, tokens: int) -> float:
+        """Requests/s of the balanced mix at saturation."""
+        images = stack.new_images(self._count + 2 * IN_FLIGHT, MIXES[BALANCED].size)
+        return asyncio.run(stack.request_rate([[image] for image in images], tokens))
 
-    def longer(self, stacks: dict[str, Stack], priced: Costs, text: int) -> dict[str, Any]:
-        """With a core for each half the router gains where language is the slower one without it."""
-        tokens = costs.balanced(priced, MIXES[BALANCED].tiles, text, 0.5, IN_FLIGHT)
-        found: dict[str, list[float]] = {OURS: [], ROUTED: []}
-        for name in [OURS, ROUTED] * 2:
-            found[name].append(self.saturated(stacks[name], tokens))
-        said = {"tokens of an answer": tokens, **_routed(found), "what compression allows": _allowed(priced, tokens, text)}
-        _progress(f"longer answers: {said}")
-        return said
+    def mix_requests(self, stack: Stack, mix: str) -> list[list[str]]:
+        """Images of each request of a mix: fewer requests the more tiles they have, so that all mixes take about as long."""
+        size, tiles, images = MIXES[mix]
+        least = 3 * costs.IN_FLIGHT
+        count = min(2 * least, max(least, 2 * least * MIXES[BALANCED].tiles // (tiles * images)))
+        return [stack.new_images(images, size) for _ in range(count)]
 
-    def felt(self, stack: Stack, tokens: int, most: float) -> dict[str, Any]:
-        """TTFT and ITL at each offered load, milliseconds."""
-        said: dict[str, Any] = {}
+    def mix_rate(self, stack: Stack, mix: str, tokens: int) -> float:
+        """Requests/s of any mix at saturation."""
+        return asyncio.run(stack.request_rate(self.mix_requests(stack, mix), tokens))
+
+    def measure_pair(self, stacks: dict[str, Stack], tokens: int, backwards: bool) -> dict[str, float]:
+        """Requests/s of each server in turn. Alternating the order spreads drifts of the machine's speed over all."""
+        rates = {name: self.saturated_rate(stacks[name], tokens) for name in sorted(stacks, reverse=backwards)}
+        _log(f"requests/s: {rates}")
+        return rates
+
+    def measure_longer_answers(self, stacks: dict[str, Stack], stage_costs: Costs, text: int) -> dict[str, Any]:
+        """The router's gain where language is the slower half without it: with a core for each half it gains only there."""
+        tokens = costs.balanced_tokens(stage_costs, MIXES[BALANCED].tiles, text, 0.5, IN_FLIGHT)
+        rates: _Rates = {OURS: [], COMPRESSED: []}
+        for name in [OURS, COMPRESSED] * 2:
+            rates[name].append(self.saturated_rate(stacks[name], tokens))
+        bound = _compression_bound(stage_costs, tokens, text)
+        figures = {"tokens of an answer": tokens, **_compression_figures(rates), "what compression allows": bound}
+        _log(f"longer answers: {figures}")
+        return figures
+
+    def measure_latency(self, stack: Stack, tokens: int, most: float) -> dict[str, Any]:
+        """Percentiles of TTFT and ITL in milliseconds at each offered load; `most`: requests/s that 100 % stands for."""
+        figures: dict[str, Any] = {}
         for share in LOADS:
-            bodies = [stack.chat([picture], tokens) for picture in stack.pictures(2 * self._count // 3, MIXES[BALANCED].size)]
-            done = asyncio.run(load.offered(stack.url, bodies, share * most))
-            ttft, gaps = [f.ttft for f in done], [gap for f in done for gap in f.gaps]
-            said[load_of := f"offered {share:.0%} of {most:.2f}/s"] = {
-                f"{name} {int(100 * p)}": round(1e3 * load.percentile(values, p), 1)
+            images = stack.new_images(2 * self._count // 3, MIXES[BALANCED].size)
+            bodies = [stack.chat_body([image], tokens) for image in images]
+            timings = asyncio.run(load.run_open_loop(stack.url, bodies, share * most))
+            ttft, gaps = [timing.ttft for timing in timings], [gap for timing in timings for gap in timing.gaps]
+            figures[offered := f"offered {share:.0%} of {most:.2f}/s"] = {
+                f"{name} {int(100 * p)}": round(1e3 * percentile(values, p), 1)
                 for name, values in (("TTFT", ttft), ("ITL", gaps)) for p in (0.5, 0.99)
             }  # fmt: skip
-            _progress(f"{load_of}: {said[load_of]}")
-        return said
+            _log(f"{offered}: {figures[offered]}")
+        return figures
 
-    def mixes(self, stack: Stack, tokens: int) -> dict[str, float]:
-        """Requests a second, saturated, of other images."""
-        return {mix: round(self.mixed(stack, mix, tokens), 3) for mix in MIXES if mix != BALANCED}
+    def measure_mixes(self, stack: Stack, tokens: int) -> dict[str, float]:
+        """Requests/s of all mixes but the balanced one at saturation."""
+        return {mix: round(self.mix_rate(stack, mix, tokens), 3) for mix in MIXES if mix != BALANCED}
 
-    def case(self, stack: Stack, name: str, priced: Costs, tokens: int, text: int) -> dict[str, Any]:
-        """For `dvd plan` to be held against: a mix, before and after what its halves do alone."""
+    def measure_plan_case(self, stack: Stack, name: str, stage_costs: Costs, tokens: int, text: int) -> dict[str, Any]:
+        """A mix to compare `dvd plan` with, measured before and after the rates of its halves alone."""
         mix = MIXES[name]
         kind = Kind(images=mix.images, tiles=mix.tiles, text=text, output=tokens)
-        before = self.mixed(stack, name, tokens)
-        alone = asyncio.run(costs.halves_alone(stack, self.shown(stack, name), tokens))
-        rate = statistics.mean((before, self.mixed(stack, name, tokens)))
-        _progress(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {alone}")
-        return costs.case(name, kind, rate, costs.beside(priced, kind, *alone, stack.in_flight), stack.in_flight)
+        before = self.mix_rate(stack, name, tokens)
+        isolated = asyncio.run(stack.isolated_rates(self.mix_requests(stack, name), tokens))
+        rate = statistics.mean((before, self.mix_rate(stack, name, tokens)))
+        _log(f"{name}: {rate:.2f} requests/s; alone, images/s and requests/s: {isolated}")
+        calibrated = costs.calibrated(stage_costs, kind, *isolated, stack.in_flight)
+        return costs.plan_case(name, kind, rate, calibrated, stack.in_flight)
 
 
-def _fewer(stack: Stack) -> Stack:
-    """With fewer in flight: some mixes take long, and costs are told of as many."""
+def _with_fewer_in_flight(stack: Stack) -> Stack:
+    """The stack with as many requests in flight as costs are measured with: some mixes take long."""
     return replace(stack, in_flight=costs.IN_FLIGHT)
 
 
-def _progress(said: str) -> None:
-    print(said, file=sys.stderr, flush=True)
+def _log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
-def _allowed(priced: Costs, tokens: int, text: int) -> float:
-    """Requests/s with half of the tiles compressed over without: (V + L) / (V + r L), both cores busy all the time."""
+def _compression_bound(stage_costs: Costs, tokens: int, text: int) -> float:
+    """Upper bound of the gain of compressing half of the tiles: (V + L) / (V + r L), both cores always busy."""
     tiles = MIXES[BALANCED].tiles
-    (vision, language), (_, less) = (costs.halves(priced, tiles, text, tokens, share, IN_FLIGHT) for share in (0.0, 0.5))
-    return round((vision + language) / (vision + less), 3)
+    (vision, language), (_, compressed) = (
+        costs.worker_seconds(stage_costs, tiles, text, tokens, share, IN_FLIGHT) for share in (0.0, 0.5)
+    )
+    return round((vision + language) / (vision + compressed), 3)
 
 
-def _routed(found: dict[str, list[float]]) -> dict[str, Any]:
+def _compression_figures(rates: _Rates) -> dict[str, Any]:
     return {
-        "requests/s": {name: round(statistics.median(rates), 3) for name, rates in found.items()},
-        "half compressed over not": round(ratio_of(found[ROUTED], found[OURS])[0], 3),
+        "requests/s": {name: round(statistics.median(repeats), 3) for name, repeats in rates.items()},
+        "half compressed over not": round(median_ratio(rates[COMPRESSED], rates[OURS])[0], 3),
     }
 
 
-def _result(found: dict[str, list[float]], felt: dict[str, Any], tokens: int, best: str) -> Result:
-    ratio, spread = ratio_of(found[OURS], found[best])
-    pairs = [round(a / b, 3) for a, b in zip(found[OURS], found[best], strict=True)]
+def _result(rates: _Rates, latency: dict[str, Any], tokens: int, best: str) -> Result:
+    ratio, spread = median_ratio(rates[OURS], rates[best])
+    pairs = [round(a / b, 3) for a, b in zip(rates[OURS], rates[best], strict=True)]
     figures = {
-        **_routed(found), "half compressed over colocated's": round(ratio_of(found[ROUTED], found[best])[0], 3),
+        **_compression_figures(rates),
+        "half compressed over colocated's": round(median_ratio(rates[COMPRESSED], rates[best])[0], 3),
         "pairs, ours over colocated's": pairs, "colocated's best": best, "tokens of an answer": tokens, "in flight": IN_FLIGHT,
-        "felt": felt,
+        "latency, ms": latency,
     }  # fmt: skip
     return Result("equal-hardware", ratio, 1.0, spread, figures)

@@ -1,7 +1,7 @@
-"""A language worker whose engine says the same at once: `python -m benchmarks.fake_engine SECONDS_A_TOKEN MODEL …`.
+"""A language worker with a fake engine: `python -m benchmarks.fake_engine SECONDS_PER_TOKEN MODEL …`.
 
-vLLM's own HTTP server and its rendering of prompts are real, so what is in front of it can be priced. The engine's process is
-there too, and idle.
+The engine emits the same token at a fixed pace. vLLM's HTTP server and its prompt rendering are real, so the cost of what
+stands in front of it can be measured. The real engine's process runs too, idle.
 """
 
 import asyncio
@@ -20,50 +20,53 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from lm_worker.__main__ import main
 
-WORD, TOKEN = " word", 300
-LAG = "BENCHMARK_LAG"
-"""Variable that names a file for the event loop's lag: `[time.monotonic(), seconds late]`, a line a sample."""
-_SAMPLE = 0.005
+LAG_FILE_VARIABLE = "BENCHMARK_LAG"
+"""Environment variable: file for the event loop's lag, lines of `[time.monotonic(), seconds late]`."""
+_WORD, _TOKEN_ID = " word", 300
+_SAMPLE_INTERVAL_SECONDS = 0.005
+_SAMPLES_PER_WRITE = 100
 
 
-async def _sampled(file: Path) -> None:
+async def _sample_lag(file: Path) -> None:
+    """Append the lag of the running event loop to `file` until cancelled."""
     while True:
         lines = []
-        for _ in range(100):
-            due = time.monotonic() + _SAMPLE
-            await asyncio.sleep(_SAMPLE)
+        for _ in range(_SAMPLES_PER_WRITE):
+            due = time.monotonic() + _SAMPLE_INTERVAL_SECONDS
+            await asyncio.sleep(_SAMPLE_INTERVAL_SECONDS)
             lines.append(json.dumps([due, time.monotonic() - due]))
         with file.open("a") as out:
             out.write("".join(f"{line}\n" for line in lines))
 
 
-def replaced(seconds: float) -> Any:
-    """For `AsyncLLM.generate`: as many tokens as may be, so many seconds apart."""
+def fixed_pace_generate(seconds_per_token: float) -> Any:
+    """A replacement for `AsyncLLM.generate` that emits `max_tokens` tokens, `seconds_per_token` apart."""
 
     sampling: list[asyncio.Task[None]] = []
 
     async def generate(
         self: Any, prompt: Any, sampling_params: SamplingParams, request_id: str, **_rest: Any
     ) -> AsyncIterator[RequestOutput]:
-        if LAG in os.environ and not sampling:
-            sampling.append(asyncio.create_task(_sampled(Path(os.environ[LAG]))))
-        whole = sampling_params.output_kind == RequestOutputKind.FINAL_ONLY
+        if LAG_FILE_VARIABLE in os.environ and not sampling:
+            sampling.append(asyncio.create_task(_sample_lag(Path(os.environ[LAG_FILE_VARIABLE]))))
+        final_only = sampling_params.output_kind == RequestOutputKind.FINAL_ONLY
         total = sampling_params.max_tokens or 16
-        ids = list(getattr(prompt, "prompt_token_ids", None) or prompt["prompt_token_ids"])
+        prompt_ids = list(getattr(prompt, "prompt_token_ids", None) or prompt["prompt_token_ids"])
         for done in itertools.count(1):
-            if seconds:
-                await asyncio.sleep(seconds)
-            ended = done == total
-            if ended or not whole:
-                count = total if whole else 1
-                said = CompletionOutput(0, WORD * count, [TOKEN] * count, None, None, finish_reason="length" if ended else None)
-                yield RequestOutput(request_id, None, ids, None, [said], ended)
-            if ended:
+            if seconds_per_token:
+                await asyncio.sleep(seconds_per_token)
+            finished = done == total
+            if finished or not final_only:
+                count = total if final_only else 1
+                reason = "length" if finished else None
+                output = CompletionOutput(0, _WORD * count, [_TOKEN_ID] * count, None, None, finish_reason=reason)
+                yield RequestOutput(request_id, None, prompt_ids, None, [output], finished)
+            if finished:
                 return
 
     return generate
 
 
 if __name__ == "__main__":
-    async_llm.AsyncLLM.generate = replaced(float(sys.argv[1]))  # type: ignore[method-assign,unused-ignore]
+    async_llm.AsyncLLM.generate = fixed_pace_generate(float(sys.argv[1]))  # type: ignore[method-assign,unused-ignore]
     main(sys.argv[2:])

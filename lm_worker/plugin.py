@@ -1,25 +1,32 @@
-"""vLLM's general plugin: loaded in every process of vLLM, acts only in those of a language worker.
+"""vLLM's general plugin (entry point `vllm.general_plugins`): vLLM loads it in each of its processes.
 
-A plugin is seen by every vLLM of the environment, so a plain `vllm serve` beside a language worker must not find its model
-class replaced: hence the variable.
+Every vLLM of the environment loads it, also a plain `vllm serve`, whose InternVL class must not be replaced. It therefore
+does nothing unless the language worker has set an environment variable, which vLLM's processes inherit.
 """
 
 import os
 
-ENABLED = "DVD_LANGUAGE_WORKER"
-"""Set by the language worker, inherited by vLLM's processes."""
+_ENABLED = "DVD_LANGUAGE_WORKER"
+_LOGGING = "DVD_LANGUAGE_WORKER_LOG"
+_MEDIA_CONNECTOR = "dvd-refuse"
+_ARCHITECTURES = ("InternVLChatModel", "InternVLForConditionalGeneration")
 
-LOGGED = "DVD_LANGUAGE_WORKER_LOG"
-"""Likewise: level and format of what we log there."""
 
-MEDIA_CONNECTOR = "dvd-refuse"
+def enable(log_level: str, log_format: str) -> None:
+    """Enable the plugin in the vLLM processes that this process starts, and here.
 
-_MODEL = "lm_worker.models.internvl:InternVLLanguageModel"
+    Args:
+        log_level: Level of this project's loggers there.
+        log_format: `text` or `json`.
+    """
+    os.environ[_ENABLED] = "1"
+    os.environ[_LOGGING] = f"{log_level} {log_format}"
+    os.environ["VLLM_MEDIA_CONNECTOR"] = _MEDIA_CONNECTOR
 
 
 def register() -> None:
-    """Register the model class, the configurations and the media connector. May run several times."""
-    if ENABLED not in os.environ:
+    """Register the model class, the configurations and the media connector with vLLM. May run several times."""
+    if _ENABLED not in os.environ:
         return
     from vllm import ModelRegistry
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
@@ -27,10 +34,12 @@ def register() -> None:
     from common import logs
     from lm_worker.configuration import register_configurations
     from lm_worker.media import RefuseMedia
+    from lm_worker.models.internvl import InternVLLanguageModel
 
-    level, form = os.environ.get(LOGGED, "info text").split()
-    logs.configure(level, form, "lm_worker", "common")  # the rest is vLLM's, which has a format of its own
+    level, log_format = os.environ.get(_LOGGING, "info text").split()
+    logs.configure(level, log_format, "lm_worker", "common")  # all other loggers are vLLM's, which has its own format
     register_configurations()
-    for architecture in ("InternVLChatModel", "InternVLForConditionalGeneration"):
-        ModelRegistry.register_model(architecture, _MODEL)
-    MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(RefuseMedia)
+    for architecture in _ARCHITECTURES:
+        # the class, not "module:Class": vLLM would start a process, which imports vLLM once more, to look at that
+        ModelRegistry.register_model(architecture, InternVLLanguageModel)
+    MEDIA_CONNECTOR_REGISTRY.register(_MEDIA_CONNECTOR)(RefuseMedia)

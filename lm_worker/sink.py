@@ -1,5 +1,8 @@
-"""The sink: receives embeddings over gRPC into shared memory. A process of its own, so that gigabytes arriving never share
-an interpreter with vLLM's HTTP server. Ends when its standard input does, which is when its language worker is gone."""
+"""The sink: a gRPC service that receives embeddings into shared memory.
+
+It is a process of its own, so that gigabytes arriving never share an interpreter with vLLM's HTTP server. It ends when its
+standard input does, which is when its language worker has gone.
+"""
 
 import asyncio
 import contextlib
@@ -11,7 +14,8 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from common import embedding_stream, errors, logs, rpc
 from common.checkpoint import open_checkpoint
@@ -19,18 +23,32 @@ from common.embedding import Header
 from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
 from lm_worker.metrics import Metrics
-from lm_worker.store import Store, checked_key, default_budget, remove_folder
+from lm_worker.shared_memory import default_budget, remove_folder, validate_key
+from lm_worker.store import Store
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 
 log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 
-GRACE = 5.0
+_STOP_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class SinkOptions:
-    """What the language worker tells its sink. `dtype` is the language model's; `http` is vLLM's address."""
+    """Options with which a language worker starts its sink.
+
+    Attributes:
+        model: Folder of the checkpoint.
+        listen: Address of the gRPC server.
+        http: Address of vLLM's HTTP server, which `Describe` returns.
+        dtype: Dtype of the language model, and so of every embedding.
+        folder: Shared memory (`lm_worker/shared_memory.py`).
+        budget: Bytes of shared memory; 0 chooses a default.
+        lease: Seconds; see `Store`.
+        metrics_port: Port of `/metrics`; 0: none.
+        log_level: Level of the process' log.
+        log_format: `text` or `json`.
+    """
 
     model: str
     listen: str
@@ -44,12 +62,12 @@ class SinkOptions:
     log_format: str = "text"
 
     def arguments(self) -> list[str]:
-        """To start the sink with."""
+        """Arguments for Python that start this sink."""
         return ["-m", "lm_worker.sink", json.dumps(asdict(self))]
 
 
 class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
-    """Serves `EmbeddingSink` for one language worker."""
+    """Implements the gRPC service `EmbeddingSink` of `protos/embeddings.proto`."""
 
     def __init__(self, options: SinkOptions, store: Store, metrics: Metrics) -> None:
         checkpoint = open_checkpoint(options.model)
@@ -60,129 +78,165 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._fingerprint = checkpoint.fingerprint
         self._context = checkpoint.description.context
         self._http = options.http
-        self._shares_files = options.listen.startswith("unix:")  # whoever reaches it is on this machine
+        self._senders_are_local = options.listen.startswith("unix:")
         self._checkpoint = checkpoint_message(checkpoint)
-        self._arriving: dict[str, asyncio.Future[None]] = {}
+        self._in_flight: dict[str, asyncio.Future[None]] = {}
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.LanguageDescription:  # noqa: N802
+        """The checkpoint, the dtype, vLLM's address and the use of shared memory."""
         return pb.LanguageDescription(
             checkpoint=self._checkpoint, dtype=dtype_to_proto(self._dtype), http=self._http,
             used_bytes=self._store.used, budget_bytes=self._store.budget,
         )  # fmt: skip
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
+        """Visual tokens of each key, 0 if its embedding is not stored. Renews the leases."""
         return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
+        """Store the embedding of a stream: a header, then its values."""
         logs.adopt_request_id(context)
-        with self._delivery() as line:
-            already_here = await self._store_delivery(request, line, context)
-            line["outcome"] = "already_here" if already_here else "stored"
-            self._metrics.deliveries.labels(line["outcome"]).inc()
+        with self._log_and_count() as fields:
+            already_here = await self._store_delivery(request, fields, context)
+            fields["outcome"] = "already_here" if already_here else "stored"
+            self._metrics.deliveries.labels(fields["outcome"]).inc()
         return pb.DeliverReply(already_here=already_here)
 
     @contextlib.contextmanager
-    def _delivery(self) -> Iterator[dict[str, Any]]:
-        """A delivery is being served: counted where it fails, and a line in the log when it ends."""
-        began, line, level = time.monotonic(), dict[str, Any](), logging.DEBUG
+    def _log_and_count(self) -> Iterator[dict[str, Any]]:
+        """Log one delivery when it ends, with the fields that the block has set, and count it if it fails."""
+        started, fields, level = time.monotonic(), dict[str, Any](), logging.DEBUG
         try:
-            yield line
-        except BaseException as error:  # also of a sender who has left
-            line["error"], level = errors.error_code(error), logging.WARNING
-            self._metrics.refusals.labels(line["error"]).inc()
+            yield fields
+        except BaseException as error:  # cancellation included: the sender has gone
+            fields["error"], level = errors.error_code(error), logging.WARNING
+            self._metrics.refusals.labels(fields["error"]).inc()
             raise
         finally:
-            log.log(level, "delivery", extra=logs.extra_fields(**line, seconds=round(time.monotonic() - began, 4)))
+            log.log(level, "delivery", extra=logs.extra_fields(**fields, seconds=round(time.monotonic() - started, 4)))
 
-    async def _store_delivery(self, request: AsyncIterator[bytes], line: dict[str, Any], context: Any) -> bool:
-        """Whether the embedding was here already."""
-        said = await anext(aiter(request), None)
-        first = None if said is None else embedding_stream.parse_message(said)
-        if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
-            raise errors.InvalidRequest("a delivery begins with a header")
-        header = self._checked(first.header)
-        line["bytes"] = header.length
-        while (other := self._arriving.get(header.key)) is not None:
+    async def _store_delivery(self, messages: AsyncIterator[bytes], log_fields: dict[str, Any], context: Any) -> bool:
+        """Store the embedding unless it is stored already. Returns whether it was."""
+        header = self._validate_header(await _first_message(messages))
+        log_fields["bytes"] = header.length
+        while (other := self._in_flight.get(header.key)) is not None:
             await asyncio.wait([other])
         if header.key in self._store:
-            self._store.rows(header.key)
+            self._store.rows(header.key)  # renews the lease
             return True
-        self._arriving[header.key] = done = asyncio.get_running_loop().create_future()
+        self._in_flight[header.key] = done = asyncio.get_running_loop().create_future()
         try:
-            await self._receive(header, request, context)
+            await self._receive(header, messages, context)
         finally:
-            del self._arriving[header.key]
+            del self._in_flight[header.key]
             done.set_result(None)
         self._metrics.received.inc(header.length)
         return False
 
-    def _checked(self, said: pb.EmbeddingHeader) -> Header:
-        """The header, if its embedding is one that this language model can read. Raises `InvalidRequest` or
-        `CheckpointMismatch`: vLLM trusts shapes, so nothing wrong may become visible."""
-        key = checked_key(said.key)
-        if said.fingerprint != self._fingerprint:
+    def _validate_header(self, header: pb.EmbeddingHeader) -> Header:
+        """Convert the header of a delivery, if this language model can use the embedding.
+
+        vLLM trusts shapes, so nothing wrong may become visible.
+
+        Raises:
+            CheckpointMismatch: The embedding belongs to another checkpoint.
+            ContextLengthExceeded: The embedding has more rows than the model's context.
+            InvalidRequest: Key, dtype, shape or length are wrong.
+        """
+        key = validate_key(header.key)
+        if header.fingerprint != self._fingerprint:
             raise errors.CheckpointMismatch(
-                f"embedding of checkpoint {said.fingerprint[:12]}, this worker has {self._fingerprint[:12]}"
+                f"The embedding belongs to checkpoint {header.fingerprint[:12]!r}; this language worker serves "
+                f"{self._fingerprint[:12]!r}."
             )
-        if (got := dtype_from_proto(said.dtype)) != self._dtype:
-            raise errors.InvalidRequest(f"embedding in {got}, the language model computes in {self._dtype}")
-        if said.width != self._width or not said.rows:
-            raise errors.InvalidRequest(f"embedding of {said.rows} × {said.width}, expected 1 or more × {self._width}")
-        if said.rows > self._context:
-            raise errors.ContextLengthExceeded(
-                f"an image of {said.rows} visual tokens does not fit a context of {self._context}: send a smaller one"
-            )
-        header = Header(key, said.fingerprint, self._dtype, said.rows, said.width)
-        if said.length != header.length:
+        if (dtype := dtype_from_proto(header.dtype)) != self._dtype:
+            raise errors.InvalidRequest(f"The embedding is in {dtype}; the language model computes in {self._dtype}.")
+        if header.width != self._width or not header.rows:
             raise errors.InvalidRequest(
-                f"embedding of {said.length} bytes, {said.rows} × {said.width} {self._dtype} has {header.length}"
+                f"The embedding has shape {header.rows} × {header.width}; expected at least 1 row of width {self._width}."
             )
-        return header
+        if header.rows > self._context:
+            raise errors.ContextLengthExceeded(
+                f"An image of {header.rows} visual tokens exceeds the model's context of {self._context}; send a smaller image."
+            )
+        expected = Header(key, header.fingerprint, self._dtype, header.rows, header.width)
+        if header.length != expected.length:
+            raise errors.InvalidRequest(
+                f"The embedding's header declares {header.length} bytes; {header.rows} × {header.width} {self._dtype} values "
+                f"have {expected.length}."
+            )
+        return expected
 
-    async def _receive(self, header: Header, parts: AsyncIterator[bytes], context: Any) -> None:
+    async def _receive(self, header: Header, messages: AsyncIterator[bytes], context: Any) -> None:
         with self._store.writing(header) as incoming:
-            await embedding_stream.request_values(context, incoming.path if self._shares_files else None)
-            async for part in parts:
-                chunk = embedding_stream.parse_message(part)
+            await embedding_stream.request_values(context, incoming.path if self._senders_are_local else None)
+            async for message in messages:
+                chunk = embedding_stream.parse_message(message)
                 incoming.add(chunk if isinstance(chunk, memoryview) else chunk.data)
-            if not incoming.given:  # the sender has written them: there is more to look at than a loop has time for
-                await asyncio.to_thread(incoming.end)
+            if not incoming.bytes_added:  # the sender has written the file: checking all of it would block the event loop
+                await asyncio.to_thread(incoming.finish)
 
 
-async def serve(options: SinkOptions) -> None:
-    """Serve until standard input ends or a signal arrives."""
-    folder = Path(options.folder)
-    store = Store(folder, options.budget or default_budget(folder), options.lease)
-    server = rpc.create_server(options.listen)
-    metrics = Metrics(store)
-    embedding_stream.add_sink_to_server(Sink(options, store, metrics), server)
-    if options.metrics_port:
-        serve_metrics(metrics.registry, options.metrics_port)
-    watching = asyncio.create_task(metrics.common.measure_loop_lag())
-    await server.start()
-    log.info("sink ready on %s, %.1f GiB", options.listen, store.budget / 2**30)
-    await _parent_gone()
-    watching.cancel()
-    await server.stop(GRACE)
-    remove_folder(folder)  # the language worker may have been killed before it could
+async def _first_message(messages: AsyncIterator[bytes]) -> pb.EmbeddingHeader:
+    message = await anext(aiter(messages), None)
+    first = None if message is None else embedding_stream.parse_message(message)
+    if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
+        raise errors.InvalidRequest("The first message of a delivery must be its header.")
+    return first.header
 
 
-async def _parent_gone() -> None:
+class SinkServer:
+    """Async context manager: serves a sink, and its metrics, inside the block. Removes the shared memory at the end."""
+
+    def __init__(self, options: SinkOptions) -> None:
+        self._options = options
+        self._folder = Path(options.folder)
+        self._store = Store(self._folder, options.budget or default_budget(self._folder), options.lease)
+        self._metrics = Metrics(self._store)
+        self._server = rpc.create_server(options.listen)
+        self._measuring: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        embedding_stream.add_sink_to_server(Sink(self._options, self._store, self._metrics), self._server)
+        if self._options.metrics_port:
+            serve_metrics(self._metrics.registry, self._options.metrics_port)
+        self._measuring = asyncio.create_task(self._metrics.common.measure_loop_lag())
+        await self._server.start()
+        log.info("sink ready on %s, %.1f GiB", self._options.listen, self._store.budget / 2**30)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._measuring is not None:
+            self._measuring.cancel()
+        await self._server.stop(_STOP_GRACE_SECONDS)
+        remove_folder(self._folder)  # the language worker may have been killed before it could
+
+
+async def _run(options: SinkOptions) -> None:
+    """Serve until standard input ends or SIGTERM arrives."""
+    async with SinkServer(options):
+        await _stop_requested()
+
+
+async def _stop_requested() -> None:
     loop = asyncio.get_running_loop()
     # a terminal's Ctrl-C reaches every process of its group; only the end of the language worker ends the sink
     loop.add_signal_handler(signal.SIGINT, lambda: None)
-    gone = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, gone.set)
-    loop.add_reader(sys.stdin, gone.set)
-    await gone.wait()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_reader(sys.stdin, stop.set)
+    await stop.wait()
 
 
 def main() -> None:
+    """Run a sink. The only argument is `SinkOptions` as JSON. Exits with 1 and one line if it cannot serve."""
     options = SinkOptions(**json.loads(sys.argv[1]))
     logs.configure(options.log_level, options.log_format)
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            asyncio.run(serve(options))
+            asyncio.run(_run(options))
         except OSError as error:
             sys.exit(f"dvd language: {error}")
 

@@ -15,7 +15,7 @@ class EncodingOptions(ImageLimits, TraceOptions):
     vision_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype of the vision tower; auto: the checkpoint's"
     )
-    vision_backend: Literal["internvl", "fake"] = Field(
+    vision_backend: Literal["internvl", "fake"] = Field(  # the names of `encoder.FAMILIES`
         "internvl", description="fake: embeddings derived from a hash of the image, to measure everything but the tower"
     )
     max_batch_tiles: int = Field(0, ge=0, description="maximum number of tiles in a forward pass; 0: 4 on a CPU, 32 on a GPU")
@@ -27,7 +27,7 @@ class EncodingOptions(ImageLimits, TraceOptions):
 
 
 class VisionOptions(CheckpointOptions, EncodingOptions, MetricsOptions):
-    """`dvd vision MODEL`: one vision worker."""
+    """Options of one vision worker, `dvd vision MODEL`."""
 
     command: ClassVar[str] = "vision"
 

@@ -1,4 +1,4 @@
-"""Embeddings on their way to the sinks of language workers."""
+"""Delivers embeddings to the sinks of language workers."""
 
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
@@ -12,48 +12,64 @@ from common.embedding import Header
 if TYPE_CHECKING:
     import grpc.aio
 
-UNUSED = 600.0
-"""Seconds after which a channel that nobody used may be closed."""
+IDLE_SECONDS = 600.0
+"""Time after which a channel without deliveries may be closed."""
 
 
 @dataclass(eq=False)
-class _Road:
+class _Connection:
     channel: grpc.aio.Channel
-    users: int = 0
-    used: float = 0.0
+    deliveries: int = 0
+    """Deliveries in flight."""
+    last_used: float = 0.0
 
 
-class Sinks:
-    """One long-lived channel to each address that is asked for. Language workers come and go, each at an address of its own:
-    whenever a channel is opened, those that were not used for `UNUSED` seconds are closed."""
+class SinkChannels:
+    """One long-lived channel per sink address: `async with SinkChannels() as sinks`. Leaving the context closes them all.
+
+    Language workers come and go, each at an address of its own. Whenever a channel is opened, those that have been idle for
+    `IDLE_SECONDS` are closed.
+    """
 
     def __init__(self) -> None:
-        self._roads: dict[str, _Road] = {}
+        self._connections: dict[str, _Connection] = {}
+
+    async def __aenter__(self) -> SinkChannels:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for connection in self._connections.values():
+            await connection.channel.close()
 
     async def deliver(self, address: str, header: Header, data: memoryview, seconds: float | None) -> None:
-        """Return once the sink has it all. Raises what the sink raised, or `SinkUnavailable` where none answers."""
-        if opened := address not in self._roads:
-            self._roads[address] = _Road(rpc.open_channel(address))
-        road = self._roads[address]
-        road.users += 1
+        """Send one embedding to the sink at `address`; return once the sink has stored it.
+
+        Args:
+            address: `host:port` or `unix:/path`.
+            header: describes `data`, whose length must be `header.length`.
+            data: the embedding's values, row by row.
+            seconds: deadline of the call; None: no deadline.
+
+        Raises: what the sink raised; SinkUnavailable where it does not answer.
+        """
+        if is_new := address not in self._connections:
+            self._connections[address] = _Connection(rpc.open_channel(address))
+        connection = self._connections[address]
+        connection.deliveries += 1
         try:
-            if opened:
-                await self._close_unused()
+            if is_new:
+                await self._close_idle()
             with rpc.translate_errors("language worker's sink"):
-                await embedding_stream.deliver(road.channel, header, data, seconds, logs.request_metadata())
-        except errors.WorkerUnavailable as error:  # unchanged it would look like this vision worker's own absence
+                await embedding_stream.deliver(connection.channel, header, data, seconds, logs.request_metadata())
+        except errors.WorkerUnavailable as error:  # the caller would take it for this vision worker's own failure
             raise errors.SinkUnavailable(str(error)) from None
         finally:
-            road.users -= 1
-            road.used = time.monotonic()
+            connection.deliveries -= 1
+            connection.last_used = time.monotonic()
 
-    async def _close_unused(self) -> None:
+    async def _close_idle(self) -> None:
         now = time.monotonic()
-        for address, road in list(self._roads.items()):
-            if not road.users and now - road.used > UNUSED:
-                del self._roads[address]
-                await road.channel.close()
-
-    async def close(self) -> None:
-        for road in self._roads.values():
-            await road.channel.close()
+        for address, connection in list(self._connections.items()):
+            if not connection.deliveries and now - connection.last_used > IDLE_SECONDS:
+                del self._connections[address]
+                await connection.channel.close()

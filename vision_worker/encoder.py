@@ -1,4 +1,19 @@
-"""The seam to a vision family. A new one is a file in `models/` with a `load` and a line in `FAMILIES`."""
+"""The seam to a vision family: what the batcher and the service need of a loaded vision tower.
+
+A family is a module in `vision_worker/models/` with a function `load(checkpoint, placement, dummy) -> Encoder`, a line in
+`FAMILIES` and its name among the values of `--vision-backend` (`vision_worker/config.py`). docs/adding-a-vision-family.md
+is the guide; `tests/vision_worker/test_encoder_contract.py` is what every family must pass.
+
+An image passes through an encoder in four steps, so that decoding, copying to the device and computing overlap:
+
+    prepare   bytes of one image -> tiles                  a pool of threads, images in parallel
+    stage     tiles of one batch -> pixels on the device   stager thread, while the device computes the batch before
+    forward   pixels of one batch -> features              device thread, tiles of any requests together
+    project   features of one group -> visual tokens       device thread, all images of one Encode call
+
+`stage`, `forward` and `project` are each called by one thread at a time. Errors: a `DvdError` reaches the callers as it is;
+any other exception fails the batch with `InternalError` and is logged.
+"""
 
 import importlib
 from collections.abc import Sequence
@@ -19,87 +34,116 @@ from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.weights import DTYPES
 
 FAMILIES = {"internvl": "vision_worker.models.internvl", "fake": "vision_worker.models.fake"}
+"""Modules of the families, by their name in `--vision-backend`."""
 
-_BATCH_TILES = {"cpu": 4}
-"""A CPU gains nothing from larger batches, and warms one before it is ready."""
+_DEFAULT_BATCH_TILES = {"cpu": 4}
+"""By type of device. A CPU gains nothing from larger batches, and has to run one before it is ready."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in what a family computes."""
+    """The device and dtype that a family computes in."""
 
     device: torch.device
     dtype: torch.dtype
     compile_for: int = 0
-    """Tiles in the largest batch that the tower is compiled for; 0: it is not."""
+    """Tiles in the largest batch that the tower is compiled for; 0: not compiled."""
 
     @property
     def dtype_name(self) -> str:
+        """The dtype without torch's prefix: `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A group's visual tokens, tile after tile. `scores` is empty where the policy asked for none; `routing`: seconds."""
+class GroupEmbedding:
+    """The visual tokens of one group, tile after tile.
 
-    blocks: list[Tensor]  # one a tile, [tokens, width] each
+    Attributes:
+        blocks: one tensor [tokens, width] per tile, in the encoder's dtype on its device.
+        compressed: whether each tile was compressed.
+        scores: the router's score of each tile; empty where the policy needs none.
+        routing_seconds: time that scores and policy took.
+    """
+
+    blocks: list[Tensor]
     compressed: list[bool]
     scores: list[float]
-    routing: float = 0.0
+    routing_seconds: float = 0.0
 
 
 class Encoder(Protocol):
-    """One checkpoint, loaded."""
+    """One checkpoint's vision tower and projectors, loaded."""
 
     checkpoint: Checkpoint
+    """Its description gives the tile size, the tokens per tile and the width that this encoder must keep to."""
+
     placement: Placement
 
-    def sizes(self, largest: int) -> Sequence[int]:
-        """Of batches to run once before the first request, in tiles."""
+    def warmup_batch_sizes(self, max_tiles: int) -> Sequence[int]:
+        """Sizes of the batches to run before the first request, in tiles, each at most `max_tiles`; at least one."""
 
-    def prepare(self, data: bytes, tiling: Tiling) -> Tiles:
-        """Any thread. Raises `InvalidImage` or `ImageTooLarge`."""
+    def prepare(self, data: bytes, options: Tiling) -> Tiles:
+        """Decode one image file and cut it into tiles. Called from several threads at once.
+
+        Raises: InvalidImage, ImageTooLarge.
+        """
 
     def stage(self, tiles: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-        """Stager thread, while the device is busy with the batch before: tiles to uint8 [n, side, side, 3] on the device."""
+        """Copy tiles [side, side, 3] to the device, uint8 [n, side, side, 3]; the copy is complete on return.
+
+        Stager thread. `Stager.stage` does it for every family so far.
+        """
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Device thread: tiles as staged, of any groups, to features [n, …], each from its tile alone."""
+        """Compute features [n, …] of staged tiles, each from its own tile alone: any batch gives a tile the same features.
 
-    def project(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
-        """Device thread: one whole group. `features` are of its distinct tiles; tile i of the group is `copies[i]`."""
+        Device thread. n is between 1 and the batch limit; the tiles may belong to different requests. The batcher splits
+        and concatenates the result along its first dimension, and does not look inside.
+        """
+
+    def project(self, features: Tensor, index: Sequence[int], policy: Policy) -> GroupEmbedding:
+        """Route one whole group and project its tiles to visual tokens.
+
+        Device thread. Equal tiles of a group are computed once, so there may be fewer features than tiles.
+
+        Args:
+            features: of the group's distinct tiles, as `forward` returned them, [distinct, …].
+            index: for each tile of the group the row of `features` that belongs to it.
+            policy: decides which tiles are compressed. It sees the scores of all tiles, repeated ones included.
+        """
 
 
 def load(options: VisionOptions, checkpoint: Checkpoint) -> Encoder:
-    """Raises `CheckpointError` or `ConfigError`."""
+    """Load the family that `--vision-backend` names. Raises: CheckpointError, ConfigError."""
     family = importlib.import_module(FAMILIES[options.vision_backend])
     device = _device(options.device)
-    largest = batch_tiles(options, device) if options.vision_compile else 0
-    place = Placement(device, _dtype(options.vision_dtype, checkpoint), largest)
-    return cast(Encoder, family.load(checkpoint, place, dummy=options.load_format == "dummy"))
+    compile_for = max_batch_tiles(options, device) if options.vision_compile else 0
+    placement = Placement(device, _dtype(options.vision_dtype, checkpoint), compile_for)
+    return cast(Encoder, family.load(checkpoint, placement, dummy=options.load_format == "dummy"))
 
 
-def batch_tiles(options: VisionOptions, device: torch.device) -> int:
-    """Tiles in one forward pass, at most."""
-    return options.max_batch_tiles or _BATCH_TILES.get(device.type, 32)
+def max_batch_tiles(options: VisionOptions, device: torch.device) -> int:
+    """Maximum number of tiles in one forward pass: the option, or the device's default."""
+    return options.max_batch_tiles or _DEFAULT_BATCH_TILES.get(device.type, 32)
 
 
 class Stager:
-    """Tiles to the device. Pinned memory and a stream of its own let a GPU's copy run beside its computing."""
+    """Copies tiles to the device. Pinned memory and a separate stream let a GPU copy while it computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def stage(self, tiles: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-        """uint8 [n, side, side, 3], there when this returns."""
+        """See `Encoder.stage`."""
         pixels = torch.from_numpy(np.stack(tiles))
         if self._stream is None:
             return pixels.to(self._device)
         with torch.cuda.stream(self._stream):
             staged = pixels.pin_memory().to(self._device, non_blocking=True)
-        self._stream.synchronize()  # this thread waits, not the one that drives the device
-        staged.record_stream(torch.cuda.default_stream(self._device))  # who frees it last uses it on that one
+        self._stream.synchronize()  # blocks this thread, not the one that drives the device
+        staged.record_stream(torch.cuda.default_stream(self._device))  # the stream that uses it last, before it is freed
         return staged
 
 
@@ -108,13 +152,13 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
 
 def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
-    chosen = checkpoint.description.dtype if name == "auto" else name
-    if chosen not in DTYPES:
-        raise CheckpointError(f"config.json has dtype {chosen!r}: choose one with --vision-dtype")
-    return DTYPES[chosen]
+    name = checkpoint.description.dtype if name == "auto" else name
+    if name not in DTYPES:
+        raise CheckpointError(f"config.json has dtype {name!r}, which is not supported: choose one with --vision-dtype")
+    return DTYPES[name]

@@ -1,16 +1,19 @@
-"""What stock vLLM needs to serve our checkpoint beside us; used by nothing but the benchmarks."""
+"""Adapts checkpoints and the environment so that stock vLLM can serve as the colocated baseline of the benchmarks."""
 
 import json
 import shutil
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-SITE = _HERE / "site"
-"""For PYTHONPATH: lets a CUDA build of torchvision be imported beside a CPU build of torch, where there is no other."""
+TORCHVISION_SHIM = _HERE / "site"
+"""Entry for PYTHONPATH: allows a CUDA build of torchvision with a CPU build of torch where no matching build exists."""
 
 
-def copied(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint with the configuration class that published ones bring along, its weights linked."""
+def copy_with_remote_code(checkpoint: Path, folder: Path) -> Path:
+    """Copy a checkpoint to `folder` and add the configuration class that published checkpoints ship as remote code.
+
+    Weights are linked, not copied. Returns the folder, which must not exist yet.
+    """
     folder.mkdir()
     for file in checkpoint.iterdir():
         (folder / file.name).symlink_to(file.resolve())

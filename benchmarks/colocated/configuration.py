@@ -1,4 +1,4 @@
-"""The configuration class of an `internvl_chat` checkpoint: copied beside one, and loaded from there by transformers."""
+"""Configuration class of an `internvl_chat` checkpoint, copied into the checkpoint and loaded from there by transformers."""
 
 from typing import Any
 
@@ -6,10 +6,14 @@ from transformers import AutoConfig, PretrainedConfig
 
 
 class InternVisionConfig(PretrainedConfig):
+    """Configuration of the vision tower."""
+
     model_type = "intern_vit_6b"
 
 
 class InternVLChatConfig(PretrainedConfig):
+    """Configuration of the whole model, with those of the vision tower and the language model."""
+
     model_type = "internvl_chat"
     is_composition = True
 

@@ -1,6 +1,6 @@
-"""The language model of an InternVL checkpoint as vLLM runs it: no vision tower, no image processor.
+"""The language model of an InternVL checkpoint as a model of vLLM, without the vision tower and the image processor.
 
-An image is only a number of visual tokens; its embedding reaches vLLM's encoder cache by the connector.
+To vLLM an image is a number of visual tokens. Its embedding enters vLLM's encoder cache through `lm_worker/connector.py`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,31 +31,41 @@ from vllm.sequence import IntermediateTensors
 from common.embedding_ref import EmbeddingRef
 from common.layouts import LAYOUTS
 
-TOKENS = "image_num_tokens"
-CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
-_NATIVE = "internvl"
+NUM_TOKENS = "image_num_tokens"
+"""Field of an `image_embeds` content part: how many visual tokens the image has."""
+
+_IMAGE_CONTEXT, _IMAGE_START, _IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
+_TRANSFORMERS_MODEL_TYPE = "internvl"
 
 
 class KeyedItems(DictEmbeddingItems):
-    """Images that came as URLs, and so with their keys inside; where a part of a chat has a key, vLLM knows it already."""
+    """Images of one request.
+
+    Attributes:
+        keys: Keys of images that came as URLs, which contain them; empty for images of a chat, whose keys vLLM has
+            taken from `uuid`.
+    """
 
     keys: Sequence[str] = ()
 
 
 class ImageParser(MultiModalDataParser):
-    """Takes images as numbers of visual tokens, `{"image_num_tokens": [N]}`, or as what their URLs say."""
+    """Parses images given as numbers of visual tokens, `{"image_num_tokens": [N]}`, or as `EmbeddingRef`s."""
 
-    embedding_fields = {"image": {TOKENS: "metadata", "image_embeds": "values"}}  # noqa: RUF012
+    embedding_fields = {"image": {NUM_TOKENS: "metadata", "image_embeds": "values"}}  # noqa: RUF012
 
     def _parse_image_data(self, data: Any) -> DictEmbeddingItems | None:
         if not data:
             return None
-        if isinstance(data, list) and all(isinstance(one, EmbeddingRef) for one in data):
-            items = self._items({TOKENS: torch.tensor([[one.tokens] for one in data])})
-            items.keys = [one.key for one in data]
+        if isinstance(data, list) and all(isinstance(image, EmbeddingRef) for image in data):
+            items = self._items({NUM_TOKENS: torch.tensor([[image.tokens] for image in data])})
+            items.keys = [image.key for image in data]
             return items
         if not isinstance(data, dict):
-            raise ValueError("an image must come as its number of visual tokens, through the gateway")
+            raise ValueError(
+                f"A language worker takes an image as its number of visual tokens, got {type(data).__name__}; "
+                "send the request to the gateway."
+            )
         return self._items(data)
 
     def _items(self, data: Mapping[str, torch.Tensor]) -> KeyedItems:
@@ -65,57 +75,65 @@ class ImageParser(MultiModalDataParser):
 
 def _fields(_data: Mapping[str, Any]) -> Mapping[str, MultiModalFieldConfig]:
     return {
-        TOKENS: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        # keep_on_cpu: vLLM drops other fields when a prefix is cached
+        NUM_TOKENS: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         "image_embeds": MultiModalFieldConfig.batched("image"),
     }
 
 
 class ProcessingInfo(BaseProcessingInfo):
-    """What vLLM must know of images before one arrives."""
+    """What vLLM must know about images in general."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Any number of images."""
         return {"image": None}
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
-        # the limit of 0 keeps vLLM from profiling images; whatever is no key has been refused when it was to be fetched
+        """Accept any number of images. Raises what vLLM raises for other modalities."""
+        # the limit of 0 on the command line is there to keep vLLM from profiling images; anything that is not an
+        # embedding was rejected when vLLM parsed or fetched it
         if modality != "image":
             super().validate_num_items(modality, num_items)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        # vLLM sizes its encoder cache by this: with 0 it would refuse every image. A caller may ask for more tiles
-        # than the checkpoint's default, so only the context bounds an image.
+        """Visual tokens of the largest image: the context, since a caller may ask for more tiles than the default."""
+        # vLLM sizes its encoder cache by this: with 0 it would reject every image
         return {"image": seq_len}
 
     def get_data_parser(self) -> MultiModalDataParser:
+        """The parser of images."""
         return ImageParser(
             expected_hidden_size=self._get_expected_hidden_size(),
             allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
         )
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
+        """None."""
         return {}
 
     @property
     def placeholder(self) -> str:
-        """What a chat template writes for one image: `<image>` in OpenGVLab's, the context token itself in transformers'."""
-        return CONTEXT if self.get_hf_config().model_type == _NATIVE else "<image>"
+        """What a chat template writes for one image: `<image>` in OpenGVLab's layout, the context token in transformers'."""
+        return _IMAGE_CONTEXT if self.get_hf_config().model_type == _TRANSFORMERS_MODEL_TYPE else "<image>"
 
 
 class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
-    """Nothing to profile: no tower here."""
+    """Empty inputs for vLLM's profiling: there is no vision tower to profile."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """Empty."""
         return ""
 
     def get_dummy_mm_data(self, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+        """Empty."""
         return {}
 
 
 class Processor(BaseMultiModalProcessor[ProcessingInfo]):
-    """Turns each placeholder into `<img>`, one `<IMG_CONTEXT>` a visual token, `</img>`."""
+    """Replaces the placeholder of each image by `<img>`, one `<IMG_CONTEXT>` per visual token, and `</img>`."""
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        """vLLM names an image by its key, under which the connector looks for it, not by a digest of what stands for it."""
+        """Process a prompt; vLLM identifies each image by its key, which the connector looks up, not by a digest."""
         images = inputs.mm_data_items.get("image")
         if isinstance(images, KeyedItems) and images.keys:
             inputs.mm_uuid_items = {**(inputs.mm_uuid_items or {}), "image": images.keys}
@@ -133,10 +151,10 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         tokenizer = self.info.get_tokenizer()
-        start, context, end = (tokenizer.convert_tokens_to_ids(t) for t in (START, CONTEXT, END))
+        start, context, end = (tokenizer.convert_tokens_to_ids(t) for t in (_IMAGE_START, _IMAGE_CONTEXT, _IMAGE_END))
 
         def visual_tokens(item: int) -> PromptUpdateDetails:
-            count = int(mm_items.get_items("image", DictEmbeddingItems).get(item)[TOKENS])
+            count = int(mm_items.get_items("image", DictEmbeddingItems).get(item)[NUM_TOKENS])
             return PromptUpdateDetails.select_token_id([start, *[context] * count, end], embed_token_id=context)
 
         target = tokenizer.encode(self.info.placeholder, add_special_tokens=False)
@@ -145,20 +163,23 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=DummyInputs)
 class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
-    """`language_model` of the checkpoint, any architecture that vLLM knows, and nothing else of it."""
+    """The language model of a checkpoint, of any architecture that vLLM implements."""
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """For templates that know no image parts; those of transformers' layout all do."""
+        """Placeholder for chat templates without image parts. Raises `ValueError` for other modalities.
+
+        Checkpoints in transformers' layout all have templates with image parts.
+        """
         if not modality.startswith("image"):
-            raise ValueError(f"{modality} inputs are not supported, only images")
+            raise ValueError(f"{modality!r} inputs are not supported; expected an image.")
         return "<image>"
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         self._layout = LAYOUTS[config.model_type]
-        mark: Any = self._mark_language_model  # nn.Module claims that every attribute may be a Tensor
+        mark: Any = self._mark_language_model  # typed as Tensor | Module, like every attribute of nn.Module
         with mark(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -168,7 +189,8 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
         self.make_empty_intermediate_tensors: Any = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        raise RuntimeError("an image was scheduled before its embedding arrived")
+        """Never called: the connector has put every embedding into the encoder cache. Raises `RuntimeError`."""
+        raise RuntimeError("An image was scheduled before its embedding arrived.")
 
     def forward(
         self,
@@ -178,7 +200,7 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
         inputs_embeds: torch.Tensor | None = None,
         **_kwargs: object,
     ) -> Any:
-        """Hidden states `[tokens, width]` of the language model."""
+        """Compute the hidden states `[tokens, width]` of the language model."""
         if intermediate_tensors is not None:
             inputs_embeds = None
         return self.language_model.model(
@@ -189,10 +211,10 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
         )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits `[tokens, vocabulary]`."""
+        """Compute the logits `[tokens, vocabulary]`."""
         return cast(torch.Tensor | None, self.language_model.compute_logits(hidden_states))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the language model's tensors; the vision worker's are passed over unread (they are mapped lazily)."""
+        """Load the language model's tensors and return their names. Others are skipped; mapped lazily, they are not read."""
         mapper = WeightsMapper(orig_to_new_prefix=dict(self._layout.language_prefixes))
         return cast(set[str], AutoWeightsLoader(self).load_weights(weights, mapper=mapper))

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import result
-from benchmarks.checkpointed import Kept
+from benchmarks.checkpointed import CheckpointedRun
 
 
 @pytest.fixture(autouse=True)
@@ -12,32 +12,32 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def never() -> str:
+def must_not_measure() -> str:
     raise AssertionError("measured again")
 
 
-def test_a_run_that_was_broken_off_goes_on_where_it_was() -> None:
-    kept = Kept("long", quick=False)
-    assert kept.part("first", lambda: {"ours": 1.5}) == {"ours": 1.5}
+def test_an_interrupted_run_continues_after_its_last_measurement() -> None:
+    run = CheckpointedRun("long", quick=False)
+    assert run.measure("first", lambda: {"ours": 1.5}) == {"ours": 1.5}
     with pytest.raises(AssertionError):
-        kept.part("second", never)
-    again = Kept("long", quick=False)
-    assert again.part("first", never) == {"ours": 1.5}
-    assert again.part("second", lambda: [2, "three"]) == [2, "three"]
-    assert Kept("long", quick=False).part("second", never) == [2, "three"]
+        run.measure("second", must_not_measure)
+    resumed = CheckpointedRun("long", quick=False)
+    assert resumed.measure("first", must_not_measure) == {"ours": 1.5}
+    assert resumed.measure("second", lambda: [2, "three"]) == [2, "three"]
+    assert CheckpointedRun("long", quick=False).measure("second", must_not_measure) == [2, "three"]
 
 
-def test_one_that_is_done_is_begun_anew(folder: Path) -> None:
-    kept = Kept("long", quick=False)
-    kept.part("first", lambda: 1)
-    kept.done()
+def test_a_run_after_a_finished_one_measures_everything_again(folder: Path) -> None:
+    run = CheckpointedRun("long", quick=False)
+    run.measure("first", lambda: 1)
+    run.finish()
     assert list(folder.iterdir()) == []
-    assert Kept("long", quick=False).part("first", lambda: 2) == 2
+    assert CheckpointedRun("long", quick=False).measure("first", lambda: 2) == 2
 
 
-def test_what_was_measured_otherwise_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    Kept("long", quick=False).part("first", lambda: 1)
-    assert Kept("long", quick=True).part("first", lambda: 2) == 2
-    assert Kept("other", quick=False).part("first", lambda: 3) == 3
+def test_measurements_of_another_configuration_are_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    CheckpointedRun("long", quick=False).measure("first", lambda: 1)
+    assert CheckpointedRun("long", quick=True).measure("first", lambda: 2) == 2
+    assert CheckpointedRun("other", quick=False).measure("first", lambda: 3) == 3
     monkeypatch.setattr(result, "environment", lambda: {"commit": "another"})
-    assert Kept("long", quick=False).part("first", lambda: 4) == 4
+    assert CheckpointedRun("long", quick=False).measure("first", lambda: 4) == 4

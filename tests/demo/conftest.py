@@ -1,17 +1,17 @@
 import pytest
 import torch
 
-from demo import model
-from demo.words import Words
+from demo.model.demo_model import DemoModel
+from demo.text.tokenizer import DemoTokenizer
 
 
 @pytest.fixture(scope="session")
-def words() -> Words:
-    return Words()
+def tokenizer() -> DemoTokenizer:
+    return DemoTokenizer()
 
 
 @pytest.fixture(scope="module")
-def trainee(words: Words) -> model.Trainee:
-    """Untrained."""
+def model(tokenizer: DemoTokenizer) -> DemoModel:
+    """An untrained model."""
     torch.manual_seed(0)
-    return model.Trainee(words).requires_grad_(False)
+    return DemoModel(tokenizer).requires_grad_(False)

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import yaml
 
+from lm_worker.shared_memory import create_folder
 from lm_worker.sink import SinkOptions
-from lm_worker.store import create_folder
 from tests.deploy.promql import ROOT, RULES
 from tests.ports import free_port
 from tests.server.fakes.handlers import event_stream

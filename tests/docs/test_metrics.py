@@ -11,7 +11,8 @@ from lm_worker.metrics import Metrics as SinkMetrics
 from lm_worker.store import Store
 from server.metrics import EngineLoad, WorkerStatus
 from server.metrics import Metrics as GatewayMetrics
-from vision_worker.cache.embedding_cache import EmbeddingCache, Memory
+from vision_worker.cache.embedding_cache import EmbeddingCache
+from vision_worker.cache.memory import MemoryCache
 from vision_worker.metrics import Metrics as VisionMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def test_metrics_of_the_gateway_are_documented() -> None:
 
 def test_metrics_of_a_vision_worker_are_documented() -> None:
     metrics = VisionMetrics()
-    metrics.watch(EmbeddingCache(Memory(1)))
+    metrics.watch(EmbeddingCache(MemoryCache(1)))
     assert exported(metrics.registry) == documented("vision")
 
 

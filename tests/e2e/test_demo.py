@@ -1,4 +1,4 @@
-"""The bundled checkpoint answers truly through the whole path; how truly is measured by `python -m demo.evaluate`."""
+"""The bundled checkpoint answers correctly through the whole server. `python -m demo.evaluate` measures how often."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,59 +7,67 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo import scenes
-from demo.scenes import Style
-from demo.words import ABILITIES, GREETING, UNKNOWN, Asked, questions
+from demo.scenes.drawing import draw_scene, encode_image
+from demo.scenes.generation import generate_scene
+from demo.scenes.style import TILE_COUNTS, Style
+from demo.text.questions import Question, scene_questions
+from demo.text.small_talk import ABILITIES_ANSWER, GREETING_ANSWER, UNKNOWN_ANSWER
 from tests.e2e.serving import Answer, Served, image_part, up
 
-DEMO = Path(__file__).parents[2] / "demo/checkpoint"
+CHECKPOINT = Path(__file__).parents[2] / "demo/checkpoint"
 SEED = 1_234_567_890
 
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Served]:
-    with up(DEMO) as served:
+    with up(CHECKPOINT) as served:
         yield served
 
 
-def said(answer: Answer) -> str:
+def answer_text(answer: Answer) -> str:
     return str(answer.json["choices"][0]["message"]["content"]).strip()
 
 
-def pictures() -> list[tuple[bytes, list[Asked]]]:
-    """One picture for each number of tiles, drawn from seeds that training never uses."""
-    found = []
-    for tiles in scenes.TILES:
-        rng = np.random.default_rng([SEED, tiles])
-        scene = scenes.scene(rng, Style(), tiles)
-        found.append((scenes.encoded(scenes.draw(scene), rng), questions(scene, rng)))
-    return found
+def images_with_questions() -> list[tuple[bytes, list[Question]]]:
+    """One image of each tile count, from seeds that training never uses."""
+    images = []
+    for tile_count in TILE_COUNTS:
+        rng = np.random.default_rng([SEED, tile_count])
+        scene = generate_scene(rng, Style(), tile_count)
+        images.append((encode_image(draw_scene(scene), rng), scene_questions(scene, rng)))
+    return images
 
 
-def test_true_answers(demo: Served) -> None:
-    asked = [(image, one) for image, questions in pictures() for one in questions]
+def test_nine_of_ten_answers_are_correct(demo: Served) -> None:
+    asked = [(image, question) for image, questions in images_with_questions() for question in questions]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda one: said(demo.chat(image_part(one[0]), one[1].question)), asked))
+        answers = list(pool.map(lambda pair: answer_text(demo.chat(image_part(pair[0]), pair[1].text)), asked))
     wrong = [
-        (one.question, one.answer, answer) for (_, one), answer in zip(asked, answers, strict=True) if answer != one.answer
+        (question.text, question.answer, answer)
+        for (_, question), answer in zip(asked, answers, strict=True)
+        if answer != question.answer
     ]
     assert len(asked) >= 36
     assert len(wrong) <= 0.1 * len(asked), wrong
 
 
 def test_the_router_saves_tokens(demo: Served) -> None:
-    image = pictures()[-1][0]
-    counts = {
+    image = images_with_questions()[-1][0]
+    tokens = {
         mode: demo.chat(image_part(image), "How many stars are there?", vir={"mode": mode}).json["usage"]["prompt_tokens"]
         for mode in ("off", "auto", "all")
     }
-    assert counts["off"] - counts["all"] == 13 * (256 - 64)
-    assert counts["all"] <= counts["auto"] < counts["off"]
+    assert tokens["off"] - tokens["all"] == 13 * (256 - 64)
+    assert tokens["all"] <= tokens["auto"] < tokens["off"]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("Hello", GREETING), ("What can you do?", ABILITIES), ("What is the capital of France?", UNKNOWN)],
+    [
+        ("Hello", GREETING_ANSWER),
+        ("What can you do?", ABILITIES_ANSWER),
+        ("What is the capital of France?", UNKNOWN_ANSWER),
+    ],
 )
 def test_small_talk(demo: Served, text: str, expected: str) -> None:
-    assert said(demo.chat(text, max_tokens=40)) == expected
+    assert answer_text(demo.chat(text, max_tokens=40)) == expected

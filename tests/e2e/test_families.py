@@ -19,7 +19,8 @@ from common.checkpoint import open_checkpoint
 from common.embedding import Header
 from common.options import read_options
 from common.tiling import Tiling
-from lm_worker.store import Store, create_folder
+from lm_worker.shared_memory import create_folder
+from lm_worker.store import Store
 from tests import checkpoints
 from tests.e2e.serving import IMAGES, ROOT, text_part
 from vision_worker import encoder as encoders
@@ -61,7 +62,7 @@ def embed(checkpoint: Path, store: Path) -> dict[str, int]:
     rows = {}
     for picture in PICTURES:
         tiles = encoder.prepare((IMAGES / picture).read_bytes(), Tiling(1, 2, said.thumbnail))
-        policy = vir.policy(0, said.thresholds)
+        policy = vir.select_policy(0, said.thresholds)
         values = torch.cat(
             encoder.project(encoder.forward(encoder.stage(tiles.pixels)), range(len(tiles)), policy).blocks
         ).float()

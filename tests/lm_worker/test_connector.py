@@ -1,4 +1,4 @@
-"""The connector in its two roles, on real files, without an engine."""
+"""The connector in both of its roles, on real files, without an engine."""
 
 import time
 from pathlib import Path
@@ -10,10 +10,11 @@ import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 
 from common.embedding import Header
-from lm_worker.connector import Loads, SharedMemoryConnector
-from lm_worker.store import Store, create_folder
+from lm_worker.connector import EmbeddingFiles, SharedMemoryConnector
+from lm_worker.shared_memory import create_folder
+from lm_worker.store import Store
 
-ROWS, WIDTH, PATIENCE = 4, 8, 0.2
+ROWS, WIDTH, WAIT_SECONDS = 4, 8, 0.2
 
 
 @pytest.fixture
@@ -22,10 +23,12 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", budget=1 << 20, lease=0)
 
 
-def connector(store: Store, role: ECConnectorRole, at_once: int = 1) -> SharedMemoryConnector:
-    extra = {"folder": str(store.folder), "wait": PATIENCE}
+def connector(store: Store, role: ECConnectorRole, max_concurrent_steps: int = 1) -> SharedMemoryConnector:
+    extra = {"folder": str(store.folder), "wait": WAIT_SECONDS}
     transfer = SimpleNamespace(is_ec_producer=False, is_ec_consumer=True, get_from_extra_config=extra.get)
-    return SharedMemoryConnector(SimpleNamespace(ec_transfer_config=transfer, max_concurrent_batches=at_once), role)
+    return SharedMemoryConnector(
+        SimpleNamespace(ec_transfer_config=transfer, max_concurrent_batches=max_concurrent_steps), role
+    )
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def put(store: Store, key: str, values: torch.Tensor) -> None:
 
 
 def request(name: str, *keys: str, rows: int = ROWS) -> Any:
-    """As vLLM's scheduler has it: one image after the other, two tokens between them."""
+    """A request as vLLM's scheduler sees it: one image per key, two tokens between images."""
     span = rows + 2
     features = [
         SimpleNamespace(identifier=key, mm_position=SimpleNamespace(offset=i * span, length=rows)) for i, key in enumerate(keys)
@@ -47,34 +50,34 @@ def request(name: str, *keys: str, rows: int = ROWS) -> Any:
     return SimpleNamespace(request_id=name, mm_features=features, get_num_encoder_embeds=lambda _index: rows)
 
 
-def test_a_request_waits_until_all_its_embeddings_are_there(store: Store, scheduler: SharedMemoryConnector) -> None:
-    asked = request("r", "a", "b")
+def test_a_request_waits_until_all_its_embeddings_have_arrived(store: Store, scheduler: SharedMemoryConnector) -> None:
+    image_request = request("r", "a", "b")
     put(store, "a", torch.ones(ROWS, WIDTH))
-    assert not scheduler.ensure_cache_available(asked, 0)
+    assert not scheduler.ensure_cache_available(image_request, 0)
     put(store, "b", torch.ones(ROWS, WIDTH))
-    assert scheduler.ensure_cache_available(asked, 0)
+    assert scheduler.ensure_cache_available(image_request, 0)
     assert scheduler.has_cache_item("a")
     assert scheduler.has_cache_item("b")
     assert scheduler.take_unavailable_requests() == set()
 
 
-def test_what_the_kv_cache_covers_is_not_waited_for(scheduler: SharedMemoryConnector) -> None:
-    asked = request("r", "a")
-    assert not scheduler.ensure_cache_available(asked, ROWS - 1), "the last token of the image is still to be computed"
-    assert scheduler.ensure_cache_available(asked, ROWS)
+def test_a_request_does_not_wait_for_images_in_the_kv_cache(scheduler: SharedMemoryConnector) -> None:
+    image_request = request("r", "a")
+    assert not scheduler.ensure_cache_available(image_request, ROWS - 1), "the last token of the image is still to be computed"
+    assert scheduler.ensure_cache_available(image_request, ROWS)
 
 
-def test_a_request_whose_embedding_does_not_come_fails(scheduler: SharedMemoryConnector) -> None:
-    asked = request("r", "a")
-    assert not scheduler.ensure_cache_available(asked, 0)
+def test_a_request_whose_embedding_does_not_arrive_fails(scheduler: SharedMemoryConnector) -> None:
+    image_request = request("r", "a")
+    assert not scheduler.ensure_cache_available(image_request, 0)
     assert scheduler.take_unavailable_requests() == set()
-    time.sleep(PATIENCE * 1.5)
-    assert not scheduler.ensure_cache_available(asked, 0)
+    time.sleep(WAIT_SECONDS * 1.5)
+    assert not scheduler.ensure_cache_available(image_request, 0)
     assert scheduler.take_unavailable_requests() == {"r"}
 
 
 @pytest.mark.parametrize("rows", [ROWS - 1, ROWS + 1])
-def test_an_embedding_of_other_length_fails_the_request(store: Store, scheduler: SharedMemoryConnector, rows: int) -> None:
+def test_an_embedding_with_wrong_rows_fails_the_request(store: Store, scheduler: SharedMemoryConnector, rows: int) -> None:
     put(store, "a", torch.ones(ROWS, WIDTH))
     assert not scheduler.ensure_cache_available(request("r", "a", rows=rows), 0)
     assert scheduler.take_unavailable_requests() == {"r"}
@@ -85,7 +88,7 @@ def test_a_key_that_is_no_file_name_fails_the_request(scheduler: SharedMemoryCon
     assert scheduler.take_unavailable_requests() == {"r"}
 
 
-def test_an_embedding_is_held_while_a_request_lives(store: Store, scheduler: SharedMemoryConnector) -> None:
+def test_an_embedding_is_pinned_while_a_request_lives(store: Store, scheduler: SharedMemoryConnector) -> None:
     put(store, "a", torch.ones(ROWS, WIDTH))
     first, second = request("1", "a"), request("2", "a", "a")
     assert scheduler.ensure_cache_available(first, 0)
@@ -94,46 +97,46 @@ def test_an_embedding_is_held_while_a_request_lives(store: Store, scheduler: Sha
     assert scheduler.has_cache_item("a")
     scheduler.request_finished(second)
     assert not scheduler.has_cache_item("a")
-    assert not list((store.folder / "held").iterdir())
+    assert not list((store.folder / "pinned").iterdir())
 
 
-def test_a_worker_maps_what_the_scheduler_held(store: Store, scheduler: SharedMemoryConnector) -> None:
+def test_a_worker_maps_a_pinned_embedding_after_its_eviction(store: Store, scheduler: SharedMemoryConnector) -> None:
     values = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
     put(store, "a", values)
-    asked = request("r", "a")
-    assert scheduler.ensure_cache_available(asked, 0)
-    scheduler.update_state_after_alloc(asked, 0)
-    (store.folder / "a").unlink()  # evicted in between
-    loads = scheduler.build_connector_meta(None)
-    assert scheduler.build_connector_meta(None) == Loads({})
+    image_request = request("r", "a")
+    assert scheduler.ensure_cache_available(image_request, 0)
+    scheduler.update_state_after_alloc(image_request, 0)
+    (store.folder / "a").unlink()  # evicted
+    files = scheduler.build_connector_meta(None)
+    assert scheduler.build_connector_meta(None) == EmbeddingFiles({})
 
     worker, cache = connector(store, ECConnectorRole.WORKER), dict[str, torch.Tensor]()
-    worker.bind_connector_metadata(loads)
+    worker.bind_connector_metadata(files)
     worker.start_load_caches(cache)
-    scheduler.request_finished(asked)
+    scheduler.request_finished(image_request)
     assert torch.equal(cache["a"], values)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_what_a_step_loads_is_held_until_the_step_is_over_though_its_request_has_gone(store: Store, at_once: int) -> None:
-    """As vLLM has it where its workers are processes: an abort is heard while the step is on its way to them."""
-    scheduler = connector(store, ECConnectorRole.SCHEDULER, at_once)
+@pytest.mark.parametrize("max_concurrent_steps", [1, 2, 3])
+def test_embeddings_of_a_step_stay_pinned_until_it_ends(store: Store, max_concurrent_steps: int) -> None:
+    """Its requests may end earlier: vLLM can handle an abort while the step is on its way to the workers."""
+    scheduler = connector(store, ECConnectorRole.SCHEDULER, max_concurrent_steps)
     values = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
     put(store, "a", values)
-    asked, same = request("r", "a"), request("s", "a")
-    for one in (asked, same):
-        assert scheduler.ensure_cache_available(one, 0)
-        scheduler.update_state_after_alloc(one, 0)
-    loads = scheduler.build_connector_meta(None)
-    scheduler.request_finished(asked)
-    scheduler.request_finished(same)
-    for _ in range(at_once - 1):  # those that are built while it is under way
+    first, second = request("r", "a"), request("s", "a")
+    for each in (first, second):
+        assert scheduler.ensure_cache_available(each, 0)
+        scheduler.update_state_after_alloc(each, 0)
+    files = scheduler.build_connector_meta(None)
+    scheduler.request_finished(first)
+    scheduler.request_finished(second)
+    for _ in range(max_concurrent_steps - 1):  # steps that are built while the first one runs
         scheduler.build_connector_meta(None)
-    worker, cache = connector(store, ECConnectorRole.WORKER, at_once), dict[str, torch.Tensor]()
-    worker.bind_connector_metadata(loads)
+    worker, cache = connector(store, ECConnectorRole.WORKER, max_concurrent_steps), dict[str, torch.Tensor]()
+    worker.bind_connector_metadata(files)
     worker.start_load_caches(cache)
     assert torch.equal(cache["a"], values)
-    assert scheduler.has_pending_push_work(), "an engine with nothing to do would hold it for ever"
+    assert scheduler.has_pending_push_work(), "an idle engine would never unpin it"
     scheduler.build_connector_meta(None)
     assert not scheduler.has_pending_push_work()
-    assert not list((store.folder / "held").iterdir())
+    assert not list((store.folder / "pinned").iterdir())

@@ -1,4 +1,4 @@
-"""The sink as a process, over a real socket: what it takes, what it refuses, when it ends."""
+"""The sink as a process, over a real socket: what it accepts, what it rejects, when it ends."""
 
 import asyncio
 import contextlib
@@ -16,8 +16,8 @@ import pytest
 from common import embedding_stream, errors, rpc
 from common.checkpoint import open_checkpoint
 from common.embedding import HEADER_SIZE, Header
+from lm_worker.shared_memory import create_folder, map_embedding
 from lm_worker.sink import SinkOptions
-from lm_worker.store import create_folder, map_embedding
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 from tests.ports import free_port
@@ -52,8 +52,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
     yield RunningSink(options, process)
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(20) == 0, "a sink ends with its language worker"
-    assert not (folder / "store").exists(), "and gives its memory back"
+    assert process.wait(20) == 0, "the sink must end with its language worker"
+    assert not (folder / "store").exists(), "the sink must give its memory back"
 
 
 @pytest.fixture
@@ -64,46 +64,51 @@ async def sink(running: RunningSink) -> AsyncIterator[embeddings_pb2_grpc.Embedd
     await channel.close()
 
 
-def header(key: str, **changed: object) -> pb.EmbeddingHeader:
-    right = {"key": key, "fingerprint": FINGERPRINT, "dtype": pb.FLOAT32, "rows": ROWS, "width": WIDTH, "length": LENGTH}
-    return pb.EmbeddingHeader(**{**right, **changed})
+def header(key: str, **changes: object) -> pb.EmbeddingHeader:
+    """A header that the sink accepts, with some fields changed."""
+    valid = {"key": key, "fingerprint": FINGERPRINT, "dtype": pb.FLOAT32, "rows": ROWS, "width": WIDTH, "length": LENGTH}
+    return pb.EmbeddingHeader(**{**valid, **changes})
 
 
 async def deliver(
-    sink: embeddings_pb2_grpc.EmbeddingSinkStub, said: pb.EmbeddingHeader | None, data: bytes, chunk: int = 50_000
+    sink: embeddings_pb2_grpc.EmbeddingSinkStub, first: pb.EmbeddingHeader | None, data: bytes, chunk: int = 50_000
 ) -> pb.DeliverReply:
     async def parts() -> AsyncIterator[pb.DeliverChunk]:
-        if said is not None:
-            yield pb.DeliverChunk(header=said)
-        for at in range(0, len(data), chunk):
-            yield pb.DeliverChunk(data=data[at : at + chunk])
+        if first is not None:
+            yield pb.DeliverChunk(header=first)
+        for start in range(0, len(data), chunk):
+            yield pb.DeliverChunk(data=data[start : start + chunk])
 
-    for left in reversed(range(3)):
+    for retries_left in reversed(range(3)):
         try:
             with rpc.translate_errors("sink"):
                 return await sink.Deliver(parts())
-        except errors.Unavailable as error:  # grpc.aio now and then loses a refusal that comes while it is writing: try again
-            if "(internal)" not in str(error) or not left:
+        except errors.Unavailable as error:  # grpc.aio sometimes loses an error that arrives while it is writing: retry
+            if "(internal)" not in str(error) or not retries_left:
                 raise
     raise AssertionError
 
 
-async def test_describe_says_what_the_language_model_reads(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
-    said = await sink.Describe(pb.DescribeRequest())
-    assert (said.checkpoint.fingerprint, said.checkpoint.width, said.dtype) == (FINGERPRINT, WIDTH, pb.FLOAT32)
-    assert (said.http, said.budget_bytes) == ("unix:/nowhere", 8 << 20)
+async def test_describe_returns_checkpoint_dtype_and_address(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    description = await sink.Describe(pb.DescribeRequest())
+    assert (description.checkpoint.fingerprint, description.checkpoint.width, description.dtype) == (
+        FINGERPRINT,
+        WIDTH,
+        pb.FLOAT32,
+    )
+    assert (description.http, description.budget_bytes) == ("unix:/nowhere", 8 << 20)
 
 
-async def test_a_delivery_is_visible_whole(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+async def test_a_delivery_is_stored_whole(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
     data = np.random.default_rng(0).standard_normal(ROWS * WIDTH).astype("float32").tobytes()
     assert not (await deliver(sink, header("whole"), data)).already_here
     assert (await sink.Has(pb.HasRequest(keys=["whole", "absent"]))).tokens == [ROWS, 0]
-    _, mapped = map_embedding(Path(running.options.folder) / "whole")
-    assert mapped[HEADER_SIZE:] == data
+    _, mapping = map_embedding(Path(running.options.folder) / "whole")
+    assert mapping[HEADER_SIZE:] == data
     assert (await deliver(sink, header("whole"), data)).already_here
 
 
-async def test_one_of_many_equal_deliveries_is_taken(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+async def test_concurrent_deliveries_of_one_key_store_it_once(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
     replies = await asyncio.gather(*(deliver(sink, header("equal"), bytes(LENGTH)) for _ in range(8)))
     assert sorted(reply.already_here for reply in replies) == [False] + 7 * [True]
 
@@ -112,50 +117,50 @@ NAN = np.full(ROWS * WIDTH, np.nan, "float32").tobytes()
 
 
 @pytest.mark.parametrize(
-    ("changed", "data", "error", "says"),
+    ("changes", "data", "error", "message"),
     [
-        ({}, bytes(LENGTH - 4), errors.InvalidRequest, f"{LENGTH - 4} bytes arrived of {LENGTH}"),
+        ({}, bytes(LENGTH - 4), errors.InvalidRequest, f"has {LENGTH - 4} bytes; its header declares {LENGTH}"),
         ({}, bytes(LENGTH + 4), errors.InvalidRequest, f"more than the {LENGTH} bytes"),
-        ({}, bytes(LENGTH - 1), errors.InvalidRequest, "expected whole values of 4"),
-        ({}, b"", errors.InvalidRequest, "0 bytes arrived"),
+        ({}, bytes(LENGTH - 1), errors.InvalidRequest, "not a multiple of 4"),
+        ({}, b"", errors.InvalidRequest, "has 0 bytes"),
         ({}, NAN, errors.InvalidRequest, "infinite or undefined"),
-        ({"width": 127}, bytes(LENGTH), errors.InvalidRequest, r"256 × 127, expected 1 or more × 128"),
-        ({"rows": 0, "length": 0}, b"", errors.InvalidRequest, "expected 1 or more"),
+        ({"width": 127}, bytes(LENGTH), errors.InvalidRequest, r"256 × 127; expected at least 1 row of width 128"),
+        ({"rows": 0, "length": 0}, b"", errors.InvalidRequest, "expected at least 1 row"),
         ({"rows": 2**32 - 1}, b"", errors.ContextLengthExceeded, "4294967295 visual tokens"),
-        ({"dtype": pb.BFLOAT16}, bytes(LENGTH), errors.InvalidRequest, "in bfloat16, the language model computes in float32"),
+        ({"dtype": pb.BFLOAT16}, bytes(LENGTH), errors.InvalidRequest, "in bfloat16; the language model computes in float32"),
         ({"dtype": 0}, bytes(LENGTH), errors.InvalidRequest, "unknown dtype number 0"),
-        ({"length": LENGTH + 4}, bytes(LENGTH + 4), errors.InvalidRequest, f"has {LENGTH}"),
+        ({"length": LENGTH + 4}, bytes(LENGTH + 4), errors.InvalidRequest, f"have {LENGTH}"),
         ({"fingerprint": "0" * 64}, bytes(LENGTH), errors.CheckpointMismatch, "000000000000"),
-        ({"key": "../../etc/passwd"}, bytes(LENGTH), errors.InvalidRequest, "no key of an embedding"),
+        ({"key": "../../etc/passwd"}, bytes(LENGTH), errors.InvalidRequest, "not an embedding key"),
     ],
 )
-async def test_a_bad_delivery_is_refused_and_leaves_nothing(
-    sink: embeddings_pb2_grpc.EmbeddingSinkStub, changed: dict[str, object], data: bytes, error: type[Exception], says: str
+async def test_an_invalid_delivery_is_rejected_and_leaves_nothing_behind(
+    sink: embeddings_pb2_grpc.EmbeddingSinkStub, changes: dict[str, object], data: bytes, error: type[Exception], message: str
 ) -> None:
     before = (await sink.Describe(pb.DescribeRequest())).used_bytes
-    with pytest.raises(error, match=says):
-        await deliver(sink, header(**{"key": "bad", **changed}), data)
+    with pytest.raises(error, match=message):
+        await deliver(sink, header(**{"key": "bad", **changes}), data)
     assert (await sink.Describe(pb.DescribeRequest())).used_bytes == before
     assert (await sink.Has(pb.HasRequest(keys=["bad"]))).tokens == [0]
 
 
-def counted(running: RunningSink) -> dict[str, float]:
-    """Every sample that the sink exports, by its name and labels."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{running.options.metrics_port}/metrics", timeout=20) as answer:
-        samples = (line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#"))
+def read_metrics(running: RunningSink) -> dict[str, float]:
+    """Every sample that the sink exports, by name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{running.options.metrics_port}/metrics", timeout=20) as response:
+        samples = (line.rpartition(" ") for line in response.read().decode().splitlines() if not line.startswith("#"))
         return {name: float(value) for name, _, value in samples}
 
 
-async def test_what_is_counted(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
-    before = await asyncio.to_thread(counted, running)
+async def test_deliveries_and_rejections_are_counted(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    before = await asyncio.to_thread(read_metrics, running)
     for _ in range(2):
         await deliver(sink, header("counted"), bytes(LENGTH))
-    for said, error in ((header("c", fingerprint="x"), errors.CheckpointMismatch), (header("../c"), errors.InvalidRequest)):
+    for invalid, error in ((header("c", fingerprint="x"), errors.CheckpointMismatch), (header("../c"), errors.InvalidRequest)):
         with pytest.raises(error):
-            await deliver(sink, said, bytes(LENGTH))
-    after = await asyncio.to_thread(counted, running)
-    said = await sink.Describe(pb.DescribeRequest())
-    assert (after["dvd_sink_used_bytes"], after["dvd_sink_budget_bytes"]) == (said.used_bytes, said.budget_bytes)
+            await deliver(sink, invalid, bytes(LENGTH))
+    after = await asyncio.to_thread(read_metrics, running)
+    description = await sink.Describe(pb.DescribeRequest())
+    assert (after["dvd_sink_used_bytes"], after["dvd_sink_budget_bytes"]) == (description.used_bytes, description.budget_bytes)
     grown = {name: value - before.get(name, 0) for name, value in after.items() if "_created" not in name}
     assert {name: value for name, value in grown.items() if value and "lag" not in name} == {
         'dvd_sink_deliveries_total{outcome="stored"}': 1,
@@ -168,12 +173,12 @@ async def test_what_is_counted(running: RunningSink, sink: embeddings_pb2_grpc.E
     }
 
 
-async def test_bytes_without_a_header_are_refused(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
-    with pytest.raises(errors.InvalidRequest, match="begins with a header"):
+async def test_a_delivery_without_a_header_is_rejected(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    with pytest.raises(errors.InvalidRequest, match="must be its header"):
         await deliver(sink, None, b"pickle")
 
 
-async def test_a_sender_that_leaves_midway_leaves_nothing(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+async def test_a_sender_that_disconnects_midway_leaves_nothing_behind(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
     async def half() -> AsyncIterator[pb.DeliverChunk]:
         yield pb.DeliverChunk(header=header("left"))
         yield pb.DeliverChunk(data=bytes(1000))
@@ -190,12 +195,12 @@ async def test_a_sender_that_leaves_midway_leaves_nothing(sink: embeddings_pb2_g
 
 
 async def send(running: RunningSink, key: str, rows: int, data: bytes) -> pb.DeliverReply:
-    """As a vision worker does."""
-    said = Header(key, FINGERPRINT, "float32", rows, WIDTH)
+    """Deliver an embedding the way a vision worker does."""
+    header = Header(key, FINGERPRINT, "float32", rows, WIDTH)
     channel = rpc.open_channel(running.options.listen)
     try:
         with rpc.translate_errors("sink"):
-            return await embedding_stream.deliver(channel, said, memoryview(data), 30)
+            return await embedding_stream.deliver(channel, header, memoryview(data), 30)
     finally:
         await channel.close()
 
@@ -203,54 +208,54 @@ async def send(running: RunningSink, key: str, rows: int, data: bytes) -> pb.Del
 VALUES = np.random.default_rng(1).standard_normal(ROWS * WIDTH).astype("float32").tobytes()
 
 
-async def test_on_one_machine_the_sender_writes_the_values(running: RunningSink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding_stream, "data_messages", lambda _data: pytest.fail("they were sent"))
+async def test_a_sender_on_the_same_machine_writes_the_file(running: RunningSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_stream, "data_messages", lambda _data: pytest.fail("the values were sent"))
     assert not (await send(running, "written", ROWS, VALUES)).already_here
-    _, mapped = map_embedding(Path(running.options.folder) / "written")
-    assert mapped[HEADER_SIZE:] == VALUES
+    _, mapping = map_embedding(Path(running.options.folder) / "written")
+    assert mapping[HEADER_SIZE:] == VALUES
     with pytest.raises(errors.InvalidRequest, match="infinite or undefined"):
         await send(running, "written-nan", ROWS, NAN)
-    with pytest.raises(errors.InvalidRequest, match=f"{LENGTH - 4} bytes arrived"):
+    with pytest.raises(errors.InvalidRequest, match=f"has {LENGTH - 4} bytes"):
         await send(running, "written-short", ROWS, VALUES[4:])
     assert not any((Path(running.options.folder) / "incoming").iterdir())
 
 
-async def test_a_sender_that_cannot_write_the_file_sends_the_values(
+async def test_a_sender_that_cannot_write_the_file_streams_the_values(
     running: RunningSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding_stream.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError()))
     assert not (await send(running, "sent", ROWS, VALUES)).already_here
-    _, mapped = map_embedding(Path(running.options.folder) / "sent")
-    assert mapped[HEADER_SIZE:] == VALUES
+    _, mapping = map_embedding(Path(running.options.folder) / "sent")
+    assert mapping[HEADER_SIZE:] == VALUES
 
 
-async def test_a_sender_learns_why_however_much_it_has_to_send(running: RunningSink) -> None:
+async def test_a_full_sink_rejects_large_deliveries_before_their_values_are_sent(running: RunningSink) -> None:
     rows = 4 * ROWS
     large = bytes(4 * LENGTH)
     replies = await asyncio.gather(*(send(running, "large-0", rows, large) for _ in range(8)))
     assert sorted(reply.already_here for reply in replies) == [False] + 7 * [True]
     folder = Path(running.options.folder)
-    held = []
+    links = []
     with contextlib.suppress(errors.SinkFull):
         for number in range(1, 100):
             await send(running, f"large-{number}", rows, large)
-            os.link(folder / f"large-{number}", folder / "held" / f"large-{number}")
-            held.append(folder / "held" / f"large-{number}")
-    before = (await asyncio.to_thread(counted, running))["dvd_sink_received_bytes_total"]
+            os.link(folder / f"large-{number}", folder / "pinned" / f"large-{number}")
+            links.append(folder / "pinned" / f"large-{number}")
+    before = (await asyncio.to_thread(read_metrics, running))["dvd_sink_received_bytes_total"]
     for number in range(30):
         with pytest.raises(errors.SinkFull):
             await send(running, f"more-{number}", rows, large)
-    assert (await asyncio.to_thread(counted, running))["dvd_sink_received_bytes_total"] == before
-    for path in held:
+    assert (await asyncio.to_thread(read_metrics, running))["dvd_sink_received_bytes_total"] == before
+    for path in links:
         path.unlink()
     assert not (await send(running, "more", rows, large)).already_here
 
 
-async def test_a_full_sink_evicts_and_goes_on(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+async def test_a_full_sink_evicts_and_accepts_more(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
     for i in range(80):
         await deliver(sink, header(f"many-{i}"), bytes(LENGTH))
-    said = await sink.Describe(pb.DescribeRequest())
-    assert said.budget_bytes - LENGTH - HEADER_SIZE < said.used_bytes <= said.budget_bytes
+    description = await sink.Describe(pb.DescribeRequest())
+    assert description.budget_bytes - LENGTH - HEADER_SIZE < description.used_bytes <= description.budget_bytes
     assert (await sink.Has(pb.HasRequest(keys=["many-0", "many-79"]))).tokens == [0, ROWS]
-    samples = await asyncio.to_thread(counted, running)
+    samples = await asyncio.to_thread(read_metrics, running)
     assert samples['dvd_cache_events_total{event="evictions",tier="sink"}'] >= 80 - samples["dvd_sink_embeddings"]

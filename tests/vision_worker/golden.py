@@ -1,4 +1,7 @@
-"""What the official implementation gave for a few images on three tiny checkpoints; `*.embeds.sample` is every 16th row."""
+"""Results of the official implementation for a few images on three tiny checkpoints.
+
+`*.embeds.sample` in `expected.safetensors` is every `SAMPLE_STRIDE`th row of an embedding.
+"""
 
 import functools
 import json
@@ -11,32 +14,33 @@ from safetensors.torch import load_file
 
 from common.checkpoint import open_checkpoint
 from common.tiling import Tiling
-from vision_worker.encoder import Embedded, Placement
+from vision_worker.encoder import Encoder, GroupEmbedding, Placement
 from vision_worker.models import internvl, vir
 from vision_worker.models.internvl import InternVL
 from vision_worker.preprocessing.tiling import Tiles
 
 FOLDER = Path(__file__).parents[1] / "data/golden"
 NAMES = ("flash-qwen3", "vit300m-qwen2", "vit6b-llama")
-SAMPLE = 16
+SAMPLE_STRIDE = 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One request of the official implementation."""
+    """One request to the official implementation; `fields` are its entry in `cases.json`."""
 
     checkpoint: str
-    said: dict[str, Any]
+    fields: dict[str, Any]
 
     @property
     def stems(self) -> list[str]:
-        return [Path(name).stem for name in self.said["images"]]
+        return [Path(name).stem for name in self.fields["images"]]
 
     @property
     def id(self) -> str:
         return f"{self.checkpoint}:{'+'.join(self.stems)}"
 
-    def embeds(self, image: int) -> torch.Tensor | None:
+    def sampled_embedding(self, image: int) -> torch.Tensor | None:
+        """Every `SAMPLE_STRIDE`th row of an image's embedding, where it is recorded."""
         stem = "+".join(self.stems) + (f".{image}" if len(self.stems) > 1 else "")
         return expected(self.checkpoint).get(f"{stem}.embeds.sample")
 
@@ -47,8 +51,9 @@ def expected(name: str) -> dict[str, torch.Tensor]:
 
 
 def cases(*names: str) -> list[Case]:
-    found = [Case(name, said) for name in names for said in json.loads((FOLDER / name / "cases.json").read_text())]
-    return [case for case in found if case.said["images"]]
+    """All cases with images of these checkpoints."""
+    entries = [Case(name, fields) for name in names for fields in json.loads((FOLDER / name / "cases.json").read_text())]
+    return [case for case in entries if case.fields["images"]]
 
 
 @functools.cache
@@ -60,33 +65,36 @@ def image(name: str) -> bytes:
     return (FOLDER / "images" / name).read_bytes()
 
 
-def tiling(of: InternVL) -> Tiling:
-    said = of.checkpoint.description
-    return Tiling(said.min_tiles, said.max_tiles, said.thumbnail, said.tower.image_size)
+def tiling(encoder: Encoder) -> Tiling:
+    """The checkpoint's own tiling."""
+    description = encoder.checkpoint.description
+    return Tiling(description.min_tiles, description.max_tiles, description.thumbnail, description.tower.image_size)
 
 
-def tiles(of: InternVL, name: str) -> Tiles:
-    return of.prepare(image(name), tiling(of))
+def tiles(encoder: Encoder, name: str) -> Tiles:
+    return encoder.prepare(image(name), tiling(encoder))
 
 
 @functools.cache
 def features(name: str, file: str, dtype: torch.dtype) -> torch.Tensor:
-    """Of one image; kept, since several cases hold the same image."""
-    made = encoder(name, dtype)
-    return made.forward(made.stage(tiles(made, file).pixels))
+    """Features of one image; cached, since several cases have the same image."""
+    model = encoder(name, dtype)
+    return model.forward(model.stage(tiles(model, file).pixels))
 
 
-def embedded(case: Case, dtype: torch.dtype) -> Embedded:
-    made = encoder(case.checkpoint, dtype)
-    seen = torch.cat([features(case.checkpoint, file, dtype) for file in case.said["images"]])
-    return made.project(seen, range(len(seen)), vir.policy(0, made.checkpoint.description.thresholds))
+def embed(case: Case, dtype: torch.dtype) -> GroupEmbedding:
+    """Encode a case's images as one group, with the learned router."""
+    model = encoder(case.checkpoint, dtype)
+    group = torch.cat([features(case.checkpoint, file, dtype) for file in case.fields["images"]])
+    return model.project(group, range(len(group)), vir.select_policy(0, model.checkpoint.description.thresholds))
 
 
-def by_image(case: Case, result: Embedded) -> list[torch.Tensor]:
-    counts = case.said["num_tiles"]
+def split_by_image(case: Case, result: GroupEmbedding) -> list[torch.Tensor]:
+    counts = case.fields["num_tiles"]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     return [torch.cat(result.blocks[start : start + count]) for start, count in zip(starts, counts, strict=True)]
 
 
-def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())

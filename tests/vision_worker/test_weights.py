@@ -1,3 +1,5 @@
+"""Loading weights: conversion, and errors that name what is wrong."""
+
 import shutil
 from pathlib import Path
 
@@ -25,7 +27,7 @@ def rewrite(folder: Path, tensors: Tensors) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_a_missing_tensor_is_named(folder: Path) -> None:
+def test_a_missing_tensor_is_named_in_the_error(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors[NAME]
     rewrite(folder, tensors)
@@ -33,41 +35,41 @@ def test_a_missing_tensor_is_named(folder: Path) -> None:
         internvl.load(open_checkpoint(folder), CPU)
 
 
-def test_both_shapes_are_named(folder: Path) -> None:
+def test_a_wrong_shape_is_reported_with_both_shapes(folder: Path) -> None:
     rewrite(folder, load_file(folder / "model.safetensors") | {NAME: torch.zeros(7, 64)})
     with pytest.raises(CheckpointError, match=r"fc1.weight.*\[7, 64\].*\[128, 64\]"):
         internvl.load(open_checkpoint(folder), CPU)
 
 
-def test_a_cut_file(folder: Path) -> None:
+def test_a_truncated_file_is_rejected(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cut short"):
         internvl.load(open_checkpoint(folder), CPU)
 
 
-def test_no_weights_at_all(folder: Path) -> None:
+def test_a_folder_without_weights_is_rejected_unless_they_are_random(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is the download complete"):
         internvl.load(open_checkpoint(folder), CPU)
     assert internvl.load(open_checkpoint(folder), CPU, dummy=True)
 
 
-def test_a_dtype_that_is_not_read(folder: Path) -> None:
+def test_an_unsupported_dtype_is_rejected(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     rewrite(folder, tensors | {NAME: tensors[NAME].to(torch.float8_e4m3fn)})
     with pytest.raises(CheckpointError, match="F8_E4M3"):
         internvl.load(open_checkpoint(folder), CPU)
 
 
-def test_unused_tensors_are_not_needed(folder: Path) -> None:
+def test_unused_tensors_may_be_missing(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     rewrite(folder, {k: v for k, v in tensors.items() if not any(f"{n}{i}" in k for n in ("attn", "norm") for i in (3, 4))})
     assert internvl.load(open_checkpoint(folder), CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_are_converted_and_exact(dtype: torch.dtype) -> None:
+def test_weights_are_converted_exactly(dtype: torch.dtype) -> None:
     stored = load_file(golden.FOLDER / "flash-qwen3/checkpoint/model.safetensors")
     for name, parameter in golden.encoder("flash-qwen3", dtype).model.named_parameters():
         assert torch.equal(parameter, stored[name].to(dtype)), name
@@ -77,5 +79,5 @@ def test_positions_of_another_image_size_are_interpolated(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     name = "vision_model.embeddings.position_embedding"
     rewrite(folder, tensors | {name: tensors[name][:, : 16 * 16 + 1].clone()})
-    made = internvl.load(open_checkpoint(folder), CPU)
-    assert made.forward(made.stage(golden.tiles(made, "square.png").pixels)).shape == (1, 1024, 64)
+    encoder = internvl.load(open_checkpoint(folder), CPU)
+    assert encoder.forward(encoder.stage(golden.tiles(encoder, "square.png").pixels)).shape == (1, 1024, 64)

@@ -1,38 +1,43 @@
-"""A cache of embeddings in redis. The only file that knows redis.
+"""A cache of embeddings in redis, shared by all vision workers. The only file that imports the redis client.
 
-The server bounds it: run it with `--maxmemory` and `--maxmemory-policy allkeys-lru`, and without persistence.
+The redis server bounds it: run it with `--maxmemory` and `--maxmemory-policy allkeys-lru`, and without persistence.
 """
 
 from collections.abc import Sequence
 from typing import cast
 
-from redis.asyncio import Redis as Client
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from vision_worker.cache.embedding_cache import Buffer
+from vision_worker.cache.base import Buffer
 
-_PREFIX = "dvd:1:"
-"""Of every key; the number changes with what is kept under one."""
+_KEY_PREFIX = "dvd:1:"
+"""Prefix of every key. The number changes when the format of the values does."""
 
-_TIMEOUT = 2.0
+_TIMEOUT_SECONDS = 2.0
 
 
-class Redis:
+class RedisCache:
+    """Values under `dvd:1:KEY` of a redis database. `evictions` stays 0: the redis server counts its own."""
+
     tier = "redis"
 
     def __init__(self, url: str) -> None:
-        self.evictions = 0  # redis counts its own
-        # one try: a miss costs less than waiting for a cache that is away
-        self._client = Client.from_url(
-            url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT, retry=Retry(NoBackoff(), 0)
+        self.evictions = 0
+        # no retries: a miss costs less than waiting for a redis that is down
+        self._client = Redis.from_url(
+            url, socket_timeout=_TIMEOUT_SECONDS, socket_connect_timeout=_TIMEOUT_SECONDS, retry=Retry(NoBackoff(), 0)
         )  # type: ignore[no-untyped-call,unused-ignore]
 
     async def get(self, key: str) -> Buffer | None:
-        return cast(Buffer | None, await self._client.get(_PREFIX + key))  # a str only where decoding was asked for
+        """See `Cache.get`."""
+        return cast(Buffer | None, await self._client.get(_KEY_PREFIX + key))  # str only with `decode_responses`
 
     async def put(self, key: str, value: Sequence[Buffer]) -> None:
-        await self._client.set(_PREFIX + key, b"".join(value))
+        """See `Cache.put`."""
+        await self._client.set(_KEY_PREFIX + key, b"".join(value))
 
     async def close(self) -> None:
+        """Close the connections."""
         await self._client.aclose()

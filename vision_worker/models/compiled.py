@@ -1,4 +1,4 @@
-"""A tower compiled for a few sizes of batch; on a GPU each size is recorded as a CUDA graph and played back."""
+"""A tower compiled for a few batch sizes. On a GPU each size is recorded as a CUDA graph and replayed."""
 
 from collections.abc import Callable
 
@@ -7,35 +7,47 @@ from torch import Tensor
 
 from common.options import ConfigError
 
-_SIZES = 6
-"""torch compiles one function for eight shapes at most, and runs it uncompiled from then on without a word."""
+_MAX_SIZES = 6
+"""torch compiles one function for at most eight shapes, and silently runs it uncompiled for any other."""
 
 
-def sizes(largest: int) -> list[int]:
-    """Of batches, in tiles, ascending: `largest` and its halves, rounded up."""
-    found = [largest]
-    while found[0] > 1 and len(found) < _SIZES:
-        found.insert(0, -(-found[0] // 2))
-    return found
+def batch_sizes(largest: int) -> list[int]:
+    """Batch sizes to compile for, in tiles, ascending: `largest` and its halves, rounded up."""
+    sizes = [largest]
+    while sizes[0] > 1 and len(sizes) < _MAX_SIZES:
+        sizes.insert(0, -(-sizes[0] // 2))
+    return sizes
 
 
-class Compiled:
-    """Fills a batch up to the next of `sizes`, so that nothing is compiled while requests wait. For one thread only."""
+class CompiledTower:
+    """Runs a tower at a few fixed batch sizes, so that nothing is compiled while requests wait. For one thread only.
+
+    Args:
+        tower: what is compiled; it maps a batch [n, …] to a batch [n, …].
+        largest: tiles in the largest batch.
+        device: where the tower computes.
+    """
 
     def __init__(self, tower: Callable[[Tensor], Tensor], largest: int, device: torch.device) -> None:
-        self.sizes = sizes(largest)
+        self.sizes = batch_sizes(largest)
         graphs = device.type == "cuda"
         self._run = torch.compile(tower, dynamic=False, mode="reduce-overhead" if graphs else None)
-        self.to_warm = self.sizes * (2 if graphs else 1)  # a size's first run compiles, its second records the graph
+        # a size's first run compiles it; its second run records the CUDA graph
+        self.warmup_sizes = self.sizes * (2 if graphs else 1)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """[n, …] to what the tower makes of it. Raises `ConfigError` where torch cannot compile here."""
+        """Run the tower on `pixels` [n, …], padded with zeros to the next compiled size.
+
+        Raises: ConfigError where torch cannot compile on this machine.
+        """
         size = next(size for size in self.sizes if size >= len(pixels))
         missing = size - len(pixels)
-        filled = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
+        padded = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
         try:
-            # cloned: a graph's output lies where its next run writes, and a group's features wait for later batches
-            return self._run(filled)[: len(pixels)].clone()
+            # cloned: a graph's next run overwrites its output, and a group's features wait for later batches
+            return self._run(padded)[: len(pixels)].clone()
         except torch._dynamo.exc.TorchDynamoException as error:
-            said = str(error).strip().splitlines()[0]
-            raise ConfigError(f"--vision-compile: torch cannot compile here ({said}); is there a C++ compiler?") from error
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"--vision-compile: torch cannot compile here ({reason}); is a C++ compiler installed?"
+            ) from error

@@ -1,6 +1,7 @@
-"""A family without a tower: embeddings from a hash of each tile, to price everything else of a deployment.
+"""A family without a tower: embeddings derived from a hash of each tile, to measure everything but the tower.
 
-Deterministic, of true shapes and routed like true ones; means nothing to a language model.
+Embeddings are deterministic, have the checkpoint's shapes and are routed like real ones. They mean nothing to a language
+model.
 """
 
 import hashlib
@@ -11,46 +12,52 @@ from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from common.tiling import Tiling
-from vision_worker.encoder import Embedded, Placement, Stager
+from vision_worker.encoder import GroupEmbedding, Placement, Stager
 from vision_worker.models.vir import Policy
 from vision_worker.preprocessing import tiling
 
-_SCORES = 1 << 16
+_SCORE_LEVELS = 1 << 16
 
 
 class Fake:
-    def __init__(self, checkpoint: Checkpoint, place: Placement) -> None:
-        self.checkpoint, self.placement = checkpoint, place
-        self.stage = Stager(torch.device("cpu")).stage
-        said = checkpoint.description
-        generator = torch.Generator().manual_seed(0)
-        table = torch.randn(4 * said.tokens_per_tile, said.width, generator=generator)
-        self._table = table.to(place.device, place.dtype)
+    """The `Encoder` of this family. A tile's hash chooses its rows of one random table."""
 
-    def sizes(self, largest: int) -> Sequence[int]:
-        return [largest]
+    def __init__(self, checkpoint: Checkpoint, placement: Placement) -> None:
+        self.checkpoint, self.placement = checkpoint, placement
+        self.stage = Stager(torch.device("cpu")).stage
+        description = checkpoint.description
+        generator = torch.Generator().manual_seed(0)
+        table = torch.randn(4 * description.tokens_per_tile, description.width, generator=generator)
+        self._table = table.to(placement.device, placement.dtype)
+
+    def warmup_batch_sizes(self, max_tiles: int) -> Sequence[int]:
+        """The largest batch only: nothing here depends on the size."""
+        return [max_tiles]
 
     def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
+        """See `Encoder.prepare`."""
         return tiling.cut(data, options)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """A number of 32 bits a tile, int64 [n]."""
+        """A hash of 32 bits for each tile, int64 [n]."""
         digests = (hashlib.blake2b(tile.tobytes(), digest_size=4).digest() for tile in pixels.numpy())
         return torch.tensor([int.from_bytes(digest) for digest in digests])
 
-    def project(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
-        numbers = features[list(copies)]
-        scores = (numbers % _SCORES).float() / _SCORES
+    def project(self, features: Tensor, index: Sequence[int], policy: Policy) -> GroupEmbedding:
+        """See `Encoder.project`."""
+        hashes = features[list(index)]
+        scores = (hashes % _SCORE_LEVELS).float() / _SCORE_LEVELS
         compressed = policy.route(scores).tolist()
-        blocks = [self._block(n, small) for n, small in zip(numbers.tolist(), compressed, strict=True)]
-        return Embedded(blocks, compressed, scores.tolist() if policy.needs_scores else [])
+        blocks = [self._block(value, is_compressed) for value, is_compressed in zip(hashes.tolist(), compressed, strict=True)]
+        return GroupEmbedding(blocks, compressed, scores.tolist() if policy.needs_scores else [])
 
-    def _block(self, number: int, compressed: bool) -> Tensor:
-        said = self.checkpoint.description
-        rows = said.compressed_tokens_per_tile if compressed else said.tokens_per_tile
-        first = number % (len(self._table) - rows)
+    def _block(self, value: int, compressed: bool) -> Tensor:
+        description = self.checkpoint.description
+        rows = description.compressed_tokens_per_tile if compressed else description.tokens_per_tile
+        first = value % (len(self._table) - rows)
         return self._table[first : first + rows]
 
 
-def load(checkpoint: Checkpoint, place: Placement, dummy: bool = False) -> Fake:
-    return Fake(checkpoint, place)
+def load(checkpoint: Checkpoint, placement: Placement, dummy: bool = False) -> Fake:
+    """Build it. No weights are read, whatever `dummy` is."""
+    return Fake(checkpoint, placement)

@@ -1,4 +1,8 @@
-"""The InternVL family, every generation: InternViT, pixel shuffle, one projector a resolution, and in Flash the router."""
+"""The InternVL family, all generations: InternViT, pixel shuffle, a projector per resolution and, in Flash, the router.
+
+Source: `modeling_internvl_chat.py` of OpenGVLab's checkpoints (`extract_feature`, `pixel_shuffle`; in InternVL3.5-Flash also
+`mlp2`, `pooling_before_gating` and `gating`).
+"""
 
 import time
 from collections.abc import Sequence
@@ -11,123 +15,157 @@ from common.checkpoint import Checkpoint, CheckpointError
 from common.layouts.base import Description
 from common.tiling import Tiling
 from vision_worker import weights
-from vision_worker.encoder import Embedded, Placement, Stager
-from vision_worker.models.compiled import Compiled
+from vision_worker.encoder import GroupEmbedding, Placement, Stager
+from vision_worker.models import onednn
+from vision_worker.models.compiled import CompiledTower
 from vision_worker.models.intern_vit import InternViT
-from vision_worker.models.onednn import Linear
 from vision_worker.models.vir import Gating, Policy, Pooling
 from vision_worker.preprocessing import tiling
 
 _MEAN = (0.485, 0.456, 0.406)
-_DEVIATION = (0.229, 0.224, 0.225)
-_STEP = 16
-"""Tiles a router or a projector takes at once: bounds their memory for a group of any size."""
+_STANDARD_DEVIATION = (0.229, 0.224, 0.225)
+_TILES_PER_PASS = 16
+"""Tiles that the router or a projector takes at a time, which bounds their memory for a group of any size."""
 
 
 class Model(nn.Module):
-    """The parameters, under OpenGVLab's names. `positions`: see `InternViT`."""
+    """All vision parameters of a checkpoint, under OpenGVLab's names. `positions`: see `InternViT`."""
 
-    def __init__(self, said: Description, positions: int) -> None:
+    def __init__(self, description: Description, positions: int) -> None:
         super().__init__()
-        features, width = said.tower.hidden_size, said.width
-        self.vision_model = InternViT(said.tower, positions)
-        self.mlp1 = _projector(round(features / said.downsample_ratio**2), width)
-        if said.thresholds:
-            self.mlp2 = _compressing_projector(round(4 * features / said.downsample_ratio**2), width)
+        features, width = description.tower.hidden_size, description.width
+        self.vision_model = InternViT(description.tower, positions)
+        self.mlp1 = _projector(round(features / description.downsample_ratio**2), width)
+        if description.thresholds:
+            self.mlp2 = _compressing_projector(round(4 * features / description.downsample_ratio**2), width)
             self.pooling_before_gating = Pooling(features)
             self.gating = Gating(features)
 
 
 def _projector(features: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(features), Linear(features, width), nn.GELU(), Linear(width, width))
+    return nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
 
 
 def _compressing_projector(features: int, width: int) -> nn.Sequential:
+    # nn.Identity stands where training had dropout, so that the layers keep the checkpoint's numbers
     return nn.Sequential(
         nn.LayerNorm(features),
-        Linear(features, 2 * width), nn.GELU(), nn.Identity(),
-        Linear(2 * width, 2 * width), nn.GELU(), nn.Identity(),
-        Linear(2 * width, width),
+        nn.Linear(features, 2 * width), nn.GELU(), nn.Identity(),
+        nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Identity(),
+        nn.Linear(2 * width, width),
     )  # fmt: skip
 
 
 def pixel_shuffle(features: Tensor, factor: float, version: str) -> Tensor:
-    """Features [n, side², c] of a square map to [n, side²·factor², c/factor²]. "v1" leaves the map transposed."""
+    """Gather squares of a square feature map into fewer, wider tokens.
+
+    Args:
+        features: [n, side², c].
+        factor: 0.5 or 0.25, the ratio of the new side to the old one.
+        version: the checkpoint's `ps_version`; "v1" leaves the map transposed, "v2" does not.
+
+    Returns: [n, side²·factor², c/factor²].
+    """
     n, patches, width = features.shape
     side = round(patches**0.5)
-    small, wide = round(side * factor), round(width / factor)
-    x = features.view(n, side, small, wide).permute(0, 2, 1, 3)
-    x = x.reshape(n, small, small, round(wide / factor))
+    new_side, row_width = round(side * factor), round(width / factor)
+    x = features.view(n, side, new_side, row_width).permute(0, 2, 1, 3)
+    x = x.reshape(n, new_side, new_side, round(row_width / factor))
     return (x.permute(0, 2, 1, 3) if version == "v2" else x).flatten(1, 2)
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """uint8 [n, side, side, 3] to float32 [n, 3, side, side]; the order of operations is the official one, to the bit."""
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 [n, side, side, 3] to float32 [n, 3, side, side], by ImageNet's mean and standard deviation.
+
+    The order of operations is that of the official preprocessing, so the results are equal bit for bit.
+    """
     mean = torch.tensor(_MEAN, device=pixels.device).view(3, 1, 1)
-    deviation = torch.tensor(_DEVIATION, device=pixels.device).view(3, 1, 1)
+    deviation = torch.tensor(_STANDARD_DEVIATION, device=pixels.device).view(3, 1, 1)
     return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(deviation)
 
 
 class InternVL:
-    def __init__(self, checkpoint: Checkpoint, place: Placement, model: Model) -> None:
-        self.checkpoint, self.placement, self.model = checkpoint, place, model.eval()
-        self.stage = Stager(place.device).stage
-        self._tower = Compiled(model.vision_model, place.compile_for, place.device) if place.compile_for else model.vision_model
+    """One loaded checkpoint: the `Encoder` of this family."""
 
-    def sizes(self, largest: int) -> Sequence[int]:
-        return self._tower.to_warm if isinstance(self._tower, Compiled) else [largest]
+    def __init__(self, checkpoint: Checkpoint, placement: Placement, model: Model) -> None:
+        self.checkpoint, self.placement, self.model = checkpoint, placement, model.eval()
+        self.stage = Stager(placement.device).stage
+        tower = model.vision_model
+        self._tower = CompiledTower(tower, placement.compile_for, placement.device) if placement.compile_for else tower
+
+    def warmup_batch_sizes(self, max_tiles: int) -> Sequence[int]:
+        """Every size that a compiled tower runs at; otherwise the largest batch."""
+        return self._tower.warmup_sizes if isinstance(self._tower, CompiledTower) else [max_tiles]
 
     def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
+        """See `Encoder.prepare`."""
         return tiling.cut(data, options)
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features [n, patches, width of the tower]."""
-        return cast(Tensor, self._tower(normalised(pixels).to(self.placement.dtype)))
+        """The tower's features [n, patches, width of the tower] of staged tiles."""
+        return cast(Tensor, self._tower(normalize(pixels).to(self.placement.dtype)))
 
     @torch.inference_mode()
-    def project(self, features: Tensor, copies: Sequence[int], policy: Policy) -> Embedded:
+    def project(self, features: Tensor, index: Sequence[int], policy: Policy) -> GroupEmbedding:
+        """See `Encoder.project`."""
         if features.is_cuda:
-            # the tower may still compute, which is not the router's time
+            # wait for the tower, whose time would otherwise be measured as the router's
             torch.cuda.current_stream(features.device).synchronize()
-        began = time.monotonic()
-        scores = self.scores(features)[list(copies)] if policy.needs_scores else torch.zeros(len(copies))
+        started = time.monotonic()
+        scores = self.scores(features)[list(index)] if policy.needs_scores else torch.zeros(len(index))
         compressed = policy.route(scores).tolist()
-        routing = time.monotonic() - began
-        routed = dict(zip(copies, compressed, strict=True))  # equal tiles have equal scores, hence equal routes
-        blocks = self._projected(features, [routed[i] for i in range(len(features))])
-        return Embedded([blocks[i] for i in copies], compressed, scores.tolist() if policy.needs_scores else [], routing)
+        routing_seconds = time.monotonic() - started
+        by_feature = dict(zip(index, compressed, strict=True))  # equal tiles have equal scores, hence equal routes
+        blocks = self._project_tiles(features, [by_feature[i] for i in range(len(features))])
+        return GroupEmbedding(
+            [blocks[i] for i in index], compressed, scores.tolist() if policy.needs_scores else [], routing_seconds
+        )
 
     def scores(self, features: Tensor) -> Tensor:
-        """The router's probability of "compress", float32 [n] on the CPU."""
+        """The router's probability of "compress" for each tile, float32 [n] on the CPU."""
         model = self.model
-        logits = torch.cat([model.gating(model.pooling_before_gating(part)) for part in torch.split(features, _STEP)])
+        parts = torch.split(features, _TILES_PER_PASS)
+        logits = torch.cat([model.gating(model.pooling_before_gating(part)) for part in parts])
         return logits.float().softmax(-1)[:, 0].cpu()
 
-    def _projected(self, features: Tensor, compressed: Sequence[bool]) -> list[Tensor]:
-        """Tokens [256 or 64, width] of each tile; a projector sees only the tiles of its resolution."""
-        said = self.checkpoint.description
+    def _project_tiles(self, features: Tensor, compressed: Sequence[bool]) -> list[Tensor]:
+        """Visual tokens [256 or 64, width] of each tile; a projector runs only on the tiles of its resolution."""
+        description = self.checkpoint.description
         blocks: dict[int, Tensor] = {}
-        for resolution, factor in ((False, said.downsample_ratio), (True, said.downsample_ratio / 2)):
-            chosen = [i for i, small in enumerate(compressed) if small == resolution]
-            for start in range(0, len(chosen), _STEP):
-                some = chosen[start : start + _STEP]
-                projector = self.model.mlp2 if resolution else self.model.mlp1
-                blocks.update(zip(some, projector(pixel_shuffle(features[some], factor, said.pixel_shuffle)), strict=True))
+        for compress, factor in ((False, description.downsample_ratio), (True, description.downsample_ratio / 2)):
+            tiles = [i for i, is_compressed in enumerate(compressed) if is_compressed == compress]
+            for start in range(0, len(tiles), _TILES_PER_PASS):
+                part = tiles[start : start + _TILES_PER_PASS]
+                projector = self.model.mlp2 if compress else self.model.mlp1
+                tokens = projector(pixel_shuffle(features[part], factor, description.pixel_shuffle))
+                blocks.update(zip(part, tokens, strict=True))
         return [blocks[i] for i in range(len(features))]
 
 
-def load(checkpoint: Checkpoint, place: Placement, dummy: bool = False) -> InternVL:
-    """Raises `CheckpointError`."""
+def load(checkpoint: Checkpoint, placement: Placement, dummy: bool = False) -> InternVL:
+    """Build the model and load its weights; `dummy`: random weights instead.
+
+    Raises: CheckpointError where a tensor is missing or the configuration asks for what is not implemented.
+    """
     tower = checkpoint.description.tower
-    trained = (tower.image_size // tower.patch_size) ** 2 + 1
+    default_positions = (tower.image_size // tower.patch_size) ** 2 + 1
+    positions = (not dummy and weights.stored_positions(checkpoint)) or default_positions
     try:
         with torch.device("meta"):
-            model = Model(checkpoint.description, (not dummy and weights.positions(checkpoint)) or trained)
+            model = Model(checkpoint.description, positions)
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"config.json of {str(checkpoint.path)!r} asks for what is not built: {error}") from None
+        raise CheckpointError(f"config.json of {str(checkpoint.path)!r} asks for what is not implemented: {error}") from None
     if dummy:
-        weights.randomise(model, place.device, place.dtype)
+        weights.randomize(model, placement.device, placement.dtype)
     else:
-        weights.load(model, checkpoint, place.device, place.dtype)
-    return InternVL(checkpoint, place, model)
+        weights.load(model, checkpoint, placement.device, placement.dtype)
+    _optimize(model, placement)
+    return InternVL(checkpoint, placement, model)
+
+
+def _optimize(model: Model, placement: Placement) -> None:
+    if onednn.is_supported(placement.device, placement.dtype):
+        for name, part in model.named_children():
+            if not (name == "vision_model" and placement.compile_for):  # torch's compiler chooses operators itself
+                onednn.optimize(part)

@@ -1,58 +1,89 @@
-"""Products of matrices. Those of float32 on a CPU go to oneDNN: torch gives them to MKL, which on an EPYC takes twice as long.
+"""Faster matrix products for float32 on a CPU: `optimize` replaces layers of a loaded model by ones that call oneDNN.
 
-bfloat16 torch gives to oneDNN itself. The operator is the one that torch's own compiler emits for such products.
+PyTorch gives float32 products to MKL, which takes twice as long as oneDNN on AMD EPYC; bfloat16 products it gives to oneDNN
+itself. The operator used here is the one that torch's own compiler emits. See docs/decisions/0016-products-by-onednn.md.
+
+The replaced layers are for inference: the operator has no gradients.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_ROWS = 512
-"""Queries whose scores are held at once, which is what fits into a core's cache."""
+from vision_worker.models import intern_vit, vir
+
+_QUERIES_PER_PASS = 512
+"""Queries of one head whose scores are computed at a time, so that the scores fit into a core's cache."""
 
 
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
-
-    def then_gelu(self, x: Tensor) -> Tensor:
-        """The exact one, by erf; in the same pass over memory where oneDNN multiplies."""
-        return _product(x, self.weight, self.bias, "gelu") if _for_onednn(x) else F.gelu(self(x))
+def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `optimize` applies to a model of this device and dtype, with this build of torch."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and device.type == "cpu" and dtype == torch.float32
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times the transpose of `weight` [out, in], plus `bias` [out]: `F.linear`."""
-    return _product(x, weight, bias) if _for_onednn(x) else F.linear(x, weight, bias)
+def optimize(model: nn.Module) -> None:
+    """Replace the linear layers, the attention and the MLPs inside `model`, in place.
+
+    The modules stay the same objects with the same parameters: only their class, and so their `forward`, changes. Names in
+    the state dict do not change. Do not compile an optimized model: the compiler chooses operators itself.
+    """
+    for module in model.modules():
+        replacement = _REPLACEMENTS.get(type(module))
+        if replacement is not None:
+            module.__class__ = replacement
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """`F.linear` through oneDNN: x [..., in] times the transpose of `weight` [out, in], plus `bias` [out].
+
+    `activation` "gelu" applies the exact GELU in the same pass over memory.
+    """
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    return product
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`F.scaled_dot_product_attention`, of queries, keys and values [n, heads, length, width of a head]."""
-    if not _for_onednn(q):
-        return F.scaled_dot_product_attention(q, k, v)
+    """`F.scaled_dot_product_attention` through oneDNN, one head after another: [n, heads, length, width of a head]."""
     q, k, v = (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.mT.contiguous()
     out = torch.empty_like(q)
-    for image in range(q.shape[0]):
+    for tile in range(q.shape[0]):
         for head in range(q.shape[1]):
-            _one_head(q[image, head], k[image, head], v[image, head], out[image, head])
+            _attend_one_head(q[tile, head], k[tile, head], v[tile, head], out[tile, head])
     return out
 
 
-def _one_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """`v` is transposed."""
-    parts = -(-len(q) // _ROWS)
-    for queries, found in zip(q.tensor_split(parts), out.tensor_split(parts), strict=True):
-        found.copy_(_product(_product(queries, k).softmax(-1), v))
+def _attend_one_head(q: Tensor, k: Tensor, v_transposed: Tensor, out: Tensor) -> None:
+    parts = -(-len(q) // _QUERIES_PER_PASS)
+    for queries, result in zip(q.tensor_split(parts), out.tensor_split(parts), strict=True):
+        result.copy_(linear(linear(queries, k).softmax(-1), v_transposed))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
-    return found
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
-def _for_onednn(x: Tensor) -> bool:
-    """The operator knows no gradients, and a compiler chooses for itself."""
-    return (
-        _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
-        and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    )  # fmt: skip
+class _Attention(intern_vit.Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v)
+
+
+class _MLP(intern_vit.MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation is not F.gelu:
+            return super().forward(x)
+        return linear(linear(x, self.fc1.weight, self.fc1.bias, "gelu"), self.fc2.weight, self.fc2.bias)
+
+
+class _PoolingAttention(vir.PoolingAttention):
+    def project_in(self, x: Tensor, rows: slice) -> Tensor:
+        return linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+
+
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _Linear,
+    intern_vit.Attention: _Attention,
+    intern_vit.MLP: _MLP,
+    vir.PoolingAttention: _PoolingAttention,
+}

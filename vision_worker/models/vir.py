@@ -1,4 +1,9 @@
-"""The Visual Resolution Router (ViR): which tiles are compressed to a quarter of their tokens."""
+"""The Visual Resolution Router (ViR): it decides which tiles are compressed to a quarter of their visual tokens.
+
+Source: InternVL 3.5 (arXiv:2508.18265), section "Visual Resolution Router", and `modeling_internvl_chat.py` of the published
+InternVL3.5-Flash checkpoints (`pooling_before_gating`, `gating`). Each tile is scored alone from the tower's features; a
+policy then decides over all tiles of one group.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -9,39 +14,44 @@ from torch import Tensor, nn
 
 from common.layouts.base import Thresholds
 from protos import vision_pb2 as pb
-from vision_worker.models.onednn import Linear, product
 
 _HEADS = 16
 
 
 class PoolingAttention(nn.Module):
-    """`nn.MultiheadAttention` of a few queries over a tile's features, with keys and values computed apart."""
+    """`nn.MultiheadAttention` under its parameter names, with keys and values computed separately from the query.
+
+    The router attends to the same features several times: their keys and values are computed once.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
-    def remember(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def project_in(self, x: Tensor, rows: slice) -> Tensor:
+        """Apply `rows` of the fused input projection, in the order queries, keys, values."""
+        return F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+
+    def keys_and_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of features [n, patches, width], each [n, heads, patches, width / heads]."""
-        width = features.shape[-1]
-        keys, values = product(features, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
-        return _split(keys), _split(values)
+        keys, values = self.project_in(features, slice(features.shape[-1], None)).chunk(2, dim=-1)
+        return _split_heads(keys), _split_heads(values)
 
-    def forward(self, query: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
-        width = query.shape[-1]
-        q = _split(product(query, self.in_proj_weight[:width], self.in_proj_bias[:width]))
-        pooled = F.scaled_dot_product_attention(q, *memory).transpose(1, 2).flatten(2)
+    def forward(self, query: Tensor, keys_and_values: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend from `query` [n, 1, width]; the result has its shape."""
+        q = _split_heads(self.project_in(query, slice(query.shape[-1])))
+        pooled = F.scaled_dot_product_attention(q, *keys_and_values).transpose(1, 2).flatten(2)
         return cast(Tensor, self.out_proj(pooled))
 
 
-def _split(x: Tensor) -> Tensor:
+def _split_heads(x: Tensor) -> Tensor:
     return x.view(*x.shape[:2], _HEADS, -1).transpose(1, 2)
 
 
 class Pooling(nn.Module):
-    """Features [n, patches, width] to one vector a tile, [n, width]."""
+    """Pools a tile's patch features into one vector by a learned query: `pooling_before_gating` of the checkpoint."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,74 +60,86 @@ class Pooling(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [n, patches, width] to [n, width]."""
         query = self.query_token.expand(len(features), 1, -1)
-        x = self.norm1(self.attn1(query, self.attn1.remember(features)))
-        memory = self.attn2.remember(features)
-        for _ in range(3):  # the checkpoint's attn3, attn4, norm3 and norm4 are unused: trained that way
-            x = self.norm2(self.attn2(x, memory))
+        x = self.norm1(self.attn1(query, self.attn1.keys_and_values(features)))
+        keys_and_values = self.attn2.keys_and_values(features)
+        # three times attn2 and norm2, as in the official code: the checkpoint's attn3, attn4, norm3 and norm4 are unused
+        for _ in range(3):
+            x = self.norm2(self.attn2(x, keys_and_values))
         return cast(Tensor, x.squeeze(1))
 
 
 class Gating(nn.Module):
-    """Pooled vectors [n, width] to logits [n, 2]."""
+    """Pooled vectors to two logits, "compress" and "keep": four residual blocks and a classifier."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.block1, self.block2 = _block(width), _block(width)
         self.block3, self.block4 = _block(width), _block(width)
-        self.gate = nn.Sequential(nn.LayerNorm(width), Linear(width, 2))
+        self.gate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Vectors [n, width] to logits [n, 2]."""
         for block in (self.block1, self.block2, self.block3, self.block4):
             x = x + block(x)
         return cast(Tensor, self.gate(x))
 
 
 def _block(width: int) -> nn.Sequential:
-    # identities stand where training had dropout: they keep the checkpoint's numbering
+    # nn.Identity stands where training had dropout, so that the layers keep the checkpoint's numbers
     return nn.Sequential(
-        Linear(width, 4 * width), nn.GELU(), nn.Identity(), Linear(4 * width, width), nn.Identity(),
+        nn.Linear(width, 4 * width), nn.GELU(), nn.Identity(), nn.Linear(4 * width, width), nn.Identity(),
         nn.LayerNorm(width),
     )  # fmt: skip
 
 
 class Policy(Protocol):
-    """Decides from the scores of one group's tiles, float32 [n] on the CPU, which are compressed, bool [n].
+    """Decides which tiles of one group are compressed.
 
-    The group is the images of one call, never a forward batch: else an image's embedding would depend on strangers'.
+    A group is the images of one Encode call, never a forward batch: otherwise an image's embedding would depend on the
+    requests that happen to share its batch, and no cache key would be valid.
     """
 
     @property
-    def needs_scores(self) -> bool: ...
+    def needs_scores(self) -> bool:
+        """Whether `route` reads the scores. If not, the router network does not run."""
 
-    def route(self, scores: Tensor) -> Tensor: ...
+    def route(self, scores: Tensor) -> Tensor:
+        """Scores of the group's tiles, float32 [n] on the CPU, to a mask of the compressed ones, bool [n]."""
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The checkpoint's rule. `scores` are its probabilities of "compress"."""
+    """The checkpoint's own rule: compress a tile whose score is above a quantile of the group and at least `absolute`.
+
+    A score is the router's probability of "compress". `relative` is the quantile, interpolated linearly. The comparison is
+    strict, so a group of one tile is never compressed.
+    """
 
     relative: float
     absolute: float
     needs_scores: bool = True
 
     def route(self, scores: Tensor) -> Tensor:
+        """See `Policy.route`."""
         return (scores > torch.quantile(scores, self.relative)) & (scores >= self.absolute)
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Every tile alike."""
+    """Compresses every tile, or none."""
 
     compress: bool
     needs_scores: bool = False
 
     def route(self, scores: Tensor) -> Tensor:
+        """See `Policy.route`."""
         return torch.full(scores.shape, self.compress)
 
 
-def policy(mode: int, thresholds: Thresholds | None) -> Policy:
-    """The policy of a request's `Router.mode`; without thresholds, hence without a router, nothing is compressed."""
+def select_policy(mode: int, thresholds: Thresholds | None) -> Policy:
+    """The policy for a request's `Router.mode`. `thresholds` None: no router, so nothing is compressed."""
     if thresholds is None:
         return Fixed(False)
     policies: dict[int, Policy] = {

@@ -1,8 +1,8 @@
-"""Pillow's bicubic resampling of RGB images, bit for bit, for the vectors of today's processors.
+"""Pillow's bicubic resampling of RGB images, bit for bit, compiled for the vector instructions of the CPU.
 
-Pillow's own is plain C over interleaved channels. The arithmetic here is its own (`src/libImaging/Resample.c` of Pillow 13):
-weights in doubles, rounded to 22 bits; two passes, each rounded to bytes. What differs is the order of the data: both passes
-run along lines that lie together in memory, so that the compiler takes many bytes at once. Runs without the interpreter.
+Source: `src/libImaging/Resample.c` of Pillow 13. Weights are computed in doubles and rounded to 22 bits; there are two passes,
+each rounded to bytes. Pillow loops over interleaved channels; here both passes run along lines that are contiguous in memory,
+so that the compiler vectorizes them. The loops run without the GIL.
 """
 
 import functools
@@ -17,17 +17,23 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
-_BITS = 22
-_HALF = 1 << (_BITS - 1)
-_BLOCK = 64
-"""Side of the squares that are transposed at a time: both ends of one stay in the first cache."""
+_WEIGHT_BITS = 22
+_ROUNDING = 1 << (_WEIGHT_BITS - 1)
+_TRANSPOSE_BLOCK = 64
+"""Side of the squares that are transposed at a time, so that source and target stay in the L1 cache."""
 
 _compiled: Any = numba.njit(nogil=True)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What makes target i of `size` sources: `taps[i, :count[i]]` of those from `first[i]` on, in units of 2 ** -22."""
+    """The filter of one pass: target pixel i is the sum of source pixels times weights.
+
+    Attributes:
+        first: index of the first source pixel of each target pixel.
+        count: number of source pixels of each target pixel.
+        taps: weights [target, largest count] in units of 2 ** -22; only `taps[i, :count[i]]` are used.
+    """
 
     first: npt.NDArray[np.int64]
     count: npt.NDArray[np.int64]
@@ -35,94 +41,106 @@ class Weights:
 
 
 def weights(size: int, target: int) -> Weights:
-    """Of a line of `size` pixels that becomes one of `target`."""
-    most = math.ceil(2.0 * max(size / target, 1.0)) * 2 + 1
-    made = Weights(np.empty(target, np.int64), np.empty(target, np.int64), np.zeros((target, most), np.int32))
-    _weigh(size, made.first, made.count, made.taps)
-    return made
+    """Weights that resize a line of `size` pixels to `target` pixels."""
+    max_taps = math.ceil(2.0 * max(size / target, 1.0)) * 2 + 1
+    result = Weights(np.empty(target, np.int64), np.empty(target, np.int64), np.zeros((target, max_taps), np.int32))
+    _compute_weights(size, result.first, result.count, result.taps)
+    return result
 
 
-def warm() -> None:
-    """Compile now, a second or two, and not while a first image waits."""
-    resized(np.zeros((2, 2, 3), np.uint8), [(1, 1)])
+def warm_up() -> None:
+    """Compile now, which takes a second or two, so that no image waits for it."""
+    resize(np.zeros((2, 2, 3), np.uint8), [(1, 1)])
 
 
-def resized(pixels: Bytes, sizes: Sequence[tuple[int, int]]) -> list[Bytes]:
-    """One picture [h, w, 3] in several sizes (width, height), [height, width, 3] each."""
+def resize(pixels: Bytes, sizes: Sequence[tuple[int, int]]) -> list[Bytes]:
+    """Resize one image to several sizes.
+
+    Args:
+        pixels: [h, w, 3].
+        sizes: (width, height) of each result.
+
+    Returns: [height, width, 3] for each size.
+    """
     height, width = pixels.shape[:2]
-    upright = np.ascontiguousarray(pixels).reshape(height, width * 3)
-    turned = functools.cache(lambda: _transposed(upright))  # a good part of the work: once, and only where it is wanted
+    rows = np.ascontiguousarray(pixels).reshape(height, width * 3)
+    transposed = functools.cache(lambda: _transpose(rows))  # costly: done once, and only if a size needs it
     return [
-        _down_first(upright, size) if _is_down_first((width, height), size) else _across_first(turned(), height, size)
+        _vertical_first(rows, size)
+        if _is_vertical_first((width, height), size)
+        else _horizontal_first(transposed(), height, size)
         for size in sizes
     ]
 
 
-def _is_down_first(size: tuple[int, int], to: tuple[int, int]) -> bool:
-    """Since Pillow 13: where the height shrinks by more than twice what the width does, in pixels. It shows in the last bit."""
-    narrower, lower = size[0] - to[0], size[1] - to[1]
-    return lower > 0 and lower > 2 * narrower
+def _is_vertical_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Whether Pillow (since 13) runs the vertical pass first: the order changes the last bit.
+
+    It does where the height shrinks by more than twice as many pixels as the width. Sizes are (width, height).
+    """
+    fewer_columns, fewer_rows = source[0] - target[0], source[1] - target[1]
+    return fewer_rows > 0 and fewer_rows > 2 * fewer_columns
 
 
-def _across_first(turned: Bytes, height: int, size: tuple[int, int]) -> Bytes:
-    """`turned`: [w · 3, h]."""
-    return _down(_across(turned, height, size[0]), size[1]).reshape(size[1], size[0], 3)
+def _horizontal_first(transposed: Bytes, height: int, size: tuple[int, int]) -> Bytes:
+    """`transposed`: [w · 3, h]."""
+    return _resize_rows(_resize_columns(transposed, height, size[0]), size[1]).reshape(size[1], size[0], 3)
 
 
-def _down_first(upright: Bytes, size: tuple[int, int]) -> Bytes:
-    """`upright`: [h, w · 3]."""
-    lower = _down(upright, size[1])
-    return _across(_transposed(lower), size[1], size[0]).reshape(size[1], size[0], 3)
+def _vertical_first(rows: Bytes, size: tuple[int, int]) -> Bytes:
+    """`rows`: [h, w · 3]."""
+    resized = _resize_rows(rows, size[1])
+    return _resize_columns(_transpose(resized), size[1], size[0]).reshape(size[1], size[0], 3)
 
 
-def _across(turned: Bytes, height: int, to: int) -> Bytes:
-    """[w · 3, h] to [h, to · 3]."""
-    return _transposed(_down(turned.reshape(-1, 3 * height), to).reshape(3 * to, height))
+def _resize_columns(transposed: Bytes, height: int, target: int) -> Bytes:
+    """[w · 3, h] to [h, target · 3]."""
+    return _transpose(_resize_rows(transposed.reshape(-1, 3 * height), target).reshape(3 * target, height))
 
 
-def _down(lines: Bytes, to: int) -> Bytes:
-    """[n, length] to [to, length]."""
-    by = weights(len(lines), to)
-    made = np.empty((to, lines.shape[1]), np.uint8)
-    _filter(lines, by.first, by.count, by.taps, made)
-    return made
+def _resize_rows(lines: Bytes, target: int) -> Bytes:
+    """[n, length] to [target, length]."""
+    by = weights(len(lines), target)
+    out = np.empty((target, lines.shape[1]), np.uint8)
+    _filter(lines, by.first, by.count, by.taps, out)
+    return out
 
 
-def _transposed(lines: Bytes) -> Bytes:
-    made = np.empty(lines.shape[::-1], np.uint8)
-    _transpose(lines, made)
-    return made
+def _transpose(lines: Bytes) -> Bytes:
+    out = np.empty(lines.shape[::-1], np.uint8)
+    _transpose_into(lines, out)
+    return out
 
 
 @_compiled
 def _filter(lines: Any, first: Any, count: Any, taps: Any, out: Any) -> None:
-    """Lines [n, length] to [target, length], each the weighted sum of neighbours."""
+    """Lines [n, length] to [target, length]: each is a weighted sum of neighbouring lines."""
     length = lines.shape[1]
     sums = np.empty(length, np.int32)
     for i in range(len(first)):
-        sums[:] = np.int32(_HALF)
+        sums[:] = np.int32(_ROUNDING)
         for k in range(count[i]):
             tap, line = taps[i, k], lines[first[i] + k]
             for j in range(length):
                 sums[j] += np.int32(line[j]) * tap
-        made = out[i]
+        target = out[i]
         for j in range(length):
-            made[j] = np.uint8(min(max(sums[j] >> _BITS, np.int32(0)), np.int32(255)))
+            target[j] = np.uint8(min(max(sums[j] >> _WEIGHT_BITS, np.int32(0)), np.int32(255)))
 
 
 @_compiled
-def _transpose(lines: Any, out: Any) -> None:
+def _transpose_into(lines: Any, out: Any) -> None:
     height, width = lines.shape
-    for top in range(0, height, _BLOCK):
-        for left in range(0, width, _BLOCK):
-            for j in range(left, min(left + _BLOCK, width)):
-                for i in range(top, min(top + _BLOCK, height)):
+    for top in range(0, height, _TRANSPOSE_BLOCK):
+        for left in range(0, width, _TRANSPOSE_BLOCK):
+            for j in range(left, min(left + _TRANSPOSE_BLOCK, width)):
+                for i in range(top, min(top + _TRANSPOSE_BLOCK, height)):
                     out[j, i] = lines[i, j]
 
 
 @_compiled
-def _weigh(size: int, first: Any, count: Any, taps: Any) -> None:
-    """In the order in which Pillow adds and multiplies; in place, since a line of a million pixels has long rows of taps."""
+def _compute_weights(size: int, first: Any, count: Any, taps: Any) -> None:
+    """Fill the arrays of `Weights` in place, adding and multiplying in Pillow's order, so that rounding is the same."""
     scale = size / len(first)
     wide = max(scale, 1.0)
     support, inverse = 2.0 * wide, 1.0 / wide
@@ -136,7 +154,7 @@ def _weigh(size: int, first: Any, count: Any, taps: Any) -> None:
             values[k] = _bicubic((k + first[i] - center + 0.5) * inverse)
             total += values[k]
         for k in range(count[i]):
-            value = values[k] / total * (1 << _BITS)
+            value = values[k] / total * (1 << _WEIGHT_BITS)
             taps[i, k] = int(value - 0.5 if value < 0 else value + 0.5)
 
 

@@ -1,6 +1,7 @@
-"""An image file's bytes cut into tiles, exactly as the official implementation cuts them.
+"""Cuts an image file into tiles exactly as the official implementation does (`dynamic_preprocess` of InternVL).
 
-No EXIF rotation, alpha is dropped and not blended, Pillow's bicubic filter. Runs in any thread, before the device.
+No EXIF rotation, alpha is dropped and not blended, Pillow's bicubic filter. The grid is chosen in `common/tiling.py`. Runs in
+any thread and needs no device.
 """
 
 import io
@@ -14,45 +15,51 @@ from PIL import Image, UnidentifiedImageError
 from common import errors
 from common.options import IMAGE_FORMATS
 from common.tiling import Tiling, has_thumbnail, select_grid
-from vision_worker.preprocessing.resampling import resized
+from vision_worker.preprocessing.resampling import resize
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard only warns up to twice its limit; `_open` checks ours from the header
+Image.MAX_IMAGE_PIXELS = None  # Pillow only warns up to twice its limit; `_decode` checks ours from the file's header
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """One image: `pixels` uint8 [n, side, side, 3] row by row, thumbnail last; `hashes` tell equal tiles, one a tile.
+    """The tiles of one image.
 
-    They are this process's own hashes of 64 bits, five times as quick as a digest for the world, and compared within one call.
-    `decoding` and `cutting` are the seconds that it took.
+    Attributes:
+        pixels: uint8 [n, side, side, 3], row by row of the grid, thumbnail last.
+        columns: of the grid.
+        rows: of the grid.
+        hashes: one per tile, equal for equal tiles. They are Python's 64-bit hashes, five times as fast as a cryptographic
+            digest, and only comparable within this process.
+        decode_seconds: time that decoding took.
+        cut_seconds: time that resizing and cutting took.
     """
 
     pixels: npt.NDArray[np.uint8]
     columns: int
     rows: int
     hashes: tuple[int, ...]
-    decoding: float = 0.0
-    cutting: float = 0.0
+    decode_seconds: float = 0.0
+    cut_seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.pixels)
 
 
 def cut(data: bytes, tiling: Tiling) -> Tiles:
-    """Decode, resize and cut. Raises `InvalidImage` or `ImageTooLarge`."""
-    began = time.monotonic()
+    """Decode an image file, resize it and cut it. Raises: InvalidImage, ImageTooLarge."""
+    started = time.monotonic()
     image = _decode(data, tiling.max_pixels)
     decoded = time.monotonic()
     tiles = cut_image(image, tiling)
-    return replace(tiles, decoding=decoded - began, cutting=time.monotonic() - decoded)
+    return replace(tiles, decode_seconds=decoded - started, cut_seconds=time.monotonic() - decoded)
 
 
 def cut_image(image: Image.Image, tiling: Tiling) -> Tiles:
-    """Resize and cut an RGB image."""
+    """Resize an RGB image to its grid and cut it."""
     columns, rows = select_grid(image.width, image.height, tiling)
     side = tiling.side
     sizes = [(side * columns, side * rows), *([(side, side)] if has_thumbnail(columns, rows, tiling) else [])]
-    whole, *thumbnail = resized(np.asarray(image), sizes)
+    whole, *thumbnail = resize(np.asarray(image), sizes)
     tiles = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     pixels = np.concatenate([tiles, *(small[None] for small in thumbnail)])
     return Tiles(pixels, columns, rows, tuple(hash(tile.tobytes()) for tile in pixels))
@@ -69,11 +76,11 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
         raise
     except UnidentifiedImageError:
         known = ", ".join(IMAGE_FORMATS)
-        raise errors.InvalidImage(f"{len(data)} bytes that are not an image in a format served here: {known}") from None
+        raise errors.InvalidImage(f"{len(data)} bytes that are not an image in a supported format: {known}") from None
     except MemoryError:
         raise
-    except Exception as error:  # whatever a decoder raises on damaged bytes: OSError, SyntaxError, struct.error, …
-        raise errors.InvalidImage(f"the image cannot be decoded ({error}); is the file whole?") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on damaged bytes
+        raise errors.InvalidImage(f"the image cannot be decoded ({error}); is the file complete?") from None
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

@@ -1,7 +1,7 @@
-"""torchvision registers shapes of operators that its compiled part declares, and fails where that part cannot be loaded.
+"""Makes torchvision importable where its compiled extension cannot be loaded.
 
-InternVL's preprocessing uses none of them, so the registrations are left out: the module that makes them is there already,
-and empty, when torchvision asks for it.
+torchvision registers shapes of operators that the extension declares, and its import fails without them. InternVL's
+preprocessing uses none of these operators, so an empty module takes the place of the one that registers them.
 """
 
 import sys

@@ -1,9 +1,11 @@
+"""The compiled tower: batch sizes, padding, and no compilation after warming up."""
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vision_worker.models import compiled
-from vision_worker.models.compiled import Compiled
+from vision_worker.models.compiled import CompiledTower
 
 CPU = torch.device("cpu")
 
@@ -18,23 +20,23 @@ class Tower(nn.Module):
 
 
 @pytest.mark.parametrize(("largest", "sizes"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 3, 6]), (128, [4, 8, 16, 32, 64, 128])])
-def test_sizes_are_the_largest_and_its_halves(largest: int, sizes: list[int]) -> None:
-    assert compiled.sizes(largest) == sizes
+def test_batch_sizes_are_the_largest_and_its_halves(largest: int, sizes: list[int]) -> None:
+    assert compiled.batch_sizes(largest) == sizes
 
 
 @torch.inference_mode()
-def test_a_batch_filled_up_gives_what_it_gives_uncompiled() -> None:
+def test_a_padded_batch_has_the_result_of_the_uncompiled_tower() -> None:
     tower = Tower()
-    made, pixels = Compiled(tower, 4, CPU), torch.randn(4, 2, 3)
+    compiled_tower, pixels = CompiledTower(tower, 4, CPU), torch.randn(4, 2, 3)
     for count in range(1, 5):
-        torch.testing.assert_close(made(pixels[:count]), tower(pixels[:count]))
+        torch.testing.assert_close(compiled_tower(pixels[:count]), tower(pixels[:count]))
 
 
 @torch.inference_mode()
-def test_nothing_is_compiled_once_every_size_has_been_seen() -> None:
-    made = Compiled(Tower(), 4, CPU)
-    for size in made.sizes:
-        made(torch.randn(size, 2, 3))
+def test_nothing_is_compiled_after_every_size_has_run() -> None:
+    compiled_tower = CompiledTower(Tower(), 4, CPU)
+    for size in compiled_tower.sizes:
+        compiled_tower(torch.randn(size, 2, 3))
     with torch.compiler.set_stance("fail_on_recompile"):
         for count in range(1, 5):
-            made(torch.randn(count, 2, 3))
+            compiled_tower(torch.randn(count, 2, 3))

@@ -1,3 +1,5 @@
+"""The InternVL family as one encoder: shuffle, batching, compilation, checkpoints of transformers."""
+
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,14 @@ from common.checkpoint import open_checkpoint
 from tests.vision_worker import golden
 from vision_worker.encoder import Placement
 from vision_worker.models import internvl, vir
-from vision_worker.models.internvl import normalised, pixel_shuffle
+from vision_worker.models.internvl import normalize, pixel_shuffle
 
 CPU = Placement(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.25])
 def test_pixel_shuffle_gathers_squares(factor: float) -> None:
-    """Token (y, x) of v2 holds the step × step square at (y, x); v1 has x and y exchanged."""
+    """With v2 token (y, x) holds the step × step square at (y, x); with v1 x and y are exchanged."""
     side, width, step = 8, 3, round(1 / factor)
     grid = torch.arange(side * side * width, dtype=torch.float32).view(1, side, side, width)
     small = side // step
@@ -30,35 +32,35 @@ def test_pixel_shuffle_gathers_squares(factor: float) -> None:
     torch.testing.assert_close(v1.view(small, small, -1).swapaxes(0, 1).flatten(0, 1), v2)
 
 
-@pytest.mark.parametrize("together", [1, 64])
-def test_an_embedding_does_not_depend_on_its_batch(together: int) -> None:
-    """The same image alone, and its tiles among those of strangers."""
-    made = golden.encoder("flash-qwen3")
-    own = golden.tiles(made, "wide_1300x800.jpg").pixels
-    strangers = np.random.default_rng(0).integers(0, 256, (max(0, together - len(own)), *own.shape[1:]), dtype=np.uint8)
-    mixed = made.forward(made.stage([*strangers, *own]))[-len(own) :]
+@pytest.mark.parametrize("batch_tiles", [1, 64])
+def test_an_embedding_does_not_depend_on_its_batch(batch_tiles: int) -> None:
+    """The same image alone, and its tiles among those of other images."""
+    encoder = golden.encoder("flash-qwen3")
+    tiles = golden.tiles(encoder, "wide_1300x800.jpg").pixels
+    others = np.random.default_rng(0).integers(0, 256, (max(0, batch_tiles - len(tiles)), *tiles.shape[1:]), dtype=np.uint8)
+    mixed = encoder.forward(encoder.stage([*others, *tiles]))[-len(tiles) :]
     alone = golden.features("flash-qwen3", "wide_1300x800.jpg", torch.float32)
-    policy = vir.policy(0, made.checkpoint.description.thresholds)
-    first, second = (made.project(seen, range(len(own)), policy) for seen in (alone, mixed))
+    policy = vir.select_policy(0, encoder.checkpoint.description.thresholds)
+    first, second = (encoder.project(features, range(len(tiles)), policy) for features in (alone, mixed))
     assert first.compressed == second.compressed
     assert True in first.compressed
-    assert golden.relative(torch.cat(second.blocks), torch.cat(first.blocks)) < 2e-6
+    assert golden.relative_error(torch.cat(second.blocks), torch.cat(first.blocks)) < 2e-6
 
 
-def test_compiled_it_sees_the_same() -> None:
+def test_a_compiled_tower_computes_the_same_features() -> None:
     checkpoint = open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint")
-    made = internvl.load(checkpoint, Placement(torch.device("cpu"), torch.float32, compile_for=2))
+    compiled = internvl.load(checkpoint, Placement(torch.device("cpu"), torch.float32, compile_for=2))
     plain = golden.encoder("flash-qwen3")
-    assert (made.sizes(2), plain.sizes(2)) == ([1, 2], [2])
-    tiles = golden.tiles(made, "wide_1300x800.jpg").pixels[:2]
-    assert golden.relative(made.forward(made.stage(tiles)), plain.forward(plain.stage(tiles))) < 2e-6
+    assert (compiled.warmup_batch_sizes(2), plain.warmup_batch_sizes(2)) == ([1, 2], [2])
+    tiles = golden.tiles(compiled, "wide_1300x800.jpg").pixels[:2]
+    assert golden.relative_error(compiled.forward(compiled.stage(tiles)), plain.forward(plain.stage(tiles))) < 2e-6
 
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_equal_tiles_are_computed_once(compress: bool) -> None:
-    made = golden.encoder("flash-qwen3")
-    seen = golden.features("flash-qwen3", "seed_800x1300.png", torch.float32)[:2]
-    result = made.project(seen, [0, 1, 0], vir.Fixed(compress))
+    encoder = golden.encoder("flash-qwen3")
+    features = golden.features("flash-qwen3", "seed_800x1300.png", torch.float32)[:2]
+    result = encoder.project(features, [0, 1, 0], vir.Fixed(compress))
     assert [len(block) for block in result.blocks] == [64 if compress else 256] * 3
     assert torch.equal(result.blocks[0], result.blocks[2])
     assert result.scores == []
@@ -67,18 +69,17 @@ def test_equal_tiles_are_computed_once(compress: bool) -> None:
 def test_dummy_weights_are_seeded_and_finite() -> None:
     checkpoint = open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
-    policy = vir.policy(0, checkpoint.description.thresholds)
+    policy = vir.select_policy(0, checkpoint.description.thresholds)
     results = []
     for _ in range(2):
-        made = internvl.load(checkpoint, CPU, dummy=True)
-        results.append(torch.cat(made.project(made.forward(made.stage(pixels)), range(2), policy).blocks))
+        encoder = internvl.load(checkpoint, CPU, dummy=True)
+        results.append(torch.cat(encoder.project(encoder.forward(encoder.stage(pixels)), range(2), policy).blocks))
     assert torch.equal(*results)
     assert results[0].isfinite().all()
 
 
 @pytest.mark.parametrize("style", ["300m", "6b"])
-def test_a_checkpoint_of_transformers(tmp_path: Path, style: str) -> None:
-    """`save_pretrained`, then loaded here: the features are those of transformers."""
+def test_features_of_a_transformers_checkpoint_are_those_of_transformers(tmp_path: Path, style: str) -> None:
     torch.manual_seed(0)
     large = style == "6b"
     vision = {
@@ -95,10 +96,10 @@ def test_a_checkpoint_of_transformers(tmp_path: Path, style: str) -> None:
         torch.nn.init.normal_(parameter, 0.05, 0.1)
     theirs.save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text('{"image_processor": {"max_patches": 9}}')
-    made = internvl.load(open_checkpoint(tmp_path), CPU)
-    assert made.checkpoint.description.max_tiles == 9
+    encoder = internvl.load(open_checkpoint(tmp_path), CPU)
+    assert encoder.checkpoint.description.max_tiles == 9
     pixels = np.random.default_rng(1).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
-    got = torch.stack(made.project(made.forward(made.stage(pixels)), range(2), vir.Fixed(False)).blocks)
+    actual = torch.stack(encoder.project(encoder.forward(encoder.stage(pixels)), range(2), vir.Fixed(False)).blocks)
     with torch.no_grad():
-        wanted = theirs.model.get_image_features(normalised(torch.from_numpy(pixels))).pooler_output
-    assert golden.relative(got, wanted) < 1e-5
+        expected = theirs.model.get_image_features(normalize(torch.from_numpy(pixels))).pooler_output
+    assert golden.relative_error(actual, expected) < 1e-5

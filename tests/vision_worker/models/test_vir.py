@@ -1,3 +1,5 @@
+"""The router's policies, and its attention against torch's own."""
+
 import pytest
 import torch
 
@@ -6,56 +8,56 @@ from protos import vision_pb2 as pb
 from tests.vision_worker import golden
 from vision_worker.models import vir
 
-OWN = Thresholds(relative=0.2, absolute=0.5)
+THRESHOLDS = Thresholds(relative=0.2, absolute=0.5)
 
 
 def test_a_single_tile_is_never_compressed() -> None:
-    assert vir.policy(pb.Router.AUTO, Thresholds(0.0, 0.0)).route(torch.tensor([0.9])).tolist() == [False]
+    assert vir.select_policy(pb.Router.AUTO, Thresholds(0.0, 0.0)).route(torch.tensor([0.9])).tolist() == [False]
 
 
-def test_both_thresholds_hold() -> None:
+def test_a_score_must_exceed_both_thresholds() -> None:
     scores = torch.tensor([0.1, 0.4, 0.5, 0.6, 0.9, 0.95])  # the quantile is 0.4
-    assert vir.policy(pb.Router.AUTO, OWN).route(scores).tolist() == [False, False, True, True, True, True]
-    strict = vir.policy(pb.Router.AUTO, Thresholds(0.5, 0.5)).route(scores)
+    assert vir.select_policy(pb.Router.AUTO, THRESHOLDS).route(scores).tolist() == [False, False, True, True, True, True]
+    strict = vir.select_policy(pb.Router.AUTO, Thresholds(0.5, 0.5)).route(scores)
     assert strict.tolist() == [False, False, False, True, True, True]
 
 
-def test_the_quantile_interpolates() -> None:
+def test_the_quantile_is_interpolated() -> None:
     scores = torch.linspace(0.5, 1, 7)
     assert vir.Learned(0.25, 0.0).route(scores).tolist() == [False, False, True, True, True, True, True]
 
 
-def test_equal_scores_stay() -> None:
-    assert not vir.policy(pb.Router.AUTO, OWN).route(torch.full((7,), 0.9)).any()
+def test_tiles_with_equal_scores_are_not_compressed() -> None:
+    assert not vir.select_policy(pb.Router.AUTO, THRESHOLDS).route(torch.full((7,), 0.9)).any()
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(pb.Router.OFF, False), (pb.Router.ALL, True)])
-def test_fixed_policies(mode: pb.Router.Mode, expected: bool) -> None:
-    policy = vir.policy(mode, OWN)
+def test_fixed_policies_need_no_scores(mode: pb.Router.Mode, expected: bool) -> None:
+    policy = vir.select_policy(mode, THRESHOLDS)
     assert not policy.needs_scores
     assert policy.route(torch.zeros(3)).tolist() == [expected] * 3
 
 
 def test_without_a_router_nothing_is_compressed() -> None:
-    assert not vir.policy(pb.Router.AUTO, None).route(torch.ones(4)).any()
+    assert not vir.select_policy(pb.Router.AUTO, None).route(torch.ones(4)).any()
 
 
 def test_pooling_is_multi_head_attention() -> None:
-    """Against torch's own module, keys and values computed once or not."""
+    """It equals `nn.MultiheadAttention`, though keys and values are computed only once."""
     pooling = golden.encoder("flash-qwen3").model.pooling_before_gating
     width = pooling.query_token.shape[1]
     features = torch.randn(2, 50, width, generator=torch.Generator().manual_seed(1))
-    reference = []
-    for ours in (pooling.attn1, pooling.attn2):
-        theirs = torch.nn.MultiheadAttention(width, 16, batch_first=True)
-        theirs.load_state_dict(ours.state_dict())
-        reference.append(theirs)
-    query = pooling.norm1(reference[0](pooling.query_token.expand(2, 1, -1), features, features)[0])
+    references = []
+    for attention in (pooling.attn1, pooling.attn2):
+        reference = torch.nn.MultiheadAttention(width, 16, batch_first=True)
+        reference.load_state_dict(attention.state_dict())
+        references.append(reference)
+    query = pooling.norm1(references[0](pooling.query_token.expand(2, 1, -1), features, features)[0])
     for _ in range(3):
-        query = pooling.norm2(reference[1](query, features, features)[0])
+        query = pooling.norm2(references[1](query, features, features)[0])
     torch.testing.assert_close(pooling(features), query[:, 0])
 
 
-def test_unused_attention_is_not_built() -> None:
+def test_unused_attention_layers_are_not_built() -> None:
     names = dict(golden.encoder("flash-qwen3").model.named_parameters())
     assert not [name for name in names if "attn3" in name or "norm4" in name]

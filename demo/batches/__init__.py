@@ -1,0 +1,1 @@
+"""Training batches: their types, how they are generated, and how they are loaded."""

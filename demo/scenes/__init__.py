@@ -1,0 +1,1 @@
+"""Synthetic images: generated scenes, their drawings and their patch labels."""

@@ -1,0 +1,68 @@
+"""vLLM's engine, started without importing vLLM more often than needed."""
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client, build_async_engine_client_from_engine_args
+from vllm.platforms import current_platform
+
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+@contextlib.asynccontextmanager
+async def start_engine(args: Namespace, listening: socket.socket, *, fork: bool) -> AsyncIterator[EngineClient]:
+    """Start vLLM's engine and yield its client; the engine ends with the block.
+
+    Args:
+        args: vLLM's parsed arguments.
+        listening: The socket of vLLM's HTTP server, which a forked engine core must not keep open.
+        fork: Fork the engine core from this process, which has imported vLLM already, instead of spawning it.
+    """
+    if not fork:
+        async with build_async_engine_client(args) as engine:
+            yield engine
+        return
+    os.register_at_fork(after_in_child=functools.partial(_detach_from_parent, listening))
+    engine_args = _ForkingEngineArgs.from_cli_args(args)
+    async with build_async_engine_client_from_engine_args(engine_args) as engine:
+        os.environ[_START_METHOD] = "spawn"  # for whatever vLLM starts later, as its CPU platform wants it
+        yield engine
+
+
+def may_fork() -> bool:
+    """Whether the engine core may be forked: on a CPU, unless the environment chooses the start method.
+
+    On a GPU a forked process could not use CUDA once this process has initialised it.
+    """
+    return current_platform.is_cpu() and _START_METHOD not in os.environ
+
+
+class _ForkingEngineArgs(AsyncEngineArgs):
+    """Engine arguments that make vLLM fork its engine core. The engine core still spawns its workers."""
+
+    def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
+        # vLLM's CPU platform chooses "spawn" here, for the sake of the workers: OpenMP reads the binding of its threads
+        # from the environment when it is loaded. The engine core computes nothing, so it needs no such start.
+        config = super().create_engine_config(*args, **kwargs)
+        if config.parallel_config.data_parallel_size == 1:
+            os.environ[_START_METHOD] = "fork"
+        return config
+
+
+def _detach_from_parent(listening: socket.socket) -> None:
+    """In the forked engine core: give up what belongs to its parent."""
+    os.environ[_START_METHOD] = "spawn"
+    listening.close()
+    # the parent's event loop would take a signal to this process for one of its own
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # until the engine core installs its own handlers

@@ -1,0 +1,46 @@
+"""Pins: how a reader in vLLM keeps an embedding from being evicted while it is in use."""
+
+import os
+import secrets
+from pathlib import Path
+
+from lm_worker.shared_memory import PINNED, validate_key
+
+
+class Pins:
+    """Pins embeddings on behalf of one reader.
+
+    A pin is a hard link in `pinned/`: the file cannot vanish under the reader, and its link count tells the sink, which
+    is another process, not to evict it. Links carry a random prefix, because the schedulers of vLLM's data parallelism
+    share the folder. Pins are counted per key. Not thread-safe.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._prefix = secrets.token_hex(4)
+        self._counts: dict[str, int] = {}
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether this reader has pinned `key`."""
+        return key in self._counts
+
+    def path(self, key: str) -> Path:
+        """Path of a pinned embedding; it stays valid when the sink's own file is evicted."""
+        return self._folder / PINNED / f"{self._prefix}-{key}"
+
+    def pin(self, key: str) -> bool:
+        """Pin `key` once more. Returns False if the embedding does not exist. Raises `InvalidRequest`, `OSError`."""
+        if key not in self._counts:
+            try:
+                os.link(self._folder / validate_key(key), self.path(key))
+            except FileNotFoundError:
+                return False
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return True
+
+    def unpin(self, key: str) -> None:
+        """Undo one `pin`; the last one removes the link."""
+        self._counts[key] -= 1
+        if self._counts[key] == 0:
+            del self._counts[key]
+            self.path(key).unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""Layout of the shared memory in which the sink stores embeddings and from which vLLM's processes map them.
+
+One folder per language worker:
+
+    KEY                one complete embedding: header, then rows × width values (`common/embedding.py`)
+    pinned/READER-KEY  hard link to it, while a reader needs it (`lm_worker/pins.py`)
+    incoming/NUMBER    an embedding that is still being written (`lm_worker/incoming.py`)
+"""
+
+import hashlib
+import mmap
+import os
+import re
+import shutil
+from pathlib import Path
+
+from common import embedding, errors
+from common.embedding import Header
+
+PINNED = "pinned"
+INCOMING = "incoming"
+
+_ROOT = Path("/dev/shm")
+_KEY = re.compile(r"[0-9a-zA-Z_-]{1,128}")
+_MAX_DEFAULT_BUDGET_BYTES = 8 << 30
+
+
+def folder_of(listen: str) -> Path:
+    """The folder of the language worker whose sink listens at `listen`.
+
+    It depends on the address alone, so that a worker finds and removes what a killed predecessor left behind.
+    """
+    return _ROOT / f"dvd-{hashlib.sha256(listen.encode()).hexdigest()[:16]}"
+
+
+def create_folder(folder: Path) -> None:
+    """Create an empty folder; embeddings that a killed predecessor left in it are removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in (folder, folder / PINNED, folder / INCOMING):
+        part.mkdir(mode=0o700)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove the folder and give its memory back. Does nothing if it does not exist."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def default_budget(folder: Path) -> int:
+    """Bytes the sink may use by default: a quarter of the file system's free space, at most 8 GiB."""
+    status = os.statvfs(folder)
+    return min(_MAX_DEFAULT_BUDGET_BYTES, status.f_bavail * status.f_frsize // 4)
+
+
+def validate_key(key: str) -> str:
+    """Return `key` if it is safe as a file name. Raises `InvalidRequest`."""
+    if not _KEY.fullmatch(key):
+        raise errors.InvalidRequest(f"{key[:140]!r} is not an embedding key; expected 1 to 128 letters, digits, '-' or '_'.")
+    return key
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of an embedding's file. Raises `FileNotFoundError`, `InvalidRequest`."""
+    with path.open("rb") as file:
+        return embedding.parse_header(file.read(embedding.HEADER_SIZE))
+
+
+def map_embedding(path: Path) -> tuple[Header, mmap.mmap]:
+    """Map an embedding's file into memory.
+
+    Returns:
+        The header, and a copy-on-write mapping of the whole file. The values begin at `embedding.HEADER_SIZE`. The
+        mapping stays valid after the file is removed.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        InvalidRequest: The file does not begin with an embedding's header.
+    """
+    with path.open("rb") as file:
+        # ACCESS_COPY although nobody writes (so no page is copied): torch warns about buffers that are read-only
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return embedding.parse_header(memoryview(mapping)[: embedding.HEADER_SIZE]), mapping

@@ -1,0 +1,71 @@
+"""The arguments with which vLLM's server becomes a language worker."""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from lm_worker.config import LanguageOptions
+
+_MAX_CPU_KV_CACHE_BYTES = 4 << 30
+_MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+
+
+def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str]) -> Namespace:
+    """vLLM's parsed arguments.
+
+    Args:
+        options: The language worker's options.
+        folder: Shared memory of the sink.
+        flags: The caller's flags of `vllm serve`, which win over our defaults.
+    """
+    cli_env_setup()
+    connector = {
+        "ec_connector": "SharedMemoryConnector",
+        "ec_connector_module_path": "lm_worker.connector",
+        "ec_role": "ec_consumer",
+        "ec_connector_extra_config": {"folder": str(folder), "wait": options.wait_for_embeddings},
+    }
+    parser = make_arg_parser(FlexibleArgumentParser(prog="dvd language … --"))
+    args: Namespace = parser.parse_args([
+        f"--model={options.model}",
+        f"--served-model-name={options.model.resolve().name}",
+        f"--load-format={options.load_format}",
+        "--enable-prompt-tokens-details",
+        "--interleave-mm-strings",
+        "--disable-uvicorn-access-log",
+        *_cpu_flags(flags),
+        *flags,
+        "--enable-mm-embeds",
+        '--limit-mm-per-prompt={"image":0}',
+        f"--ec-transfer-config={json.dumps(connector)}",
+        *_http_flags(options.http),
+    ])  # fmt: skip
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _cpu_flags(flags: Sequence[str]) -> list[str]:
+    """Defaults on a CPU, where vLLM's own would take nine tenths of the memory that it shares with everything else."""
+    if not current_platform.is_cpu():
+        return []
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # vLLM compiles its kernels with a C++ compiler when it starts
+    eager = [] if shutil.which("g++") else ["--enforce-eager"]
+    if any(flag.startswith(_MEMORY_FLAGS) for flag in flags):
+        return eager
+    return [f"--kv-cache-memory-bytes={min(_MAX_CPU_KV_CACHE_BYTES, free // 4)}", *eager]
+
+
+def _http_flags(address: str) -> list[str]:
+    if address.startswith("unix:"):
+        return [f"--uds={address.removeprefix('unix:')}"]
+    host, _, port = address.rpartition(":")
+    return [f"--host={host.strip('[]')}", f"--port={port}"]

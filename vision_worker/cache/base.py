@@ -1,0 +1,64 @@
+"""The seam to a cache of embeddings, and how a URL chooses one.
+
+`memory://` (memory.py) belongs to this process. `redis://` (redis.py) is shared by all vision workers and outlives them.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+from urllib.parse import parse_qs, urlsplit
+
+from vision_worker.cache.memory import MemoryCache
+
+Buffer = bytes | bytearray | memoryview
+
+DEFAULT_MEMORY_BYTES = 512 << 20
+"""Budget of `memory://` where its URL gives none."""
+
+
+class CorruptCacheEntry(Exception):
+    """A cache returned bytes that are not the embedding that was asked for. The cache itself works."""
+
+
+class Cache(Protocol):
+    """Bytes by key.
+
+    Any method may raise any exception, which counts as a miss or as a value that was not stored; none may hang. A cache may
+    forget a value at any time.
+    """
+
+    tier: str
+    """Label of this kind of cache in metrics."""
+
+    evictions: int
+    """Values evicted so far; 0 where the cache counts them elsewhere."""
+
+    async def get(self, key: str) -> Buffer | None:
+        """The value stored under `key`, or None."""
+
+    async def put(self, key: str, value: Sequence[Buffer]) -> None:
+        """Store the concatenated parts of `value` under `key`."""
+
+    async def close(self) -> None:
+        """Release connections and memory."""
+
+
+def open_cache(url: str) -> Cache | None:
+    """Open the cache that a URL names; None for `none`. Raises: ValueError naming what is wrong with the URL."""
+    if url == "none":
+        return None
+    parts = urlsplit(url)
+    if parts.scheme == "memory":
+        return MemoryCache(_memory_budget(url, parts.query))
+    if parts.scheme in ("redis", "rediss", "unix"):
+        from vision_worker.cache.redis import RedisCache  # imported here so that only its users need the redis package
+
+        return RedisCache(url)
+    raise ValueError(f"{url!r} is not a cache URL: use none, memory://, memory://?bytes=N or redis://HOST:PORT/DATABASE")
+
+
+def _memory_budget(url: str, query: str) -> int:
+    fields = parse_qs(query, keep_blank_values=True)
+    values = fields.pop("bytes", [str(DEFAULT_MEMORY_BYTES)])
+    if fields or len(values) != 1 or not values[0].isdecimal() or not int(values[0]):
+        raise ValueError(f"{url!r}: memory:// takes bytes=N only, such as memory://?bytes={DEFAULT_MEMORY_BYTES}")
+    return int(values[0])

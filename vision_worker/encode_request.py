@@ -1,0 +1,79 @@
+"""Parses and validates an Encode request."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common import errors, messages
+from common.checkpoint import Checkpoint
+from common.layouts.base import Description, Thresholds
+from common.tiling import MAX_TILES, Tiling, resolve_tile_bounds
+from protos import vision_pb2 as pb
+from vision_worker.models import vir
+
+
+@dataclass(frozen=True)
+class ParsedRequest:
+    """A valid Encode request. Its images are one group: they are routed together."""
+
+    images: Sequence[pb.Image]
+    tiling: Tiling
+    policy: vir.Policy
+    dtype: str
+    deliver_to: str
+    """Address of the sink; empty for a dry run."""
+
+    @property
+    def group_key(self) -> str:
+        """Equal for requests with equal results: an image's key is a digest of everything that decides its embedding."""
+        return "/".join(image.key for image in self.images)
+
+
+def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels: int) -> ParsedRequest:
+    """Validate a request against the checkpoint that this worker serves.
+
+    Raises: CheckpointMismatch where the caller expects another checkpoint; InvalidRequest.
+    """
+    if request.fingerprint and request.fingerprint != checkpoint.fingerprint:
+        raise errors.CheckpointMismatch(
+            f"the caller expects checkpoint {request.fingerprint}, this vision worker serves {checkpoint.fingerprint}: "
+            "start all workers from the same checkpoint"
+        )
+    if not request.images or not all(image.key for image in request.images):
+        raise errors.InvalidRequest("Encode needs at least one image, and a key for each image")
+    if bool(request.deliver_to) == request.dry_run:
+        raise errors.InvalidRequest("Encode needs either deliver_to or dry_run, and not both")
+    return ParsedRequest(
+        images=request.images,
+        tiling=_parse_tiling(request.tiling, checkpoint.description, max_pixels),
+        policy=_parse_router(request.router, checkpoint.description.thresholds),
+        dtype=messages.dtype_from_proto(request.dtype),
+        deliver_to=request.deliver_to,
+    )
+
+
+def _parse_tiling(tiling: pb.Tiling, description: Description, max_pixels: int) -> Tiling:
+    least, most = resolve_tile_bounds(tiling.min_tiles, tiling.max_tiles, description.min_tiles, description.max_tiles)
+    if least > most or most > MAX_TILES:
+        raise errors.InvalidRequest(
+            f"min_tiles {least} and max_tiles {most}: min_tiles must not exceed max_tiles, nor max_tiles {MAX_TILES}"
+        )
+    return Tiling(least, most, description.thumbnail, description.tower.image_size, max_pixels)
+
+
+def _parse_router(router: pb.Router, defaults: Thresholds | None) -> vir.Policy:
+    """The policy that the request names; `defaults` are the checkpoint's thresholds, None without a router."""
+    if router.mode not in pb.Router.Mode.values():
+        raise errors.InvalidRequest(f"unknown router mode {router.mode}; known modes: {', '.join(pb.Router.Mode.keys())}")
+    if defaults is None:
+        if router.mode == pb.Router.ALL:
+            raise errors.InvalidRequest("this checkpoint has no router and cannot compress: use a Flash checkpoint, or off")
+        return vir.select_policy(router.mode, None)
+    thresholds = Thresholds(
+        relative=router.relative_threshold if router.HasField("relative_threshold") else defaults.relative,
+        absolute=router.absolute_threshold if router.HasField("absolute_threshold") else defaults.absolute,
+    )
+    for name, value in (("relative_threshold", thresholds.relative), ("absolute_threshold", thresholds.absolute)):
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            raise errors.InvalidRequest(f"{name} {value} is not between 0 and 1")
+    return vir.select_policy(router.mode, thresholds)
