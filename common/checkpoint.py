@@ -66,7 +66,8 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over what decides an embedding: the configuration and, of every vision tensor, name, dtype, shape and
-        its first and last 4 KiB (reading all of a 6B tower at start would cost minutes on a network disk)."""
+        its first and last 4 KiB (reading all of a 6B tower at start would cost minutes on a network disk).
+        """
         digest = hashlib.sha256(json.dumps(asdict(self.description), sort_keys=True).encode())
         for name, tensor in sorted(self.vision_tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())

@@ -26,7 +26,8 @@ class Devices:
 
 def assign(vision: int, language: int, gpus: list[str] | None = None) -> Devices:
     """The last GPUs, one each, to vision workers, the others in equal shares to language workers; where there are too
-    few for that, workers share them in turn."""
+    few for that, workers share them in turn.
+    """
     gpus = visible() if gpus is None else gpus
     if len(gpus) < vision + language:
         return Devices(_in_turn(gpus, vision), _in_turn(gpus, language), shared=bool(gpus))

@@ -19,7 +19,7 @@ _MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 
 
 def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str]) -> Namespace:
-    """vLLM's parsed arguments.
+    """VLLM's parsed arguments.
 
     Args:
         options: The language worker's options.

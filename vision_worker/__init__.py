@@ -1,0 +1,1 @@
+"""The vision worker: images to visual embeddings, delivered to language workers."""

@@ -1,0 +1,1 @@
+"""`dvd plan`: the number of workers that a load needs."""

@@ -29,7 +29,8 @@ class VisionCosts(_Part):
 
 class LanguageCosts(_Part):
     """One language worker. A step takes `step + reading + decode × sequences that go on`, and `request` for each request that
-    it begins; reading is `prefill` for each token, and `attention` for each token that stands before it in its prompt."""
+    it begins; reading is `prefill` for each token, and `attention` for each token that stands before it in its prompt.
+    """
 
     step: float = Field(default=0.0, ge=0, description="of a step whatever is in it")
     request: float = Field(default=0.0, ge=0, description="of a request whatever is in it, HTTP on the same core")

@@ -1,0 +1,1 @@
+"""Model classes that vLLM runs in a language worker."""

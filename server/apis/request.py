@@ -145,7 +145,7 @@ def _value_at(value: Any, path: Path) -> Any:
 
 
 def _check_placeholders(body: dict[str, Any], image_ids: Collection[int]) -> None:
-    """vLLM finds the position of an image by its placeholder, so no other text of the prompt may contain one."""
+    """VLLM finds the position of an image by its placeholder, so no other text of the prompt may contain one."""
     for name in _PROMPT_FIELDS:
         for location, text in _texts(name, body.get(name), image_ids):
             for placeholder in _PLACEHOLDERS:

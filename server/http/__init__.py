@@ -1,0 +1,1 @@
+"""HTTP of the gateway: admission, authentication, deadlines, bodies, streams, errors."""

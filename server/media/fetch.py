@@ -53,6 +53,7 @@ class ThreadedResolver(AbstractResolver):
         self._slots = threading.Semaphore(_MAX_PENDING_LOOKUPS)
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
+        """Resolve a name. Raises `OSError` if it does not resolve or too many lookups are pending."""
         if not self._slots.acquire(blocking=False):
             raise OSError("too many pending DNS lookups; retry later")
         lookup = functools.partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
@@ -65,6 +66,7 @@ class ThreadedResolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
+        """Cancel pending lookups."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -75,12 +77,14 @@ class PublicResolver(AbstractResolver):
         self._resolver = resolver
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
+        """Resolve a name. Raises `InvalidRequest` if one of its addresses is not public, `OSError` if it does not resolve."""
         results = await self._resolver.resolve(host, port, family)
         if not results or not all(is_public(result["host"]) for result in results):
             raise _not_public(host)
         return results
 
     async def close(self) -> None:
+        """Close the inner resolver."""
         await self._resolver.close()
 
 

@@ -1,0 +1,1 @@
+"""The gateway's view of its workers: clients, pools, discovery, probes."""

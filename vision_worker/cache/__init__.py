@@ -1,0 +1,1 @@
+"""Caches of embeddings in a vision worker."""

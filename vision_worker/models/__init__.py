@@ -1,0 +1,1 @@
+"""Vision families: InternVL, and a fake one."""
