@@ -20,7 +20,7 @@ from benchmarks import load
 from common import rpc
 from common.checkpoint import open_checkpoint
 from dvd.plan.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, visual_tokens
-from dvd.plan.search import saturated
+from dvd.plan.search import simulate_saturated
 from protos import embeddings_pb2, vision_pb2, vision_pb2_grpc
 
 IN_FLIGHT = 16
@@ -177,7 +177,7 @@ def _fit_prefill(seconds: dict[int, float]) -> tuple[float, float]:
 
 def predict_throughput(costs: Costs, kind: Kind, in_flight: int) -> float:
     """Requests per second that `dvd plan` predicts for one vision and one language worker at saturation."""
-    return saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
+    return simulate_saturated(costs, Load(kinds=[kind]), Fleet(), in_flight).throughput
 
 
 def worker_seconds(costs: Costs, tiles: int, text: int, tokens: int, compressed: float, in_flight: int) -> tuple[float, float]:
@@ -195,7 +195,9 @@ def worker_seconds(costs: Costs, tiles: int, text: int, tokens: int, compressed:
     """
     engine = costs.language
     decode = tokens * (engine.decode + engine.step / (in_flight / 2))
-    return tiles * costs.vision.tile, engine.request + engine.reading(text + visual_tokens(costs, tiles, compressed)) + decode
+    return tiles * costs.vision.tile, engine.request + engine.prefill_seconds(
+        text + visual_tokens(costs, tiles, compressed)
+    ) + decode
 
 
 def balanced_tokens(

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-from dvd.plan.simulation import share
+from dvd.plan.simulation import share_in_window
 
 _REQUEST_TIMEOUT_SECONDS = 900
 _READ_BUFFER_BYTES = 1 << 20
@@ -140,7 +140,7 @@ async def saturated_rate(url: str, bodies: Sequence[bytes], in_flight: int) -> f
 def _share_in_window(timing: RequestTiming, expected_tokens: int, window: tuple[float, float]) -> float:
     """Share of a request between both ends of `window`, as `dvd plan` counts it."""
     received = len(timing.token_times)  # fewer than expected if an event held several tokens
-    return share(timing.token_times, received if timing.ended_at else max(expected_tokens, received), *window)
+    return share_in_window(timing.token_times, received if timing.ended_at else max(expected_tokens, received), *window)
 
 
 async def run_open_loop(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[RequestTiming]:

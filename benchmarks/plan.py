@@ -19,7 +19,7 @@ from benchmarks.options import Options
 from benchmarks.result import FOLDER, Result
 from dvd.plan.command import main as plan
 from dvd.plan.model import Costs, Fleet, Kind, LanguageCosts, Load, VisionCosts, work
-from dvd.plan.search import saturated
+from dvd.plan.search import simulate_saturated
 
 SOURCES = ("overlap", "equal-hardware")
 
@@ -115,7 +115,7 @@ def _paper_rate(model: str, resolution: int, setting: str, fit: tuple[float, flo
     else:
         fleet = Fleet(vision=CARDS, language=1)
     if simulated:
-        return saturated(cell_costs, load, fleet).throughput
+        return simulate_saturated(cell_costs, load, fleet).throughput
     vision, language = work(cell_costs, load)
     return 1 / (vision + language) if setting == "colocated" else 1 / max(vision / CARDS, language)
 

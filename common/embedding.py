@@ -1,7 +1,7 @@
-"""How an embedding lies in memory and in files: a fixed header, then rows × width values, row by row.
+"""Layout of an embedding in memory and in files: a fixed header, then rows × width values, row by row.
 
-The header is what makes a value checkable wherever it is found (shared memory, a cache): magic, version, dtype, rows,
-width, length, fingerprint and key. No pickle anywhere: reading foreign bytes must not run code.
+The header (magic, version, dtype, rows, width, length, fingerprint, key) lets a reader check an embedding wherever it is
+stored: in shared memory or a cache. It is not a pickle: reading untrusted bytes must not run code.
 """
 
 import io
@@ -17,13 +17,13 @@ _LAYOUT = struct.Struct("<4sHHIIQ64s128s")
 
 DTYPE_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DTYPES = tuple(DTYPE_SIZES)
-# exponent bits; all of them set means infinite or not a number
-_EXPONENT = {"bfloat16": ("<u2", 0x7F80), "float16": ("<u2", 0x7C00), "float32": ("<u4", 0x7F800000)}
+# an integer type of the same size, and the exponent bits: a value with all of them set is infinite or NaN
+_EXPONENT_BITS = {"bfloat16": ("<u2", 0x7F80), "float16": ("<u2", 0x7C00), "float32": ("<u4", 0x7F800000)}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an embedding is. `rows` visual tokens of `width` values of `dtype`; `length` bytes follow."""
+    """Header of an embedding: `rows` visual tokens of `width` values of `dtype`."""
 
     key: str
     fingerprint: str
@@ -33,10 +33,11 @@ class Header:
 
     @property
     def length(self) -> int:
+        """Bytes of the values that follow the header."""
         return self.rows * self.width * DTYPE_SIZES[self.dtype]
 
     def pack(self) -> bytes:
-        """`HEADER_SIZE` bytes."""
+        """Return the header as `HEADER_SIZE` bytes."""
         packed = _LAYOUT.pack(
             _MAGIC, _VERSION, _DTYPES.index(self.dtype), self.rows, self.width, self.length,
             self.fingerprint.encode("ascii"), self.key.encode("ascii"),
@@ -45,14 +46,16 @@ class Header:
 
 
 def parse_header(data: bytes | memoryview) -> Header:
-    """The header at the start of `data`. Raises `InvalidRequest` where it is none of ours or contradicts itself."""
+    """Return the header at the start of `data`. Raises: `InvalidRequest` if it is not a header or contradicts itself."""
     if len(data) < HEADER_SIZE:
-        raise errors.InvalidRequest(f"an embedding's header has {HEADER_SIZE} bytes, got {len(data)}")
+        raise errors.InvalidRequest(f"embedding header is too short: expected {HEADER_SIZE} bytes, got {len(data)}")
     magic, version, dtype, rows, width, length, fingerprint, key = _LAYOUT.unpack(bytes(data[: _LAYOUT.size]))
     if magic != _MAGIC or version != _VERSION:
-        raise errors.InvalidRequest(f"not an embedding of version {_VERSION}: {magic!r} version {version}")
+        raise errors.InvalidRequest(
+            f"not an embedding header: expected {_MAGIC!r} version {_VERSION}, got {magic!r} version {version}"
+        )
     if dtype >= len(_DTYPES):
-        raise errors.InvalidRequest(f"unknown dtype number {dtype} of an embedding")
+        raise errors.InvalidRequest(f"embedding header has unknown dtype number {dtype}")
     header = Header(
         key=key.rstrip(b"\0").decode("ascii"),
         fingerprint=fingerprint.rstrip(b"\0").decode("ascii"),
@@ -61,20 +64,22 @@ def parse_header(data: bytes | memoryview) -> Header:
         width=width,
     )
     if header.length != length:
-        raise errors.InvalidRequest(f"embedding of {rows} × {width} {header.dtype} claims {length} bytes")
+        raise errors.InvalidRequest(
+            f"embedding of {rows} × {width} {header.dtype} must have {header.length} bytes, its header has {length}"
+        )
     return header
 
 
 def write_all(file: io.FileIO, data: memoryview) -> None:
-    """An unbuffered file may take less than it is given. Raises `OSError`."""
+    """Write all of `data` to an unbuffered file, whose `write` may write only a part. Raises: `OSError`."""
     while data:
         data = data[file.write(data) :]
 
 
 def check_finite(data: bytes | memoryview, dtype: str) -> None:
-    """Raise `InvalidRequest` where a value is infinite or not a number (a tower overflow would poison every reuse)."""
+    """Raise `InvalidRequest` if a value is infinite or NaN. An overflow in the tower would spoil each reuse of it."""
     import numpy as np
 
-    kind, exponent = _EXPONENT[dtype]
-    if bool(np.any((np.frombuffer(data, dtype=kind) & exponent) == exponent)):
-        raise errors.InvalidRequest("an embedding holds infinite or undefined values; was the tower run in float16?")
+    integer, exponent = _EXPONENT_BITS[dtype]
+    if bool(np.any((np.frombuffer(data, dtype=integer) & exponent) == exponent)):
+        raise errors.InvalidRequest("embedding contains infinite or undefined values: does the vision tower run in float16?")

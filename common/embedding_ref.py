@@ -1,6 +1,6 @@
-"""How an image that has become an embedding is named to an engine that asks for a URL: `dvd:KEY/TOKENS`.
+"""URL of an embedding, `dvd:KEY/TOKENS`, which replaces the URL of an image in requests to vLLM.
 
-Routes of the engine that take no embedding take images by URL. A language worker opens no URL but these.
+Some of vLLM's routes accept images by URL only, not embeddings. A language worker opens no other URL than these.
 """
 
 import re
@@ -11,17 +11,18 @@ _URL = re.compile(r"dvd:([0-9a-f]{64})/([1-9][0-9]{0,8})")
 
 @dataclass(frozen=True)
 class EmbeddingRef:
-    """An embedding by its key, and how many visual tokens it has."""
+    """An embedding's key and its number of visual tokens."""
 
     key: str
     tokens: int
 
     @property
     def url(self) -> str:
+        """The reference as a URL."""
         return f"dvd:{self.key}/{self.tokens}"
 
 
 def parse_embedding_url(url: str) -> EmbeddingRef | None:
-    """None where it is no such URL."""
-    found = _URL.fullmatch(url)
-    return EmbeddingRef(found[1], int(found[2])) if found else None
+    """Return the reference in a URL, or None if it is another kind of URL."""
+    match = _URL.fullmatch(url)
+    return EmbeddingRef(match[1], int(match[2])) if match else None

@@ -1,7 +1,8 @@
-"""The bytes of an embedding on their way through gRPC, copied as seldom as Python allows.
+"""Streams embeddings through gRPC with as few copies as Python allows.
 
-`DeliverChunk.data` could be set and read like any field, but protobuf copies it once more on either side. A message with
-that one field is a tag, a length and the bytes: it is written and read here, and stays what `protos/embeddings.proto` says.
+Setting and reading `DeliverChunk.data` through protobuf copies the bytes once more on either side. A message with only that
+field is a tag, a length and the bytes: this module encodes and decodes it by hand, in the format of
+`protos/embeddings.proto`.
 """
 
 from __future__ import annotations  # grpc.aio is generic for type checkers only
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     import grpc.aio
 
 _SERVICE = "dvd.v1.EmbeddingSink"
-_WANTED = "dvd-wanted"
-_DATA = pb.DeliverChunk.DATA_FIELD_NUMBER << 3 | 2  # the tag: a field of that number, with a length
+_WANTED_KEY = "dvd-wanted"  # of the initial metadata by which a sink requests the values
+_DATA_TAG = bytes([pb.DeliverChunk.DATA_FIELD_NUMBER << 3 | 2])  # field number and wire type 2: length-delimited
 
 
 def header_message(header: Header) -> bytes:
-    """The first message of a delivery."""
+    """Return the first message of a delivery: the header."""
     first = pb.EmbeddingHeader(
         key=header.key, fingerprint=header.fingerprint, dtype=messages.dtype_to_proto(header.dtype),
         rows=header.rows, width=header.width, length=header.length,
@@ -37,46 +38,56 @@ def header_message(header: Header) -> bytes:
 
 
 def data_messages(data: memoryview) -> Iterator[bytes]:
-    """All others."""
-    for start in range(0, len(data), rpc.CHUNK):
-        part = data[start : start + rpc.CHUNK]
-        yield b"".join((bytes([_DATA]), _varint(len(part)), part))
+    """Yield the messages after the first: the values, in chunks."""
+    for start in range(0, len(data), rpc.CHUNK_BYTES):
+        part = data[start : start + rpc.CHUNK_BYTES]
+        yield b"".join((_DATA_TAG, _encode_varint(len(part)), part))
 
 
 def parse_message(message: bytes) -> pb.DeliverChunk | memoryview:
-    """A message: its data where it has nothing else, without a copy. Raises `InvalidRequest`."""
-    if message[:1] == bytes([_DATA]):
-        length, at = _length(message)
-        if at + length == len(message):
-            return memoryview(message)[at:]
+    """Return a message's data without a copy if it has nothing else, or the parsed message. Raises: `InvalidRequest`."""
+    if message[:1] == _DATA_TAG:
+        length, start = _decode_length(message)
+        if start + length == len(message):
+            return memoryview(message)[start:]
     try:
         return pb.DeliverChunk.FromString(message)
     except Exception:
-        raise errors.InvalidRequest("a part of a delivery is no DeliverChunk") from None
+        raise errors.InvalidRequest("invalid message in a delivery: expected a DeliverChunk") from None
 
 
 async def deliver(
-    channel: grpc.aio.Channel, header: Header, data: memoryview, seconds: float | None = None, metadata: Any = None
+    channel: grpc.aio.Channel, header: Header, data: memoryview, timeout: float | None = None, metadata: Any = None
 ) -> pb.DeliverReply:
-    """`EmbeddingSink.Deliver`: the header, and, once the sink has said that it wants them (`accept`), the values.
+    """Call `EmbeddingSink.Deliver`: send the header and, once the sink requests them (`request_values`), the values.
 
-    A sink that has them already, or no room, answers instead: nothing is shipped in vain, and nothing is written to a call
-    that has just ended, of which grpc.aio would say "internal error" and no more. A sink on this machine names the file
-    that they are to be in, and they are written there. Raises `grpc.aio.AioRpcError`.
+    A sink that has the embedding already, or no room for it, replies instead of requesting the values: none are sent in vain,
+    and none are written to a call that has ended, which grpc.aio reports as a bare "Internal error". A sink that shares files
+    with this process names a file for the values, and they are written there instead of sent.
+
+    Args:
+        channel: channel to the sink.
+        header: header of the embedding.
+        data: its values, `header.length` bytes.
+        timeout: deadline of the call in seconds.
+        metadata: gRPC metadata of the call.
+
+    Raises:
+        grpc.aio.AioRpcError: the call failed.
     """
-    start: Any = channel.stream_unary(
+    method: Any = channel.stream_unary(
         f"/{_SERVICE}/Deliver", request_serializer=None, response_deserializer=pb.DeliverReply.FromString
     )
-    call = start(timeout=seconds, metadata=metadata)
+    call = method(timeout=timeout, metadata=metadata)
     try:
         await call.write(header_message(header))
-        wanted = dict(await call.initial_metadata()).get(_WANTED)
-        if wanted is not None:
-            if not (wanted and await asyncio.to_thread(_written, wanted, header, data)):
-                for part in data_messages(data):
-                    await call.write(part)
+        file = dict(await call.initial_metadata()).get(_WANTED_KEY)
+        if file is not None:
+            if not (file and await asyncio.to_thread(_write_to_sink_file, file, header, data)):
+                for message in data_messages(data):
+                    await call.write(message)
             await call.done_writing()
-    except asyncio.InvalidStateError:  # ended meanwhile
+    except asyncio.InvalidStateError:  # the sink has replied meanwhile
         pass
     except asyncio.CancelledError:
         call.cancel()
@@ -85,26 +96,34 @@ async def deliver(
     return reply
 
 
-def _written(file: str, header: Header, data: memoryview) -> bool:
-    """Whether the values are now in the sink's file. It is known by the header in it, wherever the name came from."""
+def _write_to_sink_file(file: str, header: Header, data: memoryview) -> bool:
+    """Write the values to the sink's file, which must start with `header`. Returns whether they were written.
+
+    The name comes from the network: the header in the file proves that a sink created it for this embedding.
+    """
     try:
         with open(os.open(file, os.O_RDWR | os.O_NOFOLLOW), "r+b", buffering=0) as opened:
             if opened.read(HEADER_SIZE) != header.pack():
                 return False
             write_all(opened, data)
-    except OSError:  # the sink sees no such file, or this process may not write it, or there is no room: it says which
+    except OSError:  # no such file here, no permission, or no room: send the values, and the sink reports its own error
         return False
     return True
 
 
 async def request_values(context: Any, file: Path | None) -> None:
-    """Of a sink: the values that belong to the header are wanted; in `file`, after its header, of a sender that can."""
-    said = str(file) if file is not None and str(file).isascii() else ""
-    await context.send_initial_metadata(((_WANTED, said),))
+    """Request, as a sink, the values of the embedding whose header arrived.
+
+    Args:
+        context: context of the `Deliver` call.
+        file: file that starts with the header, to which a sender that shares files may write the values; None: send them.
+    """
+    name = str(file) if file is not None and str(file).isascii() else ""  # metadata must be ASCII
+    await context.send_initial_metadata(((_WANTED_KEY, name),))
 
 
 def add_sink_to_server(sink: EmbeddingSinkServicer, server: grpc.aio.Server) -> None:
-    """Serve a sink whose `Deliver` gets what `read` gives."""
+    """Add a sink to a server. Its `Deliver` receives serialized messages, for `parse_message`."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Describe": grpc.unary_unary_rpc_method_handler(
             sink.Describe, pb.DescribeRequest.FromString, pb.LanguageDescription.SerializeToString
@@ -115,7 +134,7 @@ def add_sink_to_server(sink: EmbeddingSinkServicer, server: grpc.aio.Server) -> 
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
 
 
-def _varint(number: int) -> bytes:
+def _encode_varint(number: int) -> bytes:
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)
@@ -124,8 +143,8 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-def _length(message: bytes) -> tuple[int, int]:
-    """The number after the tag, and where it ends."""
+def _decode_length(message: bytes) -> tuple[int, int]:
+    """Return the varint after the tag and the index of the byte after it; (-1, 0) if there is none."""
     number = 0
     for i in range(1, min(len(message), 6)):
         number |= (message[i] & 0x7F) << 7 * (i - 1)

@@ -1,26 +1,26 @@
-"""Every error of this system, with its gRPC code, HTTP status and OpenAI `type` and `code`.
+"""Every error that may leave a process, with its gRPC code, HTTP status and OpenAI `type` and `code`.
 
 DvdError
-├── InvalidRequest            the caller's fault
-│   ├── InvalidImage          bytes that are not an image we decode
-│   ├── ImageTooLarge         bytes or pixels over the limit
-│   ├── InvalidVideo          bytes that are not a video we decode
-│   ├── TooManyImages
-│   ├── BodyTooLarge
-│   ├── HeadTooLarge          the request's line and headers
-│   ├── ImageFetchFailed      the URL cannot be had, or may not be fetched
-│   └── ContextLengthExceeded
-├── Unauthorized
-├── ModelNotFound
-├── Overloaded                no permit left; try again later
-├── DeadlineExceeded          the request's time is up
+├── InvalidRequest            the request is wrong; sent again it fails again
+│   ├── InvalidImage          bytes that are not an image in a supported format
+│   ├── ImageTooLarge         bytes or pixels above the limit
+│   ├── InvalidVideo          bytes that are not a video in a supported format
+│   ├── TooManyImages         images above the limit
+│   ├── BodyTooLarge          body above the limit
+│   ├── HeadTooLarge          request line and headers above the limit
+│   ├── ImageFetchFailed      the URL cannot be fetched, or must not be
+│   └── ContextLengthExceeded prompt longer than the model's context
+├── Unauthorized              no API key, or a wrong one
+├── ModelNotFound             a model that is not served
+├── Overloaded                at capacity; retry later
+├── DeadlineExceeded          the request's deadline has passed
 ├── Unavailable               no worker can serve the request now
-│   ├── WorkerUnavailable     the worker that was called does not answer; another one may
+│   ├── WorkerUnavailable     the called worker does not answer; another one may
 │   ├── EmbeddingLost         an embedding was evicted before vLLM read it
 │   ├── CheckpointMismatch    two workers serve different checkpoints
-│   ├── SinkUnavailable       a vision worker found no sink to deliver to
-│   └── SinkFull              no room for an embedding that would not be evicted again
-└── InternalError             ours
+│   ├── SinkUnavailable       a vision worker cannot reach the sink
+│   └── SinkFull              the sink has no room: all its embeddings are pinned
+└── InternalError             a bug
 """
 
 import asyncio
@@ -29,14 +29,23 @@ from typing import Any, ClassVar
 
 import grpc
 
-Grpc = grpc.StatusCode
+_Grpc = grpc.StatusCode
 
 
 class DvdError(Exception):
-    """Base of all errors that may leave a process. `str(error)` is for the caller: it names the value and offers a hint."""
+    """Base of all errors that may leave a process. The message is for the caller: it names the value and offers a hint.
+
+    Attributes:
+        status: HTTP status.
+        grpc_code: gRPC status.
+        type: `type` in the error objects of OpenAI's API.
+        code: `code` in them; it also identifies the class between processes.
+        param: parameter of the request that is wrong, if it is one.
+        retry_after: seconds after which the caller may retry, if known.
+    """
 
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
-    grpc_code: ClassVar[grpc.StatusCode] = Grpc.INTERNAL
+    grpc_code: ClassVar[grpc.StatusCode] = _Grpc.INTERNAL
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
 
@@ -46,122 +55,158 @@ class DvdError(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        """The error object of OpenAI's API."""
+        """Return the body of an error response in OpenAI's API."""
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
 
 
 class InvalidRequest(DvdError):
+    """The request is wrong: the same request fails again."""
+
     status = HTTPStatus.BAD_REQUEST
-    grpc_code = Grpc.INVALID_ARGUMENT
+    grpc_code = _Grpc.INVALID_ARGUMENT
     type = "invalid_request_error"
     code = "invalid_request"
 
 
 class InvalidImage(InvalidRequest):
+    """The bytes are not an image in a supported format."""
+
     code = "invalid_image"
 
 
 class ImageTooLarge(InvalidRequest):
+    """An image has more bytes or pixels than allowed."""
+
     code = "image_too_large"
 
 
 class InvalidVideo(InvalidRequest):
+    """The bytes are not a video in a supported format."""
+
     code = "invalid_video"
 
 
 class TooManyImages(InvalidRequest):
+    """A request has more images than allowed."""
+
     code = "too_many_images"
 
 
 class BodyTooLarge(InvalidRequest):
+    """The body of a request has more bytes than allowed."""
+
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     code = "body_too_large"
 
 
 class HeadTooLarge(InvalidRequest):
+    """Request line and headers have more bytes than allowed."""
+
     status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
     code = "head_too_large"
 
 
 class ImageFetchFailed(InvalidRequest):
+    """The URL of an image or video cannot be fetched, or must not be."""
+
     code = "image_fetch_failed"
 
 
 class ContextLengthExceeded(InvalidRequest):
+    """The prompt is longer than the model's context."""
+
     code = "context_length_exceeded"
 
 
 class Unauthorized(DvdError):
+    """The request has no API key, or a wrong one."""
+
     status = HTTPStatus.UNAUTHORIZED
-    grpc_code = Grpc.UNAUTHENTICATED
+    grpc_code = _Grpc.UNAUTHENTICATED
     type = "authentication_error"
     code = "invalid_api_key"
 
 
 class ModelNotFound(DvdError):
+    """The request names a model that is not served."""
+
     status = HTTPStatus.NOT_FOUND
-    grpc_code = Grpc.NOT_FOUND
+    grpc_code = _Grpc.NOT_FOUND
     type = "invalid_request_error"
     code = "model_not_found"
 
 
 class Overloaded(DvdError):
+    """The process is at capacity: retry later."""
+
     status = HTTPStatus.TOO_MANY_REQUESTS
-    grpc_code = Grpc.RESOURCE_EXHAUSTED
+    grpc_code = _Grpc.RESOURCE_EXHAUSTED
     type = "rate_limit_error"
     code = "overloaded"
 
 
 class DeadlineExceeded(DvdError):
+    """The request's deadline has passed."""
+
     status = HTTPStatus.GATEWAY_TIMEOUT
-    grpc_code = Grpc.DEADLINE_EXCEEDED
+    grpc_code = _Grpc.DEADLINE_EXCEEDED
     code = "deadline_exceeded"
 
 
 class Unavailable(DvdError):
+    """No worker can serve the request now."""
+
     status = HTTPStatus.SERVICE_UNAVAILABLE
-    grpc_code = Grpc.UNAVAILABLE
+    grpc_code = _Grpc.UNAVAILABLE
     code = "unavailable"
 
 
 class WorkerUnavailable(Unavailable):
-    """The worker that was called is gone or cannot compute. The caller marks it down and may ask another one."""
+    """The called worker is gone or cannot compute. The caller marks it down and may call another one."""
 
 
 class EmbeddingLost(Unavailable):
+    """An embedding was evicted before vLLM read it. The gateway encodes the image once more."""
+
     code = "embedding_lost"
 
 
 class CheckpointMismatch(Unavailable):
-    grpc_code = Grpc.FAILED_PRECONDITION
+    """Two workers serve different checkpoints."""
+
+    grpc_code = _Grpc.FAILED_PRECONDITION
     code = "checkpoint_mismatch"
 
 
 class SinkUnavailable(Unavailable):
+    """A vision worker cannot reach the sink that it delivers to."""
+
     code = "sink_unavailable"
 
 
 class SinkFull(Unavailable):
+    """The sink has no room for an embedding: all of its embeddings are pinned."""
+
     code = "sink_full"
 
 
 class InternalError(DvdError):
-    pass
+    """A bug in this system."""
 
 
 def all_errors(root: type[DvdError] = DvdError) -> list[type[DvdError]]:
-    """Every class of the tree, the root first."""
+    """Return every class of the tree, the root first."""
     return [root] + [c for child in root.__subclasses__() for c in all_errors(child)]
 
 
 def error_code(error: BaseException) -> str:
-    """Of any exception that ended a call, for metrics and logs."""
+    """Return the code of any exception that ended a call, for metrics and logs."""
     if isinstance(error, DvdError):
         return error.code
     return "cancelled" if isinstance(error, asyncio.CancelledError) else InternalError.code
 
 
 def error_class(code: str) -> type[DvdError] | None:
-    """The class with this `code`, or None: a newer peer may know more."""
-    # a worker that answers "unavailable" speaks of itself: of two classes with one code the leaf is meant
+    """Return the class with this `code`, or None: a newer peer may have more."""
+    # two classes have the code "unavailable"; a worker that sends it means itself, which is the leaf, WorkerUnavailable
     return next((cls for cls in reversed(all_errors()) if cls.code == code), None)

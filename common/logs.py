@@ -1,6 +1,7 @@
-"""What a process says on stderr, a record a line: for people, or one JSON object for machines (`--log-format`).
+"""Logging on stderr, one record a line: text for people, or a JSON object for machines (`--log-format`).
 
-Every record names the request that was being served. Records hold names, numbers and ids, never payloads, prompts or keys.
+Every record has the id of the request that is being served. Records contain names, numbers and ids, never payloads, prompts
+or keys.
 """
 
 import json
@@ -14,88 +15,96 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import grpc.aio
 
-METADATA = "x-request-id"
-"""Under which a request's id goes from one process to the next."""
+REQUEST_ID_KEY = "x-request-id"
+"""HTTP header and gRPC metadata key that carry a request's id between processes."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the request that this task serves; empty outside of one."""
+"""Id of the request that this task serves; empty outside of a request."""
 
-_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def configure(level: str, form: str, *names: str) -> None:
-    """Send what is logged under these names, or by everybody where there are none, to stderr as `text` or `json`.
+def configure(level: str, log_format: str, *names: str) -> None:
+    """Send log records to stderr. A logger that already has handlers is left alone.
 
-    Where somebody has said already what becomes of it, that stays.
+    Args:
+        level: minimum severity, such as `info`.
+        log_format: `text` or `json`.
+        names: loggers to configure; none: the root logger.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Json() if form == "json" else Text())
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     for logger in map(logging.getLogger, names or ("",)):
         if not logger.handlers:
             logger.addHandler(handler)
             logger.propagate = False
             logger.setLevel(level.upper())
-    logging.getLogger("PIL").setLevel(logging.INFO)  # at debug it lists every chunk of every image
+    logging.getLogger("PIL").setLevel(logging.INFO)  # at debug level it logs every chunk of every image
 
 
-def is_valid_request_id(said: str) -> bool:
-    """Whether an id from outside is harmless."""
-    return bool(_ID.fullmatch(said))
+def is_valid_request_id(text: str) -> bool:
+    """Return whether an id from a caller is safe to log and to pass on: at most 128 letters, digits, `.`, `_` and `-`."""
+    return bool(_VALID_ID.fullmatch(text))
 
 
 def request_metadata() -> tuple[tuple[str, str], ...]:
-    """The request's id, for a gRPC call that is made for it."""
-    name = request_id.get()
-    return ((METADATA, name),) if name else ()
+    """Return the gRPC metadata of a call on behalf of the current request: its id."""
+    value = request_id.get()
+    return ((REQUEST_ID_KEY, value),) if value else ()
 
 
 def adopt_request_id(context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-    """Serve this gRPC call under the id that its caller sent, if that is one."""
-    said = next((value for key, value in context.invocation_metadata() or () if key == METADATA), "")
-    if isinstance(said, str) and is_valid_request_id(said):
-        request_id.set(said)
+    """Set the request id of this gRPC call to the one that its caller sent, if it is valid."""
+    value = next((value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY), "")
+    if isinstance(value, str) and is_valid_request_id(value):
+        request_id.set(value)
 
 
-class Text(logging.Formatter):
-    """`2026-01-31 12:00:00,000 INFO dvd.access: answered route=/v1/models status=200 request=8f14…`"""
+class TextFormatter(logging.Formatter):
+    """Formats for people: `2026-01-31 12:00:00,000 INFO dvd.access: answered route=/v1/models status=200 request=8f14…`"""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """Return the message with its extra fields and the request id after it."""
         fields = _fields(record) | ({"request": name} if (name := request_id.get()) else {})
         return " ".join([super().formatMessage(record), *(f"{key}={value}" for key, value in fields.items())])
 
 
-class Json(logging.Formatter):
-    """`{"time": "2026-01-31T12:00:00.000Z", "level": "info", "logger": "dvd.access", "message": "answered", …}`"""
+class JsonFormatter(logging.Formatter):
+    """Formats as JSON, in one line:
+
+    `{"time": "2026-01-31T12:00:00.000Z", "level": "info", "logger": "dvd.access", "message": "answered", …}`
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line. Extra fields never replace the standard ones."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        said: dict[str, Any] = {
+        standard: dict[str, Any] = {
             "time": time, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage(),
         }  # fmt: skip
         if name := request_id.get():
-            said["request_id"] = name
+            standard["request_id"] = name
         if record.exc_info:
-            said["exception"] = self.formatException(record.exc_info)
-        return json.dumps(_fields(record) | said, ensure_ascii=False, default=str)
+            standard["exception"] = self.formatException(record.exc_info)
+        return json.dumps(_fields(record) | standard, ensure_ascii=False, default=str)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What was logged with `extra=fields(…)`."""
+    """Return the fields logged with `extra=extra_fields(…)`."""
     return dict(getattr(record, "fields", {}))
 
 
 def extra_fields(**values: Any) -> dict[str, Any]:
-    """For `extra` of a logging call: values of their own beside the message; those that are None are left out."""
+    """Return the argument `extra` of a logging call: fields of their own beside the message, without those that are None."""
     return {"fields": {key: value for key, value in values.items() if value is not None}}
 
 
-def format_child_line(process: str, line: str, form: str) -> str:
-    """A line of a child process as its parent prints it; in JSON one that already is an object stays as it is."""
-    if form != "json":
+def format_child_line(process: str, line: str, log_format: str) -> str:
+    """Return a child process' line as its parent prints it. In JSON, a line that is an object already stays unchanged."""
+    if log_format != "json":
         return f"{process:>12} | {line}"
     if line.startswith("{") and line.endswith("}"):
         return line
-    return Json().format(logging.makeLogRecord({"name": process, "levelname": "INFO", "msg": line}))
+    return JsonFormatter().format(logging.makeLogRecord({"name": process, "levelname": "INFO", "msg": line}))

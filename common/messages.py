@@ -1,4 +1,4 @@
-"""Terms of this system and the messages that carry them, both ways."""
+"""Conversion between Python values and the protobuf messages that carry them."""
 
 from typing import cast
 
@@ -8,31 +8,31 @@ from protos import embeddings_pb2 as pb
 
 
 def checkpoint_message(checkpoint: Checkpoint) -> pb.CheckpointDescription:
-    """The message that `Describe` of either worker answers with."""
-    said = checkpoint.description
-    thresholds = said.thresholds
+    """Return the description of a checkpoint as the reply to `Describe` has it."""
+    description = checkpoint.description
+    thresholds = description.thresholds
     return pb.CheckpointDescription(
         fingerprint=checkpoint.fingerprint,
-        family=said.family,
-        width=said.width,
-        tile_size=said.tower.image_size,
-        tokens_per_tile=said.tokens_per_tile,
-        compressed_tokens_per_tile=said.compressed_tokens_per_tile,
-        min_tiles=said.min_tiles,
-        max_tiles=said.max_tiles,
-        thumbnail=said.thumbnail,
+        family=description.family,
+        width=description.width,
+        tile_size=description.tower.image_size,
+        tokens_per_tile=description.tokens_per_tile,
+        compressed_tokens_per_tile=description.compressed_tokens_per_tile,
+        min_tiles=description.min_tiles,
+        max_tiles=description.max_tiles,
+        thumbnail=description.thumbnail,
         relative_threshold=thresholds.relative if thresholds else 0.0,
         absolute_threshold=thresholds.absolute if thresholds else 0.0,
     )
 
 
 def dtype_to_proto(name: str) -> pb.Dtype:
-    """`bfloat16` → the message's number."""
+    """Return the enum value of a dtype's name, such as `bfloat16`."""
     return cast(pb.Dtype, pb.Dtype.Value(name.upper()))
 
 
 def dtype_from_proto(number: int) -> str:
-    """The message's number → `bfloat16`. Raises `InvalidRequest` where it is none we know."""
+    """Return the name of a dtype's enum value, such as `bfloat16`. Raises: `InvalidRequest` if the value is unknown."""
     if number not in pb.Dtype.values() or number == pb.DTYPE_UNSPECIFIED:
-        raise errors.InvalidRequest(f"unknown dtype number {number}: 1 is bfloat16, 2 float16, 3 float32")
+        raise errors.InvalidRequest(f"unknown dtype number {number}: expected 1 (bfloat16), 2 (float16) or 3 (float32)")
     return pb.Dtype.Name(cast(pb.Dtype, number)).lower()

@@ -1,4 +1,4 @@
-"""What every process counts alike: what it is, how late its event loop is, what its caches do; and a port to read it at."""
+"""Prometheus metrics that all processes have: build, checkpoint, event-loop lag, cache events; and the endpoint for them."""
 
 import asyncio
 import errno
@@ -11,76 +11,91 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-"""Seconds, from a cut of one small image to a fetch that is given up."""
+"""In seconds: from the tiling of a small image to a fetch that times out."""
 
 _LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-_LAG_EVERY = 0.25
+_LAG_INTERVAL_SECONDS = 0.25
 
-CACHE_EVENTS = "dvd_cache_events"
-"""Counted where they happen: of the sink by the gateway that asks it (evictions by itself), of the others by vision workers."""
-CACHE_TEXT = "What the caches of embeddings did"
-CACHE_LABELS = ("tier", "event")
+# counted where it happens: hits of the sink by the gateway, its evictions by the sink, all others by vision workers
+_CACHE_EVENTS = "dvd_cache_events"
+_CACHE_HELP = "Events of the caches of embeddings"
+_CACHE_LABELS = ("tier", "event")
 
 
 class ProcessMetrics:
-    """The metrics that each process has."""
+    """The metrics that every process has.
+
+    Args:
+        registry: registry that they are added to.
+        process: `gateway`, `vision` or `sink`.
+    """
 
     def __init__(self, registry: CollectorRegistry, process: str) -> None:
-        # gauges that are always 1, not Info: that cannot be had where several processes count together
+        # gauges that are always 1 instead of Info, which prometheus-client does not support in multiprocess mode
         build = Gauge(
-            "dvd_build_info", "1; which program this is", ["process", "version"], registry=registry, multiprocess_mode="livemax"
+            "dvd_build_info",
+            "1, labelled with the process and its version",
+            ["process", "version"],
+            registry=registry,
+            multiprocess_mode="livemax",
         )
         build.labels(process, importlib.metadata.version("dvd-serve")).set(1)
         self._model = Gauge(
-            "dvd_model_info", "1 for the checkpoint that is served", ["fingerprint", "family", "dtype"], registry=registry,
-            multiprocess_mode="livemax",
+            "dvd_model_info", "1 for the served checkpoint, 0 for earlier ones", ["fingerprint", "family", "dtype"],
+            registry=registry, multiprocess_mode="livemax",
         )  # fmt: skip
-        self._serving: tuple[str, str, str] | None = None
-        self.lag = Histogram(
-            "dvd_event_loop_lag_seconds", "Seconds that the event loop came too late to a timer", registry=registry,
+        self._labels: tuple[str, str, str] | None = None
+        self._loop_lag = Histogram(
+            "dvd_event_loop_lag_seconds", "Seconds by which the event loop is late for a timer", registry=registry,
             buckets=_LAG_BUCKETS,
         )  # fmt: skip
 
     def set_model(self, fingerprint: str, family: str, dtype: str) -> None:
-        """Say which checkpoint; `dtype` is that of its computation here."""
-        now = (fingerprint[:12], family, dtype)
-        if now == self._serving:
+        """Set the served checkpoint. `dtype` is the one that this process computes in."""
+        labels = (fingerprint[:12], family, dtype)
+        if labels == self._labels:
             return
-        if self._serving is not None:
-            self._model.labels(*self._serving).set(0)
-        self._model.labels(*now).set(1)
-        self._serving = now
+        if self._labels is not None:
+            self._model.labels(*self._labels).set(0)
+        self._model.labels(*labels).set(1)
+        self._labels = labels
 
     async def measure_loop_lag(self) -> None:
-        """Measure how late this event loop is, for ever."""
+        """Measure how late this event loop is, until cancelled."""
         while True:
-            due = time.monotonic() + _LAG_EVERY
-            await asyncio.sleep(_LAG_EVERY)
-            self.lag.observe(max(0.0, time.monotonic() - due))
+            due = time.monotonic() + _LAG_INTERVAL_SECONDS
+            await asyncio.sleep(_LAG_INTERVAL_SECONDS)
+            self._loop_lag.observe(max(0.0, time.monotonic() - due))
 
 
 def cache_counter(registry: CollectorRegistry) -> Counter:
-    """For who counts a cache's events as they happen."""
-    return Counter(CACHE_EVENTS, CACHE_TEXT, CACHE_LABELS, registry=registry)
+    """Return a counter of cache events, for code that counts them as they happen."""
+    return Counter(_CACHE_EVENTS, _CACHE_HELP, _CACHE_LABELS, registry=registry)
 
 
 class CacheEventsCollector(Collector):
-    """The events of a cache that counts by itself: `counts()` has a number for each. Only for a process that counts alone."""
+    """Exports the events of a cache that counts them itself. It cannot be used in multiprocess mode.
+
+    Args:
+        tier: label of the cache.
+        counts: returns the number of events of each kind.
+    """
 
     def __init__(self, tier: str, counts: Callable[[], Mapping[str, int]]) -> None:
         self._tier, self._counts = tier, counts
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily(CACHE_EVENTS, CACHE_TEXT, labels=CACHE_LABELS)
+        """Yield the counter in its current state."""
+        family = CounterMetricFamily(_CACHE_EVENTS, _CACHE_HELP, labels=_CACHE_LABELS)
         for event, count in self._counts().items():
             family.add_metric([self._tier, event], count)
         yield family
 
 
 def serve_metrics(registry: CollectorRegistry, port: int) -> None:
-    """At `/metrics` of a port of every address, from a thread of its own. Raises `OSError` naming the port."""
+    """Serve `/metrics` on a port of every address, from a thread of its own. Raises: `OSError` naming the port."""
     try:
         start_http_server(port, registry=registry)
     except OSError as error:
-        why = "another process does" if error.errno == errno.EADDRINUSE else error.strerror
-        raise OSError(f"cannot serve metrics on port {port}: {why}; choose another --metrics-port") from None
+        reason = "another process uses it" if error.errno == errno.EADDRINUSE else error.strerror
+        raise OSError(f"cannot serve metrics on port {port}: {reason}; choose another --metrics-port") from None

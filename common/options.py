@@ -1,31 +1,42 @@
-"""Options of the commands: a flag, a `DVD_*` variable and a key of `--config FILE.yaml`, in that order of precedence.
+"""Options of the commands: a flag, a `DVD_*` variable or a key of `--config FILE.yaml`, in that order of precedence.
 
-This module is the machinery and the options that several processes share. The options of one process are in the `config.py` of
-its package. One file may serve all commands: a key that belongs to another command is ignored, an unknown key is an error.
-Options are read once, frozen, and passed down.
+This module has the machinery, and the options that several processes share. The options of one process are in the `config.py`
+of its package. One file may serve all commands: a key of another command is ignored, an unknown key is an error. Options are
+read once, frozen, and passed down.
 """
 
 import argparse
 import difflib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
 
 PREFIX = "DVD_"
 
 ADDRESS_PATTERN = r"unix:/.+|[^:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+"
-Address = Annotated[str, Field(pattern=rf"^({ADDRESS_PATTERN})$")]
+
+
+def _check_address(text: str) -> str:
+    if not re.fullmatch(ADDRESS_PATTERN, text):
+        raise PydanticCustomError("address", "expected HOST:PORT, [IPV6]:PORT or unix:/PATH")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+"""Address to listen on."""
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Pillow's names. The gateway and the vision worker accept the same formats."""
+"""Supported image formats, by Pillow's names. The gateway and the vision worker accept the same."""
 
 KNOWN_NAMES = frozenset({
     "address", "allow_private_images", "allow_vir", "api_key", "cache", "device", "docs", "fetch_timeout", "host", "http",
@@ -35,7 +46,7 @@ KNOWN_NAMES = frozenset({
     "timeout", "trace", "vir", "vir_absolute_threshold", "vir_relative_threshold", "vision_backend", "vision_compile",
     "vision_dtype", "vision_workers", "wait_for_embeddings", "workers",
 })  # fmt: skip
-"""Names of the options of all commands. A process must recognise the names of others, whose packages it may not have."""
+"""Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""
 
 
 class ConfigError(Exception):
@@ -49,6 +60,8 @@ class Options(BaseModel):
 
     command: ClassVar[str]
     """The command's name: `dvd COMMAND`."""
+    forwards_vllm_flags: ClassVar[bool] = False
+    """Whether the command passes flags after `--` on to `vllm serve`."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum severity of log records")
     log_format: Literal["text", "json"] = Field("text", description="text for people, or one JSON object a line")
@@ -86,88 +99,146 @@ _POSITIONAL = frozenset({"model", "address"})
 
 
 def read_options(options: type[OptionsT], arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> OptionsT:
-    """The options of one command, from its arguments, the environment and a file. Exits 2 on unknown flags (argparse)."""
+    """Return the options of one command. Prints and exits with status 0 on --help and --print-config.
+
+    Args:
+        options: options class of the command.
+        arguments: command line after `dvd COMMAND`.
+        environment: variables; None: those of this process.
+
+    Raises:
+        ConfigError: an option is unknown, missing or has an invalid value, or the file cannot be read.
+    """
     environment = os.environ if environment is None else environment
-    flags = {k: v for k, v in vars(_parser(options).parse_args(arguments)).items() if v is not None}
+    flags = _from_flags(arguments, options)
     print_config = flags.pop("print_config", False)
     file = flags.pop("config", None) or environment.get(f"{PREFIX}CONFIG")
     merged = {**_from_file(file, options), **_from_environment(environment, options), **flags}
     try:
-        made = options.model_validate({k: _listed(options, k, v) for k, v in merged.items()})
+        result = options.model_validate({k: _split_list(options, k, v) for k, v in merged.items()})
     except ValidationError as error:
-        raise ConfigError(_explained(error, options)) from None
+        raise ConfigError(_describe_error(error, options)) from None
     if print_config:
-        print(json.dumps(effective_values(made), indent=2))
+        print(json.dumps(effective_values(result), indent=2))
         raise SystemExit(0)
-    return made
+    return result
 
 
 def effective_values(options: Options) -> dict[str, Any]:
-    """The configuration in force, secrets masked."""
+    """Return the values in force as JSON, secrets masked."""
     return options.model_dump(mode="json")
 
 
 def as_arguments(options: Options, target: type[Options], **changed: Any) -> list[str]:
-    """Flags that give a process of kind `target` the values of `options` where both know them, and `changed`.
+    """Return the arguments that give another process the values of the options that both have.
 
-    Secrets never become flags (every user of a machine may read them in its process list): pass them by variable.
+    Secrets never become arguments, which every user of the machine can read in the process list: pass them by variable.
+
+    Args:
+        options: options of this process.
+        target: options class of the other process.
+        changed: values that replace or complete those of `options`.
     """
     values = {**{k: v for k, v in options if k in target.model_fields}, **changed}
-    flags = [_flag_text(k, v) for k, v in values.items() if k != "model" and v is not None and not isinstance(v, SecretStr)]
+    flags = [
+        _flag_with_value(k, v) for k, v in values.items() if k != "model" and v is not None and not isinstance(v, SecretStr)
+    ]
     return [*([str(values["model"])] if "model" in target.model_fields else []), *flags]
 
 
-def _flag_text(name: str, value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else value
-    return f"--{name.replace('_', '-')}={text}"
+def flag_name(name: str) -> str:
+    """Return an option as the command line has it: its flag, or its name in capitals if it is positional."""
+    return name.upper() if name in _POSITIONAL else _flag(name)
 
 
-def _parser(options: type[Options]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"dvd {options.command}", description=options.__doc__, allow_abbrev=False,
-        epilog=f"Each option is also a variable ({PREFIX}PORT) and a key of the file that --config names (port).",
-    )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE.yaml", help="file of options")
-    parser.add_argument("--print-config", action="store_true", help="print the configuration in force and exit")
-    for name, field in options.model_fields.items():
-        default = "" if field.default in (PydanticUndefined, None) else f" (default: {field.default})"
-        text = f"{field.description}{default}".replace("%", "%%")
-        if name in _POSITIONAL:
-            parser.add_argument(name, nargs="?", metavar=name.upper(), help=text)
-        elif field.annotation is bool:
-            parser.add_argument(_flag(name), nargs="?", const="true", metavar="true|false", help=text)
-        else:
-            choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else None
-            metavar = "|".join(map(str, choices)) if choices else _kind(field.annotation)
-            parser.add_argument(_flag(name), metavar=metavar, help=text)
-    return parser
+def default_text(field: FieldInfo) -> str | None:
+    """Return an option's default as a user writes it, or None if it has none."""
+    if field.default is PydanticUndefined or field.default is None:
+        return None
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def flag_name(name: str) -> str:
-    """An option as a command line has it: its flag, or MODEL where it has none."""
-    return name.upper() if name in _POSITIONAL else _flag(name)
+def _flag_with_value(name: str, value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else value
+    return f"{_flag(name)}={text}"
 
 
-def _kind(annotation: Any) -> str:
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line each."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError` instead of printing the usage and exiting."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parser(options: type[Options]) -> _Parser:
+    parser = _Parser(
+        prog=f"dvd {options.command}", description=options.__doc__, allow_abbrev=False,
+        epilog=f"Each option --some-name can also be set by the variable {PREFIX}SOME_NAME, or by the key some_name in the "
+        f"file that --config or {PREFIX}CONFIG names. A flag overrides a variable, a variable overrides the file.",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE.yaml", help="file of options; keys of other commands are ignored")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the configuration in force and exit; secrets are masked"
+    )
+    for name, field in options.model_fields.items():
+        default = default_text(field)
+        text = f"{field.description}{f' (default: {default})' if default else ''}".replace("%", "%%")
+        if name in _POSITIONAL:
+            parser.add_argument(name, nargs="?", metavar=name.upper(), help=text)
+        elif field.annotation is bool:
+            parser.add_argument(_flag(name), nargs="?", const="true", metavar="true|false", help=text)
+        else:
+            parser.add_argument(_flag(name), metavar=_metavar(field.annotation), help=text)
+    return parser
+
+
+def _metavar(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is list:
+        return "LIST"
     if isinstance(annotation, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return {int: "N", float: "NUMBER"}.get(annotation, "VALUE")
+    return {int: "N", float: "NUMBER", Path: "PATH"}.get(annotation, "VALUE")
+
+
+def _from_flags(arguments: Sequence[str], options: type[Options]) -> dict[str, Any]:
+    parsed, unknown = _parser(options).parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(_describe_unknown_argument(unknown[0], options))
+    return {k: v for k, v in vars(parsed).items() if v is not None}
+
+
+def _describe_unknown_argument(argument: str, options: type[Options]) -> str:
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r}; see dvd {options.command} --help"
+    flag = argument.split("=")[0]
+    flags = [_flag(name) for name in options.model_fields if name not in _POSITIONAL]
+    near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
+    if near:
+        hint = f"did you mean {near[0]}?"
+    elif options.forwards_vllm_flags:
+        hint = f"flags of vllm serve go after --, and dvd {options.command} --help lists the others"
+    else:
+        hint = f"dvd {options.command} --help lists the flags"
+    return f"unknown flag {flag}: {hint}"
 
 
 def _from_environment(environment: Mapping[str, str], options: type[Options]) -> dict[str, str]:
-    found = {}
+    values = {}
     for variable, value in environment.items():
         name = variable.removeprefix(PREFIX).lower()
         if not variable.startswith(PREFIX) or name in _RESERVED:
             continue
-        _refuse_unknown(name, f"variable {variable}", upper=True)
+        _check_known(name, f"variable {variable}", upper=True)
         if name in options.model_fields:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def _from_file(path: str | None, options: type[Options]) -> dict[str, Any]:
@@ -180,31 +251,57 @@ def _from_file(path: str | None, options: type[Options]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of options, e.g. 'port: 8000'")
     for name in content:
-        _refuse_unknown(str(name), f"key {str(name)!r} in {path}")
+        _check_known(str(name), f"key {str(name)!r} in {path}")
     return {k: v for k, v in content.items() if k in options.model_fields}
 
 
-def _refuse_unknown(name: str, where: str, upper: bool = False) -> None:
+def _check_known(name: str, source: str, upper: bool = False) -> None:
+    """Raise `ConfigError` with the nearest known name if no command has an option of this name."""
     if name in KNOWN_NAMES:
         return
     near = difflib.get_close_matches(name, KNOWN_NAMES, n=1)
     suggestion = near and (PREFIX + near[0].upper() if upper else near[0])
-    hint = f"did you mean {suggestion}?" if suggestion else "see --help for the options"
-    raise ConfigError(f"unknown {where}: {hint}")
+    hint = f"did you mean {suggestion}?" if suggestion else "no command has this option; dvd COMMAND --help lists them"
+    raise ConfigError(f"unknown {source}: {hint}")
 
 
-def _listed(options: type[Options], name: str, value: Any) -> Any:
-    """Lists come comma-separated from flags and variables."""
+def _split_list(options: type[Options], name: str, value: Any) -> Any:
+    """Split a list that comes comma-separated from a flag or a variable."""
     if typing.get_origin(options.model_fields[name].annotation) is list and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
 
 
-def _explained(error: ValidationError, options: type[Options]) -> str:
+def _describe_error(error: ValidationError, options: type[Options]) -> str:
+    """Return the first error as one line: the option, its value, what is expected, and the option's description."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
+    field = options.model_fields[name]
     if first["type"] == "missing":
-        given = flag_name(name) if name in _POSITIONAL else f"{flag_name(name)} (or {PREFIX}{name.upper()})"
-        return f"missing {given}: {options.model_fields[name].description}"
-    secret = "secret" if name == "api_key" else repr(first["input"])
-    return f"{flag_name(name)} = {secret}: {first['msg'].lower()} ({options.model_fields[name].description})"
+        source = flag_name(name) if name in _POSITIONAL else f"{flag_name(name)} (or {PREFIX}{name.upper()})"
+        return f"missing {source}: {field.description}"
+    is_secret = SecretStr in (field.annotation, *typing.get_args(field.annotation))
+    value = "(secret)" if is_secret else repr(first["input"])
+    description = "" if first["type"] == "address" else f" ({field.description})"  # an address' forms are in the message
+    return f"{flag_name(name)} = {value}: {_expectation(first)}{description}"
+
+
+_EXPECTATIONS = {
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number",
+    "bool_parsing": "expected true or false",
+    "finite_number": "expected a finite number",
+    "greater_than": "expected more than {gt:g}",
+    "greater_than_equal": "expected at least {ge:g}",
+    "less_than_equal": "expected at most {le:g}",
+    "literal_error": "expected {expected}",
+    "too_short": "expected at least {min_length} value",
+    "string_pattern_mismatch": "not of an accepted form",
+}
+"""By the type of pydantic's error, whose own messages speak of inputs, strings and patterns."""
+
+
+def _expectation(error: ErrorDetails) -> str:
+    text = _EXPECTATIONS.get(error["type"])
+    return text.format(**error.get("ctx", {})) if text else error["msg"]

@@ -1,4 +1,4 @@
-"""How a child process is tied to the one that started it."""
+"""Ties the life of a child process to that of its parent."""
 
 import ctypes
 import multiprocessing
@@ -9,8 +9,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Called in a child: the kernel ends it (SIGTERM) when its parent is gone, however that went."""
+    """Make the kernel send SIGTERM to this process when its parent ends, however it ends. Call it in the child."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # gone while this process was still importing
+    if parent is not None and os.getppid() != parent.pid:  # it ended while this process was still importing
         os.kill(os.getpid(), signal.SIGTERM)

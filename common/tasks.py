@@ -1,4 +1,4 @@
-"""Tasks of an event loop: several at once, and single flight (what is asked for while it is under way is waited for)."""
+"""Helpers for asyncio tasks: run several at once, and share one between concurrent callers (single flight)."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -9,7 +9,10 @@ T = TypeVar("T")
 
 
 async def gather_or_cancel(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
-    """All results in order; the first error, or the caller's leaving, ends the others."""
+    """Run coroutines concurrently and return their results in order.
+
+    The first error cancels the others and is raised by itself, not in a group. Cancelling the caller cancels all.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
@@ -19,38 +22,44 @@ async def gather_or_cancel(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
 
 
 @dataclass(eq=False)
-class _Flight(Generic[T]):
+class _SharedTask(Generic[T]):
     task: "asyncio.Task[T]"
     waiters: int = 0
 
 
 class SingleFlight(Generic[T]):
-    """One task a key. It ends early only when everybody who waits for it has left."""
+    """Runs at most one task per key at a time. Concurrent callers with the same key share its result or its error.
+
+    Cancelling a caller cancels the task only if no other caller waits for it.
+    """
 
     def __init__(self) -> None:
-        self._flights: dict[str, _Flight[T]] = {}
+        self._tasks: dict[str, _SharedTask[T]] = {}
 
     def in_flight(self, key: str) -> bool:
-        flight = self._flights.get(key)
-        return flight is not None and not flight.task.done()  # one that has ended stays listed until the loop comes round
+        """Return whether a task with this key is running."""
+        shared = self._tasks.get(key)
+        # a task that has ended stays registered until the event loop runs its callback
+        return shared is not None and not shared.task.done()
 
-    async def run(self, key: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of `make()`, shared with everybody who asks for `key` meanwhile; so are its errors."""
+    async def run(self, key: str, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return the result of the running task with this key, or else of a new task of `start()`."""
         if not self.in_flight(key):
-            self._flights[key] = _Flight(asyncio.create_task(make()))
-            self._flights[key].task.add_done_callback(lambda task: self._landed(key, task))
-        flight = self._flights[key]
-        flight.waiters += 1
+            self._tasks[key] = _SharedTask(asyncio.create_task(start()))
+            self._tasks[key].task.add_done_callback(lambda task: self._remove(key, task))
+        shared = self._tasks[key]
+        shared.waiters += 1
         try:
-            return await asyncio.shield(flight.task)
+            return await asyncio.shield(shared.task)
         finally:
-            flight.waiters -= 1
-            if not flight.waiters and not flight.task.done():
-                # gone from the list at once: the next who asks must not join a task that is being cancelled
-                self._landed(key, flight.task)
-                flight.task.cancel()
+            shared.waiters -= 1
+            if not shared.waiters and not shared.task.done():
+                # removed at once: the next caller must not join a task that is being cancelled
+                self._remove(key, shared.task)
+                shared.task.cancel()
 
-    def _landed(self, key: str, task: "asyncio.Task[T]") -> None:
-        flight = self._flights.get(key)
-        if flight is not None and flight.task is task:
-            del self._flights[key]
+    def _remove(self, key: str, task: "asyncio.Task[T]") -> None:
+        """Remove the task unless a newer one has its key."""
+        shared = self._tasks.get(key)
+        if shared is not None and shared.task is task:
+            del self._tasks[key]

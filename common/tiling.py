@@ -1,15 +1,26 @@
-"""How an image is cut into tiles: the official code's arithmetic, for those who cut and those who only count."""
+"""Grid of tiles of an image, with the arithmetic of the official code (`dynamic_preprocess` of InternVL).
+
+The vision worker cuts images by it; the gateway counts their visual tokens by it.
+"""
 
 import functools
 from dataclasses import dataclass
 
 MAX_TILES = 40
-"""Largest grid of one image: what InternVL 1.5 was evaluated with."""
+"""Maximum number of tiles of an image, thumbnail not counted: what InternVL 1.5 was evaluated with."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are cut: bounds of the grid (thumbnail not counted), side of a tile and largest image, in pixels."""
+    """How images are cut into tiles.
+
+    Attributes:
+        min_tiles: minimum number of tiles, thumbnail not counted.
+        max_tiles: maximum number of tiles, thumbnail not counted.
+        thumbnail: whether an image of several tiles gets a thumbnail of the whole as its last tile.
+        side: side of a tile in pixels.
+        max_pixels: maximum number of pixels of an image.
+    """
 
     min_tiles: int
     max_tiles: int
@@ -18,19 +29,26 @@ class Tiling:
     max_pixels: int = 64_000_000
 
 
-def resolve_tile_bounds(least: int, most: int, own_least: int, own_most: int) -> tuple[int, int]:
-    """The bounds in force, of those asked for and the checkpoint's own: one that is 0 gives way to the other."""
-    chosen = most or max(own_most, least)
-    return least or min(own_least, chosen), chosen
+def resolve_tile_bounds(min_tiles: int, max_tiles: int, default_min: int, default_max: int) -> tuple[int, int]:
+    """Return the bounds in force, (minimum, maximum) number of tiles.
+
+    Args:
+        min_tiles: requested minimum; 0: the default, or the requested maximum if that is smaller.
+        max_tiles: requested maximum; 0: the default, or the requested minimum if that is larger.
+        default_min: the checkpoint's minimum.
+        default_max: the checkpoint's maximum.
+    """
+    resolved_max = max_tiles or max(default_max, min_tiles)
+    return min_tiles or min(default_min, resolved_max), resolved_max
 
 
 def select_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
-    """(columns, rows) whose ratio is nearest to the image's.
+    """Return the grid, (columns, rows), whose aspect ratio is nearest to the image's.
 
     On an exact tie the later candidate wins if the image has more than half of that grid's pixels.
     """
     best, best_distance = (1, 1), float("inf")
-    for columns, rows in _candidates(tiling.min_tiles, tiling.max_tiles):
+    for columns, rows in _candidate_grids(tiling.min_tiles, tiling.max_tiles):
         distance = abs(width / height - columns / rows)
         large = width * height > 0.5 * tiling.side**2 * columns * rows
         if distance < best_distance or (distance == best_distance and large):
@@ -39,12 +57,12 @@ def select_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
 
 
 def has_thumbnail(columns: int, rows: int, tiling: Tiling) -> bool:
-    """Whether the whole image comes once more as a last tile: not where it is one tile anyway."""
+    """Return whether the image gets a thumbnail as its last tile. An image of one tile does not."""
     return tiling.thumbnail and columns * rows > 1
 
 
 @functools.cache
-def _candidates(least: int, most: int) -> list[tuple[int, int]]:
-    # sorted is stable, so among grids of equal size the order is that of the set: built as the official code builds it
-    found = {(i, j) for n in range(least, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if least <= i * j <= most}
-    return sorted(found, key=lambda grid: grid[0] * grid[1])
+def _candidate_grids(low: int, high: int) -> list[tuple[int, int]]:
+    # sorted is stable: grids of equal size keep the order of the set, which is therefore built as the official code builds it
+    grids = {(i, j) for n in range(low, high + 1) for i in range(1, n + 1) for j in range(1, n + 1) if low <= i * j <= high}
+    return sorted(grids, key=lambda grid: grid[0] * grid[1])

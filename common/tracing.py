@@ -1,6 +1,6 @@
-"""What a process did when, as events that Perfetto and Chrome's about:tracing draw: one JSON object a line.
+"""Records trace events in the format of Perfetto and Chrome's about:tracing, one JSON object a line.
 
-Times are of the machine's monotonic clock, so that files of several processes of one machine fit together.
+Times are of the machine's monotonic clock, so that the files of several processes of one machine share a time axis.
 """
 
 import atexit
@@ -16,11 +16,13 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+_BUFFER_LINES = 200
+
 
 class Trace:
-    """Events of one process, in `FOLDER/PROCESS-PID.jsonl`; without a folder, nowhere. Any thread.
+    """Trace events of one process, written to `FOLDER/PROCESS-PID.jsonl`; without a folder, none. Thread-safe.
 
-    Where they cannot be written, a full disk say, that is logged and tracing ends: what is traced must not fail for it.
+    If they cannot be written, for example to a full disk, that is logged and tracing ends; the traced work goes on.
     """
 
     def __init__(self, folder: Path | None, process: str) -> None:
@@ -33,31 +35,31 @@ class Trace:
             self._process = process
             atexit.register(self.flush)
 
-    def record(self, name: str, began: float, ended: float, **details: Any) -> None:
-        """Something that lasted from `began` to `ended`, seconds of `time.monotonic`."""
+    def record(self, name: str, begin: float, end: float, **details: Any) -> None:
+        """Record an event that lasted from `begin` to `end`, in seconds of `time.monotonic`."""
         if self._file is None:
             return
         event = {
             "name": name, "cat": self._process, "ph": "X", "pid": os.getpid(), "tid": name,
-            "ts": round(began * 1e6), "dur": round((ended - began) * 1e6), "args": details,
+            "ts": round(begin * 1e6), "dur": round((end - begin) * 1e6), "args": details,
         }  # fmt: skip
         with self._lock:
             self._lines.append(json.dumps(event))
-            full = len(self._lines) >= 200
-        if full:
+            is_full = len(self._lines) >= _BUFFER_LINES
+        if is_full:
             self.flush()
 
     @contextmanager
     def span(self, name: str, **details: Any) -> Iterator[None]:
-        """The time that a block takes, also where it fails."""
-        began = time.monotonic()
+        """Record the time that a block takes, also if it raises."""
+        begin = time.monotonic()
         try:
             yield
         finally:
-            self.record(name, began, time.monotonic(), **details)
+            self.record(name, begin, time.monotonic(), **details)
 
     def flush(self) -> None:
-        """Write what is not written yet."""
+        """Write the events that are still buffered."""
         if self._file is None:
             return
         with self._lock:
@@ -66,11 +68,11 @@ class Trace:
                 with self._file.open("a", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in lines)
             except OSError as error:
-                log.error("tracing ends: %s", error)
+                log.error("tracing ends: cannot write events: %s", error)
                 self._file = None
 
 
 def read_trace(folder: Path) -> list[dict[str, Any]]:
-    """All events of a folder, in order of their beginnings."""
+    """Return all events in a folder, sorted by their begin."""
     events = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
     return sorted(events, key=lambda event: int(event["ts"]))

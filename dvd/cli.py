@@ -1,64 +1,92 @@
-"""`dvd up|gateway|vision|language|describe|plan`: one command for all processes.
+"""The command `dvd`: each process, and the tools around them.
 
-A worker's own program is executed, never imported: this file runs in images that hold only one of the three.
+A process' own program is executed, never imported: this file runs in container images that hold only one of the three.
 """
 
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common.checkpoint import CheckpointError, open_checkpoint
 from common.options import ConfigError, read_options
 from dvd.config import DescribeOptions
 
-_WORKERS = {"vision": "vision_worker", "language": "lm_worker"}
-
 USAGE = """usage: dvd COMMAND [options]
 
+processes
   up MODEL        all processes of one machine, in the foreground
-  gateway         the OpenAI-compatible HTTP door
+  gateway         the OpenAI-compatible HTTP server in front of the workers
   vision MODEL    one vision worker
   language MODEL  one language worker [-- any vllm serve flag]
-  describe MODEL  what a checkpoint is, as JSON
-  plan FILE       how many workers to buy, from measured costs
-  health ADDRESS  whether a worker or a gateway can do its work, by exit status
 
-dvd COMMAND --help lists the options of one.
+tools
+  describe MODEL  print the description of a checkpoint as JSON
+  health ADDRESS  check whether a worker or a gateway can do its work, by exit status
+  plan FILE       compute how many workers a load needs, from measured costs
+
+MODEL is the folder of a checkpoint. dvd COMMAND --help lists the options of a command.
 """
+
+_PROCESSES = {
+    "gateway": ("server", "fastapi"),
+    "vision": ("vision_worker", "torch"),
+    "language": ("lm_worker", "vllm"),
+}
+"""Of each process, its package, and a library that only its extra (`pip install dvd-serve[vision]`) installs."""
+
+_INFORMATIVE_FLAGS = {"-h", "--help", "--print-config"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exits 2 on a bad command or option, 1 where a command cannot do its work; each with one line."""
+    """Run a command. Exits 2 on a bad command or option, 1 if a command cannot do its work; each with one line on stderr."""
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE, end="")
-    elif command in _WORKERS:
-        os.execv(sys.executable, [sys.executable, "-m", _WORKERS[command], *rest])
-    elif command in _COMMANDS:
-        _COMMANDS[command](rest)
+    elif command in _PROCESSES:
+        _execute(command, rest)
+    elif command in _TOOLS:
+        _TOOLS[command](rest)
     else:
-        sys.exit(_complain(f"unknown command {command!r}", "dvd --help lists them"))
+        print(f"dvd: unknown command {command!r}: dvd --help lists the commands", file=sys.stderr)
+        sys.exit(2)
+
+
+def _execute(command: str, arguments: Sequence[str]) -> None:
+    """Replace this process by the program of a gateway or worker."""
+    package, library = _PROCESSES[command]
+    if not _is_installed(package):
+        sys.exit(f"dvd {command}: not installed here: package {package}")
+    if not _is_installed(library) and not _INFORMATIVE_FLAGS & set(arguments):
+        sys.exit(f"dvd {command}: not installed here: {library}; pip install 'dvd-serve[{command}]'")
+    os.execv(sys.executable, [sys.executable, "-m", package, *arguments])
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def _up(arguments: Sequence[str]) -> None:
-    from dvd.up import main as up
+    missing = [package for package, _ in _PROCESSES.values() if not _is_installed(package)]
+    if missing:
+        sys.exit(f"dvd up: not installed here: package {missing[0]}; dvd up runs all processes")
+    from dvd.up import main as up  # here, not at import: it needs the packages of all processes
 
     up(arguments)
-
-
-def _gateway(arguments: Sequence[str]) -> None:
-    from server.__main__ import main as gateway
-
-    gateway(arguments)
 
 
 def _describe(arguments: Sequence[str]) -> None:
     try:
         options = read_options(DescribeOptions, arguments)
-        print(json.dumps(open_checkpoint(options.model).as_json(), indent=2))
     except ConfigError as error:
-        sys.exit(_complain("describe", str(error)))
+        print(f"dvd describe: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        print(json.dumps(open_checkpoint(options.model).as_json(), indent=2))
     except CheckpointError as error:
         sys.exit(f"dvd describe: {error}")
 
@@ -75,9 +103,4 @@ def _health(arguments: Sequence[str]) -> None:
     health(arguments)
 
 
-_COMMANDS = {"up": _up, "gateway": _gateway, "describe": _describe, "plan": _plan, "health": _health}
-
-
-def _complain(what: str, hint: str) -> int:
-    print(f"dvd: {what}: {hint}", file=sys.stderr)
-    return 2
+_TOOLS: dict[str, Callable[[Sequence[str]], None]] = {"up": _up, "describe": _describe, "plan": _plan, "health": _health}

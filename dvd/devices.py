@@ -1,52 +1,60 @@
-"""Which GPUs of one machine go to which worker."""
+"""Assignment of one machine's GPUs to its workers."""
 
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_DEVICES = Path("/dev")
+_DEVICE_FOLDER = Path("/dev")
 
 
 @dataclass(frozen=True)
 class Devices:
-    """GPU numbers for each vision and each language worker; empty where the machine has none."""
+    """GPUs of each vision and each language worker, as CUDA_VISIBLE_DEVICES names them; no GPUs on a machine without."""
 
     vision: list[list[str]]
     language: list[list[str]]
     shared: bool
+    """Whether several workers may share a GPU."""
 
     def environment(self, gpus: list[str]) -> dict[str, str]:
+        """Return the variables of a worker with these GPUs."""
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
 
     def vllm_flags(self) -> list[str]:
-        # both kinds of worker on one GPU: leave the tower room; a later flag of the caller's overrides this one
+        """Return vLLM flags that leave memory to a vision tower on the same GPU. Later flags of the user override them."""
         return ["--gpu-memory-utilization=0.7"] if self.shared else []
 
 
 def assign(vision: int, language: int, gpus: list[str] | None = None) -> Devices:
-    """The last GPUs, one each, to vision workers, the others in equal shares to language workers; where there are too
-    few for that, workers share them in turn.
+    """Assign the last GPUs, one each, to vision workers and the others in equal shares to language workers.
+
+    With fewer GPUs than workers, workers share them round-robin.
+
+    Args:
+        vision: number of vision workers.
+        language: number of language workers.
+        gpus: the GPUs; None: those visible to this process.
     """
-    gpus = visible() if gpus is None else gpus
+    gpus = visible_gpus() if gpus is None else gpus
     if len(gpus) < vision + language:
-        return Devices(_in_turn(gpus, vision), _in_turn(gpus, language), shared=bool(gpus))
-    rest = gpus[: len(gpus) - vision]
-    share = len(rest) // language
+        return Devices(_round_robin(gpus, vision), _round_robin(gpus, language), shared=bool(gpus))
+    for_language = gpus[: len(gpus) - vision]
+    share = len(for_language) // language
     return Devices(
-        vision=[[gpu] for gpu in gpus[len(rest) :]],
-        language=[rest[i * share : (i + 1) * share] for i in range(language)],
+        vision=[[gpu] for gpu in gpus[len(for_language) :]],
+        language=[for_language[i * share : (i + 1) * share] for i in range(language)],
         shared=False,
     )
 
 
-def _in_turn(gpus: list[str], workers: int) -> list[list[str]]:
+def _round_robin(gpus: list[str], workers: int) -> list[list[str]]:
     return [[gpus[i % len(gpus)]] if gpus else [] for i in range(workers)]
 
 
-def visible() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [part.strip() for part in named.split(",") if part.strip() and part.strip() != "-1"]
-    return sorted(n.removeprefix("nvidia") for n in os.listdir(_DEVICES) if re.fullmatch(r"nvidia\d+", n))
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, by CUDA_VISIBLE_DEVICES or else by the device files."""
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if variable is not None:
+        return [part.strip() for part in variable.split(",") if part.strip() and part.strip() != "-1"]
+    return sorted(n.removeprefix("nvidia") for n in os.listdir(_DEVICE_FOLDER) if re.fullmatch(r"nvidia\d+", n))

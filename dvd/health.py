@@ -1,80 +1,102 @@
-"""`dvd health ADDRESS`: whether what listens there can do its work, for container engines and people.
+"""`dvd health ADDRESS`: check whether the process at an address can do its work, for container engines and people.
 
-Runs in the image of every process, so what only one of them has installed is imported when it is needed.
+Every container image runs it, so it needs only what all of them have: gRPC and the standard library.
 """
 
 import asyncio
 import json
+import logging
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import grpc
 
 from common import errors, messages, rpc
+from common.addresses import is_unreachable_loopback, vllm_address
 from common.options import ConfigError, read_options
 from dvd.config import HealthOptions
+from dvd.http_get import http_get
 from protos import embeddings_pb2 as pb
-from protos import vision_pb2_grpc
+from protos import embeddings_pb2_grpc, vision_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """One line of what was found. Exits 1 where nothing answers or what answers is not well, 2 on a bad option."""
+    """Print one line about the process at ADDRESS. Exits 1 if it cannot do its work, 2 on a bad option."""
     try:
         options = read_options(HealthOptions, arguments)
     except ConfigError as error:
         print(f"dvd health: {error}", file=sys.stderr)
         sys.exit(2)
     try:
-        found = asyncio.run(check(options.address, options.timeout))
+        description = asyncio.run(check(options.address, options.timeout))
     except errors.DvdError as error:
         sys.exit(f"dvd health: {options.address}: {error}")
-    print(f"{options.address}: {found}")
+    print(f"{options.address}: {description}")
 
 
 async def check(address: str, timeout: float) -> str:
-    """What is found at a worker's address or a gateway's URL, where it is well. Raises `DvdError` where it is not."""
+    """Return a description of the healthy process at `address`.
+
+    Args:
+        address: a worker's gRPC address, or the URL of a gateway's health route.
+        timeout: seconds that each request to the process may take.
+
+    Raises:
+        errors.DvdError: the process does not answer, or answers that it cannot do its work.
+    """
     if address.startswith("http://"):
-        return await asyncio.to_thread(_http, address, timeout)
+        return await _check_gateway(address, timeout)
     async with rpc.open_channel(address) as channel:
         try:
-            said = await vision_pb2_grpc.VisionStub(channel).Describe(pb.DescribeRequest(), timeout=timeout)
+            description = await vision_pb2_grpc.VisionStub(channel).Describe(pb.DescribeRequest(), timeout=timeout)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
                 raise errors.Unavailable(f"no worker answers ({error.code().name.lower()}): {error.details()}") from None
         else:
-            return f"vision worker of {said.checkpoint.family}, {messages.dtype_from_proto(said.dtype)} on {said.device}"
-    return await _language(address, timeout)
+            dtype = messages.dtype_from_proto(description.dtype)
+            return f"vision worker of {description.checkpoint.family}, {dtype} on {description.device}"
+        return await _check_language_worker(channel, address, timeout)
 
 
-async def _language(address: str, timeout: float) -> str:
-    """The sink and vLLM, as the gateway asks them."""
-    from server.workers.clients import LanguageClient
-
-    client = LanguageClient(address)
+async def _check_language_worker(channel: grpc.aio.Channel, address: str, timeout: float) -> str:
+    """Check the sink at `address` and vLLM, whose address the sink reports, as the gateway does."""
+    with rpc.translate_errors("language worker", quiet=True):
+        description = await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Describe(pb.DescribeRequest(), timeout=timeout)
+    if is_unreachable_loopback(description.http, address):
+        port = description.http.rpartition(":")[2]
+        log.warning(
+            "vLLM listens on %s, which other machines cannot reach: start the language worker with --http=0.0.0.0:%s",
+            description.http, port,
+        )  # fmt: skip
+    vllm = vllm_address(description.http, address)
     try:
-        said = await client.describe(timeout)
-        await client.get("/health", timeout)
-    finally:
-        await client.close()
-    kept = f"{said.used_bytes >> 20} of {said.budget_bytes >> 20} MiB of embeddings"
-    return f"language worker of {said.checkpoint.family}, {messages.dtype_from_proto(said.dtype)}, {kept}"
+        status, _ = await http_get(vllm, "/health", timeout)
+    except errors.Unavailable as error:
+        raise errors.Unavailable(f"vLLM at {vllm} does not answer: {error}") from None
+    if status != 200:
+        raise errors.Unavailable(f"vLLM at {vllm} answered /health with status {status}, expected 200")
+    usage = f"{description.used_bytes >> 20} of {description.budget_bytes >> 20} MiB of embeddings"
+    return f"language worker of {description.checkpoint.family}, {messages.dtype_from_proto(description.dtype)}, {usage}"
 
 
-def _http(url: str, timeout: float) -> str:
-    """The answer of a gateway's route. Raises `Unavailable` with its reasons where that is not 200."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the environment is for other hosts
+async def _check_gateway(url: str, timeout: float) -> str:
+    """Return the status of a gateway's health route. Raises: `errors.Unavailable` with its reasons if that is not 200."""
+    parts = urlsplit(url)
+    path = f"{parts.path}?{parts.query}" if parts.query else parts.path
     try:
-        with direct.open(url, timeout=timeout) as answer:
-            return str(answer.status)
-    except urllib.error.HTTPError as error:
-        raise errors.Unavailable(f"{error.code} {_reasons(error.read())}".strip()) from None
-    except OSError as error:
+        status, body = await http_get(parts.netloc, path, timeout)
+    except errors.Unavailable as error:
         raise errors.Unavailable(f"no gateway answers: {error}") from None
+    if status != 200:
+        raise errors.Unavailable(f"{status} {_reasons(body)}".strip())
+    return str(status)
 
 
 def _reasons(body: bytes) -> str:
+    """Return the reasons in the body of /health/ready, or an empty string if there are none."""
     try:
         return "; ".join(json.loads(body)["reasons"])
     except (ValueError, LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""Options of `dvd up`, which runs all processes: hence it has the options of all of them."""
+"""Options of `dvd up`. It runs all processes and has the options of all of them."""
 
 from typing import ClassVar, Literal
 
@@ -14,6 +14,7 @@ class UpOptions(CheckpointOptions, ServingOptions, EncodingOptions, SinkStoreOpt
     """`dvd up MODEL [-- vllm serve flags]`: all processes of one machine."""
 
     command: ClassVar[str] = "up"
+    forwards_vllm_flags: ClassVar[bool] = True
 
     cache: CacheUrl | Literal["redis"] = Field(
         "memory://",

@@ -28,6 +28,7 @@ class LanguageOptions(CheckpointOptions, SinkStoreOptions, MetricsOptions):
     """`dvd language MODEL [-- vllm serve flags]`: one language worker, which is vLLM's server and the sink beside it."""
 
     command: ClassVar[str] = "language"
+    forwards_vllm_flags: ClassVar[bool] = True
 
     listen: Address = Field("127.0.0.1:50052", description="address of the sink's gRPC server")
     http: Address = Field("127.0.0.1:8001", description="address of vLLM's HTTP server: keep it private")

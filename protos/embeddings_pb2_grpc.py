@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EmbeddingSinkStub:
-    """Served beside every language worker, in a process of its own.
+    """Receives embeddings for one language worker. It runs beside vLLM, in a process of its own.
     """
 
     def __init__(self, channel):
@@ -53,26 +53,27 @@ class EmbeddingSinkStub:
 
 
 class EmbeddingSinkServicer:
-    """Served beside every language worker, in a process of its own.
+    """Receives embeddings for one language worker. It runs beside vLLM, in a process of its own.
     """
 
     def Describe(self, request, context):
-        """What the language worker serves, and where its HTTP door is.
+        """Describes the language worker: its checkpoint, and the address of vLLM's HTTP server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Has(self, request, context):
-        """Which embeddings are here; asking marks them as recently used and protects them for a while.
+        """Returns which embeddings are stored. Marks them as recently used and pins them for the length of a lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Deliver(self, request_iterator, context):
-        """One embedding: its header; then, once the sink has sent the initial metadata "dvd-wanted", its bytes in chunks of whole
-        values. A sink that has it already, or no room, answers at once. Visible complete or not at all.
+        """Delivers one embedding: its header; then, once the sink has sent the initial metadata "dvd-wanted", its bytes in chunks
+        of whole values. A sink that has the embedding already, or no room for it, replies at once. An embedding becomes visible
+        only when it is complete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,7 +106,7 @@ def add_EmbeddingSinkServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EmbeddingSink:
-    """Served beside every language worker, in a process of its own.
+    """Receives embeddings for one language worker. It runs beside vLLM, in a process of its own.
     """
 
     @staticmethod

@@ -51,14 +51,14 @@ class VisionServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """What this worker encodes. Answers only once the worker is warm.
+        """Describes the worker. It replies only once the worker is warm.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Encode(self, request, context):
-        """Encode one image, or several that are routed as one group, and deliver every embedding before the answer.
+        """Encodes one image, or several that are routed as one group. Every embedding is delivered before the reply.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,4 +1,4 @@
-"""The options class of every command, for the reference and for tests of Compose files."""
+"""The options class of every command, for docs/configuration.md and for tests."""
 
 from common.options import Options
 from dvd.config import DescribeOptions, HealthOptions

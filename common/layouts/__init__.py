@@ -1,9 +1,9 @@
-"""The layouts a checkpoint may come in. A new one is a file here and a line in `LAYOUTS`."""
+"""Layouts of checkpoints, by `model_type` of their config.json. A new one is a file here and an entry in `LAYOUTS`."""
 
 from common.layouts import huggingface, opengvlab
 from common.layouts.base import Layout
 
 LAYOUTS: dict[str, Layout] = {
-    "internvl_chat": opengvlab.LAYOUT,  # OpenGVLab's own: InternVLChatModel
-    "internvl": huggingface.LAYOUT,  # transformers': InternVLForConditionalGeneration
+    "internvl_chat": opengvlab.LAYOUT,  # OpenGVLab: InternVLChatModel
+    "internvl": huggingface.LAYOUT,  # transformers: InternVLForConditionalGeneration
 }

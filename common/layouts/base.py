@@ -1,4 +1,4 @@
-"""The terms in which every layout of checkpoint is described."""
+"""Common description of checkpoints, whatever their layout."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Tower:
-    """InternViT's dimensions (`vision_config`). `select_layer` counts hidden states from the end, -1 the last."""
+    """Dimensions of InternViT (`vision_config`)."""
 
     hidden_size: int
     intermediate_size: int
@@ -22,12 +22,12 @@ class Tower:
     activation: str
     qkv_bias: bool
     qk_norm: bool
-    select_layer: int = -1
+    select_layer: int = -1  # index into the hidden states whose output is used; -1: the last
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The router's: a tile is compressed iff its score is above the quantile `relative` and at least `absolute`."""
+    """The router compresses a tile if its score exceeds the quantile `relative` and is at least `absolute`."""
 
     relative: float
     absolute: float
@@ -35,42 +35,47 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Description:
-    """What `config.json` says, in one vocabulary for all layouts."""
+    """Description of a checkpoint, from its `config.json`, in the same terms for all layouts."""
 
-    family: str
+    family: str  # for people: "InternVL 3.5 Flash"
     tower: Tower
-    language_model: str  # the language model's own architecture, "Qwen3ForCausalLM"
+    language_model: str  # architecture: "Qwen3ForCausalLM"
     language_layers: int
-    width: int  # the language model's hidden size = width of a visual token
-    vocabulary: int
-    context: int
+    width: int  # hidden size of the language model, hence width of a visual token
+    vocabulary: int  # tokens
+    context: int  # maximum position embeddings, in tokens
     dtype: str
     downsample_ratio: float
-    pixel_shuffle: str  # "v1" (the map stays transposed) or "v2"
-    min_tiles: int
-    max_tiles: int
+    pixel_shuffle: str  # "v1" (the feature map stays transposed) or "v2"
+    min_tiles: int  # thumbnail not counted
+    max_tiles: int  # thumbnail not counted
     thumbnail: bool
-    template: str | None
+    template: str | None  # name of the conversation template
     thresholds: Thresholds | None  # None: no router
 
     @property
     def tokens_per_tile(self) -> int:
+        """Visual tokens of a tile that is not compressed."""
         side = self.tower.image_size // self.tower.patch_size
         return int(side * self.downsample_ratio) ** 2
 
     @property
     def compressed_tokens_per_tile(self) -> int:
+        """Visual tokens of a compressed tile; 0 without a router."""
         return self.tokens_per_tile // 4 if self.thresholds else 0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layout is read.
+    """How checkpoints of one layout are read.
 
-    `describe` turns `config.json` (and `preprocessor_config.json`, may be empty) into a `Description`.
-    `vision_prefixes` begin the names of the tensors a vision worker needs; `vision_name` turns such a name into
-    OpenGVLab's own, plus where in a fused tensor it goes: ("….attn.qkv.weight", 1) is the middle third; None: unused.
-    `language_prefixes` rename the beginnings of the other tensors for the language model (None: dropped).
+    Attributes:
+        describe: returns the description from `config.json` and `preprocessor_config.json`, which may be empty.
+        vision_prefixes: prefixes of the names of the tensors that a vision worker needs.
+        vision_name: returns OpenGVLab's name of such a tensor and its part of a fused one: ("….attn.qkv.weight", 1) is
+            the middle third, (…, None) all of it. None: the tensor is not used.
+        language_prefixes: replacements of the prefixes of the other tensors' names for vLLM's model; None: dropped.
+        text_config: key of the language model's configuration in `config.json`.
     """
 
     describe: Callable[[Config, Config], Description]

@@ -1,6 +1,6 @@
-"""transformers' layout: `model_type` internvl, names as in its `modeling_internvl.py`.
+"""Layout of transformers: `model_type` internvl, names as in its `modeling_internvl.py`.
 
-Two spellings are in the wild: the hub's files (`vision_tower.…`, `language_model.model.…`) and the modules' own names
+Two spellings exist: that of the published files (`vision_tower.…`, `language_model.model.…`) and the modules' own names
 (`model.vision_tower.…`, `model.language_model.…`, `lm_head.…`), which transformers 5 writes on request.
 """
 
@@ -35,6 +35,7 @@ _QKV = {"attention.q_proj": 0, "attention.k_proj": 1, "attention.v_proj": 2}
 
 
 def describe(config: Config, preprocessor: Config) -> Description:
+    """Return the description of a checkpoint. Raises: `KeyError`, `TypeError` if the configuration is incomplete."""
     vision, language = config["vision_config"], config["text_config"]
     image_size = _side(vision["image_size"])
     return Description(
@@ -70,10 +71,12 @@ def describe(config: Config, preprocessor: Config) -> Description:
 
 
 def _side(value: Any) -> int:
+    """Return the side of a square that is given as a number or as [height, width]."""
     return int(value[0] if isinstance(value, (list, tuple)) else value)
 
 
 def vision_name(name: str) -> tuple[str, int | None] | None:
+    """Return OpenGVLab's name of a vision tensor and its part of a fused one (see `Layout`)."""
     short = name.removeprefix("model.")
     if short.startswith("multi_modal_projector."):
         layer, _, kind = short.removeprefix("multi_modal_projector.").partition(".")

@@ -1,4 +1,4 @@
-"""OpenGVLab's layout: `model_type` internvl_chat, names as in the published `modeling_internvl_chat.py`."""
+"""Layout of OpenGVLab: `model_type` internvl_chat, names as in the published `modeling_internvl_chat.py`."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ PREFIXES = ("vision_model.", "mlp1.", "mlp2.", "pooling_before_gating.", "gating
 
 
 def describe(config: Config, _preprocessor: Config) -> Description:
+    """Return the description of a checkpoint. Raises: `KeyError`, `TypeError` if the configuration is incomplete."""
     vision, language = config["vision_config"], config["llm_config"]
     flash = bool(config.get("flash_mode"))
     image_size = config.get("force_image_size") or vision["image_size"]
@@ -47,7 +48,7 @@ def describe(config: Config, _preprocessor: Config) -> Description:
 
 
 def _family(config: dict[str, Any] | Config) -> str:
-    """For people: the configuration does not name its generation, and 2.5 and 3 cannot be told apart."""
+    """Return a name for people. The configuration does not name its generation, and 2.5 and 3 cannot be told apart."""
     language = config["llm_config"]["model_type"]
     if config.get("flash_mode"):
         return "InternVL 3.5 Flash"
@@ -59,6 +60,7 @@ def _family(config: dict[str, Any] | Config) -> str:
 
 
 def vision_name(name: str) -> tuple[str, int | None] | None:
+    """Return the name itself: names of this layout are the reference."""
     return (name, None) if name.startswith(PREFIXES) else None
 
 

@@ -1,22 +1,23 @@
-"""How many workers to buy, and what they would do."""
+"""Search for the cheapest fleet that meets the limits of a load."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dvd.plan.model import Costs, Fleet, Load, work
 from dvd.plan.simulation import Outcome, percentile, simulate
 
-MOST = 4096
-"""Workers of one kind."""
+MAX_WORKERS = 4096
+"""Maximum number of workers of one kind."""
 
 
-class Impossible(Exception):
-    """No number of workers keeps what is asked; the message says what and by how much."""
+class Infeasible(Exception):
+    """No number of workers meets the limits. The message says which limit and by how much."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A fleet, what it does at the load's rate, and what it does when it always has more to do."""
+    """A fleet, with its outcome at the load's rate and its outcome when saturated."""
 
     fleet: Fleet
     outcome: Outcome
@@ -24,81 +25,88 @@ class Plan:
 
     @property
     def bottleneck(self) -> str:
-        """A language worker is busy at any rate, with few sequences or many: only when all is full does it show."""
+        """The busiest stage when saturated. Below saturation a language worker is always busy, with few sequences or many."""
         return self.saturated.bottleneck
 
 
-_SPARE = 0.95
-"""Of what a fleet can do; at all of it, waiting has no bound."""
+_MAX_UTILISATION = 0.95
+"""Of the saturated throughput; close to 1, waiting times are unbounded."""
 
 
-def kept(costs: Costs, load: Load, fleet: Fleet) -> bool:
-    """Whether 99 of 100 wait no longer than they may, and nothing piles up."""
+def meets_limits(costs: Costs, load: Load, fleet: Fleet) -> bool:
+    """Return whether a fleet keeps the limits of latency and its queues do not grow."""
     outcome, limits = simulate(costs, load, fleet), load.limits
     in_time = percentile(outcome.ttft, 0.99) <= limits.ttft and percentile(outcome.itl, 0.99) <= limits.itl
-    return in_time and load.rate <= _SPARE * saturated(costs, load, fleet).throughput
+    return in_time and load.rate <= _MAX_UTILISATION * simulate_saturated(costs, load, fleet).throughput
 
 
-def saturated(costs: Costs, load: Load, fleet: Fleet, in_flight: int = 64) -> Outcome:
-    """With so many in flight for each language worker."""
-    at_once = in_flight * fleet.language
-    return simulate(costs, load, fleet, max(400, 4 * at_once), at_once)
+def simulate_saturated(costs: Costs, load: Load, fleet: Fleet, in_flight: int = 64) -> Outcome:
+    """Return the outcome with a constant number of requests in flight per language worker, whatever the load's rate."""
+    total = in_flight * fleet.language
+    return simulate(costs, load, fleet, max(400, 4 * total), total)
 
 
 def cheapest(costs: Costs, load: Load, price: float = 1.0) -> Plan:
-    """The least expensive fleet that keeps the limits. `price`: of a vision worker, a language worker being 1.
+    """Return the cheapest fleet that meets the limits.
 
-    Raises `Impossible`.
+    Args:
+        costs: costs of the stages.
+        load: the requests to serve.
+        price: price of a vision worker, relative to a language worker.
+
+    Raises:
+        Infeasible: no number of workers meets the limits.
     """
-    _check_alone(costs, load)
+    _check_single_request(costs, load)
     vision, language = work(costs, load)
-    fleet = Fleet(vision=_least(load.rate * vision), language=_least(load.rate * language))
-    while not kept(costs, load, fleet):
-        fleet = _grown(costs, load, fleet)
-    fleet = _shrunk(costs, load, fleet, price)
-    return planned(costs, load, fleet)
+    fleet = Fleet(vision=_min_workers(load.rate * vision), language=_min_workers(load.rate * language))
+    while not meets_limits(costs, load, fleet):
+        fleet = _grow(costs, load, fleet)
+    fleet = _shrink(costs, load, fleet, price)
+    return evaluate(costs, load, fleet)
 
 
-def planned(costs: Costs, load: Load, fleet: Fleet) -> Plan:
-    """What a given fleet does."""
-    return Plan(fleet, simulate(costs, load, fleet), saturated(costs, load, fleet))
+def evaluate(costs: Costs, load: Load, fleet: Fleet) -> Plan:
+    """Return the plan with a given fleet."""
+    return Plan(fleet, simulate(costs, load, fleet), simulate_saturated(costs, load, fleet))
 
 
-def _least(busy: float) -> int:
-    return max(1, int(busy) + (busy > int(busy)))
+def _min_workers(busy: float) -> int:
+    """Return the workers needed for `busy` seconds of work per second."""
+    return max(1, math.ceil(busy))
 
 
-def _check_alone(costs: Costs, load: Load) -> None:
-    """One request by itself is as fast as any fleet can be."""
-    alone = load.model_copy(update={"rate": 1e-6})
-    outcome = simulate(costs, alone, Fleet(), requests=50)
+def _check_single_request(costs: Costs, load: Load) -> None:
+    """Raise `Infeasible` if a request by itself, which no fleet makes faster, misses a limit."""
+    single = load.model_copy(update={"rate": 1e-6})
+    outcome = simulate(costs, single, Fleet(), requests=50)
     for name, values, limit in (("TTFT", outcome.ttft, load.limits.ttft), ("ITL", outcome.itl, load.limits.itl)):
         if (best := percentile(values, 0.99)) > limit:
-            raise Impossible(f"a request alone has a {name} of {best:.3f} s, more than the {limit:g} s that it may have")
+            raise Infeasible(f"a request alone has a {name} of {best:.3f} s, above the limit of {limit:g} s")
 
 
-def _grown(costs: Costs, load: Load, fleet: Fleet) -> Fleet:
-    """A worker more, or a tenth more, of the kind that is short."""
-    slow = percentile(simulate(costs, load, fleet).itl, 0.99) > load.limits.itl
-    language = slow or saturated(costs, load, fleet).bottleneck == "language"
+def _grow(costs: Costs, load: Load, fleet: Fleet) -> Fleet:
+    """Return the fleet with one worker, or a tenth, more of the kind that is the bottleneck."""
+    slow_tokens = percentile(simulate(costs, load, fleet).itl, 0.99) > load.limits.itl
+    language = slow_tokens or simulate_saturated(costs, load, fleet).bottleneck == "language"
     name = "language" if language else "vision"
     count = getattr(fleet, name) + max(1, getattr(fleet, name) // 10)
-    if count > MOST:
-        raise Impossible(f"more than {MOST} {name} workers would not do")
+    if count > MAX_WORKERS:
+        raise Infeasible(f"{MAX_WORKERS} {name} workers are not enough")
     return fleet.model_copy(update={name: count})
 
 
-def _shrunk(costs: Costs, load: Load, fleet: Fleet, price: float) -> Fleet:
-    """Without what can be spared, the more expensive kind first."""
+def _shrink(costs: Costs, load: Load, fleet: Fleet, price: float) -> Fleet:
+    """Return the fleet without the workers that it does not need, removing the more expensive kind first."""
     for name in ("vision", "language") if price >= 1 else ("language", "vision"):
         while getattr(fleet, name) > 1:
-            less = fleet.model_copy(update={name: getattr(fleet, name) - 1})
-            if not kept(costs, load, less):
+            smaller = fleet.model_copy(update={name: getattr(fleet, name) - 1})
+            if not meets_limits(costs, load, smaller):
                 break
-            fleet = less
+            fleet = smaller
     return fleet
 
 
-def by_vision_workers(costs: Costs, load: Load, counts: Sequence[int], language: int) -> list[float]:
-    """Requests a second, saturated, for each number of vision workers beside so many language workers."""
-    return [saturated(costs, load, Fleet(vision=count, language=language)).throughput for count in counts]
+def throughput_by_vision_workers(costs: Costs, load: Load, counts: Sequence[int], language: int) -> list[float]:
+    """Return the saturated throughput, in requests per second, for each number of vision workers."""
+    return [simulate_saturated(costs, load, Fleet(vision=count, language=language)).throughput for count in counts]

@@ -1,8 +1,9 @@
-"""Requests through vision and language workers, event by event: what queueing does, which ratios alone do not show.
+"""Discrete-event simulation of requests through vision and language workers, for the effects of queueing.
 
-The workers are modelled as this system's are. A vision worker prepares images on its cores, looks at batches of tiles of
-any requests, first come first served, and sends each embedding when its last tile is done. A language worker runs steps:
-every sequence that goes on gets a token, and what is left of the step's tokens reads prompts, in parts where they are long.
+The workers are modelled on this system's. A vision worker prepares images on its cores, encodes batches of tiles of any
+requests in order of arrival, and sends each embedding when its last tile is done. A language worker runs steps: every running
+sequence gets a token, and the rest of the step's token budget prefills prompts, in chunks if they are long. All times are in
+seconds.
 """
 
 import heapq
@@ -20,64 +21,67 @@ Action = Callable[[], None]
 @dataclass(eq=False)
 class _Request:
     kind: Kind
-    arrived: float
-    images: int  # that are still on their way
-    left: int  # tokens to read
-    read: int = 0  # tokens that were
-    unseen: int = 0  # tiles to encode before it is read: in a colocated engine
-    begun: bool = False
-    said: list[float] = field(default_factory=list)  # when each token of the answer came
+    arrival: float
+    pending_images: int  # whose embeddings have not been delivered
+    prompt_left: int  # tokens still to prefill
+    prefilled: int = 0  # tokens
+    tiles_to_encode: int = 0  # by the language worker itself, in a colocated deployment
+    started: bool = False
+    token_times: list[float] = field(default_factory=list)  # of the output
 
 
 @dataclass
 class _Clock:
-    """Events in order of time."""
+    """The simulated time and the queue of events."""
 
     now: float = 0.0
     _events: list[tuple[float, int, Action]] = field(default_factory=list)
-    _numbers: "itertools.count[int]" = field(default_factory=itertools.count)
+    _sequence: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def after(self, seconds: float, action: Action) -> None:
-        heapq.heappush(self._events, (self.now + seconds, next(self._numbers), action))
+        """Run `action` so many seconds from now."""
+        heapq.heappush(self._events, (self.now + seconds, next(self._sequence), action))
 
     def run(self) -> None:
+        """Run all events, and those that they schedule, in order of time."""
         while self._events:
             self.now, _, action = heapq.heappop(self._events)
             action()
 
 
 class _Cores:
-    """As many servers with one queue."""
+    """So many servers with one queue, first in first out."""
 
     def __init__(self, clock: _Clock, count: int) -> None:
         self._clock, self._free = clock, count
         self._waiting: deque[tuple[float, Action]] = deque()
-        self.busy = 0.0
+        self.busy_seconds = 0.0
 
-    def do(self, seconds: float, then: Action) -> None:
+    def submit(self, seconds: float, then: Action) -> None:
+        """Queue work of so many seconds, and run `then` when it is done."""
         self._waiting.append((seconds, then))
-        self._next()
+        self._start_next()
 
-    def _next(self) -> None:
+    def _start_next(self) -> None:
         while self._free and self._waiting:
             seconds, then = self._waiting.popleft()
             self._free -= 1
-            self.busy += seconds
+            self.busy_seconds += seconds
             self._clock.after(seconds, lambda then=then: self._done(then))  # type: ignore[misc]
 
     def _done(self, then: Action) -> None:
         self._free += 1
         then()
-        self._next()
+        self._start_next()
 
 
 @dataclass(eq=False)
 class _Image:
-    total: int  # tiles
-    bytes: int
-    then: Action
-    taken: int = 0  # tiles in batches
-    seen: int = 0  # tiles that are done
+    tiles: int
+    embedding_bytes: int
+    then: Action  # when the embedding is delivered
+    batched: int = 0  # tiles
+    encoded: int = 0  # tiles
 
 
 class _Vision:
@@ -85,146 +89,158 @@ class _Vision:
 
     def __init__(self, clock: _Clock, costs: Costs) -> None:
         self._clock, self._costs = clock, costs.vision
-        self._cores, self._wire = _Cores(clock, costs.vision.cores), _Cores(clock, 1)
+        self._cores, self._network = _Cores(clock, costs.vision.cores), _Cores(clock, 1)
         self._queue: deque[_Image] = deque()
         self._running = False
-        self.outstanding = 0
-        self.busy = self.sent = 0.0
+        self.outstanding_tiles = 0
+        self.busy_seconds = self.sent_bytes = 0.0
 
     @property
-    def preparing(self) -> float:
-        return self._cores.busy
+    def preparation_seconds(self) -> float:
+        """Core seconds of preparation."""
+        return self._cores.busy_seconds
 
     def encode(self, image: _Image) -> None:
-        self.outstanding += image.total
-        self._cores.do(image.total * self._costs.prepare, lambda: self._prepared(image))
+        """Prepare and encode an image, and deliver its embedding."""
+        self.outstanding_tiles += image.tiles
+        self._cores.submit(image.tiles * self._costs.prepare, lambda: self._enqueue(image))
 
-    def _prepared(self, image: _Image) -> None:
+    def _enqueue(self, image: _Image) -> None:
         self._queue.append(image)
-        self._form()
+        self._start_batch()
 
-    def _form(self) -> None:
+    def _start_batch(self) -> None:
         if self._running or not self._queue:
             return
         batch: list[tuple[_Image, int]] = []
         room = self._costs.batch_tiles
         while room and self._queue:
             image = self._queue[0]
-            some = min(room, image.total - image.taken)
-            batch.append((image, some))
-            room -= some
-            image.taken += some
-            if image.taken == image.total:
+            tiles = min(room, image.tiles - image.batched)
+            batch.append((image, tiles))
+            room -= tiles
+            image.batched += tiles
+            if image.batched == image.tiles:
                 self._queue.popleft()
-        seconds = self._costs.batch + self._costs.tile * sum(some for _, some in batch)
+        seconds = self._costs.batch + self._costs.tile * sum(tiles for _, tiles in batch)
         self._running = True
-        self.busy += seconds
-        self._clock.after(seconds, lambda: self._looked(batch))
+        self.busy_seconds += seconds
+        self._clock.after(seconds, lambda: self._end_batch(batch))
 
-    def _looked(self, batch: list[tuple[_Image, int]]) -> None:
+    def _end_batch(self, batch: list[tuple[_Image, int]]) -> None:
         self._running = False
-        for image, some in batch:
-            image.seen += some
-            self.outstanding -= some
-            if image.seen == image.total:
-                self.sent += image.bytes
-                self._wire.do(image.bytes / self._costs.network, image.then)
-        self._form()
+        for image, tiles in batch:
+            image.encoded += tiles
+            self.outstanding_tiles -= tiles
+            if image.encoded == image.tiles:
+                self.sent_bytes += image.embedding_bytes
+                self._network.submit(image.embedding_bytes / self._costs.network, image.then)
+        self._start_batch()
 
 
 class _Language:
-    """One language worker; a colocated one also encodes what it is about to read."""
+    """One language worker. In a colocated deployment it also encodes the images of the prompts that it prefills."""
 
-    def __init__(self, clock: _Clock, costs: Costs, ended: Callable[[_Request], None]) -> None:
-        self._clock, self._costs, self._ended = clock, costs, ended
+    def __init__(self, clock: _Clock, costs: Costs, on_end: Callable[[_Request], None]) -> None:
+        self._clock, self._costs, self._on_end = clock, costs, on_end
         self._waiting: deque[_Request] = deque()
-        self._going: list[_Request] = []
+        self._decoding: list[_Request] = []
         self._running = False
-        self.outstanding = 0
-        self.busy = self.looking = 0.0
+        self.outstanding_requests = 0  # also those whose images are still being encoded
+        self.busy_seconds = 0.0
 
     def serve(self, request: _Request) -> None:
-        """One that `outstanding` counts already: it was promised when it came."""
+        """Queue a request whose embeddings have been delivered. `outstanding_requests` counts it since its arrival."""
         self._waiting.append(request)
-        self._step()
+        self._start_step()
 
-    def _step(self) -> None:
-        if self._running or not (self._waiting or self._going):
+    def _start_step(self) -> None:
+        if self._running or not (self._waiting or self._decoding):
             return
-        engine, eye = self._costs.language, self._costs.vision
-        room = engine.step_tokens - len(self._going)
-        tiles = begun = 0
-        reading = 0.0
-        while self._waiting and room > 0 and len(self._going) < engine.sequences:
+        engine, vision = self._costs.language, self._costs.vision
+        room = engine.step_tokens - len(self._decoding)
+        tiles = started = 0
+        prefill_seconds = 0.0
+        while self._waiting and room > 0 and len(self._decoding) < engine.sequences:
             request = self._waiting[0]
-            tiles += request.unseen
-            request.unseen = 0
-            begun += not request.begun
-            request.begun = True
-            some = min(room, request.left)
-            reading += engine.reading(some, request.read)
-            request.left -= some
-            request.read += some
-            room -= some
-            if request.left:
+            tiles += request.tiles_to_encode
+            request.tiles_to_encode = 0
+            started += not request.started
+            request.started = True
+            tokens = min(room, request.prompt_left)
+            prefill_seconds += engine.prefill_seconds(tokens, request.prefilled)
+            request.prompt_left -= tokens
+            request.prefilled += tokens
+            room -= tokens
+            if request.prompt_left:
                 break
-            self._going.append(self._waiting.popleft())
-        speaking = list(self._going)
-        looking = tiles * eye.tile + eye.batch * -(-tiles // eye.batch_tiles)
-        seconds = engine.step + engine.request * begun + reading + engine.decode * len(speaking) + looking
+            self._decoding.append(self._waiting.popleft())
+        batch = list(self._decoding)
+        encode_seconds = tiles * vision.tile + vision.batch * -(-tiles // vision.batch_tiles)
+        seconds = engine.step + engine.request * started + prefill_seconds + engine.decode * len(batch) + encode_seconds
         self._running = True
-        self.busy += seconds
-        self.looking += looking
-        self._clock.after(seconds, lambda: self._stepped(speaking))
+        self.busy_seconds += seconds
+        self._clock.after(seconds, lambda: self._end_step(batch))
 
-    def _stepped(self, speaking: list[_Request]) -> None:
+    def _end_step(self, batch: list[_Request]) -> None:
         self._running = False
-        for request in speaking:
-            request.said.append(self._clock.now)
-            if len(request.said) == request.kind.output:
-                self._going.remove(request)
-                self.outstanding -= 1
-                self._ended(request)
-        self._step()
+        for request in batch:
+            request.token_times.append(self._clock.now)
+            if len(request.token_times) == request.kind.output:
+                self._decoding.remove(request)
+                self.outstanding_requests -= 1
+                self._on_end(request)
+        self._start_step()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run. `busy`: share of the time that a stage's workers worked, on average over them."""
+    """Result of one run.
 
-    throughput: float  # requests a second
+    Attributes:
+        throughput: requests a second.
+        ttft: time to the first token of each request, in seconds.
+        itl: inter-token latencies of all requests, in seconds.
+        busy: share of the time in which the workers of a stage were busy, by stage, averaged over them.
+        network: bytes a second that one vision worker sends.
+    """
+
+    throughput: float
     ttft: list[float]
     itl: list[float]
     busy: dict[str, float]
-    network: float  # bytes a second from one vision worker
+    network: float
 
     @property
     def bottleneck(self) -> str:
+        """The busiest stage."""
         return max(self.busy, key=lambda stage: self.busy[stage])
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank; 0 of nothing."""
+    """Return the percentile of `share` (0 to 1) by nearest rank; 0 if there are no values."""
     if not values:
         return 0.0
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 class _Run:
+    """One simulation. See `simulate` for the arguments."""
+
     def __init__(self, costs: Costs, load: Load, fleet: Fleet, requests: int, in_flight: int | None, seed: int) -> None:
         self.costs, self.load, self.fleet = costs, load, fleet
         self.clock, self.random = _Clock(), random.Random(seed)
-        eyes = fleet.vision if fleet.deployment == "decoupled" else 0
-        self.vision = [_Vision(self.clock, costs) for _ in range(eyes)]
-        self.language = [_Language(self.clock, costs, self._ended) for _ in range(fleet.language)]
-        self.hosts = [_Cores(self.clock, 1) for _ in self.language]  # an engine prepares images on one thread
-        self.done: list[_Request] = []
-        self._left = requests
+        vision_workers = fleet.vision if fleet.deployment == "decoupled" else 0
+        self.vision = [_Vision(self.clock, costs) for _ in range(vision_workers)]
+        self.language = [_Language(self.clock, costs, self._on_end) for _ in range(fleet.language)]
+        self.hosts = [_Cores(self.clock, 1) for _ in self.language]  # a colocated engine prepares images on one thread
+        self.completed: list[_Request] = []
+        self._to_send = requests
         if in_flight is None:
-            at = 0.0
+            arrival = 0.0
             for _ in range(requests):
-                at += self.random.expovariate(load.rate)
-                self.clock.after(at, self._arrive)
+                arrival += self.random.expovariate(load.rate)
+                self.clock.after(arrival, self._arrive)
         else:
             for _ in range(min(in_flight, requests)):
                 self._arrive()
@@ -232,76 +248,101 @@ class _Run:
         self.clock.run()
 
     def _arrive(self) -> None:
-        self._left -= 1
+        self._to_send -= 1
         (kind,) = self.random.choices(self.load.kinds, [kind.weight for kind in self.load.kinds])
         tiles = kind.images * kind.tiles
-        fresh = sum(self.random.random() >= kind.repeated for _ in range(kind.images))
-        read = kind.text + visual_tokens(self.costs, tiles, self.load.compressed)
-        request = _Request(kind, self.clock.now, fresh, read)
-        worker = min(self.language, key=lambda worker: worker.outstanding)
-        worker.outstanding += 1
+        new_images = sum(self.random.random() >= kind.repeated for _ in range(kind.images))
+        prompt = kind.text + visual_tokens(self.costs, tiles, self.load.compressed)
+        request = _Request(kind, self.clock.now, new_images, prompt)
+        worker = min(self.language, key=lambda worker: worker.outstanding_requests)
+        worker.outstanding_requests += 1
         if self.fleet.deployment == "colocated":
-            request.unseen = fresh * kind.tiles
+            request.tiles_to_encode = new_images * kind.tiles
             host = self.hosts[self.language.index(worker)]
-            host.do(fresh * kind.tiles * self.costs.vision.prepare, lambda: worker.serve(request))
-        elif not fresh:
+            host.submit(new_images * kind.tiles * self.costs.vision.prepare, lambda: worker.serve(request))
+        elif not new_images:
             worker.serve(request)
         else:
             size = visual_tokens(self.costs, kind.tiles, self.load.compressed) * self.costs.bytes_per_token
-            for _ in range(fresh):
-                eye = min(self.vision, key=lambda eye: eye.outstanding)
-                eye.encode(_Image(kind.tiles, size, lambda: self._seen(request, worker)))
+            for _ in range(new_images):
+                encoder = min(self.vision, key=lambda encoder: encoder.outstanding_tiles)
+                encoder.encode(_Image(kind.tiles, size, lambda: self._on_delivery(request, worker)))
 
-    def _seen(self, request: _Request, worker: _Language) -> None:
-        request.images -= 1
-        if not request.images:
+    def _on_delivery(self, request: _Request, worker: _Language) -> None:
+        request.pending_images -= 1
+        if not request.pending_images:
             worker.serve(request)
 
-    def _ended(self, request: _Request) -> None:
-        self.done.append(request)
-        if self._in_flight and self._left:
+    def _on_end(self, request: _Request) -> None:
+        self.completed.append(request)
+        if self._in_flight and self._to_send:
             self._arrive()
 
     def outcome(self) -> Outcome:
+        """Return the result, once the constructor has run the simulation."""
         seconds = max(self.clock.now, 1e-9)
         engines = len(self.language)
-        busy = {"language": sum(worker.busy for worker in self.language) / engines / seconds}
+        busy = {"language": sum(worker.busy_seconds for worker in self.language) / engines / seconds}
         if self.vision:
-            eyes = len(self.vision)
-            busy["vision"] = sum(eye.busy for eye in self.vision) / eyes / seconds
-            busy["preparation"] = sum(e.preparing for e in self.vision) / eyes / self.costs.vision.cores / seconds
-            busy["network"] = sum(e.sent for e in self.vision) / eyes / self.costs.vision.network / seconds
+            count, costs = len(self.vision), self.costs.vision
+            busy["vision"] = sum(worker.busy_seconds for worker in self.vision) / count / seconds
+            busy["preparation"] = sum(worker.preparation_seconds for worker in self.vision) / count / costs.cores / seconds
+            busy["network"] = sum(worker.sent_bytes for worker in self.vision) / count / costs.network / seconds
         else:
-            busy["preparation"] = sum(host.busy for host in self.hosts) / engines / seconds
-        sent = sum(eye.sent for eye in self.vision) / max(1, len(self.vision)) / seconds
-        gaps = [b - a for request in self.done for a, b in itertools.pairwise(request.said)]
-        return Outcome(_throughput(self.done, self._in_flight), [r.said[0] - r.arrived for r in self.done], gaps, busy, sent)
+            busy["preparation"] = sum(host.busy_seconds for host in self.hosts) / engines / seconds
+        return Outcome(
+            throughput=_throughput(self.completed, self._in_flight),
+            ttft=[request.token_times[0] - request.arrival for request in self.completed],
+            itl=[after - before for request in self.completed for before, after in itertools.pairwise(request.token_times)],
+            busy=busy,
+            network=sum(worker.sent_bytes for worker in self.vision) / max(1, len(self.vision)) / seconds,
+        )
 
 
-def _throughput(done: Sequence[_Request], in_flight: int | None) -> float:
-    """Neither start nor end counts: between the first and the last tenth of the ends, or, of so many at once, from when as
-    many have ended until none waits any more. Requests count by their `share`: whole ones, all alike, end in waves.
+def _throughput(completed: Sequence[_Request], in_flight: int | None) -> float:
+    """Return requests a second in a window without the start and the end of the run.
+
+    With random arrivals, the window lies between the first and the last tenth of the completions. With a fixed number in
+    flight, it begins when as many requests have completed and ends with the last arrival. A request counts by its
+    `share_in_window`, because whole requests of one kind complete in waves.
     """
-    ends = [request.said[-1] for request in done]
+    ends = [request.token_times[-1] for request in completed]
     tenth = len(ends) // 10
     first, last = ends[tenth], ends[-1 - tenth]
     if in_flight and len(ends) > 2 * in_flight:
-        first, last = ends[in_flight - 1], max(request.arrived for request in done)
+        first, last = ends[in_flight - 1], max(request.arrival for request in completed)
     if last <= first:
         return len(ends) / max(ends[-1], 1e-9)
-    return sum(share(request.said, len(request.said), first, last) for request in done) / (last - first)
+    shares = (share_in_window(request.token_times, len(request.token_times), first, last) for request in completed)
+    return sum(shares) / (last - first)
 
 
-def share(said: Sequence[float], tokens: int, first: float, last: float) -> float:
-    """How much of a request of so many tokens fell between: half for the first token, half for the others; `said`: when."""
-    came = [first < at <= last for at in said]
-    if not came:
+def share_in_window(token_times: Sequence[float], tokens: int, first: float, last: float) -> float:
+    """Return the share of a request that lies in a window: half for its first token, half for the others.
+
+    Args:
+        token_times: when each token arrived.
+        tokens: number of tokens of the whole answer.
+        first: begin of the window, exclusive.
+        last: end of the window, inclusive.
+    """
+    inside = [first < time <= last for time in token_times]
+    if not inside:
         return 0.0
-    return 0.5 * came[0] + 0.5 * (sum(came[1:]) / (tokens - 1) if tokens > 1 else came[0])
+    return 0.5 * inside[0] + 0.5 * (sum(inside[1:]) / (tokens - 1) if tokens > 1 else inside[0])
 
 
 def simulate(
     costs: Costs, load: Load, fleet: Fleet, requests: int = 600, in_flight: int | None = None, seed: int = 0
 ) -> Outcome:
-    """Serve so many requests: arriving at `load.rate`, or as many at once as `in_flight`, one following another."""
+    """Simulate the given number of requests.
+
+    Args:
+        costs: costs of the stages.
+        load: kinds of requests and their rate.
+        fleet: the workers.
+        requests: number of requests.
+        in_flight: None: requests arrive at random at `load.rate`; else the constant number of concurrent requests.
+        seed: seed of the random numbers.
+    """
     return _Run(costs, load, fleet, requests, in_flight, seed).outcome()

@@ -65,7 +65,7 @@ class RequestStatsMiddleware:
 
 def _request_id(scope: Scope) -> str:
     """Return the caller's `X-Request-Id` if it is valid, else a new one."""
-    request_id = Headers(scope=scope).get(logs.METADATA, "")
+    request_id = Headers(scope=scope).get(logs.REQUEST_ID_KEY, "")
     return request_id if logs.is_valid_request_id(request_id) else uuid.uuid4().hex
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and what is no checkpoint."""
+"""Descriptions and fingerprints of checkpoints, and errors for folders that are not one."""
 
 import json
 import shutil
@@ -22,23 +22,28 @@ def change(folder: Path, **values: object) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-def test_flash_is_described() -> None:
-    said = open_checkpoint(GOLDEN / "flash-qwen3/checkpoint").description
-    assert (said.family, said.language_model) == ("InternVL 3.5 Flash", "Qwen3ForCausalLM")
-    assert (said.tokens_per_tile, said.compressed_tokens_per_tile) == (256, 64)
-    assert (said.max_tiles, said.thumbnail) == (12, True)
-    assert said.thresholds == Thresholds(0.2, 0.5)
+def test_the_description_of_a_flash_checkpoint() -> None:
+    description = open_checkpoint(GOLDEN / "flash-qwen3/checkpoint").description
+    assert (description.family, description.language_model) == ("InternVL 3.5 Flash", "Qwen3ForCausalLM")
+    assert (description.tokens_per_tile, description.compressed_tokens_per_tile) == (256, 64)
+    assert (description.max_tiles, description.thumbnail) == (12, True)
+    assert description.thresholds == Thresholds(0.2, 0.5)
 
 
-def test_the_6b_tower_is_described() -> None:
-    said = open_checkpoint(GOLDEN / "vit6b-llama/checkpoint").description
-    assert (said.tower.norm, said.tower.qk_norm, said.tower.qkv_bias, said.tower.select_layer) == ("rms_norm", True, False, -4)
-    assert (said.pixel_shuffle, said.max_tiles, said.thresholds) == ("v1", 6, None)
+def test_the_description_of_a_6b_tower() -> None:
+    description = open_checkpoint(GOLDEN / "vit6b-llama/checkpoint").description
+    assert (description.tower.norm, description.tower.qk_norm, description.tower.qkv_bias, description.tower.select_layer) == (
+        "rms_norm",
+        True,
+        False,
+        -4,
+    )
+    assert (description.pixel_shuffle, description.max_tiles, description.thresholds) == ("v1", 6, None)
 
 
-def test_the_fingerprint_follows_what_decides_an_embedding(copy: Path) -> None:
+def test_the_fingerprint_depends_on_what_determines_an_embedding(copy: Path) -> None:
     original = open_checkpoint(GOLDEN / "flash-qwen3/checkpoint").fingerprint
-    assert open_checkpoint(copy).fingerprint == original, "the place does not matter"
+    assert open_checkpoint(copy).fingerprint == original, "the folder does not matter"
     change(copy, flash_relative_threshold=0.3)
     assert open_checkpoint(copy).fingerprint != original
     change(copy, flash_relative_threshold=0.2)
@@ -65,23 +70,23 @@ def test_only_shards_with_vision_tensors_are_opened(copy: Path) -> None:
     assert set(open_checkpoint(copy).vision_tensors) == set(names)
 
 
-def test_a_missing_shard_is_named(copy: Path) -> None:
+def test_a_missing_shard_is_an_error(copy: Path) -> None:
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"mlp1.0.weight": "gone.safetensors"}}))
     with pytest.raises(CheckpointError, match="gone.safetensors"):
         _ = open_checkpoint(copy).vision_tensors
 
 
 @pytest.mark.parametrize("cut", [4, 1000, -100])
-def test_a_cut_file_is_named(copy: Path, cut: int) -> None:
+def test_a_truncated_file_is_an_error(copy: Path, cut: int) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         _ = open_checkpoint(copy).vision_tensors
 
 
-def test_what_is_no_checkpoint_is_refused_in_one_line(copy: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_an_error_of_one_line(copy: Path, tmp_path: Path) -> None:
     cases: list[tuple[Path, str]] = [(tmp_path / "absent", "no checkpoint at"), (tmp_path, "no config.json")]
-    for name, text, says in [
+    for name, text, message in [
         ("broken", "{", "cannot read config.json"),
         ("list", "[]", "not a JSON object"),
         ("foreign", '{"model_type": "llava"}', "'llava'.*internvl_chat"),
@@ -89,8 +94,8 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(copy: Path, tmp_path: Path
     ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
-        cases.append((tmp_path / name, says))
-    for path, says in cases:
-        with pytest.raises(CheckpointError, match=says) as caught:
+        cases.append((tmp_path / name, message))
+    for path, message in cases:
+        with pytest.raises(CheckpointError, match=message) as caught:
             open_checkpoint(path)
         assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The header of an embedding, and what it refuses."""
+"""The header of an embedding, and the check of its values."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from common.embedding import HEADER_SIZE, Header, check_finite, parse_header
 HEADER = Header("k" * 64, "f" * 64, "bfloat16", 256, 4096)
 
 
-def test_a_header_survives() -> None:
+def test_a_packed_header_is_parsed() -> None:
     packed = HEADER.pack()
     assert len(packed) == HEADER_SIZE
     assert parse_header(packed + b"values") == HEADER
@@ -19,14 +19,14 @@ def test_a_header_survives() -> None:
 @pytest.mark.parametrize(
     ("at", "value"), [(0, b"PK\x03\x04"), (4, b"\x02"), (6, b"\x63"), (8, b"\xff"), (12, b"\xff"), (16, b"\x01")]
 )
-def test_a_damaged_header_is_refused(at: int, value: bytes) -> None:
+def test_a_damaged_header_is_rejected(at: int, value: bytes) -> None:
     packed = bytearray(HEADER.pack())
     packed[at : at + len(value)] = value
     with pytest.raises(errors.InvalidRequest):
         parse_header(bytes(packed))
 
 
-def test_a_short_header_is_refused() -> None:
+def test_a_short_header_is_rejected() -> None:
     with pytest.raises(errors.InvalidRequest, match="got 3"):
         parse_header(b"DVD")
 

@@ -1,4 +1,4 @@
-"""The URL of an embedding: there and back, and nothing else is one."""
+"""The URL of an embedding, and that no other URL is taken for one."""
 
 import pytest
 
@@ -7,10 +7,10 @@ from common.embedding_ref import EmbeddingRef, parse_embedding_url
 KEY = "0123456789abcdef" * 4
 
 
-def test_there_and_back() -> None:
-    handed = EmbeddingRef(KEY, 1792)
-    assert handed.url == f"dvd:{KEY}/1792"
-    assert parse_embedding_url(handed.url) == handed
+def test_a_reference_survives_its_url() -> None:
+    ref = EmbeddingRef(KEY, 1792)
+    assert ref.url == f"dvd:{KEY}/1792"
+    assert parse_embedding_url(ref.url) == ref
 
 
 @pytest.mark.parametrize(
@@ -21,5 +21,5 @@ def test_there_and_back() -> None:
         f"DVD:{KEY}/1", f" dvd:{KEY}/1", f"dvd:{KEY}/1\n", f"dvd:../{KEY[3:]}/1", f"dvd:{KEY}/1/2", f"dvd:{KEY}/１",
     ],
 )  # fmt: skip
-def test_nothing_else_is_one(url: str) -> None:
+def test_other_urls_are_no_reference(url: str) -> None:
     assert parse_embedding_url(url) is None

@@ -1,4 +1,4 @@
-"""The error tree: every class can leave a process by both doors."""
+"""The error tree: every class has an HTTP status and a gRPC status."""
 
 import grpc
 import pytest
@@ -7,17 +7,22 @@ from common import errors
 
 
 @pytest.mark.parametrize("error", errors.all_errors(), ids=lambda e: e.__name__)
-def test_every_error_has_a_status_and_a_code(error: type[errors.DvdError]) -> None:
+def test_every_error_has_statuses_and_a_body(error: type[errors.DvdError]) -> None:
     assert 400 <= error.status < 600
     assert isinstance(error.grpc_code, grpc.StatusCode)
     assert error.grpc_code is not grpc.StatusCode.OK
-    body = error("what", param="messages").body()["error"]
-    assert body == {"message": "what", "type": error.type, "param": "messages", "code": error.code}
-    assert error.__name__ in (errors.__doc__ or ""), "the tree at the head of the file shows every class"
+    body = error("text", param="messages").body()["error"]
+    assert body == {"message": "text", "type": error.type, "param": "messages", "code": error.code}
+    assert error.__name__ in (errors.__doc__ or ""), "the tree in the docstring of the module shows every class"
 
 
-def test_codes_are_unique_but_for_the_root() -> None:
-    codes = [error.code for error in errors.all_errors() if error is not errors.InternalError]
+def test_a_code_belongs_to_one_leaf() -> None:
+    """A parent may share its code with one child, which is the class that `error_class` returns."""
+    assert issubclass(errors.WorkerUnavailable, errors.Unavailable)
+    parents = {errors.DvdError, errors.Unavailable}
+    codes = [error.code for error in errors.all_errors() if error not in parents]
     assert len(codes) == len(set(codes))
     assert errors.error_class("sink_full") is errors.SinkFull
-    assert errors.error_class("of a newer peer") is None
+    assert errors.error_class("unavailable") is errors.WorkerUnavailable
+    assert errors.error_class("internal_error") is errors.InternalError
+    assert errors.error_class("from_a_newer_peer") is None

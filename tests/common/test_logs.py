@@ -1,4 +1,4 @@
-"""What a process says on stderr."""
+"""Log records on stderr."""
 
 import io
 import json
@@ -13,11 +13,11 @@ NAME = "test.logs"
 
 
 @pytest.fixture
-def said() -> Iterator[io.StringIO]:
-    """What a logger of its own writes as JSON."""
+def output() -> Iterator[io.StringIO]:
+    """Yields what a logger with the JSON formatter writes."""
     logger, stream = logging.getLogger(NAME), io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logs.Json())
+    handler.setFormatter(logs.JsonFormatter())
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.DEBUG)
     token = logs.request_id.set("")
@@ -26,10 +26,10 @@ def said() -> Iterator[io.StringIO]:
     logger.handlers, logger.propagate = [], True
 
 
-def test_a_record_is_one_object_a_line(said: io.StringIO) -> None:
+def test_a_record_is_one_json_object_on_a_line(output: io.StringIO) -> None:
     logs.request_id.set("abc")
     logging.getLogger(NAME).warning("two\nlines of %s", "é", extra=logs.extra_fields(status=200, error=None, seconds=0.5))
-    (line,) = said.getvalue().splitlines()
+    (line,) = output.getvalue().splitlines()
     record = json.loads(line)
     assert record.pop("time").endswith("Z")
     assert record == {
@@ -37,22 +37,22 @@ def test_a_record_is_one_object_a_line(said: io.StringIO) -> None:
     }  # fmt: skip
 
 
-def test_an_exception_is_in_its_record(said: io.StringIO) -> None:
+def test_an_exception_is_a_field_of_the_record(output: io.StringIO) -> None:
     try:
         raise ValueError("7")
     except ValueError:
         logging.getLogger(NAME).exception("failed")
-    (line,) = said.getvalue().splitlines()
+    (line,) = output.getvalue().splitlines()
     assert json.loads(line)["exception"].splitlines()[-1] == "ValueError: 7"
     assert "request_id" not in json.loads(line)
 
 
-def test_fields_do_not_replace_what_every_record_has(said: io.StringIO) -> None:
+def test_extra_fields_do_not_replace_standard_fields(output: io.StringIO) -> None:
     logging.getLogger(NAME).info("true", extra=logs.extra_fields(message="false", level="none"))
-    assert (json.loads(said.getvalue())["message"], json.loads(said.getvalue())["level"]) == ("true", "info")
+    assert (json.loads(output.getvalue())["message"], json.loads(output.getvalue())["level"]) == ("true", "info")
 
 
-def test_for_people_fields_stand_behind_the_message_and_before_a_traceback() -> None:
+def test_text_has_fields_between_message_and_traceback() -> None:
     record = logging.makeLogRecord(
         {"name": "a", "levelname": "INFO", "msg": "answered", **logs.extra_fields(route="/x", status=200)}
     )
@@ -61,30 +61,30 @@ def test_for_people_fields_stand_behind_the_message_and_before_a_traceback() -> 
         raise ValueError("7")
     except ValueError as error:
         record.exc_info = (type(error), error, error.__traceback__)
-    first, *rest = logs.Text().format(record).splitlines()
+    first, *rest = logs.TextFormatter().format(record).splitlines()
     logs.request_id.reset(token)
     assert first.endswith("INFO a: answered route=/x status=200 request=abc")
     assert rest[-1] == "ValueError: 7"
 
 
-@pytest.mark.parametrize("said", ["a", "8f-1_.Z", "x" * 128])
-def test_ids_that_are_harmless(said: str) -> None:
-    assert logs.is_valid_request_id(said)
+@pytest.mark.parametrize("text", ["a", "8f-1_.Z", "x" * 128])
+def test_valid_request_ids(text: str) -> None:
+    assert logs.is_valid_request_id(text)
 
 
-@pytest.mark.parametrize("said", ["", "a b", "a\n", "é", "x" * 129, '"'])
-def test_ids_that_are_not(said: str) -> None:
-    assert not logs.is_valid_request_id(said)
+@pytest.mark.parametrize("text", ["", "a b", "a\n", "é", "x" * 129, '"'])
+def test_invalid_request_ids(text: str) -> None:
+    assert not logs.is_valid_request_id(text)
 
 
-def test_a_childs_line_in_json_stays_an_object_or_becomes_one() -> None:
+def test_a_childs_line_becomes_a_json_object_unless_it_is_one() -> None:
     assert logs.format_child_line("vision-0", "ready", "text") == "    vision-0 | ready"
     assert logs.format_child_line("vision-0", '{"a": 1}', "json") == '{"a": 1}'
-    made = json.loads(logs.format_child_line("vision-0", 'a "word"', "json"))
-    assert (made["logger"], made["message"], made["level"]) == ("vision-0", 'a "word"', "info")
+    record = json.loads(logs.format_child_line("vision-0", 'a "word"', "json"))
+    assert (record["logger"], record["message"], record["level"]) == ("vision-0", 'a "word"', "info")
 
 
-def test_a_format_is_not_set_twice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("test.logs.twice")
     for _ in range(2):
         logs.configure("info", "json", logger.name)

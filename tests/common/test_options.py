@@ -1,42 +1,51 @@
-"""Options: three sources, one schema, errors that name what is wrong."""
+"""Options: precedence of the three sources, and errors that name the option, its value and what was expected."""
 
 from pathlib import Path
 
 import pytest
 
-from common.options import ConfigError, as_arguments, read_options
+from common.options import KNOWN_NAMES, ConfigError, as_arguments, read_options
 from dvd.up_config import UpOptions
 from server.config import GatewayOptions
 from tests.option_classes import COMMANDS
 from vision_worker.config import VisionOptions
 
-MINE = ["--vision-workers=a:1,unix:/b", "--language-workers=c:3"]
+WORKERS = ["--vision-workers=a:1,unix:/b", "--language-workers=c:3"]
 
 
-def test_a_flag_wins_over_a_variable_over_the_file(tmp_path: Path) -> None:
+def test_a_flag_overrides_a_variable_and_a_variable_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "dvd.yaml"
-    file.write_text("port: 1\nhost: h\nmax_images: 3\nvision_dtype: float32\n")  # the last is another command's
+    file.write_text("port: 1\nhost: h\nmax_images: 3\nvision_dtype: float32\n")  # the last belongs to another command
     variables = {"DVD_CONFIG": str(file), "DVD_PORT": "2", "DVD_MAX_IMAGES": "4", "HOME": "/"}
-    got = read_options(GatewayOptions, [*MINE, "--port", "5"], variables)
-    assert (got.port, got.max_images, got.host) == (5, 4, "h")
-    assert (got.vision_workers, got.language_workers) == (["a:1", "unix:/b"], ["c:3"])
+    options = read_options(GatewayOptions, [*WORKERS, "--port", "5"], variables)
+    assert (options.port, options.max_images, options.host) == (5, 4, "h")
+    assert (options.vision_workers, options.language_workers) == (["a:1", "unix:/b"], ["c:3"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variables", "says"),
+    ("arguments", "variables", "message"),
     [
         (["--port=x"], {}, r"--port = 'x'"),
-        (["--port=70000"], {}, "70000"),
+        (["--port=70000"], {}, "--port = '70000': expected at most 65535"),
+        (["--port"], {}, "--port: expected one argument; see dvd gateway --help"),
+        (["--prot=1"], {}, "unknown flag --prot: did you mean --port?"),
+        (["--max-model-len=1"], {}, "unknown flag --max-model-len: dvd gateway --help lists the flags"),
+        (["extra"], {}, "unexpected argument 'extra'; see dvd gateway --help"),
+        ([], {"DVD_FOOBAR": "1"}, "unknown variable DVD_FOOBAR: no command has this option"),
         ([], {"DVD_PROT": "1"}, "unknown variable DVD_PROT: did you mean DVD_PORT"),
-        (["--router-scope=tile"], {}, "--router-scope = 'tile'"),
+        (["--router-scope=tile"], {}, "--router-scope = 'tile': expected 'image' or 'request'"),
         (["--max-tiles=41"], {}, "--max-tiles = '41'"),
-        (["--allow-vir=maybe"], {}, "--allow-vir = 'maybe'"),
+        (["--allow-vir=maybe"], {}, "--allow-vir = 'maybe': expected true or false"),
         (["--vir=on"], {}, "--vir = 'on'"),
         (["--vir-relative-threshold=1.5"], {}, "--vir-relative-threshold = '1.5'"),
         (["--vir-absolute-threshold=nan"], {}, "--vir-absolute-threshold = 'nan'"),
         ([], {"DVD_VIR_ABSOLUTE_THRESHOLD": "-0.1"}, "--vir-absolute-threshold = '-0.1'"),
-        (["--vir=all", "--vir-relative-threshold=0"], {}, "--vir-relative-threshold = '0': only for --vir=auto, and it is all"),
-        (["--vision-workers=nowhere"], {}, r"--vision-workers = 'nowhere': expected host:port, .*dns:name:port"),
+        (
+            ["--vir=all", "--vir-relative-threshold=0"],
+            {},
+            "--vir-relative-threshold = '0': thresholds require --vir=auto, not all",
+        ),
+        (["--vision-workers=nowhere"], {}, r"--vision-workers = 'nowhere': expected HOST:PORT, .*dns:NAME:PORT"),
         (["--vision-workers=a:1,dns:///vision:5"], {}, "--vision-workers = 'dns:///vision:5'"),
         (["--vision-workers=dns:a..b:5"], {}, "--vision-workers"),
         ([f"--language-workers=dns:{'a' * 64}:5"], {}, "--language-workers"),
@@ -46,19 +55,19 @@ def test_a_flag_wins_over_a_variable_over_the_file(tmp_path: Path) -> None:
         (["--config=/nowhere.yaml"], {}, "cannot read --config /nowhere.yaml"),
     ],
 )
-def test_a_bad_option_is_named(arguments: list[str], variables: dict[str, str], says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as caught:
-        read_options(GatewayOptions, [*MINE, *arguments], variables)
+def test_an_invalid_option_is_an_error_of_one_line(arguments: list[str], variables: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_options(GatewayOptions, [*WORKERS, *arguments], variables)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("prot: 1", "unknown key 'prot'.*did you mean port"), ("- 1", "mapping"), ("{", "cannot")]
+    ("text", "message"), [("prot: 1", "unknown key 'prot'.*did you mean port"), ("- 1", "mapping"), ("{", "cannot")]
 )
-def test_a_bad_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+def test_an_invalid_file_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "f.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=says):
-        read_options(GatewayOptions, [*MINE, f"--config={tmp_path / 'f.yaml'}"], {})
+    with pytest.raises(ConfigError, match=message):
+        read_options(GatewayOptions, [*WORKERS, f"--config={tmp_path / 'f.yaml'}"], {})
 
 
 @pytest.mark.parametrize(
@@ -70,24 +79,24 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, says: str) -> None:
         ("vir: auto\nvir_relative_threshold: 0\nvir_absolute_threshold: 0.25", "auto", (0, 0.25)),
     ],
 )
-def test_the_router_in_a_file_and_on_its_way_to_the_gateway(
+def test_router_options_of_a_file_reach_the_gateway(
     tmp_path: Path, text: str, vir: str, thresholds: tuple[float | None, float | None]
 ) -> None:
     (tmp_path / "f.yaml").write_text(text)
     up = read_options(UpOptions, ["m", f"--config={tmp_path / 'f.yaml'}"], {})
     arguments = as_arguments(up, GatewayOptions, vision_workers=["a:1"], language_workers=["b:1"])
     gateway = read_options(GatewayOptions, arguments, {})
-    for got in (up, gateway):
-        assert (got.vir, (got.vir_relative_threshold, got.vir_absolute_threshold)) == (vir, thresholds)
+    for options in (up, gateway):
+        assert (options.vir, (options.vir_relative_threshold, options.vir_absolute_threshold)) == (vir, thresholds)
 
 
-def test_forms_of_a_workers_address() -> None:
-    given = ["dns:vision:50051", "dns:vision.dvd.svc.cluster.local.:1", "vision:1", "[::1]:5", "unix:/a b", "dns:5"]
-    got = read_options(GatewayOptions, ["--vision-workers=" + ",".join(given), "--language-workers=dns:language:2"], {})
-    assert (got.vision_workers, got.language_workers) == (given, ["dns:language:2"])
+def test_every_form_of_worker_address_is_accepted() -> None:
+    addresses = ["dns:vision:50051", "dns:vision.dvd.svc.cluster.local.:1", "vision:1", "[::1]:5", "unix:/a b", "dns:5"]
+    options = read_options(GatewayOptions, ["--vision-workers=" + ",".join(addresses), "--language-workers=dns:language:2"], {})
+    assert (options.vision_workers, options.language_workers) == (addresses, ["dns:language:2"])
 
 
-def test_a_missing_model_is_asked_for() -> None:
+def test_a_missing_model_is_an_error() -> None:
     with pytest.raises(ConfigError, match="missing MODEL"):
         read_options(VisionOptions, [], {})
 
@@ -95,21 +104,25 @@ def test_a_missing_model_is_asked_for() -> None:
 def test_secrets_are_masked_and_never_become_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     secret = {"DVD_API_KEY": "hunter2"}
     with pytest.raises(SystemExit):
-        read_options(GatewayOptions, [*MINE, "--print-config"], secret)
+        read_options(GatewayOptions, [*WORKERS, "--print-config"], secret)
     assert "hunter2" not in capsys.readouterr().out
-    got = read_options(GatewayOptions, MINE, secret)
-    assert got.api_key is not None
-    assert got.api_key.get_secret_value() == "hunter2"
-    assert "hunter2" not in str(as_arguments(got, GatewayOptions)) + repr(got)
+    options = read_options(GatewayOptions, WORKERS, secret)
+    assert options.api_key is not None
+    assert options.api_key.get_secret_value() == "hunter2"
+    assert "hunter2" not in str(as_arguments(options, GatewayOptions)) + repr(options)
 
 
-def test_a_bad_secret_is_not_printed() -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_options(GatewayOptions, ["--port=x"], {"DVD_API_KEY": "hunter2"})
-    assert "hunter2" not in str(caught.value)
+def test_a_secret_is_not_in_error_messages(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("api_key: [hunter2]")
+    for arguments in (["--port=x"], [f"--config={tmp_path / 'f.yaml'}"]):
+        with pytest.raises(ConfigError) as caught:
+            read_options(
+                GatewayOptions, [*WORKERS, *arguments], {} if "--config" in arguments[0] else {"DVD_API_KEY": "hunter2"}
+            )
+        assert "hunter2" not in str(caught.value)
 
 
-def test_arguments_carry_a_configuration_to_a_child() -> None:
+def test_arguments_pass_options_on_to_a_child() -> None:
     up = read_options(UpOptions, ["m", "--max-batch-tiles=3", "--allow-private-images", "--sink-lease=2"], {})
     vision = read_options(VisionOptions, as_arguments(up, VisionOptions, listen="unix:/v"), {})
     assert (vision.model, vision.max_batch_tiles, vision.listen) == (Path("m"), 3, "unix:/v")
@@ -117,10 +130,26 @@ def test_arguments_carry_a_configuration_to_a_child() -> None:
     assert read_options(GatewayOptions, gateway, {}).allow_private_images
 
 
+@pytest.mark.parametrize("command", ["up", "language"])
+def test_a_flag_of_vllm_belongs_after_two_dashes(command: str) -> None:
+    with pytest.raises(ConfigError, match="unknown flag --max-model-len: flags of vllm serve go after --,"):
+        read_options(COMMANDS[command], ["m", "--max-model-len=4096"], {})
+
+
+def test_a_listen_address_without_a_port_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"^--listen = 'here': expected HOST:PORT, \[IPV6\]:PORT or unix:/PATH$"):
+        read_options(VisionOptions, ["m", "--listen=here"], {})
+
+
+def test_known_names_are_those_of_all_commands() -> None:
+    """A process must recognise the options of other commands without having their packages."""
+    assert {name for options in COMMANDS.values() for name in options.model_fields} == KNOWN_NAMES
+
+
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_lists_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = COMMANDS[command]
+    options_class = COMMANDS[command]
     with pytest.raises(SystemExit):
-        read_options(options, ["--help"], {})
+        read_options(options_class, ["--help"], {})
     text = capsys.readouterr().out
-    assert all(name in ("model", "address") or f"--{name.replace('_', '-')}" in text for name in options.model_fields)
+    assert all(name in ("model", "address") or f"--{name.replace('_', '-')}" in text for name in options_class.model_fields)

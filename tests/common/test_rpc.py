@@ -1,4 +1,4 @@
-"""Errors over a real socket, and sockets that a killed process left."""
+"""Errors over a real socket, and socket files that a killed process left."""
 
 import socket
 from collections.abc import AsyncIterator
@@ -37,7 +37,7 @@ Pair = tuple[Failing, embeddings_pb2_grpc.EmbeddingSinkStub]
 
 
 @pytest.mark.parametrize("error", errors.all_errors(), ids=lambda e: e.__name__)
-async def test_an_error_arrives_as_itself(failing: Pair, error: type[errors.DvdError]) -> None:
+async def test_an_error_keeps_its_class_and_message(failing: Pair, error: type[errors.DvdError]) -> None:
     service, stub = failing
     service.error = error("image 3 is 5 bytes: too few")
     for call in (lambda: stub.Has(pb.HasRequest()), lambda: stub.Deliver(iter([]))):
@@ -48,7 +48,7 @@ async def test_an_error_arrives_as_itself(failing: Pair, error: type[errors.DvdE
         assert str(caught.value) == "image 3 is 5 bytes: too few"
 
 
-async def test_a_bug_leaves_no_trace_of_itself(failing: Pair) -> None:
+async def test_an_unexpected_error_reveals_nothing(failing: Pair) -> None:
     service, stub = failing
     service.error = KeyError("/secret/path")
     with pytest.raises(errors.InternalError) as caught, rpc.translate_errors("sink"):
@@ -57,7 +57,7 @@ async def test_a_bug_leaves_no_trace_of_itself(failing: Pair) -> None:
 
 
 async def test_an_absent_peer_is_unavailable(tmp_path: Path) -> None:
-    channel = rpc.open_channel(f"unix:{tmp_path}/nobody")
+    channel = rpc.open_channel(f"unix:{tmp_path}/absent")
     with pytest.raises(errors.Unavailable) as caught, rpc.translate_errors("vision worker"):
         await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Has(pb.HasRequest(), timeout=5)
     assert "vision worker" in str(caught.value)
@@ -65,7 +65,7 @@ async def test_an_absent_peer_is_unavailable(tmp_path: Path) -> None:
     await channel.close()
 
 
-def test_a_dead_socket_is_freed_and_a_live_one_is_not_stolen(tmp_path: Path) -> None:
+def test_an_abandoned_socket_is_removed_and_one_in_use_is_not(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))

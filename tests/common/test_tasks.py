@@ -1,4 +1,4 @@
-"""Single flight: who shares, who pays, and who may leave."""
+"""Single flight and gather_or_cancel."""
 
 import asyncio
 
@@ -9,85 +9,85 @@ from common.tasks import SingleFlight, gather_or_cancel
 
 
 class Work:
-    """Something slow that knows how often it was begun and ended."""
+    """A slow coroutine function that counts its starts and cancellations."""
 
     def __init__(self) -> None:
-        self.begun = self.cancelled = 0
-        self.free = asyncio.Event()
+        self.started = self.cancelled = 0
+        self.may_end = asyncio.Event()
 
     async def __call__(self) -> int:
-        self.begun += 1
-        number = self.begun
+        self.started += 1
+        number = self.started
         try:
-            await self.free.wait()
+            await self.may_end.wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         return number
 
 
-async def _started(flights: SingleFlight[int], work: Work, count: int, key: str = "k") -> list["asyncio.Task[int]"]:
-    tasks = [asyncio.create_task(flights.run(key, work)) for _ in range(count)]
+async def start_callers(single_flight: SingleFlight[int], work: Work, count: int, key: str = "k") -> list["asyncio.Task[int]"]:
+    tasks = [asyncio.create_task(single_flight.run(key, work)) for _ in range(count)]
     for _ in range(3):
         await asyncio.sleep(0)
     return tasks
 
 
-async def test_many_share_one() -> None:
-    flights, work = SingleFlight[int](), Work()
-    tasks = await _started(flights, work, 50)
-    assert flights.in_flight("k")
-    work.free.set()
+async def test_concurrent_callers_share_one_task() -> None:
+    single_flight, work = SingleFlight[int](), Work()
+    tasks = await start_callers(single_flight, work, 50)
+    assert single_flight.in_flight("k")
+    work.may_end.set()
     assert await asyncio.gather(*tasks) == [1] * 50
-    assert not flights.in_flight("k")
-    assert await flights.run("k", work) == 2, "a flight is no cache"
+    assert not single_flight.in_flight("k")
+    assert await single_flight.run("k", work) == 2, "results are not cached"
 
 
-async def test_other_keys_fly_alone() -> None:
-    flights, work = SingleFlight[int](), Work()
-    tasks = await _started(flights, work, 1, "a") + await _started(flights, work, 1, "b")
-    work.free.set()
+async def test_keys_are_independent() -> None:
+    single_flight, work = SingleFlight[int](), Work()
+    tasks = await start_callers(single_flight, work, 1, "a") + await start_callers(single_flight, work, 1, "b")
+    work.may_end.set()
     assert sorted(await asyncio.gather(*tasks)) == [1, 2]
 
 
-@pytest.mark.parametrize("who", [0, 1])
-async def test_who_leaves_does_not_end_it_for_the_others(who: int) -> None:
-    flights, work = SingleFlight[int](), Work()
-    tasks = await _started(flights, work, 2)
-    tasks[who].cancel()
-    await asyncio.wait([tasks[who]])
-    work.free.set()
-    assert await tasks[1 - who] == 1
+@pytest.mark.parametrize("leaver", [0, 1])
+async def test_a_cancelled_caller_does_not_cancel_the_others(leaver: int) -> None:
+    single_flight, work = SingleFlight[int](), Work()
+    tasks = await start_callers(single_flight, work, 2)
+    tasks[leaver].cancel()
+    await asyncio.wait([tasks[leaver]])
+    work.may_end.set()
+    assert await tasks[1 - leaver] == 1
     assert work.cancelled == 0
 
 
-async def test_the_last_one_to_leave_ends_it() -> None:
-    flights, work = SingleFlight[int](), Work()
-    tasks = await _started(flights, work, 3)
+async def test_the_last_cancelled_caller_cancels_the_task() -> None:
+    single_flight, work = SingleFlight[int](), Work()
+    tasks = await start_callers(single_flight, work, 3)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    assert not flights.in_flight("k"), "nobody joins what is being cancelled"
-    work.free.set()
-    assert await flights.run("k", work) == 2
+    assert not single_flight.in_flight("k"), "no caller may join a task that is being cancelled"
+    work.may_end.set()
+    assert await single_flight.run("k", work) == 2
     assert work.cancelled == 1
 
 
-async def test_an_error_is_everybodys_and_not_kept() -> None:
-    flights = SingleFlight[int]()
+async def test_an_error_is_shared_and_not_cached() -> None:
+    single_flight = SingleFlight[int]()
 
     async def fail() -> int:
         await asyncio.sleep(0)
         raise errors.InvalidImage("no image")
 
-    results = await asyncio.gather(*(flights.run("k", fail) for _ in range(3)), return_exceptions=True)
+    results = await asyncio.gather(*(single_flight.run("k", fail) for _ in range(3)), return_exceptions=True)
     assert [type(result) for result in results] == [errors.InvalidImage] * 3
     work = Work()
-    work.free.set()
-    assert await flights.run("k", work) == 1
+    work.may_end.set()
+    assert await single_flight.run("k", work) == 1
 
 
-async def test_together_is_in_order_and_the_first_error_ends_the_rest() -> None:
+async def test_gather_returns_in_order_and_cancels_the_rest_on_an_error() -> None:
     async def after(seconds: float, value: int) -> int:
         await asyncio.sleep(seconds)
         return value
@@ -110,14 +110,14 @@ async def test_together_is_in_order_and_the_first_error_ends_the_rest() -> None:
     assert await gather_or_cancel() == []
 
 
-async def test_a_flight_that_has_just_ended_is_not_joined() -> None:
-    flights: SingleFlight[int] = SingleFlight()
-    joined: list[bool] = []
+async def test_a_task_that_has_just_ended_is_not_in_flight() -> None:
+    single_flight: SingleFlight[int] = SingleFlight()
+    in_flight: list[bool] = []
 
     async def first() -> int:
-        # runs when this has ended, and before anybody was told so
-        asyncio.get_running_loop().call_soon(lambda: joined.append(flights.in_flight("key")))
+        # runs after this coroutine has ended and before the callbacks of its task
+        asyncio.get_running_loop().call_soon(lambda: in_flight.append(single_flight.in_flight("key")))
         return 1
 
-    assert await flights.run("key", first) == 1
-    assert joined == [False]
+    assert await single_flight.run("key", first) == 1
+    assert in_flight == [False]

@@ -1,4 +1,4 @@
-"""How many tiles: the official grids, and bounds that hold."""
+"""Grids of tiles are those of the official code and within the bounds."""
 
 import pytest
 
@@ -11,7 +11,7 @@ TILING = Tiling(min_tiles=1, max_tiles=12, thumbnail=True)
     ("size", "expected"),
     [((800, 1300), (2, 3)), ((448, 448), (1, 1)), ((1, 10_000), (1, 12)), ((10_000, 1), (12, 1)), ((1, 1), (1, 1))],
 )
-def test_grid(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_the_grid_fits_the_aspect_ratio(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert select_grid(*size, TILING) == expected
 
 
@@ -21,15 +21,15 @@ def test_a_tie_goes_to_the_larger_grid_only_if_the_image_is_large() -> None:
     assert select_grid(1600, 800, TILING) == (4, 2)
 
 
-@pytest.mark.parametrize(("least", "most"), [(1, 1), (4, 4), (3, 7), (1, 40)])
-def test_bounds_hold(least: int, most: int) -> None:
+@pytest.mark.parametrize(("low", "high"), [(1, 1), (4, 4), (3, 7), (1, 40)])
+def test_the_grid_is_within_the_bounds(low: int, high: int) -> None:
     for size in [(100, 100), (1000, 300), (3, 2000)]:
-        columns, rows = select_grid(*size, Tiling(least, most, thumbnail=True))
-        assert least <= columns * rows <= most
+        columns, rows = select_grid(*size, Tiling(low, high, thumbnail=True))
+        assert low <= columns * rows <= high
 
 
 @pytest.mark.parametrize(
-    ("asked", "own", "expected"),
+    ("requested", "defaults", "expected"),
     [
         ((0, 0), (1, 12), (1, 12)),
         ((0, 1), (1, 12), (1, 1)),
@@ -39,13 +39,13 @@ def test_bounds_hold(least: int, most: int) -> None:
         ((4, 6), (1, 12), (4, 6)),
     ],
 )
-def test_a_bound_that_is_not_asked_for_gives_way(
-    asked: tuple[int, int], own: tuple[int, int], expected: tuple[int, int]
+def test_requested_bounds_override_defaults(
+    requested: tuple[int, int], defaults: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    assert resolve_tile_bounds(*asked, *own) == expected
+    assert resolve_tile_bounds(*requested, *defaults) == expected
 
 
-def test_a_thumbnail_comes_only_beside_other_tiles() -> None:
+def test_only_an_image_of_several_tiles_has_a_thumbnail() -> None:
     assert has_thumbnail(2, 1, TILING)
     assert not has_thumbnail(1, 1, TILING)
     assert not has_thumbnail(2, 1, Tiling(1, 12, thumbnail=False))

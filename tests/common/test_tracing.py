@@ -1,3 +1,5 @@
+"""Trace events: their format, and what happens if they cannot be written."""
+
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +10,7 @@ import pytest
 from common.tracing import Trace, read_trace
 
 
-def test_events_are_those_that_trace_viewers_read(tmp_path: Path) -> None:
+def test_events_have_the_format_of_trace_viewers(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "traces", "vision")
     before = time.monotonic()
     with trace.span("encode", tiles=4):
@@ -22,7 +24,7 @@ def test_events_are_those_that_trace_viewers_read(tmp_path: Path) -> None:
     assert encode["dur"] >= 10_000
 
 
-def test_a_block_that_fails_took_its_time_too(tmp_path: Path) -> None:
+def test_a_block_that_raises_is_recorded(tmp_path: Path) -> None:
     trace = Trace(tmp_path, "gateway")
     with pytest.raises(ValueError, match="no"), trace.span("fetch"):
         raise ValueError("no")
@@ -30,7 +32,7 @@ def test_a_block_that_fails_took_its_time_too(tmp_path: Path) -> None:
     assert [event["name"] for event in read_trace(tmp_path)] == ["fetch"]
 
 
-def test_where_it_cannot_be_written_tracing_ends_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_write_error_ends_tracing_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trace = Trace(tmp_path / "traces", "vision")
     (tmp_path / "traces").rmdir()
     for number in range(500):
@@ -40,7 +42,7 @@ def test_where_it_cannot_be_written_tracing_ends_and_nothing_else(tmp_path: Path
     assert [record.message.partition(":")[0] for record in caplog.records] == ["tracing ends"]
 
 
-def test_many_threads_lose_nothing(tmp_path: Path) -> None:
+def test_no_event_of_concurrent_threads_is_lost(tmp_path: Path) -> None:
     trace = Trace(tmp_path, "vision")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: trace.record("prepare", i, i + 1, image=i), range(1000)))
@@ -50,7 +52,7 @@ def test_many_threads_lose_nothing(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in file.read_text().splitlines())
 
 
-def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trace = Trace(None, "vision")
     with trace.span("encode"):

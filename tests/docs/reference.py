@@ -1,4 +1,4 @@
-"""docs/configuration.md, from the schema of the options: `python -m tests.docs.reference > docs/configuration.md`."""
+"""Generates docs/configuration.md from the options classes: `python -m tests.docs.reference > docs/configuration.md`."""
 
 import types
 import typing
@@ -6,27 +6,34 @@ from collections import defaultdict
 
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-from common.options import PREFIX, flag_name
+from common.options import PREFIX, default_text, flag_name
 from tests.option_classes import COMMANDS
 
 HEAD = f"""# Configuration
 
-Generated from the schema of the options (`make docs`); a test holds it against that.
+Generated from the options classes (`make docs`); a test fails if it is out of date.
 
-Each option is a flag (`--max-in-flight 64`), a variable (`{PREFIX}MAX_IN_FLIGHT=64`) and a key of the file that
-`--config FILE.yaml` or `{PREFIX}CONFIG` names (`max_in_flight: 64`); the first that is there counts. One file may serve
-all commands. `--print-config` prints what is in force, secrets masked. What `dvd language` and `dvd up` have after `--` goes to
-vLLM as it is. Options of `dvd plan` are in its `--help`.
+Each option can be set in three places. A flag overrides a variable, and a variable overrides the file.
 
-| option | commands | values | default | |
+| place | example |
+|---|---|
+| flag | `--max-in-flight 64` |
+| variable | `{PREFIX}MAX_IN_FLIGHT=64` |
+| key of the YAML file named by `--config` or `{PREFIX}CONFIG` | `max_in_flight: 64` |
+
+* One file may serve all commands: each command ignores the keys of others. An unknown key, variable or flag is an error.
+* `--print-config` prints the configuration in force and exits. Secrets are masked.
+* `dvd up` and `dvd language` pass flags after `--` on to `vllm serve`.
+* `dvd plan --help` lists the options of `dvd plan`, which are flags only.
+
+| option | commands | values | default | description |
 |---|---|---|---|---|
 """
 
 
 def reference() -> str:
-    """The whole file: a row for each option, or for each of its meanings where commands differ."""
+    """Return the whole file: a row for each option, or several if it differs between commands."""
     rows: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for command, options in COMMANDS.items():
         for name, field in options.model_fields.items():
@@ -41,7 +48,7 @@ def reference() -> str:
 def _values(field: FieldInfo) -> str:
     annotation = field.annotation
     if isinstance(annotation, types.UnionType):
-        annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
+        annotation = next(member for member in typing.get_args(annotation) if member is not type(None))
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     known = {bool: "`true`, `false`", int: "whole number", float: "number", SecretStr: "secret"}
@@ -50,17 +57,16 @@ def _values(field: FieldInfo) -> str:
     return f"{kind} {', '.join(bounds)}" if bounds and kind in ("whole number", "number") else kind
 
 
-def _bound(said: object) -> tuple[str, object]:
+def _bound(constraint: object) -> tuple[str, object]:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    return next(((sign, getattr(said, name)) for name, sign in signs.items() if hasattr(said, name)), ("", None))
+    return next(((sign, getattr(constraint, name)) for name, sign in signs.items() if hasattr(constraint, name)), ("", None))
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
-        return "must be said"
-    if field.default is None:
-        return "–"
-    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+    if field.is_required():
+        return "required"
+    text = default_text(field)
+    return "unset" if text is None else f"`{text}`"
 
 
 def _escaped(text: str) -> str:

@@ -1,8 +1,11 @@
-"""Who gets which GPU."""
+"""Assignment of GPUs to workers."""
+
+from pathlib import Path
 
 import pytest
 
-from dvd.devices import assign, visible
+from dvd import devices as devices_module
+from dvd.devices import assign, visible_gpus
 
 CASES = [
     (1, 1, [], [[]], [[]], False),
@@ -18,7 +21,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("vision", "language", "gpus", "for_vision", "for_language", "shared"), CASES)
-def test_gpus_are_shared_out(
+def test_gpus_are_assigned(
     vision: int, language: int, gpus: list[str], for_vision: list[list[str]], for_language: list[list[str]], shared: bool
 ) -> None:
     devices = assign(vision, language, gpus)
@@ -28,16 +31,16 @@ def test_gpus_are_shared_out(
 @pytest.mark.parametrize("vision", range(1, 5))
 @pytest.mark.parametrize("language", range(1, 5))
 @pytest.mark.parametrize("count", range(1, 9))
-def test_nobody_is_without_a_gpu_and_none_is_given_twice_where_there_are_enough(vision: int, language: int, count: int) -> None:
+def test_every_worker_gets_a_gpu_and_none_is_shared_if_there_are_enough(vision: int, language: int, count: int) -> None:
     devices = assign(vision, language, [str(i) for i in range(count)])
-    given = [*devices.vision, *devices.language]
-    assert all(given)
-    numbers = [gpu for gpus in given for gpu in gpus]
+    assigned = [*devices.vision, *devices.language]
+    assert all(assigned)
+    numbers = [gpu for gpus in assigned for gpu in gpus]
     assert devices.shared == (count < vision + language)
     assert devices.shared or len(set(numbers)) == len(numbers)
 
 
-def test_what_processes_are_told() -> None:
+def test_variables_and_flags_of_workers() -> None:
     shared, alone, none = assign(1, 1, ["0"]), assign(1, 1, ["0", "1", "2"]), assign(1, 1, [])
     assert alone.environment(alone.language[0]) == {"CUDA_VISIBLE_DEVICES": "0,1"}
     assert none.environment(none.vision[0]) == {}
@@ -48,19 +51,14 @@ def test_what_processes_are_told() -> None:
 @pytest.mark.parametrize(
     ("variable", "gpus"), [("", []), ("-1", []), ("0", ["0"]), (" 2, 1 ,", ["2", "1"]), ("GPU-a,MIG-b", ["GPU-a", "MIG-b"])]
 )
-def test_the_variable_says_which_gpus_there_are(monkeypatch: pytest.MonkeyPatch, variable: str, gpus: list[str]) -> None:
+def test_cuda_visible_devices_limits_the_gpus(monkeypatch: pytest.MonkeyPatch, variable: str, gpus: list[str]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert visible() == gpus
+    assert visible_gpus() == gpus
 
 
-def test_without_the_variable_the_device_files_say_it(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    from pathlib import Path
-
-    import dvd.devices
-
-    folder = Path(str(tmp_path))
+def test_without_the_variable_the_device_files_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("nvidia1", "nvidia0", "nvidiactl", "nvidia-uvm", "null"):
-        (folder / name).touch()
+        (tmp_path / name).touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(dvd.devices, "_DEVICES", folder)
-    assert visible() == ["0", "1"]
+    monkeypatch.setattr(devices_module, "_DEVICE_FOLDER", tmp_path)
+    assert visible_gpus() == ["0", "1"]

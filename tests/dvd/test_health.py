@@ -1,50 +1,47 @@
-"""`dvd health`: an exit status that says whether a process can do its work."""
+"""`dvd health`: its exit status tells whether a process can do its work."""
 
 import asyncio
 import sys
 from pathlib import Path
 
 import pytest
+from tests.server.peers import Language, Vision, serve
 
 from common import errors
 from dvd.health import check
 from tests.ports import free_port
-from tests.server.fakes.language_worker import FakeLanguageWorker
-from tests.server.fakes.stack import start_stack
-from tests.server.fakes.vision_worker import FakeVisionWorker
 
 
-async def test_a_vision_worker(tmp_path: Path) -> None:
-    vision = FakeVisionWorker(f"127.0.0.1:{free_port()}")
+async def test_a_vision_worker_is_healthy_while_it_answers(tmp_path: Path) -> None:
+    vision = Vision(f"127.0.0.1:{free_port()}")
     await vision.start()
     assert await check(vision.address, 20) == "vision worker of InternVL, float32 on cpu"
-    vision.responsive.clear()
+    vision.answers.clear()
     with pytest.raises(errors.Unavailable, match="deadline_exceeded"):
         await check(vision.address, 0.2)
-    vision.responsive.set()
+    vision.answers.set()
     await vision.stop()
     with pytest.raises(errors.Unavailable, match=r"no worker answers \(unavailable\)"):
         await check(vision.address, 20)
 
 
-async def test_a_language_worker_is_its_sink_and_its_engine(tmp_path: Path) -> None:
-    language = FakeLanguageWorker(tmp_path, 0, f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
+async def test_a_language_worker_needs_its_sink_and_vllm(tmp_path: Path) -> None:
+    language = Language(tmp_path, 0, f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
     language.sink.http = language.engine.address.replace("127.0.0.1", "0.0.0.0")
     await language.start()
-    said = await check(language.sink.address, 20)
-    assert said == "language worker of InternVL, float32, 0 of 0 MiB of embeddings"
+    assert await check(language.sink.address, 20) == "language worker of InternVL, float32, 0 of 0 MiB of embeddings"
     await language.engine.stop()
-    with pytest.raises(errors.Unavailable):
+    with pytest.raises(errors.Unavailable, match="^vLLM at 127.0.0.1:.* does not answer: .*refused"):
         await check(language.sink.address, 20)
     await language.stop()
 
 
-async def test_a_gateway_says_why_it_is_not_ready(tmp_path: Path) -> None:
-    async with start_stack(tmp_path) as stack:
+async def test_a_gateway_that_is_not_ready_gives_the_reasons(tmp_path: Path) -> None:
+    async with serve(tmp_path) as stack:
         for path in ("live", "ready"):
             assert await check(f"{stack.url}/health/{path}", 20) == "200"
         await stack.vision.stop()
-        assert await check(f"{stack.url}/health/live", 20) == "200", "text is still served"
+        assert await check(f"{stack.url}/health/live", 20) == "200", "text requests are still served"
         with pytest.raises(errors.Unavailable, match="^503 no vision worker answers$"):
             await check(f"{stack.url}/health/ready", 20)
         with pytest.raises(errors.Unavailable, match=r"^404$"):
@@ -54,18 +51,18 @@ async def test_a_gateway_says_why_it_is_not_ready(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "says"),
+    ("arguments", "status", "message"),
     [
         (["127.0.0.1:1"], 1, "dvd health: 127.0.0.1:1: no worker answers"),
-        (["vision"], 2, "dvd health: ADDRESS = 'vision': expected host:port"),
+        (["vision"], 2, "dvd health: ADDRESS = 'vision': expected HOST:PORT"),
         ([], 2, "dvd health: missing ADDRESS"),
         (["127.0.0.1:1", "--timeout=0"], 2, "dvd health: --timeout = '0'"),
     ],
 )
-async def test_what_it_says_is_one_line_and_a_status(arguments: list[str], status: int, says: str) -> None:
+async def test_a_failure_is_one_line_and_an_exit_status(arguments: list[str], status: int, message: str) -> None:
     command = [sys.executable, "-c", "from dvd.cli import main; main()", "health", *arguments]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
     out, err = await process.communicate()
     assert (process.returncode, out) == (status, b"")
-    assert err.decode().startswith(says)
+    assert err.decode().startswith(message)
     assert err.count(b"\n") == 1

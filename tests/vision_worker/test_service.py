@@ -332,7 +332,7 @@ async def test_each_call_is_logged_with_the_request_id_of_its_caller(
     log = logging.getLogger("dvd.encode")
     log.addFilter(ids)
     caplog.set_level("INFO", log.name)
-    metadata = ((logs.METADATA, request_id),) if request_id else ()
+    metadata = ((logs.REQUEST_ID_KEY, request_id),) if request_id else ()
     await flash.encode("wide_1300x800.jpg", metadata=metadata)
     with pytest.raises(errors.InvalidImage):
         await flash.encode(b"text", metadata=metadata)

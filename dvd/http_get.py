@@ -1,0 +1,53 @@
+"""HTTP GET over TCP or a Unix socket, with the standard library alone: every container image has it."""
+
+import asyncio
+import http.client
+import socket
+
+from common import errors
+
+_MAX_BODY_BYTES = 1 << 20
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection over the Unix socket at `path`."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+async def http_get(address: str, path: str, timeout: float) -> tuple[int, bytes]:
+    """Return status and body (at most 1 MiB of it) of `GET path`. Proxies of the environment are not used.
+
+    Args:
+        address: `HOST:PORT`, `[IPV6]:PORT` or `unix:/PATH`.
+        path: path and query of the URL.
+        timeout: seconds that each step of the exchange may take.
+
+    Raises:
+        errors.Unavailable: nothing listens, or what listens does not answer in HTTP or in time.
+    """
+    return await asyncio.to_thread(_get, address, path, timeout)
+
+
+def _get(address: str, path: str, timeout: float) -> tuple[int, bytes]:
+    connection: http.client.HTTPConnection | None = None
+    try:
+        if address.startswith("unix:"):
+            connection = _UnixConnection(address.removeprefix("unix:"), timeout)
+        else:
+            connection = http.client.HTTPConnection(address, timeout=timeout)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read(_MAX_BODY_BYTES)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a host name that cannot be encoded
+        raise errors.Unavailable(str(error) or type(error).__name__) from None
+    finally:
+        if connection is not None:
+            connection.close()

