@@ -12,6 +12,7 @@ from lm_worker.store import Store
 from server.metrics import EngineLoad, WorkerStatus
 from server.metrics import Metrics as GatewayMetrics
 from vision_worker.cache.embedding_cache import EmbeddingCache
+from vision_worker.cache.memory import MemoryCache
 from vision_worker.metrics import Metrics as VisionMetrics
 
 ROOT = Path(__file__).parents[2]
