@@ -107,7 +107,7 @@ def test_a_skipped_test_fails_in_ci(tmp_path: Path) -> None:
         check=False,
     )
     assert in_ci.returncode == 1, in_ci.stdout
-    assert "1 failed, 1 xfailed, 1 error" in in_ci.stdout
+    assert re.search(r"^1 failed, 1 xfailed, .*1 error", in_ci.stdout, re.MULTILINE), in_ci.stdout
     assert "no tool" in in_ci.stdout
 
 
