@@ -19,28 +19,33 @@ class SinkProcess:
 
     def __init__(self, options: SinkOptions) -> None:
         self._arguments = options.arguments()
-        self._process: asyncio.subprocess.Process | None = None
-        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the sink."""
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """Exit status of the sink; None while it runs, negative if a signal ended it."""
+        return self._process.returncode
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(sys.executable, *self._arguments, stdin=asyncio.subprocess.PIPE)
-        self._watching = asyncio.create_task(_stop_with(self._process))
+        self._watching = asyncio.create_task(self._stop_this_process_with_the_sink())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        assert self._watching is not None
         self._watching.cancel()
-        self._process.stdin.close()  # which ends it
         with contextlib.suppress(asyncio.CancelledError):
             await self._watching
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # the sink ends when its standard input does
         await self._process.wait()
 
-
-async def _stop_with(process: asyncio.subprocess.Process) -> None:
-    code = await process.wait()
-    print(f"dvd language: the sink ended with exit status {code}; stopping", file=sys.stderr)
-    os.kill(os.getpid(), signal.SIGTERM)
+    async def _stop_this_process_with_the_sink(self) -> None:
+        status = await self._process.wait()
+        print(f"dvd language: the sink ended with exit status {status}; stopping", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
