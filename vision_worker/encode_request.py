@@ -53,12 +53,12 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
 
 
 def _parse_tiling(tiling: pb.Tiling, description: Description, max_pixels: int) -> Tiling:
-    least, most = resolve_tile_bounds(tiling.min_tiles, tiling.max_tiles, description.min_tiles, description.max_tiles)
-    if least > most or most > MAX_TILES:
+    min_tiles, max_tiles = resolve_tile_bounds(tiling.min_tiles, tiling.max_tiles, description.min_tiles, description.max_tiles)
+    if min_tiles > max_tiles or max_tiles > MAX_TILES:
         raise errors.InvalidRequest(
-            f"min_tiles {least} and max_tiles {most}: min_tiles must not exceed max_tiles, nor max_tiles {MAX_TILES}"
+            f"min_tiles {min_tiles} and max_tiles {max_tiles}: min_tiles must not exceed max_tiles, nor max_tiles {MAX_TILES}"
         )
-    return Tiling(least, most, description.thumbnail, description.tower.image_size, max_pixels)
+    return Tiling(min_tiles, max_tiles, description.thumbnail, description.tower.image_size, max_pixels)
 
 
 def _parse_router(router: pb.Router, defaults: Thresholds | None) -> vir.Policy:
