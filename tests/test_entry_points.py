@@ -101,7 +101,8 @@ def test_the_gateway_answers_health_checks(tmp_path: Path) -> None:
 def test_a_vision_worker_answers_health_checks(tmp_path: Path) -> None:
     image = Image("vision", tmp_path / "image")
     address = f"unix:{tmp_path}/vision"
-    arguments = ["-m", "vision_worker", CHECKPOINT, "--vision-backend=fake", "--device=cpu", f"--listen={address}"]
+    arguments: list[str | Path] = ["-m", "vision_worker", CHECKPOINT, "--vision-backend=fake", "--device=cpu"]
+    arguments.append(f"--listen={address}")
     with image.started(*arguments) as worker:
         wait_for_line(worker, "ready on")
         health = image.run(*DVD, "health", address)

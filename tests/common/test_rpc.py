@@ -1,7 +1,7 @@
 """Errors over a real socket, and socket files that a killed process left."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ Pair = tuple[Failing, embeddings_pb2_grpc.EmbeddingSinkStub]
 async def test_an_error_keeps_its_class_and_message(failing: Pair, error: type[errors.DvdError]) -> None:
     service, stub = failing
     service.error = error("image 3 is 5 bytes: too few")
-    for call in (lambda: stub.Has(pb.HasRequest()), lambda: stub.Deliver(iter([]))):
+    calls: tuple[Callable[[], Any], ...] = (lambda: stub.Has(pb.HasRequest()), lambda: stub.Deliver(iter([])))
+    for call in calls:
         with pytest.raises(errors.DvdError) as caught, rpc.translate_errors("sink"):
             await call()
         assert caught.type.code == error.code

@@ -37,8 +37,8 @@ def encode_images(checkpoint: Path, store_folder: Path) -> dict[str, int]:
     rows = {}
     for file in IMAGE_FILES:
         tiles = encoder.prepare((IMAGES / file).read_bytes(), Tiling(1, 2, description.thumbnail))
-        policy = vir.create_policy(0, description.thresholds)
-        projected = encoder.project(encoder.forward(encoder.stage(tiles.pixels)), range(len(tiles)), policy)
+        policy = vir.select_policy(0, description.thresholds)
+        projected = encoder.project(encoder.forward(encoder.stage(list(tiles.pixels))), range(len(tiles)), policy)
         embedding = torch.cat(projected.blocks).float()
         key = file.partition(".")[0]
         rows[key] = len(embedding)

@@ -167,7 +167,7 @@ def test_a_tool_that_must_be_called(client: OpenAI) -> None:
         model=MODEL, messages=user(SQUARE, "x"), max_tokens=200, tools=tools, tool_choice=choice
     )
     assert result.choices[0].message.tool_calls
-    call = result.choices[0].message.tool_calls[0]
+    call: Any = result.choices[0].message.tool_calls[0]
     assert (call.type, call.function.name) == ("function", "look")
     messages: Any = [
         *user(SQUARE, "x"),

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,9 +65,16 @@ async def sink(running: RunningSink) -> AsyncIterator[embeddings_pb2_grpc.Embedd
     await channel.close()
 
 
-def header(key: str, **changes: object) -> pb.EmbeddingHeader:
+def header(key: str, **changes: Any) -> pb.EmbeddingHeader:
     """A header that the sink accepts, with some fields changed."""
-    valid = {"key": key, "fingerprint": FINGERPRINT, "dtype": pb.FLOAT32, "rows": ROWS, "width": WIDTH, "length": LENGTH}
+    valid: dict[str, Any] = {
+        "key": key,
+        "fingerprint": FINGERPRINT,
+        "dtype": pb.FLOAT32,
+        "rows": ROWS,
+        "width": WIDTH,
+        "length": LENGTH,
+    }
     return pb.EmbeddingHeader(**{**valid, **changes})
 
 
@@ -82,7 +90,8 @@ async def deliver(
     for retries_left in reversed(range(3)):
         try:
             with rpc.translate_errors("sink"):
-                return await sink.Deliver(parts())
+                reply: pb.DeliverReply = await sink.Deliver(parts())
+                return reply
         except errors.Unavailable as error:  # grpc.aio sometimes loses an error that arrives while it is writing: retry
             if "(internal)" not in str(error) or not retries_left:
                 raise
@@ -135,7 +144,7 @@ NAN = np.full(ROWS * WIDTH, np.nan, "float32").tobytes()
     ],
 )
 async def test_an_invalid_delivery_is_rejected_and_leaves_nothing_behind(
-    sink: embeddings_pb2_grpc.EmbeddingSinkStub, changes: dict[str, object], data: bytes, error: type[Exception], message: str
+    sink: embeddings_pb2_grpc.EmbeddingSinkStub, changes: dict[str, Any], data: bytes, error: type[Exception], message: str
 ) -> None:
     before = (await sink.Describe(pb.DescribeRequest())).used_bytes
     with pytest.raises(error, match=message):
@@ -223,7 +232,7 @@ async def test_a_sender_on_the_same_machine_writes_the_file(running: RunningSink
 async def test_a_sender_that_cannot_write_the_file_streams_the_values(
     running: RunningSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding_stream.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError()))
     assert not (await send(running, "sent", ROWS, VALUES)).already_here
     _, mapping = map_embedding(Path(running.options.folder) / "sent")
     assert mapping[HEADER_SIZE:] == VALUES

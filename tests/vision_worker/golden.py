@@ -79,7 +79,7 @@ def tiles(encoder: Encoder, name: str) -> Tiles:
 def features(name: str, file: str, dtype: torch.dtype) -> torch.Tensor:
     """Features of one image; cached, since several cases have the same image."""
     model = encoder(name, dtype)
-    return model.forward(model.stage(tiles(model, file).pixels))
+    return model.forward(model.stage(list(tiles(model, file).pixels)))
 
 
 def embed(case: Case, dtype: torch.dtype) -> GroupEmbedding:

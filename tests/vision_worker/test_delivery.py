@@ -40,7 +40,12 @@ async def test_an_idle_channel_is_closed_when_another_is_opened(
     monkeypatch.setattr(delivery, "IDLE_SECONDS", idle_seconds)
     channels: list[Any] = []
     open_channel = rpc.open_channel
-    monkeypatch.setattr(delivery.rpc, "open_channel", lambda address: channels.append(open_channel(address)) or channels[-1])
+
+    def record_channel(address: str) -> Any:
+        channels.append(open_channel(address))
+        return channels[-1]
+
+    monkeypatch.setattr(rpc, "open_channel", record_channel)
     addresses = [f"unix:{tmp_path}/{i}" for i in range(3)]
     servers, sinks = [rpc.create_server(address) for address in addresses], [Sink() for _ in addresses]
     for server, sink in zip(servers, sinks, strict=True):

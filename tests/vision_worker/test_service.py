@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         header = (await anext(request)).header
         await embedding_stream.request_values(context, None)
         parts = [chunk.data async for chunk in request]
-        assert all(len(part) <= rpc.CHUNK for part in parts)
+        assert all(len(part) <= rpc.CHUNK_BYTES for part in parts)
         self.headers[header.key], self.data[header.key] = header, b"".join(parts)
         return embeddings_pb2.DeliverReply()
 
@@ -65,7 +65,7 @@ class Worker:
     async def encode(
         self, *images: str | bytes, seconds: float | None = None, name: str = "key", metadata: Any = (), **fields: Any
     ) -> pb.EncodeReply:
-        request = {
+        request: dict[str, Any] = {
             "images": [
                 pb.Image(key=f"{name}-{i}", data=golden.image(image) if isinstance(image, str) else image)
                 for i, image in enumerate(images)
@@ -73,7 +73,8 @@ class Worker:
             "dtype": embeddings_pb2.FLOAT32, "deliver_to": self.sink_address, "fingerprint": self.fingerprint,
         } | fields  # fmt: skip
         with rpc.translate_errors("vision worker"):
-            return await self.stub.Encode(pb.EncodeRequest(**request), timeout=seconds, metadata=metadata)
+            reply: pb.EncodeReply = await self.stub.Encode(pb.EncodeRequest(**request), timeout=seconds, metadata=metadata)
+            return reply
 
     def delivered(self, key: str) -> torch.Tensor:
         header = self.sink.headers[key]
@@ -217,7 +218,7 @@ async def test_the_request_chooses_the_tiling(flash: Worker, tiling: pb.Tiling, 
         ({"tiling": pb.Tiling(max_tiles=41)}, errors.InvalidRequest, "max_tiles 41.*nor max_tiles 40"),
         ({"router": pb.Router(relative_threshold=1.5)}, errors.InvalidRequest, "relative_threshold 1.5"),
         ({"router": pb.Router(absolute_threshold=math.nan)}, errors.InvalidRequest, "absolute_threshold nan"),
-        ({"router": pb.Router(mode=7)}, errors.InvalidRequest, "mode 7"),
+        ({"router": pb.Router(mode=cast(Any, 7))}, errors.InvalidRequest, "mode 7"),
         ({"images": [pb.Image(key="k", data=b"text")]}, errors.InvalidImage, "not an image"),
         ({"images": [pb.Image(data=b"text")]}, errors.InvalidRequest, "key"),
     ],

@@ -80,4 +80,4 @@ def test_positions_of_another_image_size_are_interpolated(folder: Path) -> None:
     name = "vision_model.embeddings.position_embedding"
     rewrite(folder, tensors | {name: tensors[name][:, : 16 * 16 + 1].clone()})
     encoder = internvl.load(open_checkpoint(folder), CPU)
-    assert encoder.forward(encoder.stage(golden.tiles(encoder, "square.png").pixels)).shape == (1, 1024, 64)
+    assert encoder.forward(encoder.stage(list(golden.tiles(encoder, "square.png").pixels))).shape == (1, 1024, 64)

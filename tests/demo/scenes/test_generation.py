@@ -123,7 +123,7 @@ def test_digits_have_the_minimum_height_after_tiling(style: Style, least: int) -
     numbers = [(scene, scene.number) for scene in sample_scenes(style, 300) if scene.number]
     assert len(numbers) > 100
     for scene, number in numbers:
-        tall = tile_windows(scene, style)[0].tall
+        tall = tile_windows(scene, style)[0].scale_y
         assert len(number.digits) == len(number.text)
         for _, top, _, bottom in number.digits:
             assert (bottom - top + 1) * tall >= least, (number.text, Path(number.font).name, number.size)

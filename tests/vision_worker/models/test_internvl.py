@@ -53,7 +53,7 @@ def test_a_compiled_tower_computes_the_same_features() -> None:
     plain = golden.encoder("flash-qwen3")
     assert (compiled.warmup_batch_sizes(2), plain.warmup_batch_sizes(2)) == ([1, 2], [2])
     tiles = golden.tiles(compiled, "wide_1300x800.jpg").pixels[:2]
-    assert golden.relative_error(compiled.forward(compiled.stage(tiles)), plain.forward(plain.stage(tiles))) < 2e-6
+    assert golden.relative_error(compiled.forward(compiled.stage(list(tiles))), plain.forward(plain.stage(tiles))) < 2e-6
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -73,7 +73,7 @@ def test_dummy_weights_are_seeded_and_finite() -> None:
     results = []
     for _ in range(2):
         encoder = internvl.load(checkpoint, CPU, dummy=True)
-        results.append(torch.cat(encoder.project(encoder.forward(encoder.stage(pixels)), range(2), policy).blocks))
+        results.append(torch.cat(encoder.project(encoder.forward(encoder.stage(list(pixels))), range(2), policy).blocks))
     assert torch.equal(*results)
     assert results[0].isfinite().all()
 
@@ -99,7 +99,7 @@ def test_features_of_a_transformers_checkpoint_are_those_of_transformers(tmp_pat
     encoder = internvl.load(open_checkpoint(tmp_path), CPU)
     assert encoder.checkpoint.description.max_tiles == 9
     pixels = np.random.default_rng(1).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
-    actual = torch.stack(encoder.project(encoder.forward(encoder.stage(pixels)), range(2), vir.Fixed(False)).blocks)
+    actual = torch.stack(encoder.project(encoder.forward(encoder.stage(list(pixels))), range(2), vir.Fixed(False)).blocks)
     with torch.no_grad():
         expected = theirs.model.get_image_features(normalize(torch.from_numpy(pixels))).pooler_output
     assert golden.relative_error(actual, expected) < 1e-5
