@@ -15,7 +15,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.layouts import opengvlab
 from demo.files import write_json
-from demo.model.config import checkpoint_config as demo_config
 from demo.text.tokenizer import DemoTokenizer
 from vision_worker.models.internvl import Model
 
@@ -30,7 +29,7 @@ SMALL_LANGUAGE = LANGUAGE | {"hidden_size": 256, "intermediate_size": 512, "num_
 
 def config(vocabulary: int, flash: bool, dtype: str, language: dict[str, int]) -> dict[str, Any]:
     """Content of `config.json` for a `vocabulary` size, with the router if `flash`, and the sizes of the language model."""
-    content = demo_config(vocabulary)
+    content = checkpoint_config(vocabulary)
     content["vision_config"] |= VISION
     content["llm_config"] |= {**language, "torch_dtype": dtype}
     content["torch_dtype"] = dtype

@@ -44,12 +44,12 @@ def test_equal_seeds_give_equal_scenes_and_pixels(style: Style) -> None:
 @every_style
 def test_sizes_are_within_bounds_and_every_tile_count_occurs(style: Style) -> None:
     scale = style.tile_pixels / 448
-    found = sample_scenes(style, 400)
-    for scene in found:
+    scenes = sample_scenes(style, 400)
+    for scene in scenes:
         assert math.ceil(224 * scale) <= min(scene.width, scene.height)
         assert max(scene.width, scene.height) <= style.max_side_pixels * scale + 1
         assert 1 / 4.1 < scene.width / scene.height < 4.1
-    counts = {math.prod(select_grid(scene.width, scene.height, style.tiling)) for scene in found}
+    counts = {math.prod(select_grid(scene.width, scene.height, style.tiling)) for scene in scenes}
     assert counts >= ({1} if style.max_tiles == 1 else set(TILE_COUNTS))
 
 
@@ -123,10 +123,10 @@ def test_digits_have_the_minimum_height_after_tiling(style: Style, least: int) -
     numbers = [(scene, scene.number) for scene in sample_scenes(style, 300) if scene.number]
     assert len(numbers) > 100
     for scene, number in numbers:
-        tall = tile_windows(scene, style)[0].scale_y
+        scale_y = tile_windows(scene, style)[0].scale_y
         assert len(number.digits) == len(number.text)
         for _, top, _, bottom in number.digits:
-            assert (bottom - top + 1) * tall >= least, (number.text, Path(number.font).name, number.size)
+            assert (bottom - top + 1) * scale_y >= least, (number.text, Path(number.font).name, number.size)
 
 
 @every_style
@@ -148,9 +148,9 @@ def test_held_out_fonts_and_textures_are_not_in_training() -> None:
     assert not {family(file) for file in SERVED.fonts} & {family(file) for file in HELD_OUT.fonts}
     assert not set(SERVED.textures) & set(HELD_OUT.textures)
     for style in STYLES.values():
-        found = sample_scenes(style, 150)
-        assert {scene.texture for scene in found} == set(style.textures)
-        assert {scene.number.font for scene in found if scene.number} == set(style.fonts)
+        scenes = sample_scenes(style, 150)
+        assert {scene.texture for scene in scenes} == set(style.textures)
+        assert {scene.number.font for scene in scenes if scene.number} == set(style.fonts)
 
 
 @pytest.mark.parametrize("texture", [*SERVED.textures, *HELD_OUT.textures])

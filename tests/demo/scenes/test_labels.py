@@ -28,11 +28,11 @@ def visible_share(box: Box, side: int) -> float:
 
 def labelled_objects(scene: Scene) -> list[tuple[int, str, Box]]:
     """Kind, colour and box of each shape and digit."""
-    found = [(1 + SHAPES.index(shape.name), shape.colour, shape.box) for shape in scene.shapes]
+    objects = [(1 + SHAPES.index(shape.name), shape.colour, shape.box) for shape in scene.shapes]
     if scene.number:
         digits = zip(scene.number.text, scene.number.digits, strict=True)
-        found += [(7 + int(digit), scene.number.colour, box) for digit, box in digits]
-    return found
+        objects += [(7 + int(digit), scene.number.colour, box) for digit, box in digits]
+    return objects
 
 
 @every_style
@@ -106,13 +106,13 @@ def test_digits_are_numbered_from_the_left_in_each_tile() -> None:
             if min(right - left for left, _, right, _ in digits) < 1.5:
                 continue  # neighbouring digits share patches
             orders = label_patches(scene, window, 32).order_in_tile.max(0)
-            found = [int(order) for order in orders if order >= 0]
-            assert found == sorted(found)
-            assert set(found) == set(range(sum(visible_share(box, 32) >= 0.6 for box in digits)))
+            visible_orders = [int(order) for order in orders if order >= 0]
+            assert visible_orders == sorted(visible_orders)
+            assert set(visible_orders) == set(range(sum(visible_share(box, 32) >= 0.6 for box in digits)))
             indices = {int(index) for index in label_patches(scene, window, 32).digit_index.flatten()} - {-1}
             assert indices <= {i for i, box in enumerate(digits) if visible_share(box, 32) > 0}
             assert indices >= {i for i, box in enumerate(digits) if visible_share(box, 32) > 0.6}
-            seen += max(found, default=0) > 0
+            seen += max(visible_orders, default=0) > 0
     assert seen > 20
 
 
