@@ -23,6 +23,10 @@ TORCH := $(TORCH_$(DEVICE))
 RESOLVE := $(BIN)/uv pip compile pyproject.toml --quiet --python $(BIN)/python --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links
 
+# Bytecode at installation: where PYTHONDONTWRITEBYTECODE is set, each process would compile vLLM and torch again, 20 s of CPU.
+# compileall leaves current files alone; some packages ship files of another Python, whose errors do not matter.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
 .PHONY: help install dev lock check fix test test-fast coverage serve train evaluate bench baseline load docs protos
 
 help:
@@ -59,6 +63,7 @@ define install_missing
 	@$(BIN)/uv pip freeze --quiet --python $(BIN)/python > $@.present
 	@grep -vxFf $@.present $@.wanted > $@.missing || true
 	@if [ -s $@.missing ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) --no-deps -r $@.missing; fi
+	@$(COMPILE)
 endef
 
 $(INSTALLED): pyproject.toml constraints/$(DEVICE).txt | $(BIN)/uv

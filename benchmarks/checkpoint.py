@@ -15,6 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.layouts import opengvlab
 from demo.files import write_json
+from demo.model.config import checkpoint_config
 from demo.text.tokenizer import DemoTokenizer
 from vision_worker.models.internvl import Model
 

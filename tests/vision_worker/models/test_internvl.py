@@ -53,7 +53,7 @@ def test_a_compiled_tower_computes_the_same_features() -> None:
     plain = golden.encoder("flash-qwen3")
     assert (compiled.warmup_batch_sizes(2), plain.warmup_batch_sizes(2)) == ([1, 2], [2])
     tiles = golden.tiles(compiled, "wide_1300x800.jpg").pixels[:2]
-    assert golden.relative_error(compiled.forward(compiled.stage(list(tiles))), plain.forward(plain.stage(tiles))) < 2e-6
+    assert golden.relative_error(compiled.forward(compiled.stage(list(tiles))), plain.forward(plain.stage(list(tiles)))) < 2e-6
 
 
 @pytest.mark.parametrize("compress", [False, True])
