@@ -1,7 +1,6 @@
 """Clients of the two kinds of worker: gRPC to vision workers and sinks, HTTP to vLLM."""
 
 import contextlib
-import ipaddress
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -10,13 +9,13 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from common import errors, logs, rpc
+from common.addresses import is_unreachable_loopback, vllm_address
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
 from server.metrics import EngineLoad
 
 log = logging.getLogger(__name__)
 
-_LOOPBACK = "127.0.0.1"
 _LOAD_METRICS = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
 _MAX_METRICS_BYTES = 4 << 20
 _IDLE_CONNECTION_SECONDS = 2
@@ -165,38 +164,27 @@ class LanguageClient:
         session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
         # replaced before the old one is closed: two probes may run at once
         old, self._session = self._session, session
-        self._base = "http://vllm" if unix else f"http://{self._reachable_address(http)}"
+        self._base = self._base_url(http)
         self._http = http
         if old is not None:
             await old.close()
 
-    def _reachable_address(self, http: str) -> str:
-        """Return vLLM's address as seen from here: the sink's host if vLLM listens on all addresses."""
-        host, _, port = http.rpartition(":")
-        machine = _LOOPBACK if self.address.startswith("unix:") else self.address.rpartition(":")[0]
-        vllm_ip, sink_ip = _parse_ip(host), _parse_ip(machine)
-        if vllm_ip and vllm_ip.is_unspecified:
-            return f"{machine}:{port}"
-        if vllm_ip and vllm_ip.is_loopback and not (sink_ip and sink_ip.is_loopback):
+    def _base_url(self, http: str) -> str:
+        """Return the URL of vLLM's server as seen from here, and log a warning if it cannot be reached."""
+        if http.startswith("unix:"):
+            return "http://vllm"
+        if is_unreachable_loopback(http, self.address):
             log.warning(
                 "language worker %s reports vLLM at %s, which is not reachable from other machines: "
-                "start it with --http=0.0.0.0:%s", self.address, http, port,
+                "start it with --http=0.0.0.0:%s", self.address, http, http.rpartition(":")[2],
             )  # fmt: skip
-        return http
+        return f"http://{vllm_address(http, self.address)}"
 
     async def close(self) -> None:
         """Close the channel and the HTTP connections."""
         if self._session is not None:
             await self._session.close()
         await self._channel.close()
-
-
-def _parse_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Parse a host that is an IP address, IPv6 in brackets; an empty host means all addresses. Returns None for a name."""
-    try:
-        return ipaddress.ip_address({"": "0.0.0.0", "localhost": _LOOPBACK}.get(host, host.strip("[]")))
-    except ValueError:
-        return None
 
 
 def _parse_load(text: str) -> EngineLoad | None:
