@@ -22,9 +22,8 @@ def tile_bounds(allowed: int | None = None, checkpoint: dict[str, Any] | None = 
         checkpoint: Fields of the checkpoint's description that differ from the default.
         **options: Options of the image.
     """
-    tiling = parse_image_options(options, LOCATION, pb.Router(), POLICY).tiling(
-        checkpoint_description(**(checkpoint or {})), allowed
-    )
+    parsed = parse_image_options(options, LOCATION, pb.Router(), POLICY)
+    tiling = parsed.tiling(checkpoint_description(**(checkpoint or {})), allowed)
     return tiling.min_tiles, tiling.max_tiles
 
 
