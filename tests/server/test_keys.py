@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from server.keys import EncodeSetting, digest, group_keys, image_keys
 
 SETTING = EncodeSetting("f" * 64, vision_pb2.Tiling(), vision_pb2.Router(), embeddings_pb2.BFLOAT16)
 A, B, C = (hashlib.sha256(text).digest() for text in (b"a", b"b", b"c"))
-CHANGES = {
+CHANGES: dict[str, Any] = {
     "fingerprint": "e" * 64,
     "tiling": vision_pb2.Tiling(max_tiles=6),
     "router": vision_pb2.Router(mode=vision_pb2.Router.OFF),

@@ -194,7 +194,7 @@ def test_placeholders_in_text_are_rejected_only_beside_an_image(fields: dict[str
 def test_images_are_replaced_in_order_and_nothing_else_changes() -> None:
     images = [image_part(image_file(i)) for i in range(4)]
     images[1]["image_url"]["detail"] = "high"
-    body = {
+    body: dict[str, Any] = {
         "model": "m",
         "temperature": 0.1,
         "logit_bias": {"7": -100},

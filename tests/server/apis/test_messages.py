@@ -43,7 +43,7 @@ def test_a_text_request_passes_byte_for_byte() -> None:
 
 
 def test_images_are_replaced_in_messages_and_tool_results() -> None:
-    result = {"type": "tool_result", "tool_use_id": "1", "content": [text("here"), image(detail="low")]}
+    result: dict[str, Any] = {"type": "tool_result", "tool_use_id": "1", "content": [text("here"), image(detail="low")]}
     image_by_url = image({"type": "url", "url": "https://example.org/a.png"}, cache_control={"type": "ephemeral"})
     messages = [user(text(), image_by_url), user(result)]
     request = parse(*messages, vir={"mode": "off"})

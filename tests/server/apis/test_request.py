@@ -1,6 +1,7 @@
 """Checks that all APIs share, and the replacement of parts in a body."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,8 @@ def test_fields_reserved_for_the_operator_are_rejected(name: str) -> None:
 
 
 def test_a_model_that_is_not_a_string_is_rejected() -> None:
-    for model in (5, True, [], {}, nested_list(900)):
+    models: list[Any] = [5, True, [], {}, nested_list(900)]
+    for model in models:
         with pytest.raises(errors.InvalidRequest) as error_info:
             parse_text(json.dumps({"model": model}).encode(), RequestPolicy(1))
         assert error_info.value.param == "model"

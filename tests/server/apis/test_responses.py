@@ -41,7 +41,7 @@ def test_a_text_request_passes_byte_for_byte(items: Any) -> None:
 
 def test_images_are_replaced_in_messages_and_tool_results() -> None:
     call = {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"}
-    output = {
+    output: dict[str, Any] = {
         "type": "function_call_output",
         "call_id": "1",
         "output": [text("here"), image(detail="low", max_dynamic_patch=1)],

@@ -36,7 +36,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 @contextlib.asynccontextmanager
-async def open_fetcher(*addresses: str, **options: Any) -> AsyncIterator[MediaFetcher]:
-    """Yield a fetcher with these options that resolves every name to `addresses`; by the system's resolver without any."""
-    async with MediaFetcher(ServingOptions(**options), StaticResolver(*addresses) if addresses else None) as fetcher:
+async def open_fetcher(resolver: AbstractResolver | None = None, **options: Any) -> AsyncIterator[MediaFetcher]:
+    """Yield a fetcher with these options; without a resolver, the system resolves names."""
+    async with MediaFetcher(ServingOptions(**options), resolver) as fetcher:
         yield fetcher

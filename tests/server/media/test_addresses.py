@@ -11,8 +11,7 @@ import pytest
 from aiohttp import web
 
 from common import errors
-from server.config import ServingOptions
-from server.media.fetch import MediaFetcher, ThreadedResolver, is_public
+from server.media.fetch import ThreadedResolver, is_public
 from tests.server.media.helpers import StaticResolver, open_fetcher
 
 PUBLIC = ["8.8.8.8", "93.184.216.34", "2606:4700::1111", "2a00:1450:4001::1"]
@@ -56,7 +55,7 @@ REJECTED_URLS = [
 @pytest.mark.parametrize("url", REJECTED_URLS, ids=lambda url: ascii(url)[:60])
 async def test_invalid_and_private_urls_are_rejected_without_a_lookup(url: str) -> None:
     resolver = StaticResolver("127.0.0.1")
-    async with MediaFetcher(ServingOptions(), resolver) as fetcher:
+    async with open_fetcher(resolver) as fetcher:
         with pytest.raises(errors.InvalidRequest) as error_info:
             await fetcher.load(url)
     assert error_info.type is errors.InvalidRequest, "rejected by its text: neither resolved nor connected to"
@@ -72,7 +71,7 @@ async def test_invalid_and_private_urls_are_rejected_without_a_lookup(url: str) 
     [("127.0.0.1",), ("8.8.8.8", "10.0.0.1"), ("::1",), ("8.8.8.8", "fe80::1%2"), ("2606:4700::1111", "::ffff:10.0.0.1")],
 )
 async def test_a_name_with_an_address_that_is_not_public_is_rejected(url: str, addresses: tuple[str, ...]) -> None:
-    async with open_fetcher(*addresses) as fetcher:
+    async with open_fetcher(StaticResolver(*addresses)) as fetcher:
         with pytest.raises(errors.InvalidRequest, match="not a public address") as error_info:
             await fetcher.load(url)
     assert not any(address in str(error_info.value) for address in addresses), "the caller does not learn the address"
@@ -135,7 +134,7 @@ class RedirectingSession:
     ],
 )  # fmt: skip
 async def test_a_redirect_to_a_private_or_invalid_url_is_rejected(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with open_fetcher("8.8.8.8") as fetcher:
+    async with open_fetcher(StaticResolver("8.8.8.8")) as fetcher:
         session = RedirectingSession("https://example.com/b", location)
         await fetcher._session.close()
         monkeypatch.setattr(fetcher, "_session", session)

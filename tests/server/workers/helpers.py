@@ -103,7 +103,8 @@ async def start_named_pools(
     monkeypatch.setattr(probes, "PROBE_TIMEOUT_SECONDS", 20.0)
     monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.01)
     names = FakeNames(folder, vision_count)
-    for worker in (*names.visions, names.language):
+    fakes: list[FakeVisionWorker | FakeLanguageWorker] = [*names.visions, names.language]
+    for worker in fakes:
         await worker.start()
     names.addresses["language"] = [names.language.sink.address]
     visions = [*(names.visions[i].address for i in static), "dns:vision:1"]
@@ -112,5 +113,5 @@ async def start_named_pools(
             await wait_until(lambda: workers.language.available(), "the language worker is up")
             yield workers, names
     finally:
-        for worker in (*names.visions, names.language):
+        for worker in fakes:
             await worker.stop()

@@ -175,7 +175,10 @@ def make_workers(host: str, ports: Ports) -> tuple[FakeVisionWorker, FakeLanguag
 async def start_named_stack(ports: Ports) -> AsyncIterator[Stack]:
     """Yield a gateway that finds its workers by name. A worker of each kind runs on every host."""
     visions, languages = zip(*(make_workers(host, ports) for host in HOSTS), strict=True)
-    addresses = {"vision_workers": [f"dns:vision:{ports.vision}"], "language_workers": [f"dns:language:{ports.sink}"]}
+    addresses: dict[str, Any] = {
+        "vision_workers": [f"dns:vision:{ports.vision}"],
+        "language_workers": [f"dns:language:{ports.sink}"],
+    }
     async with start_stack(Path("/nowhere"), list(visions), list(languages), **addresses) as stack:
         yield stack
 
@@ -185,7 +188,7 @@ async def test_workers_are_found_by_the_systems_resolver(tmp_path: Path, ports: 
     vision_ports = (ports.vision, free_port())
     visions = [FakeVisionWorker(f"127.0.0.1:{port}") for port in vision_ports]
     _, language = make_workers("127.0.0.1", ports)
-    addresses = {
+    addresses: dict[str, Any] = {
         "vision_workers": [f"dns:localhost:{port}" for port in vision_ports],
         "language_workers": [f"dns:localhost:{ports.sink}"],
     }

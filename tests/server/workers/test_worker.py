@@ -84,5 +84,5 @@ def test_no_other_file_assigns_the_state_of_a_worker() -> None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
             for target in targets:
                 if isinstance(target, ast.Attribute) and target.attr in state:
-                    assert isinstance(target.value, ast.Name), f"{file}:{node.lineno}"
-                    assert target.value.id == "self", f"{file}:{node.lineno}"
+                    assert isinstance(target.value, ast.Name), f"{file}:{target.lineno}"
+                    assert target.value.id == "self", f"{file}:{target.lineno}"
