@@ -1,1 +1,1 @@
-"""Bodies of requests: one file for what all have in common (`body`), one for the dial, one an API."""
+"""The APIs: one module for each, and what they share in `base`, `request` and `image_options`."""
