@@ -30,7 +30,7 @@ class Pipeline:
         self._placer = EmbeddingPlacer(options, workers, metrics, trace)
 
     async def answer(self, request: ParsedRequest, context: RequestContext) -> Response:
-        """Return vLLM's response. The request is retried once if an embedding was evicted or a language worker is unavailable."""
+        """Return vLLM's response. The request is retried once if an embedding was evicted or its language worker is down."""
         await self._check_model(request.model)
         request, files = await self._load_media(request, context)
         exclude = [worker for worker in self._workers.language.workers if not _serves(worker.models, request.model)]
