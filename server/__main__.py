@@ -21,18 +21,21 @@ from server.http.protocol import uvicorn_config
 log = logging.getLogger("dvd.gateway")
 
 _SHUTDOWN_TIMEOUT_SECONDS = 15
-"""Time that responses in flight have to end after a signal."""
+"""Time for responses in flight to end after a signal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run until a signal. Exits with 2 on an invalid option, with 1 if it cannot listen, and one line that says why."""
+    """Run the gateway until a signal.
+
+    Exits with status 2 on an invalid option and with 1 if it cannot listen, each with one line that gives the reason.
+    """
     try:
         options = read_options(GatewayOptions, sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
         print(f"dvd gateway: {error}", file=sys.stderr)
         sys.exit(2)
     try:
-        listening = _listen(options.host, options.port)
+        listener = _listen(options.host, options.port)
     except OSError as error:
         sys.exit(f"dvd gateway: cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port")
     process_options = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
@@ -43,23 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workers=options.workers,
     )
     logs.configure(options.log_level, options.log_format)
-    log.info("listening on http://%s:%d", options.host, listening.getsockname()[1])
+    log.info("listening on http://%s:%d", options.host, listener.getsockname()[1])
     if options.workers == 1:
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[listener])
         return
     with ExitStack() as resources:
         # prometheus-client aggregates processes through files here; it reads the variable when it is first imported
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = resources.enter_context(tempfile.TemporaryDirectory(prefix="dvd-metrics-"))
-        Multiprocess(config, [listening]).run()
+        Multiprocess(config, [listener]).run()
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((host, port))
-    listening.listen(2048)
-    return listening
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.listen(2048)
+    return listener
 
 
 if __name__ == "__main__":

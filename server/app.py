@@ -1,4 +1,4 @@
-"""The gateway's application: what it is made of, and its routes."""
+"""The gateway's ASGI application: its parts and its routes."""
 
 import asyncio
 import contextlib
@@ -90,7 +90,7 @@ def _add_operations(app: FastAPI, operations: Operations) -> None:
     endpoints = {
         "/v1/models": operations.models,
         "/version": operations.version,
-        "/health": operations.ready,  # clients of vLLM ask for it before they start
+        "/health": operations.ready,  # clients of vLLM request it before they start
         "/health/live": operations.live,
         "/health/ready": operations.ready,
         "/metrics": operations.metrics,

@@ -27,11 +27,11 @@ class EncodeSetting:
             repr(getattr(router, name)) if router.HasField(name) else "default"
             for name in ("relative_threshold", "absolute_threshold")
         ]
-        words = [
+        fields = [
             self.fingerprint, str(self.tiling.min_tiles), str(self.tiling.max_tiles),
             pb.Router.Mode.Name(router.mode), *thresholds, messages.dtype_from_proto(self.dtype),
         ]  # fmt: skip
-        return digest(*(word.encode() for word in words))
+        return digest(*(field.encode() for field in fields))
 
 
 def digest(*fields: bytes) -> bytes:

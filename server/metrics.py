@@ -104,12 +104,12 @@ class Metrics:
         merged = CollectorRegistry()
         MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
         if self._workers:
-            merged.register(self._workers)  # every process probes every worker, so each of them can tell
+            merged.register(self._workers)  # every process probes every worker, so any of them can export all
         return generate_latest(merged)
 
 
 class EngineLoad(NamedTuple):
-    """Load of one vLLM: its requests, and the used share of its KV cache (0 to 1), of its fullest engine."""
+    """Load of one vLLM server: its requests, and the used share (0 to 1) of the KV cache of its fullest engine."""
 
     requests_waiting: float
     requests_running: float
@@ -117,7 +117,7 @@ class EngineLoad(NamedTuple):
 
 
 class WorkerStatus(NamedTuple):
-    """What is exported of a worker. `load` is None for a vision worker, or if vLLM does not report it."""
+    """A worker as it is exported. `load` is None for a vision worker, or if vLLM does not report it."""
 
     kind: str
     address: str
@@ -187,7 +187,7 @@ class StreamTimer:
 
 
 def _remove_dead_processes(folder: Path) -> None:
-    """Remove the gauges of killed processes, which would report requests that nobody serves."""
+    """Remove the gauges of killed processes, which would report requests that are no longer served."""
     for file in folder.glob("gauge_live*.db"):
         pid = int(file.stem.rpartition("_")[2])
         if not Path(f"/proc/{pid}").exists():

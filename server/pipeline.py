@@ -1,4 +1,4 @@
-"""From a parsed request to its response: images fetched, embeddings in place, request forwarded to vLLM. One direction."""
+"""From a parsed request to its response: images are fetched, embeddings delivered, and the request is forwarded to vLLM."""
 
 import time
 from contextlib import AsyncExitStack
@@ -21,7 +21,7 @@ from server.workers.probes import WorkerPools
 
 
 class Pipeline:
-    """Owner of everything from a parsed request to its response."""
+    """Serves parsed requests. The parts that it calls do not call it back."""
 
     def __init__(
         self, options: GatewayOptions, workers: WorkerPools, media: MediaLoader, metrics: Metrics, trace: Trace
@@ -30,7 +30,7 @@ class Pipeline:
         self._placer = EmbeddingPlacer(options, workers, metrics, trace)
 
     async def answer(self, request: ParsedRequest, context: RequestContext) -> Response:
-        """Return vLLM's response. The request is retried once if an embedding was evicted or a language worker is gone."""
+        """Return vLLM's response. The request is retried once if an embedding was evicted or its language worker is down."""
         await self._check_model(request.model)
         request, files = await self._load_media(request, context)
         exclude = [worker for worker in self._workers.language.workers if not _serves(worker.models, request.model)]
@@ -43,7 +43,7 @@ class Pipeline:
                 raise errors.EmbeddingLost("An embedding was evicted before vLLM read it; retry later.")
             return response
 
-        # a worker that does not answer has been marked down: is there another one?
+        # a worker that does not answer has been marked down, so a retry needs another one
         return await with_retry(attempt, lambda _: bool(self._workers.language.available()))
 
     async def count_image_tokens(self, request: ParsedRequest, context: RequestContext) -> Response:
@@ -94,20 +94,20 @@ class Pipeline:
             headers = {"Content-Type": "application/json", "X-Request-Id": stats.request_id}
             stats.mark_sent_to_engine()
             with self._metrics.stage("engine", stats):
-                answer = await resources.enter_async_context(
+                response = await resources.enter_async_context(
                     request.language.client.request("POST", context.path, request.body, headers, timeout)
                 )
-                content_type = answer.headers.get("Content-Type", "application/json")
-                if answer.status != 200:
-                    failure = vllm_response.Failure.parse(answer.status, await vllm_response.read_all(answer))
+                content_type = response.headers.get("Content-Type", "application/json")
+                if response.status != 200:
+                    failure = vllm_response.Failure.parse(response.status, await vllm_response.read_all(response))
                     return _error_response(failure, context, report_header)
                 if not content_type.startswith("text/event-stream"):
-                    body = await vllm_response.read_all(answer)
+                    body = await vllm_response.read_all(response)
                     if request.keys:
                         body = vllm_response.add_image_tokens(body, request.report.tokens)
                     return Response(body, media_type=content_type, headers=report_header)
                 stream = vllm_response.EventStream(
-                    answer,
+                    response,
                     StreamTimer(self._metrics, stats),
                     context.error_format,
                     request.report.tokens,
@@ -116,7 +116,7 @@ class Pipeline:
                 if stream_failure := await stream.start():
                     return _error_response(stream_failure, context, report_header)
             resources.enter_context(self._metrics.stage("stream", stats))
-            # moved to the request now, not in the response: the deadline may pass before the handler gets that
+            # moved to the request here: the deadline may pass before the handler gets the response
             context.resources.push_async_exit(resources.pop_all())
             return StreamWithResources(stream.events(), media_type=content_type, headers=report_header)
 

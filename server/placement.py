@@ -1,6 +1,6 @@
-"""Placement of embeddings: every embedding that a request needs is in the sink of the language worker that answers it.
+"""Placement of embeddings: every embedding that a request needs is delivered to the sink of its language worker.
 
-Keys → what the sink lacks → encoded by vision workers and delivered to the sink.
+The keys are computed, the sink is asked which of them it lacks, and vision workers encode and deliver those.
 """
 
 from collections import Counter, OrderedDict
@@ -68,7 +68,7 @@ class EngineRequest:
 
 
 class EmbeddingPlacer:
-    """Owner of the Encode calls in flight."""
+    """Places embeddings. The only owner of the Encode calls in flight."""
 
     def __init__(self, options: GatewayOptions, workers: WorkerPools, metrics: Metrics, trace: Trace) -> None:
         self._options, self._workers, self._metrics, self._trace = options, workers, metrics, trace
@@ -112,7 +112,7 @@ class EmbeddingPlacer:
         return EngineRequest(language, request.with_embeddings(embedding_keys, tokens), embedding_keys, report)
 
     async def lost_embedding(self, request: EngineRequest) -> bool:
-        """Return whether the sink has evicted an embedding of a request that vLLM failed."""
+        """Return whether the sink lacks an embedding of a placed request; False if the sink does not answer."""
         if not request.keys:
             return False
         try:
@@ -121,7 +121,7 @@ class EmbeddingPlacer:
             return False
 
     async def route(self, request: ParsedRequest, files: Sequence[ImageFile], context: RequestContext) -> list[pb.EncodedImage]:
-        """Return what the router decides for each image. Nothing is delivered; a request that follows finds the work done."""
+        """Return what the router decides for each image. Nothing is delivered, but vision workers cache the embeddings."""
         _, description = self.choose_language(files, context)
         embedding_keys, groups = self._keys(request.images, files, context, description)
         data_by_key = {key: file.data for key, file in zip(embedding_keys, files, strict=True)}
@@ -201,7 +201,7 @@ class EmbeddingPlacer:
         return await self._encodes.run(flight, lambda: self._call_vision(group.keys[0], request))
 
     async def _call_vision(self, key: str, request: pb.EncodeRequest) -> pb.EncodeReply:
-        """Call the key's vision worker, or another one if that is gone."""
+        """Call the key's vision worker, or another one if that is unavailable."""
         tried: list[VisionWorker] = []
 
         async def attempt(_is_last: bool) -> pb.EncodeReply:
@@ -232,7 +232,7 @@ class EmbeddingPlacer:
         cached: Mapping[str, bool],
         checkpoint: CheckpointDescription,
     ) -> ImageReport:
-        """Report a request's images. `cached` tells of each key that the sink lacked whether the vision worker had it."""
+        """Report a request's images. `cached` maps each key that the sink lacked to whether the vision worker had it."""
         routes = [self._routes[key].compressed for key in embedding_keys if key in self._routes]
         outcomes, compressed = Counter(cached.get(key) for key in embedding_keys), sum(map(sum, routes))
         self._metrics.cache.labels("sink", "hits").inc(outcomes[None])

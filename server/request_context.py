@@ -1,4 +1,4 @@
-"""What the pipeline must know of a request besides its body."""
+"""The context of a request: what the pipeline needs besides the body."""
 
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from server.request_stats import RequestStats
 
 @dataclass(frozen=True)
 class RequestContext:
-    """Context of one request.
+    """The context of one request.
 
     Attributes:
         caller: Digest of the caller's credentials; part of every embedding key.
@@ -17,7 +17,7 @@ class RequestContext:
         error_format: How the caller's API reports errors.
         stats: Statistics of the request.
         deadline: Monotonic time at which the request expires.
-        resources: What the request holds (permit, workers in use, connections) until the last byte of its response.
+        resources: Permit, workers in use and connections, which the request holds until the last byte of its response.
     """
 
     caller: bytes

@@ -37,7 +37,7 @@ class RequestStats:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     def add_vision_timings(self, timings: pb.Timings) -> None:
-        """Add what a vision worker measured for one image of this request."""
+        """Add the durations that a vision worker measured for an Encode call of this request."""
         for stage in _VISION_STAGES:
             self.vision_stages[stage] = max(self.vision_stages.get(stage, 0.0), getattr(timings, stage))
 

@@ -1,4 +1,4 @@
-"""Tiles and visual tokens of images: by arithmetic on their sizes, and by the router's decision where it was made."""
+"""Tiles and visual tokens of images: by arithmetic on their sizes, and by the router's decision if it is known."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,10 +23,10 @@ def token_counts(
         options: Options of each image.
         checkpoint: The checkpoint that is served.
         max_tiles: The operator's bound for the tiles of an image, None for the checkpoint's.
-        routes: What the router decided for each image; None if it was not asked.
+        routes: What the router decided for each image; None if the request does not ask for routes.
 
     Raises:
-        InvalidRequest: An image asks for more tiles than are allowed.
+        InvalidRequest: An image requests more tiles than are allowed.
     """
     images = [_image_counts(size, option, checkpoint, max_tiles) for size, option in zip(sizes, options, strict=True)]
     total: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Responses of vLLM on their way to the caller: bytes unchanged, errors as OpenAI's error object, visual tokens counted."""
+"""Responses of vLLM on their way to the caller: errors become OpenAI's error object, visual tokens are added to usage."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ _PREAMBLE = re.compile(
     rb'data: \{[^\n]*"delta":\{"role":"[a-z]+","content":""[,}][^\n]*"finish_reason":null|event: message_start\n'
 )
 """Events that vLLM sends at the start of a stream, before the first token: a chat's role, a message's start. An error of the
-engine's first step comes after them, so they do not decide the status. tests/e2e/test_vllm_contract.py compares them
+engine's first step comes after them, so they do not decide the status. tests/e2e/test_vllm_behaviour.py compares them
 with the pinned vLLM."""
 
 _USAGE = b'"usage":{'
@@ -45,7 +45,7 @@ _CONTEXT_LENGTH_PARAMS = ("input_tokens", "input_text")
 _CONTEXT_LENGTH_TEXTS = ("maximum context length", "longer than the maximum model length")
 """How vLLM reports a prompt that is too long: by `param`, but with images, and to Anthropic's clients, by the text only.
 
-tests/e2e/test_vllm_contract.py compares them with the pinned vLLM.
+tests/e2e/test_vllm_behaviour.py compares them with the pinned vLLM.
 """
 
 ENGINE_ERROR_MESSAGE = "The engine failed on this request; retry it."
@@ -83,7 +83,7 @@ class Failure:
 
     @classmethod
     def parse_event(cls, event: bytes) -> "Failure":
-        """Convert an error event of a stream; without a valid status in its code it is the server's fault."""
+        """Convert an error event of a stream; an error without a valid status in its code counts as an error of the server."""
         data = event.partition(b"data: ")[2]
         try:
             status = int(json.loads(data)["error"]["code"])
@@ -96,10 +96,10 @@ def _error_body(message: str, error_type: str, param: Any, code: str) -> ErrorBo
     return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
-async def read_all(answer: aiohttp.ClientResponse) -> bytes:
+async def read_all(response: aiohttp.ClientResponse) -> bytes:
     """Read a response to its end. Raises `WorkerUnavailable` if the connection breaks."""
     try:
-        return await answer.read()
+        return await response.read()
     except aiohttp.ClientError:
         raise errors.WorkerUnavailable("The language worker went away before its response was complete; retry.") from None
 
@@ -149,7 +149,7 @@ class EventStream:
     Nothing is sent to the caller until an event decides the status: the first one that is not part of the preamble.
 
     Args:
-        answer: vLLM's response.
+        response: vLLM's response.
         timer: Times the events.
         error_format: How the caller's API reports errors.
         image_tokens: Visual tokens of the prompt, added to usage; 0 adds nothing.
@@ -159,13 +159,13 @@ class EventStream:
 
     def __init__(
         self,
-        answer: aiohttp.ClientResponse,
+        response: aiohttp.ClientResponse,
         timer: StreamTimer,
         error_format: ErrorFormat = OPENAI,
         image_tokens: int = 0,
         keep_alive: float = 0,
     ) -> None:
-        self._content, self._timer, self._error_format = answer.content, timer, error_format
+        self._content, self._timer, self._error_format = response.content, timer, error_format
         self._image_tokens, self._keep_alive = image_tokens, keep_alive or None
         self._first_events = self._incomplete_event = b""
 

@@ -1,1 +1,1 @@
-"""The APIs of the gateway, a file each."""
+"""The APIs: one module for each, and what they share in `base`, `request` and `image_options`."""

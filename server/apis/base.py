@@ -14,7 +14,7 @@ from server.pipeline import Pipeline
 from server.request_context import RequestContext
 
 FindImages = Callable[[dict[str, Any], RequestPolicy], list[ImagePart]]
-"""Finds the images of a body, in their order. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+"""Finds the images of a body, in their order. Raises `InvalidRequest` or `TooManyImages`, with the location."""
 
 Respond = Callable[[Pipeline, ParsedRequest, RequestContext], Coroutine[Any, Any, Response]]
 """Answers a parsed request."""
@@ -34,8 +34,8 @@ class Api:
         summary: One line for the OpenAPI document.
         example: A request body for the OpenAPI document.
         find_images: Finds the images of a body.
-        placeholder: Makes what stands for an image in the body that vLLM gets.
-        error_format: How the API's clients read errors.
+        placeholder: Makes the content part that replaces an image in vLLM's body.
+        error_format: The format in which the API reports errors.
         generates_text: Whether the response is generated text; its duration is then exported as `dvd_request_seconds`.
         respond: Answers a request; by default `Pipeline.answer`, which forwards it to vLLM.
     """
@@ -50,7 +50,7 @@ class Api:
     respond: Respond = Pipeline.answer
 
     def parse(self, raw: bytes, policy: RequestPolicy) -> ParsedRequest:
-        """Parse a request body. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+        """Parse a request body. Raises `InvalidRequest` or `TooManyImages`, with the location."""
         body = json_body.decode_object(raw)
         check_fields(body)
         return ParsedRequest(raw, body, self.find_images(body, policy), self.placeholder)

@@ -14,11 +14,11 @@ from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, for
 
 _PART_TYPES = {"text", "image_url", "video_url", "refusal"}
 _DEFAULT_FRAMES = 8
-"""Frames of a video by default (`load_video` in the official model card)."""
+"""Default number of frames of a video (`load_video` in the official model card)."""
 
 
 def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
-    """Find the images and videos in `messages`. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+    """Find the images and videos in `messages`. Raises `InvalidRequest` or `TooManyImages`, with the location."""
     router = parse_router(body.get("vir"), policy.router, policy)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -62,7 +62,7 @@ def _check_part(part: Any, location: str) -> str:
 
 
 def _media(part: dict[str, Any], part_type: str, location: str) -> dict[str, Any]:
-    """Return the object of an image or video part, which has a URL."""
+    """Return the object with the URL of an image or video part. Raises `InvalidRequest` if it has none."""
     media = part.get(part_type)
     if not isinstance(media, dict) or not isinstance(media.get("url"), str) or not media["url"]:
         raise errors.InvalidRequest(

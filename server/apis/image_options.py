@@ -1,4 +1,4 @@
-"""Options that a request may set for an image: the bound of its tiles and how the router treats them."""
+"""Options that a request may set for an image: its maximum number of tiles, and how the router treats them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class RequestPolicy:
 
     Attributes:
         max_images: Maximum number of images, each frame of a video counted.
-        router: What the router does unless the request says otherwise.
+        router: Router settings of requests that do not set `vir`.
         allow_vir: Whether a request may set `vir`.
     """
 
@@ -37,7 +37,7 @@ class ImageOptions:
         location: Where the options are in the body, for error messages: `messages[0].content[1].image_url`.
         detail: OpenAI's `detail`.
         max_tiles: The request's `max_dynamic_patch`, None if it is not set.
-        router: What the router does with the tiles.
+        router: Router settings for its tiles.
     """
 
     location: str
@@ -85,7 +85,7 @@ def parse_image_options(part: Mapping[str, Any], location: str, router: pb.Route
 
 
 def parse_router(value: Any, default: pb.Router, policy: RequestPolicy, location: str = "vir") -> pb.Router:
-    """Parse `vir`; what it leaves out is taken from `default`. Raises `InvalidRequest`."""
+    """Parse `vir`; fields that it omits are taken from `default`. Raises `InvalidRequest`."""
     if value is None:
         return default
     if not policy.allow_vir:

@@ -14,7 +14,7 @@ _IMAGE_FIELDS = ("url", "detail", "max_dynamic_patch", "vir")
 
 
 def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
-    """Find the images in `images` or `messages`. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+    """Find the images in `images` or `messages`. Raises `InvalidRequest` or `TooManyImages`, with the location."""
     if type(body.get("route", False)) is not bool:
         raise errors.InvalidRequest(f"route {format_value(body['route'])} is not true or false.", param="route")
     if ("images" in body) == ("messages" in body):

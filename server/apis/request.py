@@ -15,7 +15,7 @@ _OPERATOR_FIELDS = (
     "mm_processor_kwargs", "media_io_kwargs", "chat_template", "kv_transfer_params", "ec_transfer_params", "vllm_xargs",
     "prompt_embeds", "mm_payload", "return_mm_kwargs",
 )  # fmt: skip
-"""Fields of vLLM through which a caller could reach what belongs to the operator."""
+"""Fields of vLLM that would let a caller change what only the operator may decide."""
 
 MEDIA_FIELDS = frozenset({
     "audio_embeds", "audio_url", "file", "image_embeds", "image_pil", "image_url", "input_audio", "input_image",
@@ -51,7 +51,7 @@ class ImagePart:
 
 
 Placeholder = Callable[[str, int], dict[str, Any]]
-"""Makes the content part that stands for an image in vLLM's body, of its embedding key and its number of visual tokens."""
+"""Makes the content part that replaces an image in vLLM's body, from its embedding key and its number of visual tokens."""
 
 
 def embedding_part(key: str, tokens: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class ParsedRequest:
 
 
 def _replace_part(value: Any, path: Path, replacement: list[dict[str, Any]]) -> Any:
-    """Return a copy of `value`, copied only along `path`, in which `replacement` stands for the list element at `path`."""
+    """Return a copy of `value`, copied only along `path`, with `replacement` in place of the list element at `path`."""
     copy, (step, *rest) = value.copy(), path
     if rest:
         copy[step] = _replace_part(value[step], tuple(rest), replacement)
@@ -122,7 +122,7 @@ def check_fields(body: Mapping[str, Any]) -> None:
 
 
 def check_images(body: dict[str, Any], images: Sequence[ImagePart], policy: RequestPolicy, param: str) -> None:
-    """Check the number of images, and that no text of the prompt could be taken for one.
+    """Check the number of images, and that no text of the prompt could be mistaken for one.
 
     Raises:
         TooManyImages: The request has more images than the policy allows.
@@ -145,7 +145,7 @@ def _value_at(value: Any, path: Path) -> Any:
 
 
 def _check_placeholders(body: dict[str, Any], image_ids: Collection[int]) -> None:
-    """VLLM finds the position of an image by its placeholder, so no other text of the prompt may contain one."""
+    """Reject placeholders in texts of the prompt: vLLM locates the images by them."""
     for name in _PROMPT_FIELDS:
         for location, text in _texts(name, body.get(name), image_ids):
             for placeholder in _PLACEHOLDERS:

@@ -15,7 +15,7 @@ _STATEFUL_FIELDS = ("previous_response_id", "previous_input_messages", "backgrou
 
 
 def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
-    """Find the images in `input`. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+    """Find the images in `input`. Raises `InvalidRequest` or `TooManyImages`, with the location."""
     for name in _STATEFUL_FIELDS:
         if body.get(name):
             raise errors.InvalidRequest(

@@ -9,7 +9,7 @@ from server.apis.request import ImagePart
 
 
 def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
-    """Find the images in `messages`, if the body has any. Raises `InvalidRequest` or `TooManyImages`, naming the place."""
+    """Find the images in `messages`, if the body has any. Raises `InvalidRequest` or `TooManyImages`, with the location."""
     return chat.find_images(body, policy) if "messages" in body else []
 
 

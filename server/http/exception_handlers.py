@@ -28,7 +28,7 @@ async def _on_dvd_error(request: Request, error: Any) -> Response:
     # errors that a worker raised have no retry_after
     retry_after = error.retry_after or (_DEFAULT_RETRY_AFTER_SECONDS if error.status in _RETRYABLE_STATUSES else None)
     headers = {"Retry-After": str(math.ceil(retry_after))} if retry_after else {}
-    if isinstance(error, errors.DeadlineExceeded):  # clients retry every 5xx, and this one has used up its time
+    if isinstance(error, errors.DeadlineExceeded):  # clients retry every 5xx, but a retry would take as long
         headers["X-Should-Retry"] = "false"
     error_format = getattr(request.state, "error_format", OPENAI)
     return JSONResponse(error_format.body(error.body()), status_code=error.status, headers=headers)

@@ -48,7 +48,7 @@ class ApiHandlers:
         return serve
 
     async def _serve(self, api: Api, request: Request) -> Response:
-        """Serve one request. What it holds is released with the last byte of its response."""
+        """Serve one request. Its resources are released after the last byte of the response."""
         stats: RequestStats = request.state.stats
         request.state.error_format, stats.generates_text = api.error_format, api.generates_text
         async with AsyncExitStack() as resources:

@@ -31,7 +31,7 @@ _VIDEO_THREADS = 2
 _LOOKUP_THREADS = 32
 _MAX_PENDING_LOOKUPS = 256
 _BASE64_PIECE = 1 << 18
-"""Characters of base64 decoded at once, which holds the interpreter's lock for about a millisecond. A multiple of four."""
+"""Characters of base64 decoded at once, which holds the GIL for about a millisecond. A multiple of four."""
 _MAX_REDIRECTS = 3
 _MAX_URL_LENGTH = 8192
 _REDIRECT_STATUSES = (301, 302, 303, 307, 308)
@@ -71,7 +71,7 @@ class ThreadedResolver(AbstractResolver):
 
 
 class PublicResolver(AbstractResolver):
-    """Resolves names, and rejects those with an address that is not public."""
+    """Resolves names, and raises `InvalidRequest` for those with an address that is not public."""
 
     def __init__(self, resolver: AbstractResolver) -> None:
         self._resolver = resolver
@@ -136,12 +136,12 @@ class MediaFetcher:
         return data
 
     async def load_frames(self, url: str, count: int) -> list[bytes]:
-        """Load `count` frames of a video at most, as PNG files.
+        """Load at most `count` frames of a video, as PNG files.
 
         Raises:
             InvalidVideo: The file cannot be decoded.
             DeadlineExceeded: Decoding took longer than `--fetch-timeout`.
-            InvalidRequest: As for `load`.
+            InvalidRequest, ImageTooLarge, ImageFetchFailed: As for `load`.
         """
         data, options = await self._load(url, self._options.max_video_bytes), self._options
         work = functools.partial(video.sample_frames, data, count, options.max_image_pixels, options.fetch_timeout)
@@ -239,7 +239,8 @@ def _decode_base64(payload: str) -> bytes:
     try:
         if b"=" in raw:
             raise binascii.Error  # padding inside the data
-        pieces = (raw[at : at + _BASE64_PIECE] for at in range(0, len(raw), _BASE64_PIECE))  # other threads may run between two
+        # in pieces, so that other threads run in between
+        pieces = (raw[start : start + _BASE64_PIECE] for start in range(0, len(raw), _BASE64_PIECE))
         return b"".join(base64.b64decode(piece + b"=" * (-len(piece) % 4), altchars, validate=True) for piece in pieces)
     except binascii.Error:
         raise errors.InvalidImage(f"A data: URL of {len(payload)} characters is not valid base64.") from None
@@ -265,7 +266,7 @@ def inspect_image(data: bytes, max_pixels: int) -> tuple[int, int]:
 
 
 def _is_literal(host: str) -> bool:
-    """Return whether a host is an address; getaddrinfo also takes 2130706433, 0x7f.1 and 127.1 for addresses."""
+    """Return whether a host is an address; getaddrinfo also accepts 2130706433, 0x7f.1 and 127.1 as addresses."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""From the image and video parts of a request to image files."""
+"""Loading of the images and videos of a request as image files."""
 
 import asyncio
 import hashlib
@@ -38,8 +38,8 @@ class MediaLoader:
         Raises:
             InvalidRequest: An image or video cannot be fetched or decoded, or is too large.
         """
-        wanted = list(dict.fromkeys((image.url, image.frames) for image in request.images))
-        loaded = dict(zip(wanted, await self._load_all(wanted), strict=True))
+        sources = list(dict.fromkeys((image.url, image.frames) for image in request.images))
+        loaded = dict(zip(sources, await self._load_all(sources), strict=True))
         files = [loaded[image.url, image.frames] for image in request.images]
         images = [
             part for image, image_files in zip(request.images, files, strict=True) for part in _frame_parts(image, image_files)
@@ -50,7 +50,7 @@ class MediaLoader:
         """Return width and height in pixels of each file, from its header."""
         return [await asyncio.to_thread(inspect_image, file.data, self._max_image_pixels) for file in files]
 
-    async def _load_all(self, wanted: Sequence[tuple[str, int]]) -> list[list[ImageFile]]:
+    async def _load_all(self, sources: Sequence[tuple[str, int]]) -> list[list[ImageFile]]:
         """Load the image of each URL, or frames of its video; together they may be as large as a body."""
         slots, remaining = asyncio.Semaphore(_MAX_PARALLEL_FETCHES), self._max_total_bytes
 
@@ -64,7 +64,7 @@ class MediaLoader:
             # in a thread: hashing megabytes would delay all streams
             return await asyncio.to_thread(lambda: [ImageFile(file, hashlib.sha256(file).digest()) for file in files])
 
-        return await gather_or_cancel(*(load_one(url, frames) for url, frames in wanted))
+        return await gather_or_cancel(*(load_one(url, frames) for url, frames in sources))
 
 
 def _frame_parts(image: ImagePart, files: Sequence[ImageFile]) -> list[ImagePart]:

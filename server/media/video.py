@@ -1,7 +1,7 @@
 """Sampling of video frames, as the official InternVL code samples them. Each frame becomes an image of one tile.
 
-FFmpeg (through PyAV) reads untrusted files. The container is detected from the first bytes and FFmpeg is told which one it is:
-its own detection would also accept playlists, which refer to other files and addresses.
+FFmpeg (through PyAV) reads untrusted files. The container is detected from the first bytes and named to
+FFmpeg: its own detection would also accept playlists, which refer to other files and addresses.
 """
 
 import io
@@ -20,7 +20,7 @@ from common import errors
 CONTAINERS = {"mp4": (4, b"ftyp", "mov"), "webm or mkv": (0, b"\x1a\x45\xdf\xa3", "matroska"), "avi": (8, b"AVI ", "avi")}
 """By name: offset and value of the bytes that identify a container, and FFmpeg's name for it."""
 _SEEK_THRESHOLD_SECONDS = 4.0
-"""Distance from which a frame is sought rather than decoded to: a seek goes back to a key frame, which may be as far."""
+"""Distance above which the decoder seeks: a seek goes back to a key frame, so it does not help over short distances."""
 
 
 def sample_frames(data: bytes, count: int, max_pixels: int, seconds: float) -> list[bytes]:
@@ -42,16 +42,16 @@ def sample_frames(data: bytes, count: int, max_pixels: int, seconds: float) -> l
     """
     deadline = time.monotonic() + seconds
     try:
-        with av.open(io.BytesIO(data), "r", format=_detect_container(data), metadata_errors="ignore") as opened:
-            if not opened.streams.video:
+        with av.open(io.BytesIO(data), "r", format=_detect_container(data), metadata_errors="ignore") as container:
+            if not container.streams.video:
                 raise errors.InvalidVideo("The file has no video stream.")
-            stream = opened.streams.video[0]
+            stream = container.streams.video[0]
             if stream.codec_context is None:  # despite PyAV's type hints
                 raise errors.InvalidVideo("The codec of the video is not supported: send H.264, VP9 or AV1.")
             _check_size(stream.width, stream.height, max_pixels)
-            total = _count_frames(opened, stream, deadline)
+            total = _count_frames(container, stream, deadline)
             indices = frame_indices(total, min(count, total))
-            frames = [_encode_png(frame, max_pixels) for frame in _decode_at(opened, stream, indices, deadline)]
+            frames = [_encode_png(frame, max_pixels) for frame in _decode_at(container, stream, indices, deadline)]
     except (av.error.FFmpegError, ValueError, LookupError, OverflowError) as error:
         raise errors.InvalidVideo(f"The video ({len(data)} bytes) cannot be decoded: {type(error).__name__}.") from None
     if not frames:
@@ -85,33 +85,33 @@ def _frame_rate(stream: VideoStream) -> Fraction:
     return stream.average_rate or stream.guessed_rate or Fraction(25)
 
 
-def _count_frames(opened: InputContainer, stream: VideoStream, deadline: float) -> int:
+def _count_frames(container: InputContainer, stream: VideoStream, deadline: float) -> int:
     """Count frames by their packets, since headers may be missing or wrong. Nothing is decoded."""
     total = 0
-    for packet in opened.demux(stream):
+    for packet in container.demux(stream):
         total += packet.size > 0
         _check_deadline(deadline)
     if not total:
         raise errors.InvalidVideo("The video has no frames.")
-    opened.seek(0)
+    container.seek(0)
     return total
 
 
-def _decode_at(opened: InputContainer, stream: VideoStream, indices: list[int], deadline: float) -> Iterator[VideoFrame]:
+def _decode_at(container: InputContainer, stream: VideoStream, indices: list[int], deadline: float) -> Iterator[VideoFrame]:
     """Yield the frames at `indices`, located by time at a constant rate; the last frame stands for any beyond the end."""
     start_time = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
     rate = float(_frame_rate(stream))
     last: VideoFrame | None = None
-    decoded = opened.decode(stream)
+    decoded = container.decode(stream)
     for index in indices:
-        wanted = start_time + index / rate
-        if last is not None and last.time is not None and wanted - last.time > _SEEK_THRESHOLD_SECONDS and stream.time_base:
-            opened.seek(int(wanted / stream.time_base), stream=stream)
-            decoded = opened.decode(stream)
+        target = start_time + index / rate
+        if last is not None and last.time is not None and target - last.time > _SEEK_THRESHOLD_SECONDS and stream.time_base:
+            container.seek(int(target / stream.time_base), stream=stream)
+            decoded = container.decode(stream)
         for frame in decoded:
             _check_deadline(deadline)
             last = frame
-            if frame.time is None or frame.time >= wanted - 0.5 / rate:
+            if frame.time is None or frame.time >= target - 0.5 / rate:
                 break
         if last is not None:
             yield last

@@ -64,7 +64,7 @@ class LanguageClient:
         self._channel = rpc.open_channel(address)
         self._sink = embeddings_pb2_grpc.EmbeddingSinkStub(self._channel)
         self._http = ""
-        self._base = ""
+        self._base_url = ""
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "LanguageClient":
@@ -88,39 +88,39 @@ class LanguageClient:
 
     async def get(self, path: str, timeout: float) -> Any:
         """Return a JSON response of vLLM, None if its body is empty. Raises `WorkerUnavailable`, `DeadlineExceeded`."""
-        async with self.request("GET", path, timeout=timeout) as answer:
-            if answer.status != 200:
-                raise errors.WorkerUnavailable(f"The language worker answered {path} with status {answer.status}.")
+        async with self.request("GET", path, timeout=timeout) as response:
+            if response.status != 200:
+                raise errors.WorkerUnavailable(f"The language worker answered {path} with status {response.status}.")
             try:
-                return await answer.json() if await answer.read() else None
+                return await response.json() if await response.read() else None
             except TimeoutError:
                 raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
             except (aiohttp.ClientError, ValueError):
-                raise errors.WorkerUnavailable(f"The language worker's answer to {path} broke off.") from None
+                raise errors.WorkerUnavailable(f"The language worker's response to {path} is incomplete.") from None
 
     async def text(self, path: str, timeout: float, limit: int) -> bytes:
         """Return a response of vLLM of at most `limit` bytes. Raises `WorkerUnavailable`, `DeadlineExceeded`."""
         # identity: vLLM compresses if it may
-        async with self.request("GET", path, headers={"Accept-Encoding": "identity"}, timeout=timeout) as answer:
+        async with self.request("GET", path, headers={"Accept-Encoding": "identity"}, timeout=timeout) as response:
             body = bytearray()
             try:
-                async for chunk in answer.content.iter_any():
+                async for chunk in response.content.iter_any():
                     body += chunk
                     if len(body) > limit:
-                        raise errors.WorkerUnavailable(f"The language worker's answer to {path} exceeds {limit} bytes.")
+                        raise errors.WorkerUnavailable(f"The language worker's response to {path} exceeds {limit} bytes.")
             except TimeoutError:
                 raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
             except aiohttp.ClientError:
-                raise errors.WorkerUnavailable(f"The language worker's answer to {path} broke off.") from None
-            if answer.status != 200:
-                raise errors.WorkerUnavailable(f"The language worker answered {path} with status {answer.status}.")
+                raise errors.WorkerUnavailable(f"The language worker's response to {path} is incomplete.") from None
+            if response.status != 200:
+                raise errors.WorkerUnavailable(f"The language worker answered {path} with status {response.status}.")
         return bytes(body)
 
     async def load(self, timeout: float) -> EngineLoad | None:
         """Return the load that vLLM reports in its metrics; None if it reports none."""
         query = "&".join(f"name[]={name}" for name in _LOAD_METRICS)
         try:
-            # with the slash: only there does vLLM honour name[], which leaves a few lines of a thousand
+            # with the slash: only at this path does vLLM honour name[], which selects a few of a thousand lines
             text = await self.text(f"/metrics/?{query}", timeout, _MAX_METRICS_BYTES)
             return _parse_load(text.decode())
         except (errors.DvdError, ValueError):
@@ -145,16 +145,16 @@ class LanguageClient:
             raise errors.WorkerUnavailable("The language worker has not been probed yet; retry later.", retry_after=1)
         limits = aiohttp.ClientTimeout(total=timeout)
         try:
-            answer = await self._session.request(method, self._base + path, data=body, headers=headers, timeout=limits)
+            response = await self._session.request(method, self._base_url + path, data=body, headers=headers, timeout=limits)
         except TimeoutError:
             raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
         except (aiohttp.ClientError, OSError):
             raise errors.WorkerUnavailable("The language worker does not answer; retry later.", retry_after=1) from None
         try:
-            yield answer
+            yield response
         finally:
             # not release(): the connection of an unfinished response must be closed, so that vLLM aborts the request
-            answer.close()
+            response.close()
 
     async def _connect(self, http: str) -> None:
         path = http.removeprefix("unix:")
@@ -164,12 +164,12 @@ class LanguageClient:
         session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
         # replaced before the old one is closed: two probes may run at once
         old, self._session = self._session, session
-        self._base = self._base_url(http)
+        self._base_url = self._url_of(http)
         self._http = http
         if old is not None:
             await old.close()
 
-    def _base_url(self, http: str) -> str:
+    def _url_of(self, http: str) -> str:
         """Return the URL of vLLM's server as seen from here, and log a warning if it cannot be reached."""
         if http.startswith("unix:"):
             return "http://vllm"

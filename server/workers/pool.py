@@ -10,28 +10,28 @@ from server.workers.worker import LanguageWorker, VisionWorker
 
 log = logging.getLogger(__name__)
 
-W = TypeVar("W", VisionWorker, LanguageWorker)
+WorkerT = TypeVar("WorkerT", VisionWorker, LanguageWorker)
 
 _LOAD_SLACK = 4
 """Requests that a worker may have beyond twice those of the least busy one before its keys go to another worker."""
 
 
-class Pool(Generic[W]):
+class Pool(Generic[WorkerT]):
     """The workers of one kind. The only owner of its members and of their clients.
 
     A source (the operator's list, or a DNS name) lists addresses. A worker that no source lists any more stays while it answers
     probes: a resolver may omit some of many addresses, and a worker that shuts down may still finish requests.
     """
 
-    def __init__(self, kind: str, create_worker: Callable[[str], W], unavailable_message: str) -> None:
+    def __init__(self, kind: str, create_worker: Callable[[str], WorkerT], unavailable_message: str) -> None:
         self.kind = kind
-        self.workers: list[W] = []
-        self._create_worker: Callable[[str], W] = create_worker
+        self.workers: list[WorkerT] = []
+        self._create_worker: Callable[[str], WorkerT] = create_worker
         self._unavailable_message = unavailable_message
         self._addresses: dict[str, Collection[str]] = {}
-        self._removed: list[W] = []
+        self._removed: list[WorkerT] = []
 
-    def set_members(self, source: str, addresses: Collection[str]) -> list[W]:
+    def set_members(self, source: str, addresses: Collection[str]) -> list[WorkerT]:
         """Replace the addresses that a source lists. Returns the workers that are new."""
         self._addresses[source] = addresses
         known = {worker.address for worker in self.workers}
@@ -40,7 +40,7 @@ class Pool(Generic[W]):
         return new
 
     async def prune(self) -> None:
-        """Remove the workers that are down and that no source lists; close clients that nobody uses any more."""
+        """Remove the workers that are down and that no source lists; close clients that are no longer in use."""
         listed = {address for addresses in self._addresses.values() for address in addresses}
         for worker in [worker for worker in self.workers if not worker.is_up and worker.address not in listed]:
             log.info("%s worker %s removed: it does not answer and is no longer listed", self.kind, worker.address)
@@ -55,11 +55,11 @@ class Pool(Generic[W]):
         for worker in (*self.workers, *self._removed):
             await worker.client.close()
 
-    def available(self) -> list[W]:
+    def available(self) -> list[WorkerT]:
         """Return the workers that are up."""
         return [worker for worker in self.workers if worker.is_up]
 
-    def pick(self, key: str | None, exclude: Collection[W] = ()) -> W:
+    def pick(self, key: str | None, exclude: Collection[WorkerT] = ()) -> WorkerT:
         """Return the worker for a key, or the least busy one if `key` is None.
 
         Rendezvous hashing sends a key to the same worker as long as that worker is up and not far busier than the others, so

@@ -1,4 +1,4 @@
-"""Membership and health of workers: who is in the pools, and who of them is up."""
+"""Membership and health of workers: which workers are in the pools, and which of them are up."""
 
 import asyncio
 import functools
@@ -11,7 +11,7 @@ from server.metrics import Metrics, WorkerStatus
 from server.workers import discovery
 from server.workers.clients import LanguageClient, VisionClient
 from server.workers.compatibility import DELIVERED_DTYPES, Mismatch, find_mismatch
-from server.workers.pool import Pool, W
+from server.workers.pool import Pool, WorkerT
 from server.workers.worker import LanguageWorker, VisionWorker
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class WorkerPools:
         await self.language.close()
 
     def _follow(
-        self, addresses: Sequence[str], pool: Pool[W], probe: Callable[[W], Awaitable[bool]]
+        self, addresses: Sequence[str], pool: Pool[WorkerT], probe: Callable[[WorkerT], Awaitable[bool]]
     ) -> list[asyncio.Task[None]]:
         """Fill a pool: with the static addresses now, with those of each name in a task of its own."""
 
@@ -166,7 +166,7 @@ class WorkerPools:
 
 
 def _model_names(response: object) -> list[str]:
-    """Return the names in vLLM's list of models. Raises `WorkerUnavailable` if it is none."""
+    """Return the names in vLLM's list of models. Raises `WorkerUnavailable` if the response is no such list."""
     try:
         return [model["id"] for model in response["data"]]  # type: ignore[index]
     except (LookupError, TypeError):

@@ -20,7 +20,7 @@ _MAX_LATE_PROBES = 2
 
 
 class Worker(Generic[ClientT, DescriptionT]):
-    """One worker: its client, whether it is up, and what it is busy with."""
+    """One worker: its client, whether it is up, and its requests in flight."""
 
     kind: str
 
@@ -48,12 +48,12 @@ class Worker(Generic[ClientT, DescriptionT]):
 
     @property
     def outstanding(self) -> int:
-        """Number of requests that the worker is busy with."""
+        """Number of requests in flight at the worker."""
         return self._outstanding
 
     @property
     def is_in_use(self) -> bool:
-        """Whether somebody may still use the client."""
+        """Whether the client may still be in use."""
         return self._users > 0
 
     def mark_up(self, description: DescriptionT) -> None:
@@ -61,7 +61,7 @@ class Worker(Generic[ClientT, DescriptionT]):
         self._description, self._late_probes = description, 0
 
     def mark_down(self, reason: str) -> None:
-        """Give the worker no requests until its next successful probe."""
+        """Record that the worker may get no requests until its next successful probe."""
         if self._description is not None:
             log.warning("%s worker %s is down: %s", self.kind, self.address, reason)
         self._description = None
@@ -83,7 +83,7 @@ class Worker(Generic[ClientT, DescriptionT]):
 
     @contextmanager
     def track_in_flight(self) -> Iterator[None]:
-        """Count one request that the worker is busy with, and keep the client open."""
+        """Count one request in flight, and keep the client open."""
         self._outstanding += 1
         try:
             with self.in_use():
@@ -93,7 +93,7 @@ class Worker(Generic[ClientT, DescriptionT]):
 
     @contextmanager
     def marking_down_if_gone(self) -> Iterator[None]:
-        """Mark the worker down if a call to it finds that it is gone. Raises what the call raises."""
+        """Mark the worker down if a call to it raises `WorkerUnavailable`. Raises what the call raises."""
         try:
             yield
         except errors.WorkerUnavailable as error:

@@ -1,4 +1,4 @@
-"""The gateway as a process, and as several."""
+"""The gateway as one process, and as several behind one port."""
 
 import asyncio
 import json
@@ -21,18 +21,18 @@ from tests.server.fakes.waiting import wait_until
 
 
 class Gateway(Stack):
-    """One that runs in processes of its own, beside the workers of a stack."""
+    """A gateway in processes of its own, in front of the workers of a stack."""
 
     process: asyncio.subprocess.Process
 
-    def workers(self) -> list[int]:
-        """Its serving processes, by id."""
+    def serving_pids(self) -> list[int]:
+        """Return the ids of the processes that serve requests."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @asynccontextmanager
-async def running(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
+async def start_gateway(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
     addresses = {
         "vision-workers": ",".join(worker.address for worker in stack.vision_workers),
         "language-workers": ",".join(worker.sink.address for worker in stack.language_workers),
@@ -41,13 +41,13 @@ async def running(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
     assert process.stderr is not None
     try:
-        said = re.search(rb"listening on http://127.0.0.1:(\d+)", await process.stderr.readline())
-        assert said
+        match = re.search(rb"listening on http://127.0.0.1:(\d+)", await process.stderr.readline())
+        assert match
         draining = asyncio.create_task(process.stderr.read())
         # a connection for each request, so that they spread over the processes
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=60)) as session:
-            gateway = Gateway(stack.vision_workers, stack.language_workers, session, int(said[1]))
+            gateway = Gateway(stack.vision_workers, stack.language_workers, session, int(match[1]))
             gateway.process = process
             await gateway.wait_until_ready()
             yield gateway
@@ -59,73 +59,76 @@ async def running(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
 
 
 @pytest.fixture
-async def two(tmp_path: Path) -> AsyncIterator[Gateway]:
-    async with start_stack(tmp_path) as stack, running(stack, "--workers=2") as gateway:
-        await wait_until(lambda: len(gateway.workers()) == 2, "two processes")
-        yield gateway
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    """A gateway of two processes."""
+    async with start_stack(tmp_path) as stack, start_gateway(stack, "--workers=2") as running:
+        await wait_until(lambda: len(running.serving_pids()) == 2, "two processes serve")
+        yield running
 
 
-async def asked(gateway: Gateway, count: int) -> list[Response]:
+async def send_requests(gateway: Gateway, count: int) -> list[Response]:
     return list(await asyncio.gather(*(gateway.chat(image_part(image_file(i % 3))) for i in range(count))))
 
 
-async def test_two_processes_serve_one_port_and_count_as_one(two: Gateway) -> None:
-    answers = await asked(two, 40)
-    assert {(answer.status, answer.body) for answer in answers} == {(200, COMPLETION)}
-    assert await two.metric('dvd_requests_total{code="200",route="/v1/chat/completions"') == 40
-    assert await two.metric("dvd_images_total") == 40
-    await two.wait_until_idle()
-    assert await two.metric("dvd_worker_up") == 2, "one vision and one language worker, however many processes ask"
-    assert await two.metric("dvd_build_info") == await two.metric("dvd_model_info") == 1
-    assert await two.metric('dvd_stage_seconds_count{stage="engine"') == 40
-    assert await two.metric('dvd_request_seconds_count{route="/v1/chat/completions"') == 40
-    assert await two.metric("dvd_stage_requests") == 0
-    await wait_until(lambda: _is(two, "dvd_engine_requests_waiting", 8), "the engine's, not once for each process")
-    await two.vision.stop()
-    shown = 'dvd_worker_up{{address="{}",kind="{}"}} {}.0'
-    wanted = [shown.format(two.vision.address, "vision", 0), shown.format(two.sink.address, "language", 1)]
-    for _ in range(10):  # of whichever process
+async def test_two_processes_share_a_port_and_their_metrics(gateway: Gateway) -> None:
+    responses = await send_requests(gateway, 40)
+    assert {(response.status, response.body) for response in responses} == {(200, COMPLETION)}
+    assert await gateway.metric('dvd_requests_total{code="200",route="/v1/chat/completions"') == 40
+    assert await gateway.metric("dvd_images_total") == 40
+    await gateway.wait_until_idle()
+    assert await gateway.metric("dvd_worker_up") == 2, "one vision and one language worker, not one of each for each process"
+    assert await gateway.metric("dvd_build_info") == await gateway.metric("dvd_model_info") == 1
+    assert await gateway.metric('dvd_stage_seconds_count{stage="engine"') == 40
+    assert await gateway.metric('dvd_request_seconds_count{route="/v1/chat/completions"') == 40
+    assert await gateway.metric("dvd_stage_requests") == 0
+    await wait_until(lambda: _metric_is(gateway, "dvd_engine_requests_waiting", 8), "the load of the engine is counted once")
+    await gateway.vision.stop()
+    line = 'dvd_worker_up{{address="{}",kind="{}"}} {}.0'
+    expected = [line.format(gateway.vision.address, "vision", 0), line.format(gateway.sink.address, "language", 1)]
+    for _ in range(10):  # whichever process responds
 
-        async def right() -> bool:
-            lines = (await two.get("/metrics")).body.decode().splitlines()
-            return sorted(line for line in lines if line.startswith("dvd_worker_up")) == sorted(wanted)
+        async def matches() -> bool:
+            lines = (await gateway.get("/metrics")).body.decode().splitlines()
+            return sorted(line for line in lines if line.startswith("dvd_worker_up")) == sorted(expected)
 
-        await wait_until(right, "what is shown is true")
-
-
-async def test_a_process_that_is_killed_is_replaced(two: Gateway) -> None:
-    gone, stays = two.workers()
-    os.kill(gone, signal.SIGKILL)
-    await wait_until(lambda: len(two.workers()) == 2 and gone not in two.workers(), "another process")
-    assert stays in two.workers()
-    await two.wait_until_ready()
-    assert {answer.status for answer in await asked(two, 20)} == {200}
+        await wait_until(matches, "the metrics show the worker that is down")
 
 
-async def test_requests_of_processes_that_were_killed_are_not_in_flight_for_ever(two: Gateway) -> None:
-    two.engine.respond = hang
-    waiting = [asyncio.create_task(two.post(chat("hello"))) for _ in range(30)]
-    await wait_until(lambda: _is(two, "dvd_requests_in_flight", 30), "all are in flight")
-    gone = two.workers()
-    for pid in gone:
+async def test_a_process_that_is_killed_is_replaced(gateway: Gateway) -> None:
+    killed, other = gateway.serving_pids()
+    os.kill(killed, signal.SIGKILL)
+    await wait_until(lambda: len(gateway.serving_pids()) == 2 and killed not in gateway.serving_pids(), "a new process")
+    assert other in gateway.serving_pids()
+    await gateway.wait_until_ready()
+    assert {response.status for response in await send_requests(gateway, 20)} == {200}
+
+
+async def test_requests_of_killed_processes_leave_the_metrics(gateway: Gateway) -> None:
+    gateway.engine.respond = hang
+    requests = [asyncio.create_task(gateway.post(chat("hello"))) for _ in range(30)]
+    await wait_until(lambda: _metric_is(gateway, "dvd_requests_in_flight", 30), "all requests are in flight")
+    killed = gateway.serving_pids()
+    for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    lost = await asyncio.gather(*waiting, return_exceptions=True)
-    assert all(isinstance(error, aiohttp.ClientError) for error in lost)
-    await wait_until(lambda: len(two.workers()) == 2 and not set(two.workers()) & set(gone), "other processes")
-    await two.wait_until_ready()
-    await two.wait_until_idle()
-    assert await two.metric("dvd_stage_requests") == 0
+    results = await asyncio.gather(*requests, return_exceptions=True)
+    assert all(isinstance(result, aiohttp.ClientError) for result in results)
+    await wait_until(
+        lambda: len(gateway.serving_pids()) == 2 and not set(gateway.serving_pids()) & set(killed), "new processes"
+    )
+    await gateway.wait_until_ready()
+    await gateway.wait_until_idle()
+    assert await gateway.metric("dvd_stage_requests") == 0
 
 
-async def test_json_is_all_that_is_said(tmp_path: Path) -> None:
+async def test_all_log_lines_are_json(tmp_path: Path) -> None:
     async with start_stack(tmp_path) as stack:
         addresses = [f"--vision-workers={stack.vision.address}", f"--language-workers={stack.sink.address}"]
         command = ["-m", "server", "--port=0", "--workers=2", "--log-format=json", *addresses]
         process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
         assert process.stderr is not None
-        first = json.loads(await process.stderr.readline())
-        assert (first["logger"], first["level"]) == ("dvd.gateway", "info")
-        assert re.fullmatch(r"listening on http://127.0.0.1:\d+", first["message"])
+        first_line = json.loads(await process.stderr.readline())
+        assert (first_line["logger"], first_line["level"]) == ("dvd.gateway", "info")
+        assert re.fullmatch(r"listening on http://127.0.0.1:\d+", first_line["message"])
         lines = [json.loads(await process.stderr.readline()) for _ in range(4)]
         process.terminate()
         lines += [json.loads(line) for line in (await process.stderr.read()).splitlines()]
@@ -133,38 +136,38 @@ async def test_json_is_all_that_is_said(tmp_path: Path) -> None:
         assert await process.wait() == 0
 
 
-async def _is(gateway: Gateway, name: str, value: float) -> bool:
+async def _metric_is(gateway: Gateway, name: str, value: float) -> bool:
     return await gateway.metric(name) == value
 
 
-async def test_the_limit_of_requests_is_that_of_all_processes(tmp_path: Path) -> None:
-    async with start_stack(tmp_path) as stack, running(stack, "--workers=2", "--max-in-flight=8") as gateway:
+async def test_the_processes_share_the_limit_of_requests(tmp_path: Path) -> None:
+    async with start_stack(tmp_path) as stack, start_gateway(stack, "--workers=2", "--max-in-flight=8") as gateway:
         stack.engine.respond = hang
-        waiting = [asyncio.create_task(gateway.post(chat("hello"))) for _ in range(60)]
-        while sum(not task.done() for task in waiting) > 8:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=1)
-        assert {task.result().status for task in waiting if task.done()} == {429}
-        for task in waiting:
+        requests = [asyncio.create_task(gateway.post(chat("hello"))) for _ in range(60)]
+        while sum(not task.done() for task in requests) > 8:
+            await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED, timeout=1)
+        assert {task.result().status for task in requests if task.done()} == {429}
+        for task in requests:
             task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.gather(*requests, return_exceptions=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_all_processes(two: Gateway, number: int) -> None:
-    workers = two.workers()
-    two.process.send_signal(number)
-    assert await asyncio.wait_for(two.process.wait(), 30) == 0
-    await wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "the processes are gone")
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_all_processes(gateway: Gateway, signal_number: int) -> None:
+    pids = gateway.serving_pids()
+    gateway.process.send_signal(signal_number)
+    assert await asyncio.wait_for(gateway.process.wait(), 30) == 0
+    await wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the processes are gone")
 
 
-async def test_nobody_is_left_when_the_first_process_is_killed(two: Gateway) -> None:
-    workers = two.workers()
-    two.process.kill()
-    await two.process.wait()
-    await wait_until(lambda: not any(_runs(pid) for pid in workers), "the processes are gone")
+async def test_no_process_is_left_when_the_main_process_is_killed(gateway: Gateway) -> None:
+    pids = gateway.serving_pids()
+    gateway.process.kill()
+    await gateway.process.wait()
+    await wait_until(lambda: not any(_is_running(pid) for pid in pids), "the processes are gone")
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         return " Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
     except FileNotFoundError:

@@ -7,7 +7,7 @@ from server.retry import MAX_ATTEMPTS, with_retry
 
 
 class Attempts:
-    """Fails with the given errors in turn, then succeeds. Records whether each attempt was the last one."""
+    """Fails with these errors in turn, then succeeds. Records whether each attempt was the last one."""
 
     def __init__(self, *failures: Exception) -> None:
         self.failures = list(failures)
@@ -57,7 +57,7 @@ async def test_errors_that_another_attempt_would_repeat_are_not_retried(error: E
     assert attempts.were_last == [False]
 
 
-async def test_the_caller_may_rule_a_retry_out() -> None:
+async def test_may_retry_can_rule_out_a_retry() -> None:
     attempts = Attempts(errors.SinkFull("no room"))
     with pytest.raises(errors.SinkFull):
         await with_retry(attempts, lambda error: isinstance(error, errors.WorkerUnavailable))

@@ -1,4 +1,4 @@
-"""Chats: what is refused at the door, what is replaced, and that all else stays as it was."""
+"""Chat completions: which bodies are rejected, how images are replaced, and that nothing else changes."""
 
 import contextlib
 import json
@@ -13,6 +13,7 @@ from server.apis import chat as chat_api
 from server.apis import tokenize
 from server.apis.image_options import RequestPolicy
 from server.http.json_body import decode_object
+from tests.server.apis.helpers import nested_list
 from tests.server.fakes.requests import chat, image_file, image_part, text_part
 
 parse_chat = chat_api.APIS[0].parse
@@ -26,74 +27,67 @@ def raw(body: Any) -> bytes:
 
 
 @pytest.mark.parametrize("text", [r"\ud83d\ude00", r"\u0000", r"\\ud800", "😀", "\\u00e9"])
-def test_every_text_that_is_one_passes(text: str) -> None:
+def test_valid_unicode_text_passes_unchanged(text: str) -> None:
     body = f'{{"model": "m", "messages": [{{"role": "user", "content": "{text}"}}]}}'.encode()
     assert parse_chat(body, RequestPolicy(1)).with_embeddings([], []) is body
 
 
-def test_of_a_name_that_comes_twice_the_last_counts_as_it_does_for_the_engine() -> None:
+def test_the_last_of_duplicate_fields_counts_as_in_vllm() -> None:
     body = b'{"model": "one", "model": "two", "messages": [{"role": "user", "content": "a"}]}'
     assert parse_chat(body, RequestPolicy(1)).model == json.loads(body)["model"] == "two"
 
 
-def test_unknown_names_are_the_engines_business() -> None:
+def test_unknown_fields_are_passed_to_vllm() -> None:
     body = raw({**chat("hello"), **{f"x{i}": i for i in range(100_000)}})
     assert parse_chat(body, RequestPolicy(1)).with_embeddings([], []) is body
 
 
-MESSAGES: dict[str, Any] = {
-    "none": [],
+INVALID_MESSAGES: dict[str, Any] = {
+    "empty list": [],
     "null": None,
-    "text": "hello",
-    "an object": {"role": "user"},
-    "a number": 5,
-    "of texts": ["hello"],
-    "of nulls": [None],
-    "of lists": [[]],
+    "string": "hello",
+    "object": {"role": "user"},
+    "number": 5,
+    "list of strings": ["hello"],
+    "list of nulls": [None],
+    "list of lists": [[]],
 }
 
 
-@pytest.mark.parametrize("messages", MESSAGES.values(), ids=MESSAGES)
-def test_messages_that_are_none_are_refused(messages: Any) -> None:
-    with pytest.raises(errors.InvalidRequest) as caught:
+@pytest.mark.parametrize("messages", INVALID_MESSAGES.values(), ids=INVALID_MESSAGES)
+def test_invalid_messages_are_rejected(messages: Any) -> None:
+    with pytest.raises(errors.InvalidRequest) as error_info:
         parse_chat(raw({"model": "m", "messages": messages}), RequestPolicy(1))
-    assert caught.value.param == "messages"
+    assert error_info.value.param == "messages"
 
 
-def test_a_request_without_messages_is_refused() -> None:
+def test_a_request_without_messages_is_rejected() -> None:
     with pytest.raises(errors.InvalidRequest, match="messages"):
         parse_chat(raw({"model": "m"}), RequestPolicy(1))
 
 
-def deep(depth: int) -> Any:
-    made: Any = "x"
-    for _ in range(depth):
-        made = [made]
-    return made
-
-
-PARTS: dict[str, Any] = {
+INVALID_PARTS: dict[str, Any] = {
     "null": None,
     "number": 5,
     "list": [],
     "empty": {},
     "no type": {"text": "a"},
-    "no type but an image": {"image_url": "https://example.org/a.png"},
+    "image without type": {"image_url": "https://example.org/a.png"},
     "type null": {"type": None},
     "type list": {"type": []},
     "type object": {"type": {}},
-    "type deep": {"type": deep(900)},
-    "type long": {"type": "x" * 100_000},
+    "type nested deeply": {"type": nested_list(900)},
+    "type too long": {"type": "x" * 100_000},
     "type unknown": {"type": "hologram"},
     "video without URL": {"type": "video_url", "video_url": {"num_frames": 4}},
-    "video beside an image": {**IMAGE, "video_url": {"url": "https://example.org/a"}},
+    "video in an image part": {**IMAGE, "video_url": {"url": "https://example.org/a"}},
     "audio": {"type": "input_audio", "input_audio": {}},
     "embedding": {"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}, "uuid": "a"},
-    "embedding in a text": {"type": "text", "text": "a", "image_embeds": {}},
-    "image beside a text": {"type": "text", "text": "a", "image_url": {"url": "file:///etc/passwd"}},
-    "key in an image": {**IMAGE, "uuid": "stolen"},
-    "key in a text": {"type": "text", "text": "a", "uuid": "stolen"},
-    "image that is missing": {"type": "image_url"},
+    "embedding in a text part": {"type": "text", "text": "a", "image_embeds": {}},
+    "image in a text part": {"type": "text", "text": "a", "image_url": {"url": "file:///etc/passwd"}},
+    "uuid in an image part": {**IMAGE, "uuid": "stolen"},
+    "uuid in a text part": {"type": "text", "text": "a", "uuid": "stolen"},
+    "image missing": {"type": "image_url"},
     "image null": {"type": "image_url", "image_url": None},
     "image as a string": {"type": "image_url", "image_url": "https://example.org/a.png"},
     "image as a list": {"type": "image_url", "image_url": ["https://example.org/a.png"]},
@@ -105,52 +99,52 @@ PARTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_parts_that_are_neither_text_nor_image_are_refused_with_their_place(part: Any) -> None:
+@pytest.mark.parametrize("part", INVALID_PARTS.values(), ids=INVALID_PARTS)
+def test_unsupported_parts_are_rejected_with_their_location(part: Any) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "user", "content": [text_part("b"), part]}]}
-    with pytest.raises(errors.InvalidRequest) as caught:
+    with pytest.raises(errors.InvalidRequest) as error_info:
         parse_chat(raw(body), RequestPolicy(9))
-    assert caught.value.param == "messages[1].content[1]"
-    assert len(str(caught.value)) < 400
+    assert error_info.value.param == "messages[1].content[1]"
+    assert len(str(error_info.value)) < 400
 
 
-@pytest.mark.parametrize("said", [{"mode": "off"}, {}, None])
-def test_the_setting_of_the_router_does_not_go_to_the_engine(said: Any) -> None:
+@pytest.mark.parametrize("vir", [{"mode": "off"}, {}, None])
+def test_vir_is_not_passed_to_vllm(vir: Any) -> None:
     for content in ("a", IMAGE):
-        parsed = parse_chat(raw(chat(content, vir=said, seed=5)), RequestPolicy(1))
-        made = json.loads(parsed.with_embeddings(["k"] * len(parsed.images), [1] * len(parsed.images)))
-        assert list(made) == ["model", "messages", "seed"]
+        parsed = parse_chat(raw(chat(content, vir=vir, seed=5)), RequestPolicy(1))
+        body = json.loads(parsed.with_embeddings(["k"] * len(parsed.images), [1] * len(parsed.images)))
+        assert list(body) == ["model", "messages", "seed"]
 
 
 OFF, ALL, HALF = pb.Router(mode=pb.Router.OFF), pb.Router(mode=pb.Router.ALL), pb.Router(relative_threshold=0.5)
 
 
-def with_words(**words: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {**IMAGE["image_url"], **words}}
+def image_with(**options: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {**IMAGE["image_url"], **options}}
 
 
-def test_an_image_says_it_before_its_request_and_that_before_the_operator() -> None:
-    images = [IMAGE, with_words(vir={"mode": "all"}), with_words(vir={"mode": "auto"}), with_words(vir={})]
+def test_vir_of_an_image_precedes_that_of_its_request_and_of_the_operator() -> None:
+    images = [IMAGE, image_with(vir={"mode": "all"}), image_with(vir={"mode": "auto"}), image_with(vir={})]
     parsed = parse_chat(raw(chat(*images, vir={"mode": "off"})), RequestPolicy(4, HALF))
     assert [image.options.router for image in parsed.images] == [OFF, ALL, pb.Router(), OFF]
     parsed = parse_chat(raw(chat(*images)), RequestPolicy(4, HALF))
     assert [image.options.router for image in parsed.images] == [HALF, ALL, HALF, HALF]
 
 
-def test_bad_words_of_an_image_are_refused_with_their_place() -> None:
-    for words, param in (({"detail": "max"}, "detail"), ({"vir": {"mode": "on"}}, "vir.mode"), ({"vir": 1}, "vir")):
-        with pytest.raises(errors.InvalidRequest) as caught:
-            parse_chat(raw(chat(text_part("a"), with_words(**words))), RequestPolicy(1))
-        assert caught.value.param == f"messages[0].content[1].image_url.{param}"
+def test_invalid_image_options_are_rejected_with_their_location() -> None:
+    for options, param in (({"detail": "max"}, "detail"), ({"vir": {"mode": "on"}}, "vir.mode"), ({"vir": 1}, "vir")):
+        with pytest.raises(errors.InvalidRequest) as error_info:
+            parse_chat(raw(chat(text_part("a"), image_with(**options))), RequestPolicy(1))
+        assert error_info.value.param == f"messages[0].content[1].image_url.{param}"
 
 
-def test_a_bad_setting_of_the_router_is_refused_for_a_text_too() -> None:
-    with pytest.raises(errors.InvalidRequest) as caught:
+def test_an_invalid_vir_is_rejected_without_images_too() -> None:
+    with pytest.raises(errors.InvalidRequest) as error_info:
         parse_chat(raw(chat("a", vir={"mode": "on"})), RequestPolicy(1))
-    assert caught.value.param == "vir.mode"
+    assert error_info.value.param == "vir.mode"
 
 
-def test_tokenize_takes_a_text_or_a_chat() -> None:
+def test_tokenize_accepts_a_prompt_or_a_chat() -> None:
     text = raw({"model": "m", "prompt": "see <image>"})
     assert parse_tokenize(text, RequestPolicy(1)).with_embeddings([], []) is text
     assert len(parse_tokenize(raw(chat(IMAGE)), RequestPolicy(1)).images) == 1
@@ -166,41 +160,41 @@ def test_images_are_counted_over_all_messages() -> None:
         parse_chat(body, RequestPolicy(2))
 
 
-def test_ten_thousand_messages_are_read() -> None:
+def test_ten_thousand_messages_are_accepted() -> None:
     body = raw({"model": "m", "messages": [{"role": "user", "content": [text_part("a")]}] * 10_000})
     assert parse_chat(body, RequestPolicy(1)).with_embeddings([], []) is body
 
 
-WORDS = {
-    "text": {"messages": [{"role": "user", "content": "<IMG_CONTEXT>" * 1000}]},
-    "part": {"messages": [{"role": "user", "content": [text_part("see <image> here")]}]},
-    "plain part": {"messages": [{"role": "user", "content": ["see <image> here"]}]},
+PLACEHOLDER_TEXTS = {
+    "content": {"messages": [{"role": "user", "content": "<IMG_CONTEXT>" * 1000}]},
+    "text part": {"messages": [{"role": "user", "content": [text_part("see <image> here")]}]},
+    "string part": {"messages": [{"role": "user", "content": ["see <image> here"]}]},
     "escaped": {"messages": [{"role": "user", "content": "\u003cIMG_CONTEXT\u003e"}]},
-    "name": {"messages": [{"role": "user", "name": "<image>", "content": "a"}]},
+    "participant name": {"messages": [{"role": "user", "name": "<image>", "content": "a"}]},
     "reasoning": {"messages": [{"role": "assistant", "content": None, "reasoning_content": "<image>"}]},
-    "call": {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "<image>"}}]}]},
-    "tool": {"tools": [{"type": "function", "function": {"name": "f", "description": "<IMG_CONTEXT>"}}]},
-    "name in a tool": {"tools": [{"type": "function", "function": {"parameters": {"properties": {"<image>": {}}}}}]},
-    "template": {"chat_template_kwargs": {"system": "<IMG_CONTEXT>"}},
-    "what only looks like an image": {"tools": [{"type": "image_url", "description": "<image>"}]},
+    "tool call": {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "<image>"}}]}]},
+    "tool description": {"tools": [{"type": "function", "function": {"name": "f", "description": "<IMG_CONTEXT>"}}]},
+    "tool parameter": {"tools": [{"type": "function", "function": {"parameters": {"properties": {"<image>": {}}}}}]},
+    "chat template": {"chat_template_kwargs": {"system": "<IMG_CONTEXT>"}},
+    "tool that resembles an image part": {"tools": [{"type": "image_url", "description": "<image>"}]},
 }
 
 
-@pytest.mark.parametrize("fields", WORDS.values(), ids=WORDS)
-def test_words_that_mark_an_image_are_refused_beside_one(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", PLACEHOLDER_TEXTS.values(), ids=PLACEHOLDER_TEXTS)
+def test_placeholders_in_text_are_rejected_only_beside_an_image(fields: dict[str, Any]) -> None:
     image = {"role": "user", "content": [IMAGE]}
-    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image") as caught:
+    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image") as error_info:
         parse_chat(raw({"model": "m", **fields, "messages": [*fields.get("messages", []), image]}), RequestPolicy(1))
-    assert caught.value.param
-    assert len(caught.value.param) <= 200
-    alone = raw({"model": "m", "messages": [{"role": "user", "content": "a"}], **fields})
-    assert parse_chat(alone, RequestPolicy(1)).with_embeddings([], []) is alone, "without an image they are text"
+    assert error_info.value.param
+    assert len(error_info.value.param) <= 200
+    text_only = raw({"model": "m", "messages": [{"role": "user", "content": "a"}], **fields})
+    assert parse_chat(text_only, RequestPolicy(1)).with_embeddings([], []) is text_only, "without an image they are text"
 
 
 def test_images_are_replaced_in_order_and_nothing_else_changes() -> None:
     images = [image_part(image_file(i)) for i in range(4)]
     images[1]["image_url"]["detail"] = "high"
-    body = {
+    body: dict[str, Any] = {
         "model": "m",
         "temperature": 0.1,
         "logit_bias": {"7": -100},
@@ -216,21 +210,22 @@ def test_images_are_replaced_in_order_and_nothing_else_changes() -> None:
             {"role": "tool", "tool_call_id": "1"},
         ],
     }
-    chat = parse_chat(raw(body), RequestPolicy(4))
-    assert [image.url for image in chat.images] == [image["image_url"]["url"] for image in images]
-    assert [image.options.detail for image in chat.images] == ["auto", "high", "auto", "auto"]
-    made = json.loads(chat.with_embeddings(["k0", "k1", "k2", "k3"], [10, 11, 12, 13]))
-    new = [{"type": "image_embeds", "image_embeds": {"image_num_tokens": [10 + i]}, "uuid": f"k{i}"} for i in range(4)]
-    body["messages"][1]["content"] = [new[0], text_part("and"), new[1]]
-    body["messages"][3]["content"] = ["plain", text_part("then"), new[2]]
-    body["messages"][4]["content"] = [new[3]]
-    assert made == body
-    assert list(made) == list(body)
+    request = parse_chat(raw(body), RequestPolicy(4))
+    assert [image.url for image in request.images] == [image["image_url"]["url"] for image in images]
+    assert [image.options.detail for image in request.images] == ["auto", "high", "auto", "auto"]
+    result = json.loads(request.with_embeddings(["k0", "k1", "k2", "k3"], [10, 11, 12, 13]))
+    parts = [{"type": "image_embeds", "image_embeds": {"image_num_tokens": [10 + i]}, "uuid": f"k{i}"} for i in range(4)]
+    body["messages"][1]["content"] = [parts[0], text_part("and"), parts[1]]
+    body["messages"][3]["content"] = ["plain", text_part("then"), parts[2]]
+    body["messages"][4]["content"] = [parts[3]]
+    assert result == body
+    assert list(result) == list(body)
 
 
-def test_equal_images_are_replaced_each_in_its_place() -> None:
-    made = json.loads(parse_chat(raw(chat(IMAGE, text_part("a"), IMAGE)), RequestPolicy(2)).with_embeddings(["k", "k"], [5, 5]))
-    assert [part["type"] for part in made["messages"][0]["content"]] == ["image_embeds", "text", "image_embeds"]
+def test_each_of_two_equal_images_is_replaced() -> None:
+    request = parse_chat(raw(chat(IMAGE, text_part("a"), IMAGE)), RequestPolicy(2))
+    body = json.loads(request.with_embeddings(["k", "k"], [5, 5]))
+    assert [part["type"] for part in body["messages"][0]["content"]] == ["image_embeds", "text", "image_embeds"]
 
 
 def test_a_text_request_is_passed_byte_for_byte() -> None:
@@ -239,7 +234,7 @@ def test_a_text_request_is_passed_byte_for_byte() -> None:
 
 
 @pytest.mark.parametrize("depth", [100, *range(900, 1000, 3)])
-def test_any_depth_is_either_read_and_written_or_refused(depth: int) -> None:
+def test_a_deeply_nested_body_is_either_forwarded_or_rejected(depth: int) -> None:
     body = b'{"model": "m", "messages": [{"role": "user", "content": [%s]}], "x": %s}' % (
         raw(IMAGE),
         b"[" * depth + b"]" * depth,
@@ -248,11 +243,11 @@ def test_any_depth_is_either_read_and_written_or_refused(depth: int) -> None:
         assert decode_object(parse_chat(body, RequestPolicy(1)).with_embeddings(["k"], [1]))["model"] == "m"
 
 
-def video(**words: Any) -> dict[str, Any]:
-    return {"type": "video_url", "video_url": {"url": "https://example.org/a.mp4", **words}}
+def video(**options: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": "https://example.org/a.mp4", **options}}
 
 
-def test_a_video_is_eight_frames_of_one_tile_unless_it_says_otherwise() -> None:
+def test_a_video_has_eight_frames_of_one_tile_by_default() -> None:
     parts = [video(), video(num_frames=3, vir={"mode": "off"}), video(max_dynamic_patch=2), video(detail="high")]
     images = parse_chat(raw(chat(IMAGE, *parts)), RequestPolicy(28)).images
     assert [image.frames for image in images] == [0, 8, 3, 8, 8]
@@ -267,19 +262,19 @@ def test_frames_count_as_images() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, "8", True, [8]])
-def test_bad_numbers_of_frames_are_refused_with_their_place(count: Any) -> None:
-    with pytest.raises(errors.InvalidRequest, match="not an integer above 0") as caught:
+def test_invalid_frame_counts_are_rejected_with_their_location(count: Any) -> None:
+    with pytest.raises(errors.InvalidRequest, match="not an integer above 0") as error_info:
         parse_chat(raw(chat(text_part("a"), video(num_frames=count))), RequestPolicy(9))
-    assert caught.value.param == "messages[0].content[1].video_url.num_frames"
+    assert error_info.value.param == "messages[0].content[1].video_url.num_frames"
 
 
-def test_frames_take_their_videos_place_and_all_else_stays() -> None:
+def test_a_video_is_replaced_by_its_labelled_frames() -> None:
     parsed = parse_chat(
         raw(chat(IMAGE, video(), text_part("and"), video(num_frames=1), IMAGE, text_part("?"))), RequestPolicy(28)
     )
     image, long, short, last = parsed.images
     frames = [replace(long, label=f"Frame{i}: ") for i in (1, 2)]
-    shown = replace(parsed, images=[image, *frames, replace(short, label="Frame1: "), last])
-    (message,) = json.loads(shown.with_embeddings([*"abcde"], [1] * 5))["messages"]
-    told = [part.get("uuid") or part["text"] for part in message["content"]]
-    assert told == ["a", "Frame1: ", "b", "Frame2: ", "c", "and", "Frame1: ", "d", "e", "?"]
+    request = replace(parsed, images=[image, *frames, replace(short, label="Frame1: "), last])
+    (message,) = json.loads(request.with_embeddings([*"abcde"], [1] * 5))["messages"]
+    content = [part.get("uuid") or part["text"] for part in message["content"]]
+    assert content == ["a", "Frame1: ", "b", "Frame2: ", "c", "and", "Frame1: ", "d", "e", "?"]

@@ -1,4 +1,4 @@
-"""What may be asked of the costs of images."""
+"""Bodies of `/v1/images/tokens`."""
 
 import json
 from typing import Any
@@ -16,51 +16,51 @@ parse_images = image_tokens.APIS[0].parse
 URL = "https://example.org/a.png"
 
 
-def parsed(body: Any, most: int = 4) -> Any:
-    return parse_images(json.dumps(body).encode(), RequestPolicy(most))
+def parse(body: Any, max_images: int = 4) -> Any:
+    return parse_images(json.dumps(body).encode(), RequestPolicy(max_images))
 
 
-def test_a_list_of_images_each_with_its_words() -> None:
-    off, hires = {"mode": "off"}, {"url": URL, "detail": "original", "max_dynamic_patch": 9, "vir": {"mode": "all"}}
-    made = parsed({"model": "m", "images": [{"url": URL}, hires], "vir": off, "route": True})
-    assert [image.url for image in made.images] == [URL, URL]
-    assert [image.options.router.mode for image in made.images] == [pb.Router.OFF, pb.Router.ALL]
-    assert (made.images[1].options.detail, made.images[1].options.max_tiles, made.images[1].options.location) == (
+def test_each_image_of_a_list_has_its_own_options() -> None:
+    off, original = {"mode": "off"}, {"url": URL, "detail": "original", "max_dynamic_patch": 9, "vir": {"mode": "all"}}
+    request = parse({"model": "m", "images": [{"url": URL}, original], "vir": off, "route": True})
+    assert [image.url for image in request.images] == [URL, URL]
+    assert [image.options.router.mode for image in request.images] == [pb.Router.OFF, pb.Router.ALL]
+    assert (request.images[1].options.detail, request.images[1].options.max_tiles, request.images[1].options.location) == (
         "original",
         9,
         "images[1]",
     )
-    assert made.model == "m"
+    assert request.model == "m"
 
 
-def test_a_chat_is_taken_with_all_its_images() -> None:
+def test_all_images_of_a_chat_are_found() -> None:
     part = image_part(image_file())
-    assert len(parsed({**chat(part, text_part("a"), part), "temperature": 0.5}).images) == 2
-    assert parsed(chat("no image")).images == []
+    assert len(parse({**chat(part, text_part("a"), part), "temperature": 0.5}).images) == 2
+    assert parse(chat("no image")).images == []
 
 
-BAD: dict[str, tuple[Any, str]] = {
-    "neither": ({}, "images"),
-    "both": ({**chat("a"), "images": [{"url": URL}]}, "images"),
-    "no list": ({"images": {"url": URL}}, "images"),
-    "null": ({"images": None}, "images"),
-    "empty": ({"images": []}, "images"),
-    "a text": ({"images": [URL]}, "images[0]"),
-    "no URL": ({"images": [{"url": URL}, {"detail": "low"}]}, "images[1]"),
+INVALID_BODIES: dict[str, tuple[Any, str]] = {
+    "neither images nor messages": ({}, "images"),
+    "both images and messages": ({**chat("a"), "images": [{"url": URL}]}, "images"),
+    "images not a list": ({"images": {"url": URL}}, "images"),
+    "images null": ({"images": None}, "images"),
+    "images empty": ({"images": []}, "images"),
+    "image as a string": ({"images": [URL]}, "images[0]"),
+    "URL missing": ({"images": [{"url": URL}, {"detail": "low"}]}, "images[1]"),
     "URL empty": ({"images": [{"url": ""}]}, "images[0]"),
     "URL number": ({"images": [{"url": 5}]}, "images[0]"),
-    "an image's field unknown": ({"images": [{"url": URL, "detial": "low"}]}, "images[0].detial"),
-    "a field unknown": ({"images": [{"url": URL}], "routes": True}, "routes"),
-    "a word unknown": ({"images": [{"url": URL, "detail": "max"}]}, "images[0].detail"),
+    "unknown field of an image": ({"images": [{"url": URL, "detial": "low"}]}, "images[0].detial"),
+    "unknown field": ({"images": [{"url": URL}], "routes": True}, "routes"),
+    "unknown detail": ({"images": [{"url": URL, "detail": "max"}]}, "images[0].detail"),
     "route number": ({"images": [{"url": URL}], "route": 1}, "route"),
     "route null": ({"images": [{"url": URL}], "route": None}, "route"),
-    "too many": ({"images": [{"url": URL}] * 5}, "images"),
-    "chat of nothing": ({"messages": []}, "messages"),
+    "too many images": ({"images": [{"url": URL}] * 5}, "images"),
+    "messages empty": ({"messages": []}, "messages"),
 }
 
 
-@pytest.mark.parametrize(("body", "param"), BAD.values(), ids=BAD)
-def test_a_bad_body_is_refused_with_the_place(body: Any, param: str) -> None:
-    with pytest.raises(errors.InvalidRequest) as caught:
-        parsed(body)
-    assert caught.value.param == param
+@pytest.mark.parametrize(("body", "param"), INVALID_BODIES.values(), ids=INVALID_BODIES)
+def test_an_invalid_body_is_rejected_with_its_location(body: Any, param: str) -> None:
+    with pytest.raises(errors.InvalidRequest) as error_info:
+        parse(body)
+    assert error_info.value.param == param

@@ -1,4 +1,4 @@
-"""Responses: their images are found wherever the engine would look for one, and become URLs of embeddings."""
+"""OpenAI Responses: images are found wherever vLLM reads one, and replaced by URLs of embeddings."""
 
 import json
 from typing import Any
@@ -17,87 +17,91 @@ URL = data_url(image_file())
 KEYS = ["a" * 64, "b" * 64]
 
 
-def image(**words: Any) -> dict[str, Any]:
-    return {"type": "input_image", "image_url": URL, **words}
+def image(**options: Any) -> dict[str, Any]:
+    return {"type": "input_image", "image_url": URL, **options}
 
 
-def text(said: str = "a") -> dict[str, Any]:
-    return {"type": "input_text", "text": said}
+def text(content: str = "a") -> dict[str, Any]:
+    return {"type": "input_text", "text": content}
 
 
-def parsed(given: Any, **fields: Any) -> Any:
-    return parse_responses(json.dumps({"model": "m", "input": given, **fields}).encode(), RequestPolicy(2))
+def parse(items: Any, **fields: Any) -> Any:
+    return parse_responses(json.dumps({"model": "m", "input": items, **fields}).encode(), RequestPolicy(2))
 
 
 def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
-@pytest.mark.parametrize("given", ["see <image>", None, [], [user(text("see <image>"))], [{"role": "user", "content": "a"}]])
-def test_texts_pass_byte_for_byte(given: Any) -> None:
-    asked = parsed(given, instructions="be brief")
-    assert asked.with_embeddings([], []) is asked.raw
+@pytest.mark.parametrize("items", ["see <image>", None, [], [user(text("see <image>"))], [{"role": "user", "content": "a"}]])
+def test_a_text_request_passes_byte_for_byte(items: Any) -> None:
+    request = parse(items, instructions="be brief")
+    assert request.with_embeddings([], []) is request.raw
 
 
-def test_images_are_replaced_in_messages_and_in_what_tools_gave() -> None:
+def test_images_are_replaced_in_messages_and_tool_results() -> None:
     call = {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"}
-    seen = {"type": "function_call_output", "call_id": "1", "output": [text("here"), image(detail="low", max_dynamic_patch=1)]}
-    given = [user(text(), image(detail="original", vir={"mode": "off"})), call, seen]
-    asked = parsed(given, vir={"mode": "all"}, temperature=0.5)
-    assert [one.url for one in asked.images] == [URL, URL]
-    assert [one.options.location for one in asked.images] == ["input[0].content[1]", "input[2].output[1]"]
-    assert [one.options.detail for one in asked.images] == ["original", "low"]
-    made = json.loads(asked.with_embeddings(KEYS, [10, 20]))
-    first, second = made["input"][0]["content"][1], made["input"][2]["output"][1]
+    output: dict[str, Any] = {
+        "type": "function_call_output",
+        "call_id": "1",
+        "output": [text("here"), image(detail="low", max_dynamic_patch=1)],
+    }
+    items = [user(text(), image(detail="original", vir={"mode": "off"})), call, output]
+    request = parse(items, vir={"mode": "all"}, temperature=0.5)
+    assert [part.url for part in request.images] == [URL, URL]
+    assert [part.options.location for part in request.images] == ["input[0].content[1]", "input[2].output[1]"]
+    assert [part.options.detail for part in request.images] == ["original", "low"]
+    body = json.loads(request.with_embeddings(KEYS, [10, 20]))
+    first, second = body["input"][0]["content"][1], body["input"][2]["output"][1]
     for part, key, tokens in ((first, KEYS[0], 10), (second, KEYS[1], 20)):
-        handed = parse_embedding_url(part.pop("image_url"))
-        assert handed is not None
-        assert (handed.key, handed.tokens, part) == (key, tokens, {"type": "input_image", "detail": "auto"})
-    given[0]["content"][1], seen["output"][1] = first, second
-    assert made == {"model": "m", "input": given, "temperature": 0.5}
+        ref = parse_embedding_url(part.pop("image_url"))
+        assert ref is not None
+        assert (ref.key, ref.tokens, part) == (key, tokens, {"type": "input_image", "detail": "auto"})
+    items[0]["content"][1], output["output"][1] = first, second
+    assert body == {"model": "m", "input": items, "temperature": 0.5}
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "a chat's image": ({"type": "image_url", "image_url": {"url": URL}}, ""),
-    "an embedding": ({"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}, "uuid": "a"}, ""),
-    "an embedding in an image": (image(image_embeds={"image_num_tokens": [1]}), ""),
-    "a key in an image": (image(uuid="stolen"), ""),
-    "a key in a text": ({**text(), "uuid": "stolen"}, ""),
-    "an image in a text": ({**text(), "image_url": URL}, ""),
-    "a file": ({"type": "input_file", "file_id": "1"}, ""),
-    "an image in a file": ({"type": "input_image", "file_id": "1"}, ""),
+INVALID_PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "image_url part of a chat": ({"type": "image_url", "image_url": {"url": URL}}, ""),
+    "embedding": ({"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}, "uuid": "a"}, ""),
+    "embedding in an image part": (image(image_embeds={"image_num_tokens": [1]}), ""),
+    "uuid in an image part": (image(uuid="stolen"), ""),
+    "uuid in a text part": ({**text(), "uuid": "stolen"}, ""),
+    "image in a text part": ({**text(), "image_url": URL}, ""),
+    "file": ({"type": "input_file", "file_id": "1"}, ""),
+    "uploaded image": ({"type": "input_image", "file_id": "1"}, ""),
     "URL as an object": (image(image_url={"url": URL}), ""),
     "URL empty": (image(image_url=""), ""),
-    "no type": ({"text": "a"}, ""),
+    "type missing": ({"text": "a"}, ""),
     "null": (None, ""),  # type: ignore[dict-item]
-    "a word": (image(detail="max"), ".detail"),
-    "the router": (image(vir={"mode": "on"}), ".vir.mode"),
+    "invalid detail": (image(detail="max"), ".detail"),
+    "invalid vir": (image(vir={"mode": "on"}), ".vir.mode"),
 }
 
 
-@pytest.mark.parametrize(("part", "param"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("part", "param"), INVALID_PARTS.values(), ids=INVALID_PARTS)
 @pytest.mark.parametrize("name", ["content", "output"])
-def test_parts_that_may_not_pass_are_refused_with_their_place(name: str, part: Any, param: str) -> None:
-    with pytest.raises(errors.InvalidRequest) as caught:
-        parsed([user(text()), {"role": "user", name: [text(), part]}])
-    assert caught.value.param == f"input[1].{name}[1]{param}"
+def test_invalid_parts_are_rejected_with_their_location(name: str, part: Any, param: str) -> None:
+    with pytest.raises(errors.InvalidRequest) as error_info:
+        parse([user(text()), {"role": "user", name: [text(), part]}])
+    assert error_info.value.param == f"input[1].{name}[1]{param}"
 
 
 @pytest.mark.parametrize("name", ["previous_response_id", "previous_input_messages", "background"])
-def test_what_would_need_a_memory_is_refused(name: str) -> None:
-    with pytest.raises(errors.InvalidRequest, match="responses are not stored") as caught:
-        parsed("a", **{name: "x"})
-    assert caught.value.param == name
-    assert parsed("a", **{name: None}).images == []
-    assert parsed("a", background=False, store=True).images == []
+def test_stateful_fields_are_rejected(name: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match="responses are not stored") as error_info:
+        parse("a", **{name: "x"})
+    assert error_info.value.param == name
+    assert parse("a", **{name: None}).images == []
+    assert parse("a", background=False, store=True).images == []
 
 
-def test_images_are_counted_and_words_that_mark_one_refused_beside_them() -> None:
-    with pytest.raises(errors.TooManyImages) as caught:
-        parsed([user(image(), image(), image())])
-    assert caught.value.param == "input"
+def test_images_are_counted_and_placeholders_in_text_rejected_beside_them() -> None:
+    with pytest.raises(errors.TooManyImages) as error_info:
+        parse([user(image(), image(), image())])
+    assert error_info.value.param == "input"
     for fields in ({"instructions": "see <image>"}, {"tools": [{"name": "<IMG_CONTEXT>"}]}):
         with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
-            parsed([user(image())], **fields)
+            parse([user(image())], **fields)
     with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
-        parsed([user(image(), text("<image>"))])
+        parse([user(image(), text("<image>"))])

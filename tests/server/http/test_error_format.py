@@ -1,4 +1,4 @@
-"""Errors as the clients of each route know them."""
+"""Errors in the format of each API."""
 
 import json
 
@@ -7,28 +7,28 @@ import pytest
 from common import errors
 from server.http import error_format
 
-FULL = errors.SinkFull("no room", param="x").body()
+SINK_FULL = errors.SinkFull("no room", param="x").body()
 
 
-def test_chats_have_openais_errors() -> None:
-    shape = error_format.OPENAI
-    assert shape.body(FULL) is FULL
-    assert json.loads(shape.event(FULL).removeprefix(b"data: ")) == FULL
-    assert shape.stream_end == b"data: [DONE]\n\n"
+def test_the_openai_format_is_the_error_object() -> None:
+    openai = error_format.OPENAI
+    assert openai.body(SINK_FULL) is SINK_FULL
+    assert json.loads(openai.event(SINK_FULL).removeprefix(b"data: ")) == SINK_FULL
+    assert openai.stream_end == b"data: [DONE]\n\n"
 
 
-def test_responses_have_openais_errors_and_events_that_say_all_twice() -> None:
-    shape = error_format.OPENAI_RESPONSES
-    assert shape.body(FULL) is FULL
-    name, data = shape.event(FULL).split(b"\n")
+def test_events_of_responses_have_the_error_twice() -> None:
+    responses = error_format.OPENAI_RESPONSES
+    assert responses.body(SINK_FULL) is SINK_FULL
+    name, data = responses.event(SINK_FULL).split(b"\n")
     assert name == b"event: error"
     assert json.loads(data.removeprefix(b"data: ")) == {
-        "type": "error", "code": "sink_full", "message": "no room", "param": "x", **FULL,
+        "type": "error", "code": "sink_full", "message": "no room", "param": "x", **SINK_FULL,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"),
+    ("error", "error_type"),
     [
         (errors.InvalidRequest, "invalid_request_error"),
         (errors.InvalidImage, "invalid_request_error"),
@@ -42,9 +42,9 @@ def test_responses_have_openais_errors_and_events_that_say_all_twice() -> None:
         (errors.InternalError, "api_error"),
     ],
 )
-def test_messages_have_anthropics_types(error: type[errors.DvdError], kind: str) -> None:
-    body = error_format.ANTHROPIC.body(error("why", param="p").body())
-    said = {"type": kind, "message": "why", "param": "p", "code": error.code}
-    assert body == {"type": "error", "error": said}
-    name, data = error_format.ANTHROPIC.event(error("why", param="p").body()).split(b"\n")
+def test_the_anthropic_format_has_anthropics_types(error: type[errors.DvdError], error_type: str) -> None:
+    body = error_format.ANTHROPIC.body(error("reason", param="p").body())
+    expected = {"type": error_type, "message": "reason", "param": "p", "code": error.code}
+    assert body == {"type": "error", "error": expected}
+    name, data = error_format.ANTHROPIC.event(error("reason", param="p").body()).split(b"\n")
     assert (name, json.loads(data.removeprefix(b"data: "))) == (b"event: error", body)

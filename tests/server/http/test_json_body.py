@@ -1,4 +1,4 @@
-"""What is no JSON object is refused; and a body with large files in it is read as any parser would read it."""
+"""Decoding of bodies: only JSON objects are accepted, and large strings are decoded as by any other parser."""
 
 import base64
 import json
@@ -9,35 +9,35 @@ import pytest
 from common import errors
 from server.http.json_body import decode_object
 
-NOT_AN_OBJECT = {
+INVALID_BODIES = {
     "empty": b"",
-    "space": b"  \n",
-    "no JSON": b"hello",
-    "cut": b'{"model": "a"',
+    "white space": b"  \n",
+    "not JSON": b"hello",
+    "truncated": b'{"model": "a"',
     "array": b"[]",
     "number": b"5",
     "null": b"null",
     "string": b'"{}"',
-    "two": b"{} {}",
+    "two objects": b"{} {}",
     "comment": b"{/**/}",
     "trailing comma": b'{"a": 1,}',
     "byte-order mark": b"\xef\xbb\xbf{}",
     "UTF-16": "{}".encode("utf-16"),
     "Latin-1": b'{"a": "\xe9"}',
-    "overlong": b'{"a": "\xc0\xaf"}',
+    "overlong UTF-8": b'{"a": "\xc0\xaf"}',
     "encoded surrogate": b'{"a": "\xed\xa0\x80"}',
     "lone surrogate": rb'{"a": "\ud800"}',
     "lone surrogate in capitals": rb'{"a": "\uD800"}',
     "lone low surrogate": rb'{"a": "\udc00"}',
     "lone surrogate beside other text": '{"b": "é", "a": "\\ud800"}'.encode(),
     "surrogates in the wrong order": rb'{"a": "\udc00\ud800"}',
-    "surrogate as a name": rb'{"\ud800": 1}',
+    "surrogate in a field name": rb'{"\ud800": 1}',
     "NaN": b'{"temperature": NaN}',
     "infinite": b'{"temperature": Infinity}',
     "minus infinite": b'{"temperature": -Infinity}',
-    "too large a number": b'{"seed": 1e400}',
-    "too small a number": b'{"seed": -1e400}',
-    "5000 digits": b'{"seed": ' + b"9" * 5000 + b"}",
+    "number too large": b'{"seed": 1e400}',
+    "number too small": b'{"seed": -1e400}',
+    "number of 5000 digits": b'{"seed": ' + b"9" * 5000 + b"}",
     "raw control character": b'{"a": "\x00"}',
     "deep arrays": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
@@ -46,54 +46,57 @@ NOT_AN_OBJECT = {
 }
 
 
-@pytest.mark.parametrize("body", NOT_AN_OBJECT.values(), ids=NOT_AN_OBJECT)
-def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+@pytest.mark.parametrize("body", INVALID_BODIES.values(), ids=INVALID_BODIES)
+def test_a_body_that_is_not_a_json_object_is_rejected(body: bytes) -> None:
     with pytest.raises(errors.InvalidRequest):
         decode_object(body)
 
 
-FILE = "data:image/png;base64," + base64.b64encode(bytes(range(256)) * 300).decode()
-BARE = FILE.partition(",")[2]
+URL = "data:image/png;base64," + base64.b64encode(bytes(range(256)) * 300).decode()
+BASE64 = URL.partition(",")[2]
 
-LARGE: dict[str, Any] = {
-    "a data: URL": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": FILE}}]}]},
-    "several": {"messages": [{"url": FILE}, {"url": FILE + "x"}, {"text": "b"}, {"url": FILE}], "url": FILE},
-    "no URL": {"source": {"data": BARE, "media_type": "image/png"}},
-    "in a list": {"input": [FILE, FILE]},
-    "as a name": {FILE: FILE, "a": {BARE: 1}},
-    "beside what looks like its end": {"a:": "b:", "c": FILE + "é", "d": 'x: "' + FILE, "e": FILE},
-    "with escapes": {"url": FILE + "\n", "other": FILE + '"', "third": FILE + "\\"},
-    "not a file": {"text": "a" * 100_000 + " b " * 50_000, "other": "é" * 70_000},
-    "surrogates beside it": {"url": FILE, "text": "\N{GRINNING FACE}"},
+LARGE_BODIES: dict[str, Any] = {
+    "data: URL": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}]}]},
+    "several files": {
+        "messages": [{"url": URL}, {"url": URL + "x"}, {"text": "b"}, {"url": URL}],
+        "url": URL,
+    },
+    "bare base64": {"source": {"data": BASE64, "media_type": "image/png"}},
+    "files in a list": {"input": [URL, URL]},
+    "file as a field name": {URL: URL, "a": {BASE64: 1}},
+    "text that resembles the end of a file": {"a:": "b:", "c": URL + "é", "d": 'x: "' + URL, "e": URL},
+    "escapes after a file": {"url": URL + "\n", "other": URL + '"', "third": URL + "\\"},
+    "long text": {"text": "a" * 100_000 + " b " * 50_000, "other": "é" * 70_000},
+    "surrogate pair beside a file": {"url": URL, "text": "\N{GRINNING FACE}"},
 }
 
 
-@pytest.mark.parametrize("body", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("body", LARGE_BODIES.values(), ids=LARGE_BODIES)
 @pytest.mark.parametrize("options", [{}, {"ensure_ascii": False}, {"indent": 3}, {"separators": (",", ":")}], ids=str)
-def test_large_files_are_read_as_they_came(body: dict[str, Any], options: dict[str, Any]) -> None:
+def test_large_files_are_decoded_unchanged(body: dict[str, Any], options: dict[str, Any]) -> None:
     raw = json.dumps(body, **options).encode()
     assert decode_object(raw) == json.loads(raw) == body
 
 
-def test_slashes_may_be_escaped() -> None:
-    raw = json.dumps({"url": FILE}).replace("/", "\\/").encode()
-    assert decode_object(raw) == {"url": FILE}
+def test_escaped_slashes_are_decoded() -> None:
+    raw = json.dumps({"url": URL}).replace("/", "\\/").encode()
+    assert decode_object(raw) == {"url": URL}
 
 
-BROKEN = {
-    "a quote too many": '{"a": "b: "%s"}',
-    "a quote too few": '{"a": %s"}',
-    "not ended": '{"a": "%s',
-    "a line break in it": '{"a": "%s\n"}',
-    "a tab in it": '{"a": "%s\t"}',
-    "a lone surrogate beside it": '{"a": "%s", "b": "\\ud800"}',
-    "a comma too many": '{"a": "%s",}',
-    "no object": '["%s"]',
+BROKEN_BODIES = {
+    "extra quote": '{"a": "b: "%s"}',
+    "missing quote": '{"a": %s"}',
+    "unterminated string": '{"a": "%s',
+    "raw line break": '{"a": "%s\n"}',
+    "raw tab": '{"a": "%s\t"}',
+    "lone surrogate beside a file": '{"a": "%s", "b": "\\ud800"}',
+    "trailing comma": '{"a": "%s",}',
+    "array": '["%s"]',
 }
 
 
-@pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("file", [FILE, BARE], ids=["URL", "bare"])
-def test_what_is_broken_beside_a_large_file_is_refused(body: str, file: str) -> None:
+@pytest.mark.parametrize("body", BROKEN_BODIES.values(), ids=BROKEN_BODIES)
+@pytest.mark.parametrize("file", [URL, BASE64], ids=["data: URL", "bare base64"])
+def test_invalid_json_with_a_large_file_is_rejected(body: str, file: str) -> None:
     with pytest.raises(errors.InvalidRequest):
         decode_object((body % file).encode())

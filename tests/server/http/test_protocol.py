@@ -1,4 +1,4 @@
-"""Over real sockets, before an application that says how much it read."""
+"""Bounds of HTTP/1.1, over real sockets. The application responds with the size of the body."""
 
 import asyncio
 import json
@@ -15,11 +15,11 @@ from server.http.protocol import MAX_HEAD_BYTES, uvicorn_config
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 
 
-async def application(scope: Any, receive: Any, send: Any) -> None:
+async def respond_with_body_size(scope: Any, receive: Any, send: Any) -> None:
     size, more = 0, True
     if scope["path"] == "/slow":
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        await send({"type": "http.response.body", "body": b"started", "more_body": True})
     while more:
         message = await receive()
         size, more = size + len(message.get("body", b"")), message.get("more_body", False)
@@ -29,7 +29,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def serving(app: Callable[..., Any] = application) -> AsyncIterator[int]:
+async def start_server(app: Callable[..., Any] = respond_with_body_size) -> AsyncIterator[int]:
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn_config(app, 1, lifespan="off"))
     running = asyncio.create_task(server.serve(sockets=[listening]))
@@ -40,17 +40,22 @@ async def serving(app: Callable[..., Any] = application) -> AsyncIterator[int]:
         await running
 
 
-async def said(*sent: bytes, ends: bool = True) -> bytes:
-    """All that is answered until the server hangs up, or has answered what was sent."""
-    async with serving() as port:
+async def exchange(*chunks: bytes, half_close: bool = False) -> bytes:
+    """Send chunks, and return all that the server sends until it closes the connection.
+
+    Args:
+        *chunks: Sent one after the other until the server closes the connection.
+        half_close: Whether to close the sending side after the last chunk.
+    """
+    async with start_server() as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         reading = asyncio.create_task(reader.read())
-        for some in sent:
+        for chunk in chunks:
             if reading.done():
                 break
-            writer.write(some)
+            writer.write(chunk)
             await asyncio.sleep(0.02)
-        if not ends:
+        if half_close:
             writer.write_eof()
         try:
             return await asyncio.wait_for(reading, 10)
@@ -58,11 +63,11 @@ async def said(*sent: bytes, ends: bool = True) -> bytes:
             writer.close()
 
 
-def error(answer: bytes) -> dict[str, Any]:
-    head, _, body = answer.partition(b"\r\n\r\n")
+def parse_error(response: bytes) -> dict[str, Any]:
+    head, _, body = response.partition(b"\r\n\r\n")
     assert b"Content-Length: %d\r\n" % len(body) in head
-    found: dict[str, Any] = json.loads(body)["error"]
-    return {"status": int(head.split()[1]), **found}
+    error: dict[str, Any] = json.loads(body)["error"]
+    return {"status": int(head.split()[1]), **error}
 
 
 @pytest.mark.parametrize(
@@ -72,71 +77,71 @@ def error(answer: bytes) -> dict[str, Any]:
         pytest.param(lambda size: b"".join(b"X-%07d: abcde\r\n" % i for i in range(size // 18)), id="many headers"),
     ],
 )
-async def test_a_head_may_be_so_large_and_no_larger(head: Callable[[int], bytes]) -> None:
-    assert (await said(GET + head(MAX_HEAD_BYTES - 200) + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-    refused = error(await said(GET + head(MAX_HEAD_BYTES + 200) + b"\r\n"))
-    assert (refused["status"], refused["code"]) == (431, "head_too_large")
-    assert str(MAX_HEAD_BYTES) in refused["message"]
+async def test_the_head_limit_is_enforced_with_431(head: Callable[[int], bytes]) -> None:
+    assert (await exchange(GET + head(MAX_HEAD_BYTES - 200) + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    error = parse_error(await exchange(GET + head(MAX_HEAD_BYTES + 200) + b"\r\n"))
+    assert (error["status"], error["code"]) == (431, "head_too_large")
+    assert str(MAX_HEAD_BYTES) in error["message"]
 
 
-async def test_so_is_a_path() -> None:
-    assert error(await said(b"GET /" + b"x" * MAX_HEAD_BYTES + b" HTTP/1.1\r\nHost: a\r\n\r\n"))["status"] == 431
+async def test_the_head_limit_includes_the_path() -> None:
+    assert parse_error(await exchange(b"GET /" + b"x" * MAX_HEAD_BYTES + b" HTTP/1.1\r\nHost: a\r\n\r\n"))["status"] == 431
 
 
-@pytest.mark.parametrize("some", [b"x" * 9_000, b"X-A: b\r\n" * 1_000])
-async def test_a_head_that_never_ends_is_refused_before_it_ends(some: bytes) -> None:
-    refused = error(await said(GET, *([b"X-Long: "] if some[0] == ord("x") else []), *[some] * 10))
-    assert refused["code"] == "head_too_large"
+@pytest.mark.parametrize("chunk", [b"x" * 9_000, b"X-A: b\r\n" * 1_000])
+async def test_an_endless_head_is_rejected(chunk: bytes) -> None:
+    error = parse_error(await exchange(GET, *([b"X-Long: "] if chunk[0] == ord("x") else []), *[chunk] * 10))
+    assert error["code"] == "head_too_large"
 
 
 @pytest.mark.parametrize(
-    "sent",
+    "data",
     [b"\x16\x03\x01\x02\x00\x01", b"PROXY TCP4 1.2.3.4\r\n", b"hello\r\n\r\n", b"GET / HTTP/1.1\r\nNo colon\r\n\r\n"],
 )
-async def test_what_is_no_http_is_answered_in_the_shape_of_all_errors(sent: bytes) -> None:
-    refused = error(await said(sent))
-    assert (refused["status"], refused["type"], refused["code"]) == (400, "invalid_request_error", "invalid_request")
-    assert "TLS" in refused["message"]
+async def test_invalid_http_is_answered_with_an_error_object(data: bytes) -> None:
+    error = parse_error(await exchange(data))
+    assert (error["status"], error["type"], error["code"]) == (400, "invalid_request_error", "invalid_request")
+    assert "TLS" in error["message"]
 
 
-async def test_a_large_body_does_not_count_nor_does_what_follows_it() -> None:
+async def test_bodies_do_not_count_as_head() -> None:
     body = b"x" * 5 * MAX_HEAD_BYTES
     post = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
-    answer = await said(post + body + GET + b"Connection: close\r\n\r\n")
-    assert answer.count(b"HTTP/1.1 200 ") == 2
-    assert b"%08d" % len(body) in answer
+    response = await exchange(post + body + GET + b"Connection: close\r\n\r\n")
+    assert response.count(b"HTTP/1.1 200 ") == 2
+    assert b"%08d" % len(body) in response
 
 
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n"
 
 
-async def test_trailers_are_read_over() -> None:
+async def test_trailers_are_ignored() -> None:
     trailers = b"a: b\r\nX-Long: " + b"x" * 1000 + b"\r\n"
-    answer = await said(CHUNKED + b"0\r\n", trailers, b"\r\n" + GET, b"Connection: close\r\n\r\n")
-    assert answer.count(b"HTTP/1.1 200 ") == 2
-    assert b"00000005" in answer
+    response = await exchange(CHUNKED + b"0\r\n", trailers, b"\r\n" + GET, b"Connection: close\r\n\r\n")
+    assert response.count(b"HTTP/1.1 200 ") == 2
+    assert b"00000005" in response
 
 
 @pytest.mark.parametrize(
-    ("begins", "some"),
+    ("start", "chunk"),
     [
         pytest.param(b"0\r\n", b"a: b\r\n" * 500, id="many trailers"),
         pytest.param(b"0\r\na: ", b"x" * 3000, id="one trailer"),
-        pytest.param(b"5;", b"x" * 3000, id="an extension"),
+        pytest.param(b"5;", b"x" * 3000, id="a chunk extension"),
     ],
 )
-async def test_what_follows_a_body_and_never_ends_is_cut(begins: bytes, some: bytes) -> None:
-    sent = [some] * (4 * MAX_HEAD_BYTES // len(some))
-    assert b" 200 " not in await said(CHUNKED, begins, *sent)
+async def test_endless_trailers_and_extensions_end_the_connection(start: bytes, chunk: bytes) -> None:
+    chunks = [chunk] * (4 * MAX_HEAD_BYTES // len(chunk))
+    assert b" 200 " not in await exchange(CHUNKED, start, *chunks)
 
 
-@pytest.mark.parametrize("way", ["abort", "end"])
-async def test_a_caller_that_reads_nothing_is_hung_up_on(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether its answer would ever end or not; one that reads gets all of it."""
+@pytest.mark.parametrize("reads", [False, True])
+async def test_a_caller_that_does_not_read_is_disconnected(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that reads gets the whole response."""
     monkeypatch.setattr("server.http.protocol.STALL_TIMEOUT_SECONDS", 0.3)
     ended, size = asyncio.Event(), 4 << 20
 
-    async def endless(_scope: Any, receive: Any, send: Any) -> None:
+    async def send_64_mib(_scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % (16 * size))]})
         try:
@@ -145,10 +150,10 @@ async def test_a_caller_that_reads_nothing_is_hung_up_on(way: str, monkeypatch: 
         finally:
             ended.set()
 
-    async with serving(endless) as port:
+    async with start_server(send_64_mib) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 12)
         writer.write(GET + b"\r\n")
-        if way == "end":
+        if reads:
             await reader.readuntil(b"\r\n\r\n")
             assert len(await reader.readexactly(16 * size)) == 16 * size
         else:
@@ -158,18 +163,18 @@ async def test_a_caller_that_reads_nothing_is_hung_up_on(way: str, monkeypatch: 
         writer.close()
 
 
-async def test_the_next_head_counts_from_nothing() -> None:
+async def test_each_head_of_a_connection_is_counted_by_itself() -> None:
     head = GET + b"X-Long: " + b"x" * (MAX_HEAD_BYTES - 200) + b"\r\n"
-    assert (await said(head + b"\r\n", head + b"Connection: close\r\n\r\n")).count(b"HTTP/1.1 200 ") == 2
+    assert (await exchange(head + b"\r\n", head + b"Connection: close\r\n\r\n")).count(b"HTTP/1.1 200 ") == 2
 
 
-async def test_an_answer_that_has_begun_is_cut_not_mixed_with_an_error() -> None:
+async def test_no_error_is_written_into_a_response_that_has_started() -> None:
     chunked = b"POST /slow HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-    answer = await said(chunked, b"no size\r\n")
-    assert b"begun" in answer
-    assert answer.count(b"HTTP/1.1") == 1
+    response = await exchange(chunked, b"not a size\r\n")
+    assert b"started" in response
+    assert response.count(b"HTTP/1.1") == 1
 
 
-async def test_a_request_to_speak_websocket_is_an_ordinary_one() -> None:
+async def test_a_websocket_upgrade_is_ignored() -> None:
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-    assert (await said(GET + upgrade, ends=False)).startswith(b"HTTP/1.1 200 ")
+    assert (await exchange(GET + upgrade, half_close=True)).startswith(b"HTTP/1.1 200 ")

@@ -1,4 +1,4 @@
-"""Where a language worker's vLLM is found from here."""
+"""Addresses at which the gateway reaches a language worker's vLLM."""
 
 import logging
 import socket
@@ -23,7 +23,7 @@ IPV6 = pytest.mark.skipif(not _has_ipv6(), reason="no IPv6 on this machine")
 
 
 @pytest.mark.parametrize(
-    ("sink", "engine", "says"),
+    ("sink", "engine", "reported"),
     [
         ("127.0.0.1", "127.0.0.1", "0.0.0.0"), ("127.0.0.1", "127.0.0.1", "[::]"), ("127.0.0.1", "127.0.0.1", ""),
         ("127.0.0.2", "127.0.0.2", "0.0.0.0"), ("localhost", "127.0.0.1", "0.0.0.0"), ("127.0.0.2", "127.0.0.1", "127.0.0.1"),
@@ -31,13 +31,13 @@ IPV6 = pytest.mark.skipif(not _has_ipv6(), reason="no IPv6 on this machine")
         pytest.param("[::1]", "[::1]", "[::]", marks=IPV6), pytest.param("[::1]", "[::1]", "0.0.0.0", marks=IPV6),
     ],
 )  # fmt: skip
-async def test_an_address_that_stands_for_all_is_on_the_sinks_machine(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, sink: str, engine: str, says: str
+async def test_an_unspecified_address_of_vllm_is_reached_at_the_sinks_host(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sink: str, engine: str, reported: str
 ) -> None:
     port = free_port()
     address = f"unix:{tmp_path}/sink" if sink == "unix" else f"{sink}:{free_port()}"
     language = FakeLanguageWorker(tmp_path, 0, address, f"{engine}:{port}")
-    language.sink.http = f"{says}:{port}"
+    language.sink.http = f"{reported}:{port}"
     await language.start()
     client = LanguageClient(address)
     try:
@@ -49,16 +49,16 @@ async def test_an_address_that_stands_for_all_is_on_the_sinks_machine(
         await language.stop()
 
 
-async def test_a_worker_that_names_its_own_loopback_is_complained_of(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_loopback_address_of_a_remote_vllm_is_logged_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     client = LanguageClient("10.0.0.7:50052")
     caplog.set_level(logging.WARNING)
-    for said in ("127.0.0.1:8001", "localhost:8001", "[::1]:8001"):
-        await client._connect(said)
+    for reported in ("127.0.0.1:8001", "localhost:8001", "[::1]:8001"):
+        await client._connect(reported)
         assert "10.0.0.7:50052" in caplog.text
-        assert f"at {said}, which is not reachable" in caplog.text
+        assert f"at {reported}, which is not reachable" in caplog.text
         assert "--http=0.0.0.0:8001" in caplog.text
         caplog.clear()
-    for said in ("10.0.0.7:8001", "0.0.0.0:8001", "vllm:8001", "unix:/vllm"):
-        await client._connect(said)
+    for reported in ("10.0.0.7:8001", "0.0.0.0:8001", "vllm:8001", "unix:/vllm"):
+        await client._connect(reported)
         assert not caplog.records
     await client.close()

@@ -1,4 +1,4 @@
-"""Names that stand for workers."""
+"""Discovery of workers by DNS names."""
 
 import asyncio
 import contextlib
@@ -25,24 +25,24 @@ NAME = "dns:vision:50051"
 
 
 @pytest.mark.parametrize(
-    ("address", "stands"),
+    ("address", "expected"),
     [
         (NAME, ("vision", 50051)), ("dns:a.b.c.:1", ("a.b.c.", 1)),
         ("vision:50051", None), ("dns:50051", None), ("unix:/dns:a:1", None), ("[::1]:5", None),
     ],
 )  # fmt: skip
-def test_a_name_is_told_from_an_address(address: str, stands: tuple[str, int] | None) -> None:
-    assert discovery.parse_name(address) == stands
+def test_names_are_distinguished_from_static_addresses(address: str, expected: tuple[str, int] | None) -> None:
+    assert discovery.parse_name(address) == expected
 
 
-async def test_the_systems_resolver_is_asked() -> None:
+async def test_names_are_resolved_by_the_system() -> None:
     assert "127.0.0.1:5" in await discovery.resolve("localhost", 5)
     with pytest.raises(OSError, match=r"."):
         await discovery.resolve("nowhere.invalid", 5)
 
 
-async def test_each_address_of_either_family_is_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Any] = [
+async def test_each_distinct_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    address_infos: list[Any] = [
         (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fd00::2", 5, 0, 0)),
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.2", 5)),
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", 5)),
@@ -50,85 +50,98 @@ async def test_each_address_of_either_family_is_one_worker(monkeypatch: pytest.M
     ]
 
     async def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
-        return found
+        return address_infos
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
     assert await discovery.resolve("name", 5) == ["10.0.0.1:5", "10.0.0.2:5", "[fd00::2]:5"]
 
 
-class Zone:
-    """A resolver that answers in turn, the last for ever, and who listens to `watch`."""
+class FakeResolver:
+    """A resolver with results in turn, of which the last repeats, and a receiver of the addresses.
 
-    def __init__(self, *answers: Collection[str] | BaseException) -> None:
-        self.answers = list(answers)
-        self.asked: list[tuple[str, int]] = []
-        self.told: list[Collection[str]] = []
-        self.refuses = 0
+    Attributes:
+        lookups: Name and port of each lookup.
+        received: The addresses that `receive` accepted.
+        failures: Number of calls of `receive` that raise before it accepts addresses.
+    """
+
+    def __init__(self, *results: Collection[str] | BaseException) -> None:
+        self.results = list(results)
+        self.lookups: list[tuple[str, int]] = []
+        self.received: list[Collection[str]] = []
+        self.failures = 0
 
     async def resolve(self, name: str, port: int) -> Collection[str]:
-        self.asked.append((name, port))
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        self.lookups.append((name, port))
+        result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
-    async def tell(self, addresses: Collection[str]) -> None:
-        if self.refuses:
-            self.refuses -= 1
-            raise RuntimeError("not now")
-        self.told.append(addresses)
+    async def receive(self, addresses: Collection[str]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("cannot update")
+        self.received.append(addresses)
 
-    async def asked_times(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def watch(self, lookups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run `discovery.watch` until it has looked up the name so many times."""
         monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.0)
-        watching = asyncio.create_task(discovery.watch(NAME, self.resolve, self.tell))
-        await wait_until(lambda: len(self.asked) >= count or watching.done(), "asked so often")
+        watching = asyncio.create_task(discovery.watch(NAME, self.resolve, self.receive))
+        await wait_until(lambda: len(self.lookups) >= lookups or watching.done(), "the lookups are made")
         watching.cancel()
         with pytest.raises(asyncio.CancelledError):
             await watching
 
 
-FAILURE = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+TEMPORARY_FAILURE = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
 
-async def test_a_resolver_that_fails_is_complained_of_once_and_changes_nothing(
+async def test_a_failing_resolver_is_logged_once_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "server.workers.discovery")
-    bad = UnicodeError("label too long")
-    zone = Zone(FAILURE, FAILURE, ["a:1"], FAILURE, bad, TimeoutError(), ["a:1", "b:1"])
-    await zone.asked_times(8, monkeypatch)
-    assert zone.asked[0] == ("vision", 50051)
-    assert zone.told[:2] == [["a:1"], ["a:1", "b:1"]]
-    said = [record.getMessage() for record in caplog.records]
-    assert [("does not" in text, NAME in text) for text in said] == [(True, True), (False, True)] * 2
-    assert "Temporary failure" in said[0]
+    invalid_name = UnicodeError("label too long")
+    resolver = FakeResolver(
+        TEMPORARY_FAILURE, TEMPORARY_FAILURE, ["a:1"], TEMPORARY_FAILURE, invalid_name, TimeoutError(), ["a:1", "b:1"]
+    )
+    await resolver.watch(8, monkeypatch)
+    assert resolver.lookups[0] == ("vision", 50051)
+    assert resolver.received[:2] == [["a:1"], ["a:1", "b:1"]]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [("does not" in text, NAME in text) for text in messages] == [(True, True), (False, True)] * 2
+    assert "Temporary failure" in messages[0]
 
 
-@pytest.mark.parametrize("number", [socket.EAI_NONAME, socket.EAI_NODATA])
-async def test_a_name_without_an_address_is_an_answer(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    zone = Zone(["a:1"], socket.gaierror(number, "no such name"))
-    await zone.asked_times(2, monkeypatch)
-    assert list(map(list, zone.told[:2])) == [["a:1"], []]
+@pytest.mark.parametrize("error_number", [socket.EAI_NONAME, socket.EAI_NODATA])
+async def test_a_name_without_addresses_gives_an_empty_list(error_number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = FakeResolver(["a:1"], socket.gaierror(error_number, "no such name"))
+    await resolver.watch(2, monkeypatch)
+    assert list(map(list, resolver.received[:2])) == [["a:1"], []]
 
 
-async def test_what_goes_wrong_while_taking_over_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    zone = Zone(["a:1"])
-    zone.refuses = 2
-    await zone.asked_times(4, monkeypatch)
-    assert zone.told
+async def test_an_error_of_the_receiver_does_not_end_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = FakeResolver(["a:1"])
+    resolver.failures = 2
+    await resolver.watch(4, monkeypatch)
+    assert resolver.received
 
 
-class Hosts:
-    """The system's resolver as the event loop asks it, with names of a test's own. Everything after the lookup is real."""
+class FakeDNS:
+    """Replaces the event loop's lookups of some names. Everything after the lookup is real.
+
+    Attributes:
+        names: Addresses of each name; other names are resolved by the system.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
         self.names = names
         monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.05)
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._answer)
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._lookup)
 
-    async def _answer(self, host: str, port: int, **rest: Any) -> list[Any]:
-        if host not in self.names:  # of others in this loop: the callers' own connections
-            return socket.getaddrinfo(host, port, **rest)
+    async def _lookup(self, host: str, port: int, **options: Any) -> list[Any]:
+        if host not in self.names:  # the connections of the test's own HTTP client
+            return socket.getaddrinfo(host, port, **options)
         if not self.names[host]:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in self.names[host]]
@@ -139,7 +152,7 @@ HOSTS = ("127.0.0.1", "127.0.0.2")
 
 @dataclass(frozen=True)
 class Ports:
-    """Of a kind of worker, the same on every host."""
+    """Ports of the servers of each worker, the same on every host."""
 
     vision: int = field(default_factory=free_port)
     sink: int = field(default_factory=free_port)
@@ -151,81 +164,88 @@ def ports() -> Ports:
     return Ports()
 
 
-def at(host: str, ports: Ports) -> tuple[FakeVisionWorker, FakeLanguageWorker]:
-    """A worker of each kind as a container has them: fixed ports, and vLLM on every address of the machine."""
+def make_workers(host: str, ports: Ports) -> tuple[FakeVisionWorker, FakeLanguageWorker]:
+    """Return a worker of each kind as in containers: with fixed ports, and with vLLM on all addresses of the machine."""
     language = FakeLanguageWorker(Path("/nowhere"), 0, f"{host}:{ports.sink}", f"{host}:{ports.http}")
     language.sink.http = f"0.0.0.0:{ports.http}"
     return FakeVisionWorker(f"{host}:{ports.vision}"), language
 
 
 @contextlib.asynccontextmanager
-async def named(ports: Ports) -> AsyncIterator[Stack]:
-    """A gateway that knows its workers by name; all of them run."""
-    visions, languages = zip(*(at(host, ports) for host in HOSTS), strict=True)
-    lists = {"vision_workers": [f"dns:vision:{ports.vision}"], "language_workers": [f"dns:language:{ports.sink}"]}
-    async with start_stack(Path("/nowhere"), list(visions), list(languages), **lists) as stack:
+async def start_named_stack(ports: Ports) -> AsyncIterator[Stack]:
+    """Yield a gateway that finds its workers by name. A worker of each kind runs on every host."""
+    visions, languages = zip(*(make_workers(host, ports) for host in HOSTS), strict=True)
+    addresses: dict[str, Any] = {
+        "vision_workers": [f"dns:vision:{ports.vision}"],
+        "language_workers": [f"dns:language:{ports.sink}"],
+    }
+    async with start_stack(Path("/nowhere"), list(visions), list(languages), **addresses) as stack:
         yield stack
 
 
-async def test_workers_by_the_systems_resolver(tmp_path: Path, ports: Ports) -> None:
-    """Two servers behind localhost, told apart by their ports, and a language worker whose embeddings come by TCP."""
-    second = free_port()
-    visions, (_, language) = [FakeVisionWorker(f"127.0.0.1:{port}") for port in (ports.vision, second)], at("127.0.0.1", ports)
-    lists = {"vision_workers": [f"dns:localhost:{port}" for port in (ports.vision, second)]}
-    async with start_stack(tmp_path, visions, [language], **lists, language_workers=[f"dns:localhost:{ports.sink}"]) as stack:
+async def test_workers_are_found_by_the_systems_resolver(tmp_path: Path, ports: Ports) -> None:
+    """Two vision workers at localhost that differ by their ports, and a language worker that receives embeddings over TCP."""
+    vision_ports = (ports.vision, free_port())
+    visions = [FakeVisionWorker(f"127.0.0.1:{port}") for port in vision_ports]
+    _, language = make_workers("127.0.0.1", ports)
+    addresses: dict[str, Any] = {
+        "vision_workers": [f"dns:localhost:{port}" for port in vision_ports],
+        "language_workers": [f"dns:localhost:{ports.sink}"],
+    }
+    async with start_stack(tmp_path, visions, [language], **addresses) as stack:
         await stack.wait_for_metric("dvd_worker_up", 3)
         for i in range(20):
             assert (await stack.chat(image_part(image_file(i)))).status == 200
-        assert all(peer.calls for peer in stack.vision_workers)
-        assert {call.deliver_to for peer in stack.vision_workers for call in peer.calls} == {f"127.0.0.1:{ports.sink}"}
+        assert all(worker.calls for worker in stack.vision_workers)
+        assert {call.deliver_to for worker in stack.vision_workers for call in worker.calls} == {f"127.0.0.1:{ports.sink}"}
         assert len(stack.sink.rows) == 20
 
 
-async def test_replicas_of_one_name_share_the_work(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
-    Hosts(monkeypatch, vision=[*HOSTS], language=[*HOSTS])
-    async with named(ports) as stack:
+async def test_requests_are_spread_over_all_addresses_of_a_name(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
+    FakeDNS(monkeypatch, vision=[*HOSTS], language=[*HOSTS])
+    async with start_named_stack(ports) as stack:
         await stack.wait_for_metric("dvd_worker_up", 4)
         for i in range(20):
             assert (await stack.chat(image_part(image_file(i)))).status == 200
-        assert all(peer.calls for peer in stack.vision_workers)
-        assert all(peer.engine.requests for peer in stack.language_workers), "each at its own address, though all say 0.0.0.0"
-        assert {call.deliver_to for peer in stack.vision_workers for call in peer.calls} == {
+        assert all(worker.calls for worker in stack.vision_workers)
+        assert all(worker.engine.requests for worker in stack.language_workers), "each at its own host"
+        assert {call.deliver_to for worker in stack.vision_workers for call in worker.calls} == {
             f"{host}:{ports.sink}" for host in HOSTS
         }
 
 
-async def test_the_gateway_starts_before_its_workers_have_names(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
-    hosts = Hosts(monkeypatch, vision=[], language=[])
-    name_them = asyncio.get_running_loop().call_later(0.3, hosts.names.update, {"vision": [HOSTS[0]], "language": [HOSTS[0]]})
-    async with named(ports) as stack:  # this waits until it is ready
-        assert name_them.when() <= asyncio.get_running_loop().time()
+async def test_the_gateway_starts_before_the_names_resolve(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
+    dns = FakeDNS(monkeypatch, vision=[], language=[])
+    timer = asyncio.get_running_loop().call_later(0.3, dns.names.update, {"vision": [HOSTS[0]], "language": [HOSTS[0]]})
+    async with start_named_stack(ports) as stack:  # returns when the gateway is ready
+        assert timer.when() <= asyncio.get_running_loop().time()
         await stack.wait_for_metric("dvd_worker_up", 2)
-        hosts.names["vision"] = [*HOSTS]
+        dns.names["vision"] = [*HOSTS]
         await stack.wait_for_metric("dvd_worker_up", 3)
 
 
-async def test_an_answer_that_has_begun_ends_though_its_worker_has_left(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
-    hosts = Hosts(monkeypatch, vision=[HOSTS[0]], language=[HOSTS[0]])
-    async with named(ports) as stack:
-        more = asyncio.Event()
+async def test_a_stream_continues_after_its_worker_is_removed(monkeypatch: pytest.MonkeyPatch, ports: Ports) -> None:
+    dns = FakeDNS(monkeypatch, vision=[HOSTS[0]], language=[HOSTS[0]])
+    async with start_named_stack(ports) as stack:
+        may_end = asyncio.Event()
 
-        async def later(_request: Any) -> Any:
-            await more.wait()
+        async def wait_for_event(_request: Any) -> Any:
+            await may_end.wait()
 
-        stack.engine.respond = event_stream(*EVENTS[:2], then=later)
-        asked = asyncio.create_task(stack.chat(image_part(image_file()), stream=True))
-        await wait_until(lambda: stack.engine.requests, "the engine answers")
-        hosts.names["language"] = [HOSTS[1]]
+        stack.engine.respond = event_stream(*EVENTS[:2], then=wait_for_event)
+        streaming = asyncio.create_task(stack.chat(image_part(image_file()), stream=True))
+        await wait_until(lambda: stack.engine.requests, "the engine has the request")
+        dns.names["language"] = [HOSTS[1]]
         await stack.sink.stop()
-        left = f'dvd_worker_up{{address="{HOSTS[0]}:{ports.sink}"'
-        await wait_until(lambda: gone(stack, left), "it is no longer shown")
+        metric = f'dvd_worker_up{{address="{HOSTS[0]}:{ports.sink}"'
+        await wait_until(lambda: is_not_exported(stack, metric), "the worker is removed")
         await stack.wait_until_ready()
-        assert (await stack.chat(image_part(image_file(1)))).status == 200, "the other one serves"
-        assert not asked.done()
-        more.set()
-        answer = await asked
-        assert (answer.status, answer.body) == (200, b"".join(EVENTS[:2]))
+        assert (await stack.chat(image_part(image_file(1)))).status == 200, "the other worker serves"
+        assert not streaming.done()
+        may_end.set()
+        response = await streaming
+        assert (response.status, response.body) == (200, b"".join(EVENTS[:2]))
 
 
-async def gone(stack: Stack, metric: str) -> bool:
+async def is_not_exported(stack: Stack, metric: str) -> bool:
     return metric not in (await stack.get("/metrics")).body.decode()

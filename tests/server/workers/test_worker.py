@@ -43,7 +43,7 @@ async def test_one_late_probe_is_tolerated_and_two_are_not(worker: VisionWorker)
     assert not worker.is_up
 
 
-async def test_a_probe_that_finds_nobody_marks_the_worker_down_at_once(worker: VisionWorker) -> None:
+async def test_a_refused_connection_marks_the_worker_down_at_once(worker: VisionWorker) -> None:
     worker.mark_up(DESCRIPTION)
     worker.record_failed_probe(errors.WorkerUnavailable("connection refused"))
     assert not worker.is_up
@@ -57,7 +57,7 @@ async def test_only_the_transition_to_down_is_logged(worker: VisionWorker, caplo
     assert record.getMessage() == "vision worker unix:/nowhere is down: it does not answer"
 
 
-async def test_a_call_that_finds_the_worker_gone_marks_it_down_and_others_do_not(worker: VisionWorker) -> None:
+async def test_only_calls_that_cannot_reach_the_worker_mark_it_down(worker: VisionWorker) -> None:
     worker.mark_up(DESCRIPTION)
     with pytest.raises(errors.SinkFull), worker.marking_down_if_gone():
         raise errors.SinkFull("no room")
@@ -84,5 +84,5 @@ def test_no_other_file_assigns_the_state_of_a_worker() -> None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
             for target in targets:
                 if isinstance(target, ast.Attribute) and target.attr in state:
-                    assert isinstance(target.value, ast.Name), f"{file}:{node.lineno}"
-                    assert target.value.id == "self", f"{file}:{node.lineno}"
+                    assert isinstance(target.value, ast.Name), f"{file}:{target.lineno}"
+                    assert target.value.id == "self", f"{file}:{target.lineno}"

@@ -1,0 +1,84 @@
+"""Loading of all images of a request: order, equal URLs, frames of videos, and the total size."""
+
+from typing import Any
+
+import pytest
+
+from common import errors
+from protos import vision_pb2 as pb
+from server.apis.image_options import ImageOptions
+from server.apis.request import ImagePart, ParsedRequest
+from server.media.loader import ImageFile, MediaLoader
+from tests.server.fakes.requests import image_file
+
+OPTIONS = ImageOptions("images[0]", "auto", None, pb.Router())
+
+
+class FakeFetcher:
+    """Loads the URL itself as the file, and frames as the URL with a number. Records the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    async def load(self, url: str) -> bytes:
+        self.calls.append((url, 0))
+        if url == "invalid":
+            raise errors.InvalidImage("not an image")
+        return url.encode()
+
+    async def load_frames(self, url: str, count: int) -> list[bytes]:
+        self.calls.append((url, count))
+        return [f"{url}-{i}".encode() for i in range(count)]
+
+
+def make_loader(max_total_bytes: int = 1000) -> tuple[MediaLoader, FakeFetcher]:
+    fetcher: Any = FakeFetcher()
+    return MediaLoader(fetcher, max_total_bytes, 1000), fetcher
+
+
+def make_request(*media: tuple[str, int]) -> ParsedRequest:
+    """Return a request with these URLs and numbers of frames, 0 for an image."""
+    return ParsedRequest(b"", {}, [ImagePart(("images", i), url, OPTIONS, frames) for i, (url, frames) in enumerate(media)])
+
+
+async def test_files_are_in_the_order_of_the_images_and_equal_urls_are_loaded_once() -> None:
+    loader, fetcher = make_loader()
+    request = make_request(("a", 0), ("b", 0), ("a", 0))
+    loaded, files = await loader.load(request)
+    assert [file.data for file in files] == [b"a", b"b", b"a"]
+    assert len({file.digest for file in files}) == 2
+    assert loaded.images == request.images
+    assert sorted(fetcher.calls) == [("a", 0), ("b", 0)]
+
+
+async def test_a_video_becomes_labelled_frames_at_its_path() -> None:
+    loader, _ = make_loader()
+    loaded, files = await loader.load(make_request(("a", 0), ("v", 2), ("b", 0)))
+    assert [file.data for file in files] == [b"a", b"v-0", b"v-1", b"b"]
+    assert [image.path for image in loaded.images] == [("images", 0), ("images", 1), ("images", 1), ("images", 2)]
+    assert [image.label for image in loaded.images] == ["", "Frame1: ", "Frame2: ", ""]
+    assert not any(image.frames for image in loaded.images)
+
+
+async def test_a_url_is_loaded_for_each_number_of_frames() -> None:
+    loader, fetcher = make_loader()
+    _, files = await loader.load(make_request(("v", 1), ("v", 2), ("v", 1)))
+    assert [file.data for file in files] == [b"v-0", b"v-0", b"v-1", b"v-0"]
+    assert sorted(fetcher.calls) == [("v", 1), ("v", 2)]
+
+
+async def test_the_total_size_is_limited() -> None:
+    request = make_request(("abc", 0), ("de", 0))
+    await make_loader(5)[0].load(request)
+    with pytest.raises(errors.ImageTooLarge, match="exceed 4 bytes in total"):
+        await make_loader(4)[0].load(request)
+
+
+async def test_an_error_of_one_image_is_raised() -> None:
+    with pytest.raises(errors.InvalidImage):
+        await make_loader()[0].load(make_request(("a", 0), ("invalid", 0)))
+
+
+async def test_sizes_are_read_from_the_headers() -> None:
+    files = [ImageFile(image_file(size=size), b"") for size in ((8, 4), (5, 9))]
+    assert await make_loader()[0].sizes(files) == [(8, 4), (5, 9)]
