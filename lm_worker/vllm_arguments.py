@@ -19,7 +19,7 @@ _MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 
 
 def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str]) -> Namespace:
-    """VLLM's parsed arguments.
+    """Parsed arguments of vLLM.
 
     Args:
         options: The language worker's options.

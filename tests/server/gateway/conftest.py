@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,11 @@ async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
 async def shared_stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
     """A gateway with low limits, started once a module, for tests that leave no state behind."""
     folder = tmp_path_factory.mktemp("shared")
-    limits = {"max_body_bytes": 1 << 20, "max_image_bytes": 100_000, "max_image_pixels": 10_000, "max_images": 4}
+    limits: dict[str, Any] = {
+        "max_body_bytes": 1 << 20,
+        "max_image_bytes": 100_000,
+        "max_image_pixels": 10_000,
+        "max_images": 4,
+    }
     async with start_stack(folder, **limits) as running:
         yield running

@@ -1,6 +1,7 @@
 """Clients that disconnect: the work for them is cancelled in every stage of a request."""
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from tests.server.fakes.waiting import wait_until
 from tests.server.gateway.helpers import A, assert_serves_images, read_to_end
 
 Disconnect = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+def _has_more_calls(stack: Stack, count: int) -> bool:
+    return len(stack.vision.calls) > count
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:
@@ -102,7 +107,7 @@ async def test_two_hundred_disconnects_leave_nothing_in_flight(tmp_path: Path) -
             connections = [
                 await stack.start_chat(chat(image_part(image_file(i))) if j % 2 else chat("a", stream=True)) for j in range(20)
             ]
-            await wait_until(lambda n=i: len(stack.vision.calls) > n, "the requests are being served")
+            await wait_until(functools.partial(_has_more_calls, stack, i), "the requests are being served")
             for _, writer in connections:
                 writer.close()
             await stack.wait_until_idle()
