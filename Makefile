@@ -34,7 +34,7 @@ help:
 	@echo "make install    install what the server needs into $(VENV), for DEVICE=$(DEVICE)"
 	@echo "make check      lint, formatting, types and package boundaries; changes no file"
 	@echo "make fix        repair what the linter can, and format"
-	@echo "make test       run all tests"
+	@echo "make test       run all tests; ARGS='-m install' instead: that installing twice changes nothing"
 	@echo "make test-fast  run the tests that need no vLLM and are not slow, on two processes"
 	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
 	@echo "make docs       regenerate docs/configuration.md and build the documentation into site/"
@@ -96,7 +96,7 @@ fix: dev
 	$(BIN)/ruff format .
 
 test: dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m 'not install' $(ARGS)
 
 # A file stays on one process, since its fixtures are servers. More than one thread of torch a process would only wait.
 test-fast: dev
