@@ -297,7 +297,7 @@ _EXPECTATIONS = {
     "less_than_equal": "expected at most {le:g}",
     "literal_error": "expected {expected}",
     "too_short": "expected at least {min_length} value",
-    "string_pattern_mismatch": "not of an accepted form",
+    "string_pattern_mismatch": "invalid format",
 }
 """Expectations by type of pydantic's error, whose own messages are about inputs, strings and patterns."""
 

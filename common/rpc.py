@@ -67,7 +67,7 @@ def ensure_free(address: str) -> None:
 
     Raises: `OSError` if a process listens there or the address is not one of this machine.
     """
-    in_use = OSError(f"cannot listen on {address}: another process does; choose another address")
+    in_use = OSError(f"cannot listen on {address}: it is in use by another process; choose another address")
     path = address.removeprefix("unix:")
     if path == address:
         host, _, port = address.rpartition(":")

@@ -1,4 +1,4 @@
-"""Versions are pinned, CI runs the words of the Makefile, and installing twice changes nothing."""
+"""Versions are pinned, CI runs the targets of the Makefile, and installing twice changes nothing."""
 
 import os
 import re

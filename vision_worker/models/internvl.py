@@ -155,7 +155,7 @@ def load(checkpoint: Checkpoint, placement: Placement, dummy: bool = False) -> I
         with torch.device("meta"):
             model = Model(checkpoint.description, positions)
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"config.json of {str(checkpoint.path)!r} asks for what is not implemented: {error}") from None
+        raise CheckpointError(f"config.json of {str(checkpoint.path)!r} requires an unsupported feature: {error}") from None
     if dummy:
         weights.randomize(model, placement.device, placement.dtype)
     else:
