@@ -1,4 +1,4 @@
-# The words of this project: install, check, fix, test, serve. CI types install, check and test.
+# Main targets: install, check, fix, test, serve. CI runs install, check and test.
 #
 # PYTHON  the interpreter that .venv is created with        DEVICE  cpu or cuda; cuda where there is an NVIDIA device
 # MODEL, PORT, ARGS  for serve, train, evaluate and load     NAME    the benchmark that `make bench` runs

@@ -213,7 +213,7 @@ def balanced_tokens(
 
 
 def calibrated(costs: Costs, kind: Kind, images_per_second: float, requests_per_second: float, in_flight: int) -> Costs:
-    """The costs scaled to what both halves did alone a moment ago (`Stack.isolated_rates`): the machine's speed drifts."""
+    """The costs scaled to `Stack.isolated_rates`, measured just before, because the speed of the machine drifts."""
     language_only = costs.model_copy(update={"vision": costs.vision.model_copy(update={"tile": 1e-9})})
     factor = predict_throughput(language_only, kind, in_flight) / requests_per_second
     engine = costs.language
@@ -229,7 +229,7 @@ def calibrated(costs: Costs, kind: Kind, images_per_second: float, requests_per_
 async def measure_balanced_tokens(
     stack: Stack, requests: Sequence[Sequence[str]], costs: Costs, tiles: int, text: int, language_factor: float = 1.0
 ) -> int:
-    """`balanced_tokens`, corrected by what both halves do alone with answers of that length.
+    """`balanced_tokens`, corrected by the rates of both halves alone with answers of that length.
 
     `costs` were measured stage by stage, and stages that run at once are slower.
     """

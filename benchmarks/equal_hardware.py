@@ -195,7 +195,7 @@ class _Comparison:
         return figures
 
     def measure_latency(self, stack: Stack, tokens: int, most: float) -> dict[str, Any]:
-        """Percentiles of TTFT and ITL in milliseconds at each offered load; `most`: requests/s that 100 % stands for."""
+        """Percentiles of TTFT and ITL in milliseconds at each offered load; `most`: requests/s that correspond to 100 %."""
         figures: dict[str, Any] = {}
         for share in LOADS:
             images = stack.new_images(2 * self._count // 3, MIXES[BALANCED].size)

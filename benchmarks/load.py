@@ -180,7 +180,7 @@ def require_success(timing: RequestTiming) -> RequestTiming:
 
 
 def throughput(timings: Sequence[RequestTiming]) -> float:
-    """Requests per second, without the first and the last tenth to end: start-up and drain do not count."""
+    """Requests per second, without the first and the last tenth to end, so that start-up and drain are excluded."""
     ends = sorted(timing.ended_at for timing in timings)
     cut = max(1, len(ends) // 10)
     return (len(ends) - 2 * cut) / (ends[-1 - cut] - ends[cut - 1])

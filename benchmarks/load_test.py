@@ -3,7 +3,7 @@
 For new images and for repeated images, the offered rate doubles until the server completes less than nine tenths of it; then
 one rate in between is tried. Requests arrive at random times, whether or not the server keeps up, but exactly as many as the
 rate demands. Each rate gives percentiles of TTFT, TPOT, ITL and end-to-end latency, requests, images and tokens per second,
-and the goodput: requests per second within both latency limits. The test prints its progress, ends by itself, and writes
+and the goodput: requests per second within both latency limits. The test prints its progress, stops automatically, and writes
 `load.json`, `load.md` and `load.png`.
 """
 
@@ -302,7 +302,7 @@ def _write(points: Sequence[Point], options: LoadOptions, folder: Path) -> None:
 
 
 def _load_options(parsed: argparse.Namespace) -> LoadOptions:
-    """Options of the test. Without --model, the server is asked for its first model."""
+    """Options of the test. Without --model, the first model that the server lists is used."""
     headers = {"Authorization": f"Bearer {parsed.key}"} if parsed.key else {}
     request = urllib.request.Request(f"{parsed.url}/v1/models", headers=headers)
     with urllib.request.urlopen(request, timeout=_MODELS_TIMEOUT_SECONDS) as response:

@@ -60,7 +60,7 @@ def _measure(url: str, model: str, metrics_ports: list[int], repeats: int) -> tu
         first = asyncio.run(_send_all(url, [load.chat_body(model, PROMPT, [image], TOKENS)]))[0]
         repeated = {
             "second turn": [load.chat_body(model, f"{PROMPT} And now?", [image], TOKENS)],
-            "another user": [load.chat_body(model, PROMPT, [image], TOKENS, user="somebody else")],
+            "another user": [load.chat_body(model, PROMPT, [image], TOKENS, user="another user")],
             "sixteen at once": [load.chat_body(model, f"{PROMPT} {n}", [image], TOKENS) for n in range(16)],
         }
         for name, bodies in repeated.items():

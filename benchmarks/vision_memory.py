@@ -2,7 +2,7 @@
 
 Writes a folder with the configuration of InternVL3.5-8B-Flash and shards of the true sizes; the language model's 16 GB are
 sparse files that take no disk space. Loads the vision worker's model from it in a new process and prints the memory that the
-process takes, beside the size of the weights.
+process takes, and the size of the weights.
 """
 
 import json

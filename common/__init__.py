@@ -1,1 +1,1 @@
-"""What all processes share."""
+"""Code that all processes share."""

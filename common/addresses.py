@@ -1,7 +1,7 @@
-"""Where vLLM's HTTP server is reached, derived from what a language worker's sink reports.
+"""The address of a language worker's vLLM, derived from what the worker's sink reports.
 
-A sink describes vLLM's address as the worker was started with it (`--http`), which is the address that vLLM listens on. That
-is not always an address that another machine can connect to.
+The sink reports the value of `--http`, the address that vLLM listens on. Another machine cannot always connect to that
+address.
 """
 
 import ipaddress
@@ -14,7 +14,7 @@ def vllm_address(http: str, sink_address: str) -> str:
 
     Args:
         http: address that vLLM listens on, as the sink describes it: `unix:/PATH`, `HOST:PORT` or `:PORT`.
-        sink_address: address under which the caller reaches the sink, `unix:/PATH` or `HOST:PORT`.
+        sink_address: address at which the caller reaches the sink, `unix:/PATH` or `HOST:PORT`.
 
     Returns:
         `http` itself, or, where vLLM listens on every address of its machine (0.0.0.0, :: or no host), the sink's host with
@@ -28,9 +28,9 @@ def vllm_address(http: str, sink_address: str) -> str:
 
 
 def is_unreachable_loopback(http: str, sink_address: str) -> bool:
-    """Return whether vLLM listens on loopback only while the sink is reached under another machine's address.
+    """Return whether vLLM listens on loopback only, while the sink has another machine's address.
 
-    A host name counts as another machine although it may resolve to this one: warn about it, but try to connect.
+    A host name counts as another machine, although it may resolve to this one. Callers should warn, but still connect.
     """
     if http.startswith("unix:"):
         return False

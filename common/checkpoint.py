@@ -1,4 +1,4 @@
-"""Reads what a checkpoint on disk is from its JSON files and the headers of its safetensors files; no tensor library needed.
+"""Reads the description of a checkpoint from its JSON files and safetensors headers, without a tensor library.
 
 Vision and language workers must agree on it: dimensions, thresholds, and the fingerprint, which is part of every cache key.
 """
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @property
     def layout(self) -> Layout:
-        """How the names of this checkpoint's tensors are read."""
+        """The layout of this checkpoint: how its configuration and tensor names are read."""
         return LAYOUTS[self.layout_name]
 
     @functools.cached_property
@@ -64,10 +64,10 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what determines an embedding.
+        """SHA-256, in hex, of the inputs that determine an embedding.
 
-        That is the description, and of every vision tensor its name, dtype, shape and first and last 4 KiB. Reading all of a 6B
-        tower would take minutes at start on a network disk.
+        It covers the description, and the name, dtype, shape and first and last 4 KiB of every vision tensor. Reading all of a
+        6B tower at start would take minutes on a network disk.
         """
         digest = hashlib.sha256(json.dumps(asdict(self.description), sort_keys=True).encode())
         for name, tensor in sorted(self.vision_tensors.items()):

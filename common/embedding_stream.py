@@ -61,9 +61,9 @@ async def deliver(
 ) -> pb.DeliverReply:
     """Call `EmbeddingSink.Deliver`: send the header and, once the sink requests them (`request_values`), the values.
 
-    A sink that has the embedding already, or no room for it, replies instead of requesting the values: none are sent in vain,
-    and none are written to a call that has ended, which grpc.aio reports as a bare "Internal error". A sink that shares files
-    with this process names a file for the values, and they are written there instead of sent.
+    A sink that has the embedding already, or no room for it, replies instead of requesting the values: no values
+    are sent needlessly, and none to a call that has ended, which grpc.aio reports as a bare "Internal error". A sink that
+    shares files with this process names a file for the values, and they are written there instead of sent.
 
     Args:
         channel: channel to the sink.

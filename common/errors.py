@@ -1,14 +1,14 @@
 """Every error that may leave a process, with its gRPC code, HTTP status and OpenAI `type` and `code`.
 
 DvdError
-├── InvalidRequest            the request is wrong; sent again it fails again
+├── InvalidRequest            the request is wrong; a retry fails too
 │   ├── InvalidImage          bytes that are not an image in a supported format
 │   ├── ImageTooLarge         bytes or pixels above the limit
 │   ├── InvalidVideo          bytes that are not a video in a supported format
 │   ├── TooManyImages         images above the limit
 │   ├── BodyTooLarge          body above the limit
 │   ├── HeadTooLarge          request line and headers above the limit
-│   ├── ImageFetchFailed      the URL cannot be fetched, or must not be
+│   ├── ImageFetchFailed      the URL cannot be fetched, or is not allowed
 │   └── ContextLengthExceeded prompt longer than the model's context
 ├── Unauthorized              no API key, or a wrong one
 ├── ModelNotFound             a model that is not served
@@ -19,7 +19,7 @@ DvdError
 │   ├── EmbeddingLost         an embedding was evicted before vLLM read it
 │   ├── CheckpointMismatch    two workers serve different checkpoints
 │   ├── SinkUnavailable       a vision worker cannot reach the sink
-│   └── SinkFull              the sink has no room: all its embeddings are pinned
+│   └── SinkFull              the sink has no room: all its embeddings are pinned or leased
 └── InternalError             a bug
 """
 
@@ -107,7 +107,7 @@ class HeadTooLarge(InvalidRequest):
 
 
 class ImageFetchFailed(InvalidRequest):
-    """The URL of an image or video cannot be fetched, or must not be."""
+    """The URL of an image or video cannot be fetched, or is not allowed."""
 
     code = "image_fetch_failed"
 
@@ -185,7 +185,7 @@ class SinkUnavailable(Unavailable):
 
 
 class SinkFull(Unavailable):
-    """The sink has no room for an embedding: all of its embeddings are pinned."""
+    """The sink has no room for an embedding: all of its embeddings are pinned or leased."""
 
     code = "sink_full"
 
@@ -208,5 +208,5 @@ def error_code(error: BaseException) -> str:
 
 def error_class(code: str) -> type[DvdError] | None:
     """Return the class with this `code`, or None: a newer peer may have more."""
-    # two classes have the code "unavailable"; a worker that sends it means itself, which is the leaf, WorkerUnavailable
+    # two classes have the code "unavailable"; a worker that sends it reports itself: WorkerUnavailable, the subclass
     return next((cls for cls in reversed(all_errors()) if cls.code == code), None)

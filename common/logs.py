@@ -100,7 +100,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def extra_fields(**values: Any) -> dict[str, Any]:
-    """Return the argument `extra` of a logging call: fields of their own beside the message, without those that are None."""
+    """Return the argument `extra` of a logging call: fields in addition to the message, without those that are None."""
     return {"fields": {key: value for key, value in values.items() if value is not None}}
 
 

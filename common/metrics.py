@@ -16,7 +16,7 @@ STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0
 _LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LAG_INTERVAL_SECONDS = 0.25
 
-# counted where it happens: hits of the sink by the gateway, its evictions by the sink, all others by vision workers
+# counted where it happens: sink hits and misses by the gateway, sink evictions by the sink, all others by vision workers
 _CACHE_EVENTS = "dvd_cache_events"
 _CACHE_HELP = "Events of the caches of embeddings"
 _CACHE_LABELS = ("tier", "event")

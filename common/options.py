@@ -282,7 +282,7 @@ def _describe_error(error: ValidationError, options: type[Options]) -> str:
         return f"missing {source}: {field.description}"
     is_secret = SecretStr in (field.annotation, *typing.get_args(field.annotation))
     value = "(secret)" if is_secret else repr(first["input"])
-    description = "" if first["type"] == "address" else f" ({field.description})"  # an address' forms are in the message
+    description = "" if first["type"] == "address" else f" ({field.description})"  # an address error lists the forms
     return f"{flag_name(name)} = {value}: {_expectation(first)}{description}"
 
 
@@ -297,9 +297,9 @@ _EXPECTATIONS = {
     "less_than_equal": "expected at most {le:g}",
     "literal_error": "expected {expected}",
     "too_short": "expected at least {min_length} value",
-    "string_pattern_mismatch": "not of an accepted form",
+    "string_pattern_mismatch": "invalid format",
 }
-"""By the type of pydantic's error, whose own messages speak of inputs, strings and patterns."""
+"""Expectations by type of pydantic's error, whose own messages are about inputs, strings and patterns."""
 
 
 def _expectation(error: ErrorDetails) -> str:

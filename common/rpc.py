@@ -18,7 +18,7 @@ from common import errors
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
-"""Size of one chunk of a stream: large enough to amortise Python's cost per message, small enough for a responsive loop."""
+"""Chunk size of a stream: large enough to amortise Python's cost per message, small enough not to block the event loop."""
 
 _MAX_MESSAGE_BYTES = 256 << 20
 _ERROR_CODE_KEY = "dvd-error-code"
@@ -67,7 +67,7 @@ def ensure_free(address: str) -> None:
 
     Raises: `OSError` if a process listens there or the address is not one of this machine.
     """
-    in_use = OSError(f"cannot listen on {address}: another process does; choose another address")
+    in_use = OSError(f"cannot listen on {address}: it is in use by another process; choose another address")
     path = address.removeprefix("unix:")
     if path == address:
         host, _, port = address.rpartition(":")
@@ -106,7 +106,7 @@ def _translated(error: grpc.aio.AioRpcError, peer: str, quiet: bool) -> errors.D
     # grpc.aio raises this when it writes to a call that has just ended: the peer is gone
     peer_lost = error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core"
     cls = errors.WorkerUnavailable if peer_lost else _ERROR_BY_STATUS.get(error.code(), errors.InternalError)
-    # gRPC's details contain addresses and paths, which callers must not see: log them, and raise a plain sentence
+    # gRPC's details contain addresses and paths, which callers must not see: log them, and raise a generic message
     log.log(logging.DEBUG if quiet else logging.WARNING, "%s failed: %s: %s", peer, error.code().name, error.details())
     return cls(f"the {peer} did not answer ({error.code().name.lower()}); try again")
 

@@ -11,7 +11,7 @@ T = TypeVar("T")
 async def gather_or_cancel(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
     """Run coroutines concurrently and return their results in order.
 
-    The first error cancels the others and is raised by itself, not in a group. Cancelling the caller cancels all.
+    The first error cancels the others and is raised directly, not in an exception group. Cancelling the caller cancels all.
     """
     try:
         async with asyncio.TaskGroup() as group:

@@ -1,13 +1,13 @@
-"""Grid of tiles of an image, with the arithmetic of the official code (`dynamic_preprocess` of InternVL).
+"""Computes the tile grid of an image with the arithmetic of the official code (`dynamic_preprocess` of InternVL).
 
-The vision worker cuts images by it; the gateway counts their visual tokens by it.
+The vision worker cuts images into this grid (`vision_worker/preprocessing/tiling.py`); the gateway counts visual tokens by it.
 """
 
 import functools
 from dataclasses import dataclass
 
 MAX_TILES = 40
-"""Maximum number of tiles of an image, thumbnail not counted: what InternVL 1.5 was evaluated with."""
+"""Maximum number of tiles of an image, thumbnail not counted: the number that InternVL 1.5 was evaluated with."""
 
 
 @dataclass(frozen=True)

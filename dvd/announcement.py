@@ -1,4 +1,4 @@
-"""What `dvd up` prints while its processes start and once they are ready: progress, the URL, and a request to paste."""
+"""Output of `dvd up` during and after the start: progress, the URL, and an example request to paste."""
 
 import asyncio
 import base64

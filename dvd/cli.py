@@ -1,6 +1,6 @@
 """The command `dvd`: each process, and the tools around them.
 
-A process' own program is executed, never imported: this file runs in container images that hold only one of the three.
+The programs of the processes are executed, never imported: a container image contains only one of them.
 """
 
 import importlib.util
@@ -34,13 +34,13 @@ _PROCESSES = {
     "vision": ("vision_worker", "torch"),
     "language": ("lm_worker", "vllm"),
 }
-"""Of each process, its package, and a library that only its extra (`pip install dvd-serve[vision]`) installs."""
+"""For each process: its package, and a library that only its extra (`pip install dvd-serve[vision]`) installs."""
 
 _INFORMATIVE_FLAGS = {"-h", "--help", "--print-config"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. Exits 2 on a bad command or option, 1 if a command cannot do its work; each with one line on stderr."""
+    """Run a command. Exits 2 on an invalid command or option, 1 if a command fails; both with one line on stderr."""
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE, end="")

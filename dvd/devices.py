@@ -10,7 +10,7 @@ _DEVICE_FOLDER = Path("/dev")
 
 @dataclass(frozen=True)
 class Devices:
-    """GPUs of each vision and each language worker, as CUDA_VISIBLE_DEVICES names them; no GPUs on a machine without."""
+    """GPUs of each vision and each language worker, as named in CUDA_VISIBLE_DEVICES; empty on a machine without GPUs."""
 
     vision: list[list[str]]
     language: list[list[str]]
@@ -22,7 +22,7 @@ class Devices:
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
 
     def vllm_flags(self) -> list[str]:
-        """Return vLLM flags that leave memory to a vision tower on the same GPU. Later flags of the user override them."""
+        """Return vLLM flags that leave memory for a vision tower on the same GPU. Later flags of the user override them."""
         return ["--gpu-memory-utilization=0.7"] if self.shared else []
 
 

@@ -1,6 +1,6 @@
-"""`dvd health ADDRESS`: check whether the process at an address can do its work, for container engines and people.
+"""`dvd health ADDRESS`: check whether the process at an address can do its work.
 
-Every container image runs it, so it needs only what all of them have: gRPC and the standard library.
+Every container image runs it, so it uses only gRPC and the standard library, which all of them have.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print one line about the process at ADDRESS. Exits 1 if it cannot do its work, 2 on a bad option."""
+    """Print one line about the process at ADDRESS. Exits 1 if it cannot do its work, 2 on an invalid option."""
     try:
         options = read_options(HealthOptions, arguments)
     except ConfigError as error:

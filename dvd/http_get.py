@@ -31,7 +31,7 @@ async def http_get(address: str, path: str, timeout: float) -> tuple[int, bytes]
         timeout: seconds that each step of the exchange may take.
 
     Raises:
-        errors.Unavailable: nothing listens, or what listens does not answer in HTTP or in time.
+        errors.Unavailable: nothing listens at the address, or the answer is not HTTP or too late.
     """
     return await asyncio.to_thread(_get, address, path, timeout)
 

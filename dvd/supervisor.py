@@ -1,6 +1,6 @@
 """Starts the processes of `dvd up`, forwards their output, and stops all of them when one ends.
 
-However this process ends, its children end too: an orderly stop sends them SIGTERM, and after `kill -9` the kernel does
+The children always end with this process: an orderly stop sends them SIGTERM, and if this process is killed the kernel does
 (`die_with_parent`).
 """
 

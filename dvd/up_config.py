@@ -1,4 +1,4 @@
-"""Options of `dvd up`. It runs all processes and has the options of all of them."""
+"""Options of `dvd up`: its own, and those of the processes that it starts."""
 
 from typing import ClassVar, Literal
 

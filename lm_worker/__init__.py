@@ -1,1 +1,1 @@
-"""The language worker: vLLM's own OpenAI server, and beside it the sink that receives embeddings."""
+"""The language worker: vLLM's own OpenAI server, and the sink, which receives embeddings."""

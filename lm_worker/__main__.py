@@ -17,9 +17,9 @@ from lm_worker.sink_process import SinkProcess
 
 
 class _Stopped(SystemExit):
-    """A signal ended the worker before vLLM's server had handlers of its own.
+    """A signal arrived before vLLM's server had installed its own handlers.
 
-    It is not a `KeyboardInterrupt`: vLLM swallows that while its engine loads (`zmq_socket_ctx`), and then serves.
+    It is not a `KeyboardInterrupt`, because vLLM catches that while its engine loads (`zmq_socket_ctx`) and continues.
     """
 
     def __init__(self, signal_name: str) -> None:
@@ -30,8 +30,8 @@ class _Stopped(SystemExit):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a language worker until a signal arrives.
 
-    Exits with 0 after a signal, 1 if the worker cannot run and 2 if an option is invalid. Each of these except a signal
-    after the start prints one line that says why.
+    Exits with 0 after a signal, 1 if the worker cannot run and 2 if an option is invalid. Except after a
+    signal to a started worker, it prints one line with the reason.
     """
     own, vllm_flags = split_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except (CheckpointError, OSError) as error:
         sys.exit(f"dvd language: {error}")
-    except (RuntimeError, ValueError) as error:  # raised by vLLM at start, which has logged its own account already
+    except (RuntimeError, ValueError) as error:  # raised by vLLM at start; vLLM has logged the details already
         sys.exit(f"dvd language: vLLM could not start: {str(error).splitlines()[0]}")
 
 
@@ -61,13 +61,13 @@ def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
     checkpoint = open_checkpoint(options.model)
     checkpoint.vision_tensors  # noqa: B018  a damaged file becomes one line here, not a stack trace of vLLM's later
     for address in (options.listen, options.http):
-        rpc.ensure_free(address)  # before the shared memory of a worker that is running is taken for a dead one's
+        rpc.ensure_free(address)  # checked first: otherwise a running worker's shared memory would be removed as if it had died
     folder = shared_memory.folder_of(options.listen)
     shared_memory.create_folder(folder)
     plugin.enable(options.log_level, options.log_format)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
-        # vLLM takes seconds to import: not before it is known that the worker can run
+        # imported late, because vLLM takes seconds to import: errors above are reported at once
         import uvloop
 
         from lm_worker.engine import may_fork
@@ -81,7 +81,7 @@ def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
 
 
 async def _serve(options: LanguageOptions, folder: Path, args: Namespace, fork: bool) -> None:
-    """Run vLLM's server, and the sink as soon as the engine is up: a sink that answers means a worker that can answer."""
+    """Run vLLM's server, and start the sink when the engine is up: a sink that answers implies a working language worker."""
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.entrypoints.launchers.launcher import setup_server
 

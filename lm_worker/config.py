@@ -11,7 +11,7 @@ _OWN_FLAGS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "-
 
 
 class SinkStoreOptions(Options):
-    """Options of a language worker that `dvd up` has too: how it stores embeddings until vLLM has read them."""
+    """Options of a language worker that `dvd up` has too: storage of embeddings until vLLM has read them."""
 
     sink_bytes: int = Field(
         0, ge=0, description="shared memory for embeddings in bytes; 0: a quarter of the free part of /dev/shm, at most 8 GiB"
@@ -25,7 +25,7 @@ class SinkStoreOptions(Options):
 
 
 class LanguageOptions(CheckpointOptions, SinkStoreOptions, MetricsOptions):
-    """`dvd language MODEL [-- vllm serve flags]`: one language worker, which is vLLM's server and the sink beside it."""
+    """`dvd language MODEL [-- vllm serve flags]`: one language worker: vLLM's server and the sink."""
 
     command: ClassVar[str] = "language"
     forwards_vllm_flags: ClassVar[bool] = True

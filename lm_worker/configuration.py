@@ -1,6 +1,6 @@
-"""Configuration classes for `transformers` that published checkpoints bring as code of their own.
+"""Configuration classes for `transformers` that published checkpoints provide as remote code.
 
-With them in place no checkpoint needs `trust_remote_code`, nor files beside it.
+With these classes, loading a configuration needs no `trust_remote_code` and no Python file of the checkpoint.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ class InternVLChatConfig(PretrainedConfig):
 
 
 def _text_config(values: dict[str, Any]) -> PretrainedConfig:
-    # auto_map names code beside the checkpoint; vLLM and transformers implement every one of these architectures
+    # auto_map names code in the checkpoint's folder; vLLM and transformers implement all of these architectures
     values = {k: v for k, v in values.items() if k != "auto_map"}
     model_type = values.pop("model_type")
     scaling = values.get("rope_scaling") or {}

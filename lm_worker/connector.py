@@ -2,7 +2,7 @@
 
 In vLLM's scheduler it makes a request wait until all of its embeddings have arrived, pins them while the request lives,
 and fails a request whose embedding does not arrive in time or has the wrong number of rows. In a worker of vLLM it maps
-what the scheduler has pinned. On a CPU the encoder cache then *is* the shared memory; on a GPU one copy takes it to the
+what the scheduler has pinned. On a CPU the encoder cache then *is* the shared memory; on a GPU it is copied once to the
 device. Every rank of tensor parallelism maps the same bytes, so all ranks of a language worker must be on one machine.
 """
 
@@ -53,7 +53,7 @@ class SharedMemoryConnector(ECConnectorBase):
         self._waiting_since: dict[str, float] = {}
         self._unavailable: set[str] = set()
         self._paths: dict[str, str] = {}
-        # A request may end while its step is still running, so each step pins what it loads, whatever its requests do.
+        # A request may end while its step is still running, so each step also pins the embeddings that it loads.
         self._max_concurrent_steps = vllm_config.max_concurrent_batches
         self._keys_of_steps: deque[list[str]] = deque()  # oldest step first
 
@@ -89,7 +89,7 @@ class SharedMemoryConnector(ECConnectorBase):
         except (errors.DvdError, OSError) as error:
             self._fail(request.request_id, str(error))
             return False
-        if rows != expected_rows:  # vLLM itself would accept it and answer wrongly
+        if rows != expected_rows:  # vLLM itself would accept it, and its answer would be wrong
             self._fail(request.request_id, f"embedding {key[:12]} has {rows} rows, but the request declares {expected_rows}")
         return True
 
@@ -109,7 +109,7 @@ class SharedMemoryConnector(ECConnectorBase):
             self._pins.pin(key)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> EmbeddingFiles:
-        """What the workers load in the step that is being built.
+        """Embeddings that the workers load in the step that is being built.
 
         vLLM calls this once per step. When a step is built, the step `max_concurrent_batches` before it has ended, so
         its embeddings are unpinned.

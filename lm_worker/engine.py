@@ -34,7 +34,7 @@ async def start_engine(args: Namespace, listening: socket.socket, *, fork: bool)
     os.register_at_fork(after_in_child=functools.partial(_detach_from_parent, listening))
     engine_args = _ForkingEngineArgs.from_cli_args(args)
     async with build_async_engine_client_from_engine_args(engine_args) as engine:
-        os.environ[_START_METHOD] = "spawn"  # for whatever vLLM starts later, as its CPU platform wants it
+        os.environ[_START_METHOD] = "spawn"  # for processes that vLLM starts later: its CPU platform requires it
         yield engine
 
 
@@ -50,7 +50,7 @@ class _ForkingEngineArgs(AsyncEngineArgs):
     """Engine arguments that make vLLM fork its engine core. The engine core still spawns its workers."""
 
     def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
-        # vLLM's CPU platform chooses "spawn" here, for the sake of the workers: OpenMP reads the binding of its threads
+        # vLLM's CPU platform chooses "spawn" here, because of the workers: OpenMP reads the binding of its threads
         # from the environment when it is loaded. The engine core computes nothing, so it needs no such start.
         config = super().create_engine_config(*args, **kwargs)
         if config.parallel_config.data_parallel_size == 1:
@@ -59,10 +59,10 @@ class _ForkingEngineArgs(AsyncEngineArgs):
 
 
 def _detach_from_parent(listening: socket.socket) -> None:
-    """In the forked engine core: give up what belongs to its parent."""
+    """In the forked engine core: release the parent's socket and signal handlers."""
     os.environ[_START_METHOD] = "spawn"
     listening.close()
-    # the parent's event loop would take a signal to this process for one of its own
+    # otherwise a signal to this process would wake the parent's event loop
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # until the engine core installs its own handlers

@@ -12,7 +12,7 @@ class IncomingFile:
     """A file that begins with its header and receives the values either from `add` or from the sender itself.
 
     A sender on the same machine opens `path` and writes the values there; `add` is then never called. The file is
-    written, not mapped: a new page that is written whole need not be zeroed nor faulted in first, which halves the cost.
+    written, not mapped: a new page that is written as a whole is neither zeroed nor faulted in first, which halves the cost.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
@@ -61,7 +61,7 @@ class IncomingFile:
         self._complete = True
 
     def _check_what_the_sender_wrote(self) -> None:
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all pages at once: a fault for each would cost more than the check
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all pages at once: a page fault for each would cost more than the check
         with mmap.mmap(self._file.fileno(), 0, flags=flags, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as whole:
             if whole[: embedding.HEADER_SIZE] != self._header.pack():
                 raise errors.InvalidRequest("The sender has overwritten the header of the embedding.")

@@ -27,7 +27,7 @@ class RefuseMedia:
         return self.fetch_image(image_url)
 
     def __getattr__(self, name: str) -> Any:
-        # vLLM's media connector has a method per kind of media: whatever a newer vLLM adds is rejected too
+        # vLLM's media connector has a method per kind of media: methods of newer versions are rejected too
         if not name.startswith(("fetch_", "load_")):
             raise AttributeError(name)
         return self._reject_async if name.endswith("_async") else self._reject

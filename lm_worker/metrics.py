@@ -1,4 +1,4 @@
-"""Metrics of the sink, one registry a process. `docs/metrics.md` describes them."""
+"""Metrics of the sink, one registry per process. `docs/metrics.md` describes them."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -14,7 +14,7 @@ class Metrics:
         self.common = ProcessMetrics(registry, "sink")
         self.deliveries = Counter("dvd_sink_deliveries", "Deliveries that succeeded", ["outcome"], registry=registry)
         self.received = Counter("dvd_sink_received_bytes", "Bytes of embeddings that were stored", registry=registry)
-        self.refusals = Counter("dvd_sink_refusals", "Deliveries that were rejected or broke off", ["code"], registry=registry)
+        self.refusals = Counter("dvd_sink_refusals", "Deliveries that were rejected or failed", ["code"], registry=registry)
         used = Gauge("dvd_sink_used_bytes", "Shared memory in use", registry=registry)
         used.set_function(lambda: store.used)
         embeddings = Gauge("dvd_sink_embeddings", "Embeddings in shared memory", registry=registry)

@@ -1,4 +1,4 @@
-"""Pins: how a reader in vLLM keeps an embedding from being evicted while it is in use."""
+"""Pins protect an embedding from eviction while a reader in vLLM uses it."""
 
 import os
 import secrets
@@ -10,7 +10,7 @@ from lm_worker.shared_memory import PINNED, validate_key
 class Pins:
     """Pins embeddings on behalf of one reader.
 
-    A pin is a hard link in `pinned/`: the file cannot vanish under the reader, and its link count tells the sink, which
+    A pin is a hard link in `pinned/`: the file stays available to the reader, and the link count tells the sink, which
     is another process, not to evict it. Links carry a random prefix, because the schedulers of vLLM's data parallelism
     share the folder. Pins are counted per key. Not thread-safe.
     """

@@ -1,6 +1,6 @@
 """vLLM's general plugin (entry point `vllm.general_plugins`): vLLM loads it in each of its processes.
 
-Every vLLM of the environment loads it, also a plain `vllm serve`, whose InternVL class must not be replaced. It therefore
+Every vLLM in the environment loads it, even a plain `vllm serve`, whose InternVL class must not be replaced. It therefore
 does nothing unless the language worker has set an environment variable, which vLLM's processes inherit.
 """
 
@@ -40,6 +40,6 @@ def register() -> None:
     logs.configure(level, log_format, "lm_worker", "common")  # all other loggers are vLLM's, which has its own format
     register_configurations()
     for architecture in _ARCHITECTURES:
-        # the class, not "module:Class": vLLM would start a process, which imports vLLM once more, to look at that
+        # the class, not "module:Class", which vLLM would inspect in a new process that imports vLLM once more
         ModelRegistry.register_model(architecture, InternVLLanguageModel)
     MEDIA_CONNECTOR_REGISTRY.register(_MEDIA_CONNECTOR)(RefuseMedia)

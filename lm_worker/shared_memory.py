@@ -28,7 +28,7 @@ _MAX_DEFAULT_BUDGET_BYTES = 8 << 30
 def folder_of(listen: str) -> Path:
     """The folder of the language worker whose sink listens at `listen`.
 
-    It depends on the address alone, so that a worker finds and removes what a killed predecessor left behind.
+    It depends on the address only, so that a worker finds and removes the folder of a killed predecessor.
     """
     return _ROOT / f"dvd-{hashlib.sha256(listen.encode()).hexdigest()[:16]}"
 
@@ -41,7 +41,7 @@ def create_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove the folder and give its memory back. Does nothing if it does not exist."""
+    """Remove the folder and release its memory. Does nothing if it does not exist."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -76,6 +76,6 @@ def map_embedding(path: Path) -> tuple[Header, mmap.mmap]:
         InvalidRequest: The file does not begin with an embedding's header.
     """
     with path.open("rb") as file:
-        # ACCESS_COPY although nobody writes (so no page is copied): torch warns about buffers that are read-only
+        # ACCESS_COPY, although nothing is written and no page copied: torch warns about read-only buffers
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return embedding.parse_header(memoryview(mapping)[: embedding.HEADER_SIZE]), mapping

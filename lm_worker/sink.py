@@ -1,7 +1,7 @@
 """The sink: a gRPC service that receives embeddings into shared memory.
 
-It is a process of its own, so that gigabytes arriving never share an interpreter with vLLM's HTTP server. It ends when its
-standard input does, which is when its language worker has gone.
+It is a separate process, so that large deliveries do not share an interpreter with vLLM's HTTP server. It ends when its
+standard input is closed, that is when its language worker has ended.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class SinkOptions:
         dtype: Dtype of the language model, and so of every embedding.
         folder: Shared memory (`lm_worker/shared_memory.py`).
         budget: Bytes of shared memory; 0 chooses a default.
-        lease: Seconds; see `Store`.
+        lease: Seconds for which an embedding is not evicted; see `Store`.
         metrics_port: Port of `/metrics`; 0: none.
         log_level: Level of the process' log.
         log_format: `text` or `json`.
@@ -108,7 +108,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         started, fields, level = time.monotonic(), dict[str, Any](), logging.DEBUG
         try:
             yield fields
-        except BaseException as error:  # cancellation included: the sender has gone
+        except BaseException as error:  # cancellation included: the sender has disconnected
             fields["error"], level = errors.error_code(error), logging.WARNING
             self._metrics.refusals.labels(fields["error"]).inc()
             raise
@@ -136,7 +136,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     def _validate_header(self, header: pb.EmbeddingHeader) -> Header:
         """Convert the header of a delivery, if this language model can use the embedding.
 
-        vLLM trusts shapes, so nothing wrong may become visible.
+        vLLM does not check shapes, so an invalid embedding must never become visible.
 
         Raises:
             CheckpointMismatch: The embedding belongs to another checkpoint.
@@ -211,7 +211,7 @@ class SinkServer:
         if self._measuring is not None:
             self._measuring.cancel()
         await self._server.stop(_STOP_GRACE_SECONDS)
-        remove_folder(self._folder)  # the language worker may have been killed before it could
+        remove_folder(self._folder)  # a killed language worker cannot remove it
 
 
 async def _run(options: SinkOptions) -> None:
@@ -222,7 +222,7 @@ async def _run(options: SinkOptions) -> None:
 
 async def _stop_requested() -> None:
     loop = asyncio.get_running_loop()
-    # a terminal's Ctrl-C reaches every process of its group; only the end of the language worker ends the sink
+    # Ctrl-C in a terminal reaches every process of the group, but the sink ends with the language worker only
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)

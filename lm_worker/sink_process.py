@@ -1,4 +1,4 @@
-"""The sink's process, as its language worker starts and ends it."""
+"""Starts and ends the sink's process, in the language worker."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from lm_worker.sink import SinkOptions
 class SinkProcess:
     """Async context manager: the sink runs inside the block.
 
-    If the sink ends by itself, this process gets SIGTERM: without a sink no image request can be served.
+    If the sink ends unexpectedly, this process gets SIGTERM: without a sink no image request can be served.
     """
 
     def __init__(self, options: SinkOptions) -> None:
@@ -42,7 +42,7 @@ class SinkProcess:
         with contextlib.suppress(asyncio.CancelledError):
             await self._watching
         assert self._process.stdin is not None
-        self._process.stdin.close()  # the sink ends when its standard input does
+        self._process.stdin.close()  # the sink ends when its standard input is closed
         await self._process.wait()
 
     async def _stop_this_process_with_the_sink(self) -> None:

@@ -1,4 +1,4 @@
-"""The store of the sink: which embeddings are in shared memory, within which budget, and which may be evicted."""
+"""The store of the sink: tracks the embeddings in shared memory, keeps to the budget, and evicts."""
 
 import contextlib
 import errno
@@ -24,9 +24,9 @@ class _Entry:
     Attributes:
         rows: Visual tokens.
         size: Bytes of the file, header included.
-        leased_until: Monotonic time until which it is not evicted, unless it has served.
-        requests: How many requests asked for it: before its delivery, and since it was last evictable.
-        changed_ns: Change time of the file at the last request. Pinning and unpinning move the file's change time on.
+        leased_until: Monotonic time until which it is not evicted, unless it has been used (see `Store`).
+        requests: Number of requests for it, before its delivery and since it was last evictable.
+        changed_ns: Change time of the file at the last request. Pinning and unpinning update the file's change time.
     """
 
     rows: int
@@ -47,9 +47,9 @@ class _PendingDelivery:
 class Store:
     """Owns the folder of embeddings and its budget, in the sink's process. Not thread-safe.
 
-    The least recently used embedding is evicted first. Never evicted is one that a reader has pinned, or that was
-    delivered or requested within the last `lease` seconds. An embedding that exactly one request asked for, and that was
-    pinned and unpinned since, has served: its lease is over.
+    The least recently used embedding is evicted first. An embedding is not evicted while a reader has pinned it, nor for
+    `lease` seconds after it was delivered or requested. The lease ends early if exactly one request needed the embedding
+    and has pinned and unpinned it.
 
     Attributes:
         folder: Where the embeddings are (`lm_worker/shared_memory.py`).

@@ -24,7 +24,7 @@ def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str])
     Args:
         options: The language worker's options.
         folder: Shared memory of the sink.
-        flags: The caller's flags of `vllm serve`, which win over our defaults.
+        flags: The caller's flags of `vllm serve`, which override our defaults.
     """
     cli_env_setup()
     connector = {
@@ -53,7 +53,7 @@ def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str])
 
 
 def _cpu_flags(flags: Sequence[str]) -> list[str]:
-    """Defaults on a CPU, where vLLM's own would take nine tenths of the memory that it shares with everything else."""
+    """Defaults on a CPU, where vLLM's own default would allocate nine tenths of the machine's memory."""
     if not current_platform.is_cpu():
         return []
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Versions are pinned, CI runs the words of the Makefile, and installing twice changes nothing."""
+"""Versions are pinned, CI runs the targets of the Makefile, and installing twice changes nothing."""
 
 import os
 import re
@@ -56,7 +56,7 @@ def test_uvicorn_has_an_upper_bound() -> None:
     assert ",<" in requirement
 
 
-def test_ci_runs_the_words_of_the_makefile() -> None:
+def test_ci_runs_the_targets_of_the_makefile() -> None:
     workflow: Any = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]

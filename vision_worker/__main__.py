@@ -1,4 +1,4 @@
-"""`python -m vision_worker MODEL`: starts one vision worker and stops it. Only wiring is here."""
+"""`python -m vision_worker MODEL`: starts one vision worker and stops it. Contains only the wiring."""
 
 import asyncio
 import logging
@@ -29,11 +29,11 @@ from vision_worker.service import Service
 log = logging.getLogger("dvd.vision")
 
 _GRACE_SECONDS = 10.0
-"""Time that calls in flight have to end after a signal."""
+"""Time for calls in flight to finish after a signal."""
 
 
 class DeviceLostError(Exception):
-    """The device can no longer compute anything in this process."""
+    """The device is lost: this process can no longer compute anything on it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

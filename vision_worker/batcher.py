@@ -1,7 +1,7 @@
 """Forms forward batches from the tiles of all calls, and owns the one thread that drives the device.
 
-A batch holds tiles of any calls, up to a maximum number of tiles. What is decided over a whole group (its routes) waits until
-all its tiles have features, so neither batch boundaries nor neighbours change an embedding.
+A batch contains tiles of any calls, up to a maximum number. Routing is decided over a whole group, after all its tiles have
+features, so neither batch boundaries nor other calls change an embedding.
 
 Three threads overlap: the event loop forms batch k+1, the stager thread copies it to the device, and the device thread
 computes batch k.
@@ -32,14 +32,14 @@ from vision_worker.preprocessing.tiling import Tiles
 log = logging.getLogger(__name__)
 
 _MAX_BATCHES_IN_FLIGHT = 2
-"""One on the device and the next one staged. Any more would hold tiles whose callers have left."""
+"""One on the device and the next one staged. With more, batches would contain tiles of callers that have disconnected."""
 
 
 @dataclass(frozen=True)
 class ImageEmbedding:
     """The embedding of one image: `data` holds rows × width values of the requested dtype, row by row.
 
-    `compressed` has an item per tile, thumbnail last; so has `scores`, or none where the router did not run.
+    `compressed` has an item per tile, thumbnail last. So has `scores`, which is empty if the router did not run.
     """
 
     data: memoryview
@@ -50,7 +50,7 @@ class ImageEmbedding:
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """The images of a group in order, and the seconds that its tiles waited for a batch, were computed and were routed."""
+    """The embeddings of a group's images in order, and the seconds spent waiting for a batch, computing and routing."""
 
     images: list[ImageEmbedding]
     queue_seconds: float
@@ -62,11 +62,11 @@ class EncodedGroup:
 class _Group:
     """One call's images. Equal tiles (blank margins, a repeated image) are computed once.
 
-    That also keeps ties of scores exact: equal pixels at two places of two batches may differ by rounding.
+    That also keeps scores of equal tiles equal: the features of equal pixels may differ by rounding between batches.
 
     Attributes:
         tiles: the distinct tiles.
-        index: for each tile of the group its place in `tiles`.
+        index: for each tile of the group, its index in `tiles`.
     """
 
     images: Sequence[Tiles]
@@ -134,7 +134,7 @@ class Batcher:
             executor.shutdown(wait=False, cancel_futures=True)
 
     async def warm_up(self) -> None:
-        """Run blank batches of every size that the encoder wants, on the device thread."""
+        """Run blank batches of the encoder's warm-up sizes on the device thread."""
         description = self._encoder.checkpoint.description
         side = description.tower.image_size
         blank = np.zeros((side, side, 3), dtype=np.uint8)
@@ -161,7 +161,7 @@ class Batcher:
         return await group.future
 
     async def _run(self) -> None:
-        """Form batches and submit them, as long as the batcher is open."""
+        """Form batches and submit them until the batcher is closed."""
         loop = asyncio.get_running_loop()
         while True:
             await self._slots.acquire()
@@ -178,7 +178,7 @@ class Batcher:
             await self._has_waiting.wait()
             while self._waiting and len(tiles) < self._max_tiles:
                 group = self._waiting[0]
-                if not group.future.done():  # done: its caller has left, or an earlier batch of it failed
+                if not group.future.done():  # done: its caller has disconnected, or an earlier batch of it failed
                     part = group.take(self._max_tiles - len(tiles))
                     batch.append((group, len(part)))
                     tiles += part

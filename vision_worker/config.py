@@ -10,7 +10,7 @@ CacheUrl = Annotated[str, Field(pattern=r"^(none|memory://(\?bytes=[1-9]\d*)?|re
 
 
 class EncodingOptions(ImageLimits, TraceOptions):
-    """Options of a vision worker that `dvd up` has too: how the tower computes."""
+    """Options of a vision worker that `dvd up` has too: the computation of embeddings."""
 
     vision_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype of the vision tower; auto: the checkpoint's"

@@ -61,7 +61,7 @@ class SinkChannels:
                 await self._close_idle()
             with rpc.translate_errors("language worker's sink"):
                 await embedding_stream.deliver(connection.channel, header, data, seconds, logs.request_metadata())
-        except errors.WorkerUnavailable as error:  # the caller would take it for this vision worker's own failure
+        except errors.WorkerUnavailable as error:  # otherwise the caller would take it for a failure of this vision worker
             raise errors.SinkUnavailable(str(error)) from None
         finally:
             connection.deliveries -= 1

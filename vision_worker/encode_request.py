@@ -32,7 +32,7 @@ class ParsedRequest:
 def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels: int) -> ParsedRequest:
     """Validate a request against the checkpoint that this worker serves.
 
-    Raises: CheckpointMismatch where the caller expects another checkpoint; InvalidRequest.
+    Raises: CheckpointMismatch if the caller expects another checkpoint; InvalidRequest.
     """
     if request.fingerprint and request.fingerprint != checkpoint.fingerprint:
         raise errors.CheckpointMismatch(

@@ -1,8 +1,8 @@
-"""The seam to a vision family: what the batcher and the service need of a loaded vision tower.
+"""The interface to a vision family: what the batcher and the service need from a loaded vision tower.
 
 A family is a module in `vision_worker/models/` with a function `load(checkpoint, placement, dummy) -> Encoder`, a line in
 `FAMILIES` and its name among the values of `--vision-backend` (`vision_worker/config.py`). docs/adding-a-vision-family.md
-is the guide; `tests/vision_worker/test_encoder_contract.py` is what every family must pass.
+is the guide. Every family must pass `tests/vision_worker/test_encoder_contract.py`.
 
 An image passes through an encoder in four steps, so that decoding, copying to the device and computing overlap:
 
@@ -37,7 +37,7 @@ FAMILIES = {"internvl": "vision_worker.models.internvl", "fake": "vision_worker.
 """Modules of the families, by their name in `--vision-backend`."""
 
 _DEFAULT_BATCH_TILES = {"cpu": 4}
-"""By type of device. A CPU gains nothing from larger batches, and has to run one before it is ready."""
+"""By type of device. Larger batches are no faster on a CPU, and delay readiness, since one runs before it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Encoder(Protocol):
     """One checkpoint's vision tower and projectors, loaded."""
 
     checkpoint: Checkpoint
-    """Its description gives the tile size, the tokens per tile and the width that this encoder must keep to."""
+    """Its description determines the tile size, the tokens per tile and the width of this encoder."""
 
     placement: Placement
 
@@ -92,14 +92,14 @@ class Encoder(Protocol):
     def stage(self, tiles: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """Copy tiles [side, side, 3] to the device, uint8 [n, side, side, 3]; the copy is complete on return.
 
-        Stager thread. `Stager.stage` does it for every family so far.
+        Stager thread. All families so far use `Stager.stage`.
         """
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Compute features [n, …] of staged tiles, each from its own tile alone: any batch gives a tile the same features.
+        """Compute features [n, …] of staged tiles. The features of a tile must not depend on the other tiles of the batch.
 
         Device thread. n is between 1 and the batch limit; the tiles may belong to different requests. The batcher splits
-        and concatenates the result along its first dimension, and does not look inside.
+        and concatenates the result along its first dimension only.
         """
 
     def project(self, features: Tensor, index: Sequence[int], policy: Policy) -> GroupEmbedding:
@@ -109,7 +109,7 @@ class Encoder(Protocol):
 
         Args:
             features: of the group's distinct tiles, as `forward` returned them, [distinct, …].
-            index: for each tile of the group the row of `features` that belongs to it.
+            index: for each tile of the group, the index of its features in `features`.
             policy: decides which tiles are compressed. It sees the scores of all tiles, repeated ones included.
         """
 

@@ -45,7 +45,7 @@ class _Embeddings:
 
 
 class Service(vision_pb2_grpc.VisionServicer):
-    """Serves Encode calls. Calls for a group that is being encoded wait for it instead of encoding it again.
+    """Serves Encode calls. Concurrent calls for the same group share one encode.
 
     Args:
         encoder: the vision tower, used here to decode and tile images.
@@ -78,7 +78,7 @@ class Service(vision_pb2_grpc.VisionServicer):
     async def Describe(  # noqa: N802
         self, request: embeddings_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.VisionDescription:
-        """Describe the checkpoint and where it is computed."""
+        """Describe the checkpoint and the device."""
         placement = self._encoder.placement
         return pb.VisionDescription(
             checkpoint=self._checkpoint, device=str(placement.device), dtype=messages.dtype_to_proto(placement.dtype_name)
@@ -89,7 +89,7 @@ class Service(vision_pb2_grpc.VisionServicer):
     ) -> pb.EncodeReply:
         """Encode a group of images and deliver their embeddings to the caller's sink.
 
-        gRPC cancels this task when the caller leaves or the deadline passes; every stage then drops its work.
+        gRPC cancels this task when the caller disconnects or the deadline passes; every stage then drops its work.
         """
         logs.adopt_request_id(context)
         with self._observe_call(len(request.images)) as log_fields:
@@ -140,7 +140,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         return await self._look_up(request) or await self._compute(request)
 
     async def _look_up(self, request: ParsedRequest) -> _Embeddings | None:
-        """The group's embeddings from the cache. None unless all are there: a group is routed as one."""
+        """The group's embeddings from the cache. None unless all are cached, because a group is routed as a whole."""
         headers = [self._header(image.key, request.dtype, 0) for image in request.images]
         entries = await gather_or_cancel(*(self._cache.get(header) for header in headers))
         hits = [entry for entry in entries if entry is not None]
@@ -179,7 +179,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         try:
             return await asyncio.wrap_future(future)
         finally:
-            if future.cancel():  # the caller left before a thread was free
+            if future.cancel():  # the caller disconnected before a thread was free
                 waiting_images.dec()
 
     def _header(self, key: str, dtype: str, rows: int) -> Header:

@@ -1,7 +1,7 @@
 """Loads a checkpoint's vision tensors, one by one, into a module that was built on the meta device.
 
-Each tensor is mapped, copied to the device in the compute dtype and unmapped. Peak memory is the module's own parameters plus
-one tensor, and only the file pages of the vision tensors are ever read.
+Each tensor is mapped, copied to the device in the compute dtype and unmapped. Peak memory is the module's parameters plus
+one tensor. Only the file pages of the vision tensors are read.
 """
 
 import logging

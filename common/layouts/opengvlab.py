@@ -48,7 +48,7 @@ def describe(config: Config, _preprocessor: Config) -> Description:
 
 
 def _family(config: dict[str, Any] | Config) -> str:
-    """Return a name for people. The configuration does not name its generation, and 2.5 and 3 cannot be told apart."""
+    """Return a display name. The configuration has no generation; 2.5 and 3 cannot be distinguished."""
     language = config["llm_config"]["model_type"]
     if config.get("flash_mode"):
         return "InternVL 3.5 Flash"

@@ -1,4 +1,4 @@
-"""Loading of batches: a batch depends on nothing but the seed, the stage and the step, so that a run can resume."""
+"""Loading of batches: a batch depends only on the seed, the stage and the step, so that a run can be resumed."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace

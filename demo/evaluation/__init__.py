@@ -1,1 +1,1 @@
-"""Evaluation of a served model: what is asked, the client, the answers, scores, tables and plots."""
+"""Evaluation of a served model: the plan of requests, the client, the answers, scores, tables and plots."""

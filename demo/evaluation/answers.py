@@ -35,7 +35,7 @@ class AnswerRecord:
 
     @property
     def is_correct(self) -> bool:
-        """Whether the answer is the expected text, but for white space around it."""
+        """Whether the answer is the expected text, ignoring surrounding white space."""
         return self.answer.strip() == self.expected
 
 

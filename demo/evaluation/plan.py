@@ -1,4 +1,4 @@
-"""What is asked: images, questions and router settings, all derived from fixed seeds."""
+"""The plan of an evaluation: images, questions and router settings, all derived from fixed seeds."""
 
 import base64
 import hashlib
@@ -138,7 +138,7 @@ def image_data_urls(group: QuestionGroup) -> list[str]:
 
 
 def _plan_single_images(stream: str, style: Style, question_count: int) -> Iterator[QuestionGroup]:
-    """Yield images until every task has its questions. A task that has them gets no more."""
+    """Yield images until every task has enough questions. A task that has enough gets no more."""
     remaining = dict.fromkeys(SINGLE_IMAGE_TASKS, question_count)
     for index in itertools.count():
         if not any(remaining.values()):

@@ -35,7 +35,7 @@ def generate_scene(rng: np.random.Generator, style: Style, tile_count: int | Non
 
 
 def generate_crowded_scene(rng: np.random.Generator, style: Style) -> Scene:
-    """Return a one-tile scene with as many shapes and numbers as fit: more to learn from at the same cost of an image."""
+    """Return a one-tile scene with as many shapes and numbers as fit: more to learn from for the same cost."""
     width, height = random_size(rng, style, 1)
     background = _random_background(rng)
     colours, occupied = _visible_colours(background), list[Box]()

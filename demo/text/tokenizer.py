@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""Images come before the text of a message, whatever their order in the request: training has no other order."""
+"""Images always come before the text of a message, as in training, independent of their order in the request."""
 _VOCABULARY_SIZE = 1024
 
 

@@ -21,7 +21,7 @@ class VisionCosts(_Part):
 
     prepare: Positive = Field(description="decoding, resizing and tiling, per tile, on one core")
     cores: int = Field(default=1, ge=1, description="cores that prepare images")
-    batch: float = Field(default=0.0, ge=0, description="per batch, whatever its size")
+    batch: float = Field(default=0.0, ge=0, description="per batch, independent of its size")
     tile: Positive = Field(description="per tile of a batch")
     batch_tiles: int = Field(default=32, ge=1, description="maximum number of tiles of a batch")
     network: Positive = Field(default=1e9, description="bytes per second that one worker can send")
@@ -34,8 +34,8 @@ class LanguageCosts(_Part):
     each token, and `attention` for each token before it in its prompt.
     """
 
-    step: float = Field(default=0.0, ge=0, description="per step, whatever it does")
-    request: float = Field(default=0.0, ge=0, description="per request, whatever its length, such as HTTP on the same core")
+    step: float = Field(default=0.0, ge=0, description="per step, independent of its content")
+    request: float = Field(default=0.0, ge=0, description="per request, of any length, such as HTTP on the same core")
     prefill: Positive = Field(description="per token of prefill")
     attention: float = Field(default=0.0, ge=0, description="per token of prefill and token before it")
     decode: float = Field(default=0.0, ge=0, description="per running sequence and token")
@@ -43,7 +43,7 @@ class LanguageCosts(_Part):
     sequences: int = Field(default=256, ge=1, description="maximum number of running sequences")
 
     def prefill_seconds(self, tokens: int, before: int = 0) -> float:
-        """Return the seconds to prefill so many tokens of a prompt after `before` tokens of it."""
+        """Return the seconds to prefill `tokens` tokens of a prompt, after the first `before` tokens."""
         return tokens * (self.prefill + self.attention * (before + tokens / 2))
 
 
@@ -104,7 +104,7 @@ class Fleet(_Part):
 
 
 def visual_tokens(costs: Costs, tiles: int, compressed: float) -> int:
-    """Return the mean number of visual tokens of so many tiles, of which the share `compressed` is compressed."""
+    """Return the mean number of visual tokens of `tiles` tiles, of which the share `compressed` is compressed."""
     return math.ceil(tiles * (costs.tokens_per_tile * (1 - compressed) + costs.compressed_tokens_per_tile * compressed))
 
 

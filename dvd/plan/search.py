@@ -25,23 +25,23 @@ class Plan:
 
     @property
     def bottleneck(self) -> str:
-        """The busiest stage when saturated. Below saturation a language worker is always busy, with few sequences or many."""
+        """The busiest stage when saturated. Lower load hides it: a language worker is busy with any number of sequences."""
         return self.saturated.bottleneck
 
 
 _MAX_UTILISATION = 0.95
-"""Of the saturated throughput; close to 1, waiting times are unbounded."""
+"""Load as a share of the saturated throughput; close to 1, waiting times are unbounded."""
 
 
 def meets_limits(costs: Costs, load: Load, fleet: Fleet) -> bool:
-    """Return whether a fleet keeps the limits of latency and its queues do not grow."""
+    """Return whether a fleet meets the latency limits and its queues do not grow."""
     outcome, limits = simulate(costs, load, fleet), load.limits
     in_time = percentile(outcome.ttft, 0.99) <= limits.ttft and percentile(outcome.itl, 0.99) <= limits.itl
     return in_time and load.rate <= _MAX_UTILISATION * simulate_saturated(costs, load, fleet).throughput
 
 
 def simulate_saturated(costs: Costs, load: Load, fleet: Fleet, in_flight: int = 64) -> Outcome:
-    """Return the outcome with a constant number of requests in flight per language worker, whatever the load's rate."""
+    """Return the outcome with a constant number of requests in flight per language worker, independent of the load's rate."""
     total = in_flight * fleet.language
     return simulate(costs, load, fleet, max(400, 4 * total), total)
 
@@ -77,7 +77,7 @@ def _min_workers(busy: float) -> int:
 
 
 def _check_single_request(costs: Costs, load: Load) -> None:
-    """Raise `Infeasible` if a request by itself, which no fleet makes faster, misses a limit."""
+    """Raise `Infeasible` if a single request on an idle fleet exceeds a limit: no fleet is faster."""
     single = load.model_copy(update={"rate": 1e-6})
     outcome = simulate(costs, single, Fleet(), requests=50)
     for name, values, limit in (("TTFT", outcome.ttft, load.limits.ttft), ("ITL", outcome.itl, load.limits.itl)):

@@ -1,6 +1,6 @@
 """Discrete-event simulation of requests through vision and language workers, for the effects of queueing.
 
-The workers are modelled on this system's. A vision worker prepares images on its cores, encodes batches of tiles of any
+The model follows this system's workers. A vision worker prepares images on its cores, encodes batches of tiles of any
 requests in order of arrival, and sends each embedding when its last tile is done. A language worker runs steps: every running
 sequence gets a token, and the rest of the step's token budget prefills prompts, in chunks if they are long. All times are in
 seconds.
@@ -39,7 +39,7 @@ class _Clock:
     _sequence: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def after(self, seconds: float, action: Action) -> None:
-        """Run `action` so many seconds from now."""
+        """Run `action` after a number of seconds."""
         heapq.heappush(self._events, (self.now + seconds, next(self._sequence), action))
 
     def run(self) -> None:
@@ -50,7 +50,7 @@ class _Clock:
 
 
 class _Cores:
-    """So many servers with one queue, first in first out."""
+    """Several servers with one queue, first in, first out."""
 
     def __init__(self, clock: _Clock, count: int) -> None:
         self._clock, self._free = clock, count
@@ -58,7 +58,7 @@ class _Cores:
         self.busy_seconds = 0.0
 
     def submit(self, seconds: float, then: Action) -> None:
-        """Queue work of so many seconds, and run `then` when it is done."""
+        """Queue work that takes a number of seconds, and run `then` when it is done."""
         self._waiting.append((seconds, then))
         self._start_next()
 

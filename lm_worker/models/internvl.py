@@ -90,7 +90,7 @@ class ProcessingInfo(BaseProcessingInfo):
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
         """Accept any number of images. Raises what vLLM raises for other modalities."""
-        # the limit of 0 on the command line is there to keep vLLM from profiling images; anything that is not an
+        # the limit of 0 on the command line keeps vLLM from profiling images; anything that is not an
         # embedding was rejected when vLLM parsed or fetched it
         if modality != "image":
             super().validate_num_items(modality, num_items)

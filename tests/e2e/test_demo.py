@@ -39,16 +39,16 @@ def images_with_questions() -> list[tuple[bytes, list[Question]]]:
 
 
 def test_nine_of_ten_answers_are_correct(demo: Served) -> None:
-    asked = [(image, question) for image, questions in images_with_questions() for question in questions]
+    pairs = [(image, question) for image, questions in images_with_questions() for question in questions]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda pair: answer_text(demo.chat(image_part(pair[0]), pair[1].text)), asked))
+        answers = list(pool.map(lambda pair: answer_text(demo.chat(image_part(pair[0]), pair[1].text)), pairs))
     wrong = [
         (question.text, question.answer, answer)
-        for (_, question), answer in zip(asked, answers, strict=True)
+        for (_, question), answer in zip(pairs, answers, strict=True)
         if answer != question.answer
     ]
-    assert len(asked) >= 36
-    assert len(wrong) <= 0.1 * len(asked), wrong
+    assert len(pairs) >= 36
+    assert len(wrong) <= 0.1 * len(pairs), wrong
 
 
 def test_the_router_saves_tokens(demo: Served) -> None:

@@ -1,4 +1,4 @@
-"""Batches of tiles: how they are formed, who is dropped, and what a failure reaches."""
+"""Batches of tiles: how they are formed, which calls are dropped, and which calls a failure affects."""
 
 import asyncio
 import threading

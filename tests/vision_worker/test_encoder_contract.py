@@ -58,7 +58,7 @@ def test_every_family_can_be_chosen_and_is_tested() -> None:
     assert get_args(VisionOptions.model_fields["vision_backend"].annotation) == tuple(FAMILIES) == tuple(CHECKPOINTS)
 
 
-def test_it_says_what_it_serves(encoder: Encoder) -> None:
+def test_an_encoder_describes_itself(encoder: Encoder) -> None:
     assert encoder.placement.dtype_name == "float32"
     assert encoder.checkpoint.description.width > 0
     sizes = encoder.warmup_batch_sizes(4)

@@ -1,4 +1,4 @@
-"""Loading weights: conversion, and errors that name what is wrong."""
+"""Loading weights: conversion, and errors that name the tensor or the field."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The seam to a cache of embeddings, and how a URL chooses one.
+"""The interface to a cache of embeddings, and how a URL selects one.
 
 `memory://` (memory.py) belongs to this process. `redis://` (redis.py) is shared by all vision workers and outlives them.
 """
@@ -16,14 +16,14 @@ DEFAULT_MEMORY_BYTES = 512 << 20
 
 
 class CorruptCacheEntry(Exception):
-    """A cache returned bytes that are not the embedding that was asked for. The cache itself works."""
+    """A cache returned bytes that are not the requested embedding. The cache itself works."""
 
 
 class Cache(Protocol):
     """Bytes by key.
 
-    Any method may raise any exception, which counts as a miss or as a value that was not stored; none may hang. A cache may
-    forget a value at any time.
+    Any method may raise any exception, which counts as a miss or as a value that was not stored. No method may block for
+    ever. A cache may drop a value at any time.
     """
 
     tier: str

@@ -1,4 +1,4 @@
-"""Embeddings in a cache: what is stored, how it is validated when it comes back, and how failures are contained.
+"""Embeddings in a cache: their format, their validation when they are read, and the handling of failures.
 
 A value is the embedding's header, its values and a serialized `EncodedImage`, which holds the tile grid and the routes. A
 cached value is validated like any bytes from outside. No cache error ever fails a request: it counts as a miss.
@@ -20,10 +20,10 @@ from vision_worker.cache.base import Buffer, Cache, CorruptCacheEntry
 log = logging.getLogger(__name__)
 
 _PAUSE_SECONDS = 1.0
-"""Time for which a cache that failed is not used: every attempt may cost its whole timeout."""
+"""Time for which a failed cache is bypassed, because every attempt may take its whole timeout."""
 
 _MAX_CONCURRENT_WRITES = 16
-"""Further embeddings are not stored, so that a slow cache does not fill the memory."""
+"""Maximum number of pending writes. Further embeddings are not stored, so that a slow cache does not fill the memory."""
 
 
 class EmbeddingCache:

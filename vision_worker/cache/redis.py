@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 from vision_worker.cache.base import Buffer
 
 _KEY_PREFIX = "dvd:1:"
-"""Prefix of every key. The number changes when the format of the values does."""
+"""Prefix of every key. Increase the number when the format of the values changes."""
 
 _TIMEOUT_SECONDS = 2.0
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from common.options import ConfigError
 
 _MAX_SIZES = 6
-"""torch compiles one function for at most eight shapes, and silently runs it uncompiled for any other."""
+"""torch compiles a function for at most eight shapes, and silently runs it uncompiled for others."""
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -20,10 +20,10 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 class CompiledTower:
-    """Runs a tower at a few fixed batch sizes, so that nothing is compiled while requests wait. For one thread only.
+    """Runs a tower at a few fixed batch sizes, so that nothing is compiled while requests wait. Not thread-safe.
 
     Args:
-        tower: what is compiled; it maps a batch [n, …] to a batch [n, …].
+        tower: module to compile; it maps a batch [n, …] to a batch [n, …].
         largest: tiles in the largest batch.
         device: where the tower computes.
     """
@@ -38,7 +38,7 @@ class CompiledTower:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Run the tower on `pixels` [n, …], padded with zeros to the next compiled size.
 
-        Raises: ConfigError where torch cannot compile on this machine.
+        Raises: ConfigError if torch cannot compile on this machine.
         """
         size = next(size for size in self.sizes if size >= len(pixels))
         missing = size - len(pixels)

@@ -1,7 +1,7 @@
 """A family without a tower: embeddings derived from a hash of each tile, to measure everything but the tower.
 
-Embeddings are deterministic, have the checkpoint's shapes and are routed like real ones. They mean nothing to a language
-model.
+Embeddings are deterministic, have the checkpoint's shapes and are routed like real ones. A language
+model cannot interpret them.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _SCORE_LEVELS = 1 << 16
 
 
 class Fake:
-    """The `Encoder` of this family. A tile's hash chooses its rows of one random table."""
+    """The `Encoder` of this family. A tile's hash selects its rows from one random table."""
 
     def __init__(self, checkpoint: Checkpoint, placement: Placement) -> None:
         self.checkpoint, self.placement = checkpoint, placement
@@ -59,5 +59,5 @@ class Fake:
 
 
 def load(checkpoint: Checkpoint, placement: Placement, dummy: bool = False) -> Fake:
-    """Build it. No weights are read, whatever `dummy` is."""
+    """Build the encoder. `dummy` has no effect, because no weights are read."""
     return Fake(checkpoint, placement)

@@ -1,4 +1,4 @@
-"""InternViT-300M and InternViT-6B, the vision towers of InternVL. Parameters bear the checkpoint's names.
+"""InternViT-300M and InternViT-6B, the vision towers of InternVL. Parameters have the checkpoint's names.
 
 Source: `modeling_intern_vit.py` of OpenGVLab's checkpoints. A layer is `x + ls1 * attn(norm1(x))`, then
 `x + ls2 * mlp(norm2(x))`; there is no norm after the last layer. The 300M tower has LayerNorm and a bias in `qkv`; the 6B
@@ -31,7 +31,7 @@ def required_layers(tower: Tower) -> int:
     """Number of layers that the selected hidden state needs. Later layers are never built.
 
     `select_layer` indexes the list of hidden states, whose first item is the output of the embeddings.
-    Raises: ValueError where that list has no such item.
+    Raises: ValueError if that list has no such item.
     """
     states = tower.layers + 1
     if not -states <= tower.select_layer < states:
@@ -40,7 +40,7 @@ def required_layers(tower: Tower) -> int:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension, computed in float32 whatever the dtype of the input."""
+    """Root mean square norm over the last dimension, always computed in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from vision_worker.preprocessing import tiling
 _MEAN = (0.485, 0.456, 0.406)
 _STANDARD_DEVIATION = (0.229, 0.224, 0.225)
 _TILES_PER_PASS = 16
-"""Tiles that the router or a projector takes at a time, which bounds their memory for a group of any size."""
+"""Tiles that the router or a projector processes at a time, to limit their memory for large groups."""
 
 
 class Model(nn.Module):
@@ -146,7 +146,7 @@ class InternVL:
 def load(checkpoint: Checkpoint, placement: Placement, dummy: bool = False) -> InternVL:
     """Build the model and load its weights; `dummy`: random weights instead.
 
-    Raises: CheckpointError where a tensor is missing or the configuration asks for what is not implemented.
+    Raises: CheckpointError if a tensor is missing or the configuration requires a feature that is not implemented.
     """
     tower = checkpoint.description.tower
     default_positions = (tower.image_size // tower.patch_size) ** 2 + 1
@@ -155,7 +155,7 @@ def load(checkpoint: Checkpoint, placement: Placement, dummy: bool = False) -> I
         with torch.device("meta"):
             model = Model(checkpoint.description, positions)
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"config.json of {str(checkpoint.path)!r} asks for what is not implemented: {error}") from None
+        raise CheckpointError(f"config.json of {str(checkpoint.path)!r} requires an unsupported feature: {error}") from None
     if dummy:
         weights.randomize(model, placement.device, placement.dtype)
     else:

@@ -1,7 +1,7 @@
-"""Faster matrix products for float32 on a CPU: `optimize` replaces layers of a loaded model by ones that call oneDNN.
+"""Faster float32 matrix products on a CPU: `optimize` replaces layers of a loaded model with ones that call oneDNN.
 
-PyTorch gives float32 products to MKL, which takes twice as long as oneDNN on AMD EPYC; bfloat16 products it gives to oneDNN
-itself. The operator used here is the one that torch's own compiler emits. See docs/decisions/0016-products-by-onednn.md.
+PyTorch uses MKL for float32 products, which takes twice as long as oneDNN on AMD EPYC, and oneDNN for bfloat16 products.
+The operator used here is the one that torch's own compiler emits. See docs/decisions/0016-products-by-onednn.md.
 
 The replaced layers are for inference: the operator has no gradients.
 """
@@ -25,7 +25,7 @@ def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
 def optimize(model: nn.Module) -> None:
     """Replace the linear layers, the attention and the MLPs inside `model`, in place.
 
-    The modules stay the same objects with the same parameters: only their class, and so their `forward`, changes. Names in
+    The modules stay the same objects with the same parameters; only their class, and with it `forward`, changes. Names in
     the state dict do not change. Do not compile an optimized model: the compiler chooses operators itself.
     """
     for module in model.modules():

@@ -1,8 +1,8 @@
-"""The Visual Resolution Router (ViR): it decides which tiles are compressed to a quarter of their visual tokens.
+"""The Visual Resolution Router (ViR) decides which tiles are compressed to a quarter of their visual tokens.
 
 Source: InternVL 3.5 (arXiv:2508.18265), section "Visual Resolution Router", and `modeling_internvl_chat.py` of the published
-InternVL3.5-Flash checkpoints (`pooling_before_gating`, `gating`). Each tile is scored alone from the tower's features; a
-policy then decides over all tiles of one group.
+InternVL3.5-Flash checkpoints (`pooling_before_gating`, `gating`). Each tile is scored independently from the tower's
+features; a policy then decides for all tiles of one group.
 """
 
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Learned:
-    """The checkpoint's own rule: compress a tile whose score is above a quantile of the group and at least `absolute`.
+    """The quantile rule: compress a tile whose score is above a quantile of the group's scores and at least `absolute`.
 
     A score is the router's probability of "compress". `relative` is the quantile, interpolated linearly. The comparison is
     strict, so a group of one tile is never compressed.

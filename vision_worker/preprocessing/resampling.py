@@ -49,7 +49,7 @@ def weights(size: int, target: int) -> Weights:
 
 
 def warm_up() -> None:
-    """Compile now, which takes a second or two, so that no image waits for it."""
+    """Compile in advance, so that no image waits for it. Takes one to two seconds."""
     resize(np.zeros((2, 2, 3), np.uint8), [(1, 1)])
 
 
@@ -64,7 +64,7 @@ def resize(pixels: Bytes, sizes: Sequence[tuple[int, int]]) -> list[Bytes]:
     """
     height, width = pixels.shape[:2]
     rows = np.ascontiguousarray(pixels).reshape(height, width * 3)
-    transposed = functools.cache(lambda: _transpose(rows))  # costly: done once, and only if a size needs it
+    transposed = functools.cache(lambda: _transpose(rows))  # expensive: done once, and only if a size needs it
     return [
         _vertical_first(rows, size)
         if _is_vertical_first((width, height), size)
@@ -76,7 +76,7 @@ def resize(pixels: Bytes, sizes: Sequence[tuple[int, int]]) -> list[Bytes]:
 def _is_vertical_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
     """Whether Pillow (since 13) runs the vertical pass first: the order changes the last bit.
 
-    It does where the height shrinks by more than twice as many pixels as the width. Sizes are (width, height).
+    It does if the height shrinks by more than twice as many pixels as the width. Sizes are (width, height).
     """
     fewer_columns, fewer_rows = source[0] - target[0], source[1] - target[1]
     return fewer_rows > 0 and fewer_rows > 2 * fewer_columns

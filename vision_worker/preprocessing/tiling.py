@@ -1,7 +1,7 @@
 """Cuts an image file into tiles exactly as the official implementation does (`dynamic_preprocess` of InternVL).
 
-No EXIF rotation, alpha is dropped and not blended, Pillow's bicubic filter. The grid is chosen in `common/tiling.py`. Runs in
-any thread and needs no device.
+EXIF rotation is ignored, alpha is dropped without blending, and the filter is Pillow's bicubic. `common/tiling.py` selects the
+grid. The functions are thread-safe and need no device.
 """
 
 import io
@@ -28,8 +28,8 @@ class Tiles:
         pixels: uint8 [n, side, side, 3], row by row of the grid, thumbnail last.
         columns: of the grid.
         rows: of the grid.
-        hashes: one per tile, equal for equal tiles. They are Python's 64-bit hashes, five times as fast as a cryptographic
-            digest, and only comparable within this process.
+        hashes: one per tile, equal for equal tiles. They are Python's 64-bit hashes, which are five times as fast as a
+            cryptographic digest, and comparable only within this process.
         decode_seconds: time that decoding took.
         cut_seconds: time that resizing and cutting took.
     """
