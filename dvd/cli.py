@@ -60,7 +60,8 @@ def _execute(command: str, arguments: Sequence[str]) -> None:
         sys.exit(f"dvd {command}: not installed here: package {package}")
     if not _is_installed(library) and not _INFORMATIVE_FLAGS & set(arguments):
         sys.exit(f"dvd {command}: not installed here: {library}; pip install 'dvd-serve[{command}]'")
-    os.execv(sys.executable, [sys.executable, "-m", package, *arguments])
+    # -P: a file of that name in the current folder must not be run instead
+    os.execv(sys.executable, [sys.executable, "-P", "-m", package, *arguments])
 
 
 def _is_installed(name: str) -> bool:

@@ -80,7 +80,7 @@ def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devic
     arguments = as_arguments(options, VisionOptions, listen=listen, cache=cache, metrics_port=port)
     return ProcessSpec(
         f"vision-{number}",
-        ["-m", "vision_worker", *arguments],
+        ["-P", "-m", "vision_worker", *arguments],
         functools.partial(vision_is_ready, listen),
         devices.environment(devices.vision[number]),
     )
@@ -93,7 +93,7 @@ def _language_worker(options: UpOptions, number: int, folder: Path, devices: Dev
     quiet = {} if options.log_level == "debug" else {"VLLM_LOGGING_LEVEL": "WARNING"}
     return ProcessSpec(
         f"language-{number}",
-        ["-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
+        ["-P", "-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
         functools.partial(sink_is_ready, listen),
         {**quiet, **devices.environment(devices.language[number])},
     )
@@ -108,7 +108,7 @@ def _gateway(options: UpOptions, folder: Path) -> ProcessSpec:
     )
     secret = {"DVD_API_KEY": options.api_key.get_secret_value()} if options.api_key else {}
     is_live = functools.partial(http_is_ok, gateway_address(options), "/health/live")
-    return ProcessSpec("gateway", ["-m", "server", *arguments], is_live, secret)
+    return ProcessSpec("gateway", ["-P", "-m", "server", *arguments], is_live, secret)
 
 
 def _vision_address(folder: Path, number: int) -> str:

@@ -21,7 +21,11 @@ class IncomingFile:
         self._header = header
         self._file = path.open("w+b", buffering=0)
         self._complete = False
-        embedding.write_all(self._file, memoryview(header.pack()))
+        try:
+            embedding.write_all(self._file, memoryview(header.pack()))
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the file; the file itself stays."""

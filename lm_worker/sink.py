@@ -63,7 +63,7 @@ class SinkOptions:
 
     def arguments(self) -> list[str]:
         """Arguments for Python that start this sink."""
-        return ["-m", "lm_worker.sink", json.dumps(asdict(self))]
+        return ["-P", "-m", "lm_worker.sink", json.dumps(asdict(self))]
 
 
 class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):

@@ -98,6 +98,7 @@ def _add_operations(app: FastAPI, operations: Operations) -> None:
     }
     for path, endpoint in endpoints.items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)  # load balancers
 
 
 @contextlib.asynccontextmanager

@@ -43,8 +43,11 @@ class Pipeline:
                 raise errors.EmbeddingLost("An embedding was evicted before vLLM read it; retry later.")
             return response
 
-        # a worker that does not answer has been marked down, so a retry needs another one
-        return await with_retry(attempt, lambda _: bool(self._workers.language.available()))
+        def may_retry(error: errors.Unavailable) -> bool:
+            # a worker that does not answer has been marked down, so a retry needs another one
+            return isinstance(error, errors.EmbeddingLost) or bool(self._workers.language.available())
+
+        return await with_retry(attempt, may_retry)
 
     async def count_image_tokens(self, request: ParsedRequest, context: RequestContext) -> Response:
         """Return tiles and visual tokens of images. A vision worker is called only if the request asks for the routes."""

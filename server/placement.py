@@ -5,7 +5,7 @@ The keys are computed, the sink is asked which of them it lacks, and vision work
 
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from common import errors
@@ -204,10 +204,12 @@ class EmbeddingPlacer:
         """Call the key's vision worker, or another one if that is unavailable."""
         tried: list[VisionWorker] = []
 
-        async def attempt(_is_last: bool) -> pb.EncodeReply:
+        async def attempt(is_last: bool) -> pb.EncodeReply:
             worker = self._workers.vision.pick(key, exclude=tried)
             tried.append(worker)
-            with worker.track_in_flight(), worker.marking_down_if_gone():
+            # only before a retry: one image on which every worker fails must not take all of them down
+            mark_down = nullcontext() if is_last else worker.marking_down_if_gone()
+            with worker.track_in_flight(), mark_down:
                 self._metrics.encodes.inc()
                 return await worker.client.encode(request, self._options.request_timeout)
 

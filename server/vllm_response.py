@@ -172,11 +172,16 @@ class EventStream:
     async def start(self) -> Failure | None:
         """Wait until an event decides the status. Returns the failure if that is an error.
 
+        A preamble that nothing follows for `keep_alive` seconds starts the stream too, so that comments can keep it alive: vLLM
+        may hold back content that its parser of tool calls or reasoning has not finished.
+
         Raises:
             WorkerUnavailable: The stream ended before that, so that the request can be retried.
         """
         try:
-            while (events := await self._read_events()) != b"":
+            while (events := await self._read_first_events()) != b"":
+                if events is None:
+                    return None
                 self._first_events += events
                 for event in self._first_events.split(_EVENT_END):
                     if event.startswith(_ERROR_EVENTS):
@@ -186,6 +191,10 @@ class EventStream:
         except aiohttp.ClientError:
             pass
         raise errors.WorkerUnavailable("The language worker went away before its response started; retry.")
+
+    async def _read_first_events(self) -> bytes | None:
+        """Like `_read_events`, but returns None if only a preamble arrived and nothing followed it for `keep_alive` seconds."""
+        return await (self._read_or_time_out() if self._first_events else self._read_events())
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield all events. If the connection breaks or the deadline passes, the last one is an error event."""

@@ -35,7 +35,7 @@ sys.meta_path.insert(0, Blocker())
 
 def packages_in(image: str) -> set[str]:
     text = (ROOT / f"deploy/{image}.Dockerfile").read_text()
-    return set(re.findall(r"^COPY (\w+) \1$", text, re.MULTILINE))
+    return set(re.findall(r"^COPY (\w+) \1$", text, re.MULTILINE)) - {"constraints"}
 
 
 class Image:

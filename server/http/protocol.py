@@ -19,10 +19,6 @@ STALL_TIMEOUT_SECONDS = 60.0
 """Time in which a caller must read some of a response that waits for it; else it would hold its permit for ever."""
 
 
-_PROCESS_HEALTH_CHECK_SECONDS = 60
-"""Time in which a gateway process must answer its supervisor; uvicorn's 5 s kill processes that are still starting."""
-
-
 def uvicorn_config(app: Callable[..., Any], shutdown_timeout: int, **options: Any) -> uvicorn.Config:
     """Return uvicorn's configuration for the gateway.
 
@@ -39,7 +35,6 @@ def uvicorn_config(app: Callable[..., Any], shutdown_timeout: int, **options: An
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=shutdown_timeout,
-        timeout_worker_healthcheck=_PROCESS_HEALTH_CHECK_SECONDS,
         **options,
     )
 

@@ -6,6 +6,7 @@ the imports take longer than the work; a server for each family would take a min
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,23 +86,37 @@ def answer(checkpoint: Path, store_folder: Path, conversations: list[list[dict[s
     }
 
 
-def run(family: Family, folder: Path) -> dict[str, Any]:
-    """Makes a family's checkpoint and returns its rows and answers."""
+def make_and_encode(folder: Path) -> None:
+    """Makes the families' checkpoints, encodes the images with each, and writes the numbers of visual tokens to `rows.json`.
+
+    A process of its own: vLLM looks through the attributes of all loaded modules, and fails on those of llvmlite, which comes
+    with the vision worker's numba.
+    """
     from tests.checkpoints import write_checkpoint, write_native_checkpoint
 
-    checkpoint, store_folder = folder / family.name, folder / f"{family.name}-store"
-    (write_native_checkpoint if family.native else write_checkpoint)(checkpoint, **family.options)
-    rows = encode_images(checkpoint, store_folder)
-    return {"rows": rows, **answer(checkpoint, store_folder, [conversation(question, rows) for question in QUESTIONS])}
+    rows = {}
+    for family in FAMILIES:
+        checkpoint = folder / family.name
+        (write_native_checkpoint if family.native else write_checkpoint)(checkpoint, **family.options)
+        rows[family.name] = encode_images(checkpoint, store_of(folder, family))
+    (folder / "rows.json").write_text(json.dumps(rows))
 
 
-def main() -> None:
-    """Runs all families; an error of one is its result."""
+def store_of(folder: Path, family: Family) -> Path:
+    """Returns the folder of a family's embeddings."""
+    return folder / f"{family.name}-store"
+
+
+def answer_all(folder: Path) -> None:
+    """Answers the questions with each family; an error of one is its result."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    all_rows: dict[str, dict[str, int]] = json.loads((folder / "rows.json").read_text())
     for family in FAMILIES:
+        rows = all_rows[family.name]
+        conversations = [conversation(question, rows) for question in QUESTIONS]
         try:
-            result = run(family, Path(sys.argv[1]))
+            result = {"rows": rows, **answer(folder / family.name, store_of(folder, family), conversations)}
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         cleanup_dist_env_and_memory()
@@ -109,5 +124,14 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"DVD_LANGUAGE_WORKER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_MEDIA_CONNECTOR": "dvd-refuse"}
-    main()
+    target = Path(sys.argv[1])
+    if sys.argv[2:] == ["encode"]:
+        make_and_encode(target)
+    else:
+        subprocess.run([sys.executable, "-m", "tests.e2e.family_engine", str(target), "encode"], check=True)
+        os.environ |= {
+            "DVD_LANGUAGE_WORKER": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_MEDIA_CONNECTOR": "dvd-refuse",
+        }
+        answer_all(target)

@@ -36,8 +36,8 @@ class Stack:
         """Returns the answer to a question about the image."""
         content = [image_part(IMAGE), text_part(question)]
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0}
-        # a client of its own: the embeddings of other tests' clients have other keys
-        response = self.gateway.post("/v1/chat/completions", body, Authorization="Bearer reuse")
+        # a client of its own: its keys are not those of other tests, nor of another stack before the same language worker
+        response = self.gateway.post("/v1/chat/completions", body, Authorization=f"Bearer {self.gateway.url}")
         assert response.status == 200, response.text
         return str(response.json["choices"][0]["message"]["content"])
 

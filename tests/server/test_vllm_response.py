@@ -312,3 +312,15 @@ async def test_a_named_error_event_before_any_other_decides_the_status() -> None
     failure = await make_stream(NAMED_ERROR_EVENT, error_format=error_format.ANTHROPIC).start()
     assert failure is not None
     assert (failure.status, failure.body["error"]["message"]) == (500, ENGINE_ERROR_MESSAGE)
+
+
+async def test_a_preamble_that_nothing_follows_starts_the_stream_after_the_keep_alive_time() -> None:
+    later = asyncio.Event()
+    stream = make_stream(ROLE, later, EVENT_1, DONE, keep_alive=0.01)
+    assert await stream.start() is None
+    events = stream.events()
+    assert await anext(events) == ROLE
+    assert await anext(events) == b": keep-alive\n\n"
+    later.set()
+    rest = [event async for event in events if event != b": keep-alive\n\n"]
+    assert b"".join(rest) == EVENT_1 + DONE

@@ -100,3 +100,4 @@ async def test_a_worker_starts_serves_and_stops_on_sigterm(tmp_path: Path) -> No
         assert process.wait(15) == 0
     finally:
         process.kill()
+        process.communicate()

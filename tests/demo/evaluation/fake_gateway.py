@@ -50,7 +50,8 @@ class FakeGateway(threading.Thread):
         self.before_answer: Callable[[], None] = lambda: None
         self.url = ""
         self._in_flight = 0
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop
+        self._stopping: asyncio.Event
         self._ready = threading.Event()
 
     def __enter__(self) -> Self:
@@ -59,17 +60,15 @@ class FakeGateway(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._stopping.set)
         self.join(_TIMEOUT_SECONDS)
-        self._loop.close()
 
     def run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve())
-        self._ready.set()
-        self._loop.run_forever()
+        """Serve until the context ends."""
+        asyncio.run(self._serve())
 
     async def _serve(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/v1/models", _constant({"object": "list", "data": [{"id": "tiny", "object": "model"}]}))
         app.router.add_get("/version", _constant({"version": "9.9", "engine": "8.8"}))
@@ -79,6 +78,9 @@ class FakeGateway(threading.Thread):
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         self.url = "http://{}:{}".format(*runner.addresses[0][:2])
+        self._ready.set()
+        await self._stopping.wait()
+        await runner.cleanup()
 
     async def _chat(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import re
 import socket
@@ -91,7 +92,8 @@ class Stack:
     async def post(self, body: Any, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions") -> Response:
         """Sends a POST request with these bytes, or with this value as JSON."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return await self.request("POST", path, data=raw, headers={"Content-Type": "application/json", **(headers or {})})
+        data = io.BytesIO(raw)  # aiohttp warns about large bytes
+        return await self.request("POST", path, data=data, headers={"Content-Type": "application/json", **(headers or {})})
 
     async def chat(self, *content: Any, headers: dict[str, str] | None = None, **fields: Any) -> Response:
         """Sends a chat request with one user message."""

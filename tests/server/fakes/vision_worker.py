@@ -36,6 +36,7 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         calls: All requests of Encode, in order of arrival.
         cancelled: Number of Encode calls that the caller cancelled.
         error: Encode raises it unless it is None.
+        failures: Encode raises the first of them and removes it.
         cached: Whether Encode reports a cache hit.
         may_encode: Encode waits for this event; it is set at first.
         responsive: Describe waits for this event; it is set at first.
@@ -47,6 +48,7 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         self.calls: list[vision_pb2.EncodeRequest] = []
         self.cancelled = 0
         self.error: Exception | None = None
+        self.failures: list[Exception] = []
         self.cached = False
         self.may_encode = asyncio.Event()
         self.may_encode.set()
@@ -77,6 +79,8 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+        if self.failures:
+            raise self.failures.pop(0)
         if self.error is not None:
             raise self.error
         if not request.dry_run:

@@ -29,6 +29,12 @@ async def test_other_paths_and_methods_are_rejected(shared_stack: Stack, method:
     assert "Access-Control-Allow-Origin" not in response.headers
 
 
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/v1/models", "/version"])
+async def test_load_balancers_may_probe_with_head(shared_stack: Stack, path: str) -> None:
+    response = await shared_stack.request("HEAD", path)
+    assert (response.status, response.body) == (200, b"")
+
+
 @pytest.mark.parametrize("path", ["/v1/%2e%2e/metrics", "/v1/../metrics", "/metrics%00", "/%ff", "/v1/models%2f"])
 async def test_alternative_spellings_of_a_path_are_not_found(shared_stack: Stack, path: str) -> None:
     reader, writer = await shared_stack.send_raw(f"GET {path} HTTP/1.1\nHost: a\nConnection: close\n\n")

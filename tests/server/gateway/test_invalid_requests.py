@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -87,7 +88,7 @@ async def test_a_body_over_the_limit_is_rejected(shared_stack: Stack, size: int,
         yield b" " * (size // 2)
         yield b" " * (size - size // 2)
 
-    response = await shared_stack.request("POST", "/v1/chat/completions", data=pieces() if chunked else b" " * size)
+    response = await shared_stack.request("POST", "/v1/chat/completions", data=pieces() if chunked else io.BytesIO(b" " * size))
     assert (response.status, response.error["code"]) == (413, "body_too_large")
     await assert_serves_images(shared_stack)
 

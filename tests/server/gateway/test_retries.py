@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from common import errors
 from tests.server.fakes.handlers import error_response, event_stream, in_turn
 from tests.server.fakes.requests import image_file, image_part
 from tests.server.fakes.stack import Stack, start_stack
@@ -99,3 +100,13 @@ async def test_an_engine_that_breaks_the_connection_is_replaced_by_the_other(tmp
             assert (await stack.chat(image_part(image_file(i)))).status == 200
             await stack.wait_until_ready()
         assert stack.language_workers[0].engine.requests
+
+
+async def test_an_image_on_which_each_vision_worker_fails_once_is_served(tmp_path: Path) -> None:
+    """Only the first worker is marked down: the retry of the request asks the second one again."""
+    async with start_stack(tmp_path, vision=2) as stack:
+        for worker in stack.vision_workers:
+            worker.failures.append(errors.WorkerUnavailable("it is restarting"))
+        assert (await stack.chat(image_part(A))).status == 200
+        assert sorted(len(worker.calls) for worker in stack.vision_workers) == [1, 2]
+        await stack.wait_until_idle()
