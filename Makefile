@@ -34,7 +34,7 @@ help:
 	@echo "make install    install what the server needs into $(VENV), for DEVICE=$(DEVICE)"
 	@echo "make check      lint, formatting, types and package boundaries; changes no file"
 	@echo "make fix        repair what the linter can, and format"
-	@echo "make test       run all tests; ARGS='-m install' instead: that installing twice changes nothing"
+	@echo "make test       run all tests; ARGS=… goes to pytest"
 	@echo "make test-fast  run the tests that need no vLLM and are not slow, on two processes"
 	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
 	@echo "make docs       regenerate docs/configuration.md and build the documentation into site/"
@@ -95,12 +95,16 @@ fix: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: dev
-	$(BIN)/python -m pytest -m 'not install' $(ARGS)
-
 # A file stays on one process, since its fixtures are servers. More than one thread of torch a process would only wait.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What needs vLLM comes last, in one process: its servers start side by side and are shared by all files. 5: nothing to run
+test: dev
+	$(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m vllm $(ARGS) || [ $$? = 5 ]
+
 test-fast: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not vllm and not slow and not install' -n 2 --dist loadfile $(ARGS)
+	$(PARALLEL) -m 'not vllm and not slow and not install' $(ARGS)
 
 # Apart from `make test`: before Python 3.12 tracing branches costs more than a tenth of a run.
 coverage: dev
