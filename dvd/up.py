@@ -13,14 +13,14 @@ from dvd.output import print_status
 from dvd.supervisor import Supervisor
 from dvd.up_config import UpOptions
 from dvd.up_processes import ProcessSpec, process_specs
+from lm_worker.config import split_arguments
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run until a signal arrives or a process ends. Exits 2 on a bad option, 1 if a process fails."""
-    separator = arguments.index("--") if "--" in arguments else len(arguments)
-    vllm_flags = list(arguments[separator + 1 :])
+    own, vllm_flags = split_arguments(arguments)
     try:
-        options = read_options(UpOptions, arguments[:separator])
+        options = read_options(UpOptions, own)
         checkpoint = open_checkpoint(options.model)
         _check_router(options, checkpoint)
     except ConfigError as error:

@@ -63,11 +63,15 @@ class Pipeline:
         """Check that a language worker serves a model, before any work on images. Raises `ModelNotFound`, `Unavailable`."""
         language = self._workers.language
         language.pick(None)
+
+        def is_served() -> bool:
+            return any(_serves(worker.models, name) for worker in language.available())
+
         for _ in range(2):  # an adapter may be new, and a round of probes that already runs may have missed it
-            if any(_serves(worker.models, name) for worker in language.available()):
+            if is_served():
                 return
             await self._workers.probe()
-        if not any(_serves(worker.models, name) for worker in language.available()):
+        if not is_served():
             served = ", ".join(sorted({model for worker in language.available() for model in worker.models}))
             raise errors.ModelNotFound(f"Model {name!r:.200} is not served; served models: {served}.", param="model")
 

@@ -20,7 +20,7 @@ _PROMETHEUS_TEXT = "text/plain; version=0.0.4"
 
 
 class Operations:
-    """The endpoints beside the APIs."""
+    """Answers the requests of operators and of clients' start-up, with no work on images."""
 
     def __init__(self, options: GatewayOptions, authenticator: Authenticator, workers: WorkerPools, metrics: Metrics) -> None:
         self._options, self._authenticator, self._workers, self._metrics = options, authenticator, workers, metrics
