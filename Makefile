@@ -35,7 +35,7 @@ help:
 	@echo "make check      lint, formatting, types and package boundaries; changes no file"
 	@echo "make fix        repair what the linter can, and format"
 	@echo "make test       run all tests; ARGS=… goes to pytest"
-	@echo "make test-fast  run the tests that need no vLLM and are not slow, on two processes"
+	@echo "make test-fast  run the tests that need no vLLM and are not slow: a minute and a half"
 	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
 	@echo "make docs       regenerate docs/configuration.md and build the documentation into site/"
 	@echo "make lock       resolve the pinned versions in constraints/ again, for both devices"
@@ -96,15 +96,25 @@ fix: dev
 	$(BIN)/ruff format .
 
 # A file stays on one process, since its fixtures are servers. More than one thread of torch a process would only wait.
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Where PYTHONDONTWRITEBYTECODE is set, each process that a test starts would compile the project again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadfile
 
-# What needs vLLM comes last, in one process: its servers start side by side and are shared by all files. 5: nothing to run
+# Both at once: servers with vLLM load on one core for minutes, at a lower priority, since the other tests watch the time.
 test: dev
-	$(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
-	$(BIN)/python -m pytest -m vllm $(ARGS) || [ $$? = 5 ]
+	@$(MAKE) --no-print-directory -j 2 test-vllm test-other
 
+.PHONY: test-vllm test-other
+# One process: its servers start side by side and are shared by all files. 5: ARGS select no test of this half
+test-vllm: dev
+	nice -n 5 env PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m vllm $(ARGS) || [ $$? = 5 ]
+
+test-other: dev
+	$(PYTEST) $(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
+
+# Three processes on two cores: some tests wait for a deadline
 test-fast: dev
-	$(PARALLEL) -m 'not vllm and not slow and not install' $(ARGS)
+	$(PYTEST) -n 3 --dist loadfile -m 'not vllm and not slow and not install' $(ARGS)
 
 # Apart from `make test`: before Python 3.12 tracing branches costs more than a tenth of a run.
 coverage: dev

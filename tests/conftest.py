@@ -10,17 +10,33 @@ import pytest
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 
 _TESTS = Path(__file__).parent
-_NEED_VLLM = ("e2e", "lm_worker/test_connector.py", "lm_worker/test_media.py")
+_NEED_VLLM = ("e2e", *(f"lm_worker/test_{name}.py" for name in ("connector", "engine", "main", "media")))
 """Folders and files whose tests start vLLM or import it, which takes longer than all the rest of a test."""
 
 _SLOW = (
+    "benchmarks",
+    "demo",
     "deploy/test_health.py",
     "deploy/test_prometheus.py",
     "deploy/test_request_id.py",
     "docs/test_site.py",
+    "server/test_main.py",
+    "test_entry_points.py",
     "vision_worker/models/test_compiled.py",
+    "vision_worker/models/test_intern_vit.py",
+    "vision_worker/models/test_internvl.py",
+    "vision_worker/test_main.py",
 )
-"""Files whose tests start several processes, wait for scrapes, compile a model or build the site: half a minute each."""
+"""Folders and files whose tests train, compile, import transformers, start several processes or build the site."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files whose tests the marker expression excludes: importing them takes as long as many tests."""
+    for name, paths in (("vllm", _NEED_VLLM), ("slow", _SLOW)):
+        if f"not {name}" in config.option.markexpr and any(collection_path == _TESTS / path for path in paths):
+            return True
+    return None
+
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,6 +43,7 @@ def test_router_scores(case: golden.Case) -> None:
     torch.testing.assert_close(torch.tensor(result.scores), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ALL)
 def test_bfloat16_agrees_with_float32(case: golden.Case) -> None:
     """Routes agree except for scores within rounding of a threshold; where all routes agree, so do the embeddings."""

@@ -150,6 +150,7 @@ async def test_several_images_of_a_request_are_routed_as_one_group(flash: Worker
     assert min(getattr(reply.timings, stage) for stage in STAGES) > 0
 
 
+@pytest.mark.slow
 async def test_routes_do_not_depend_on_concurrent_calls(flash: Worker) -> None:
     """All images at once, hence in mixed batches."""
     cases = [case for case in FLASH if len(case.stems) == 1]
