@@ -107,7 +107,7 @@ test: dev
 .PHONY: test-vllm test-other
 # One process: its servers start side by side and are shared by all files. 5: ARGS select no test of this half
 test-vllm: dev
-	nice -n 5 env PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m vllm $(ARGS) || [ $$? = 5 ]
+	nice -n 3 env PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m vllm $(ARGS) || [ $$? = 5 ]
 
 test-other: dev
 	$(PYTEST) $(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]

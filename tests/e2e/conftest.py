@@ -6,16 +6,25 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.families import FamilyRun
-from tests.e2e.serving import EXACT, GOLDEN, TOOLS, Served, start, start_up, stop, wait_ready
+from tests.e2e.serving import EXACT, GOLDEN, ROOT, TOOLS, Served, start, start_up, stop, wait_ready
 from tests.ports import free_port
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
+DEMO_CHECKPOINT = ROOT / "demo/checkpoint"
 _FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs these tests last, since their servers load meanwhile; those that end a shared server come at the very end."""
-    items.sort(key=lambda item: (_FOLDER in item.path.parents, item.get_closest_marker("ends_servers") is not None))
+    """Runs these tests last, since their servers load meanwhile; those that end a shared server come at the very end.
+
+    The demo and the families load while the golden servers are tested, and their tests come after those.
+    """
+    late = ("test_demo.py", "test_families.py")
+    items.sort(
+        key=lambda item: (
+            _FOLDER in item.path.parents, item.get_closest_marker("ends_servers") is not None, item.path.name in late
+        )
+    )  # fmt: skip
 
 
 @dataclass
@@ -70,28 +79,31 @@ class Golden:
             stop(served)
 
 
+_NEEDED = pytest.StashKey[set[str]]()
+"""Fixtures of the selected tests."""
 _GOLDEN = pytest.StashKey[Golden]()
 _FAMILIES = pytest.StashKey[FamilyRun]()
+_DEMO = pytest.StashKey[Served]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Starts what the selected tests need, except in pytest-xdist's workers: each would start its own."""
+    """Starts the golden servers if a test needs them, except in pytest-xdist's workers: each would start its own."""
     if session.config.option.collectonly or hasattr(session.config, "workerinput"):
         return
-    fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    if "golden" in fixtures:
+    session.config.stash[_NEEDED] = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if "golden" in session.config.stash[_NEEDED]:
         _golden(session.config)
-    if "family_run" in fixtures:
-        _family_run(session.config)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Ends what was started, also after an interrupt and where no test came to use it."""
-    if _GOLDEN in session.config.stash:
-        session.config.stash[_GOLDEN].stop()
-    if _FAMILIES in session.config.stash:
-        session.config.stash[_FAMILIES].stop()
+    stash = session.config.stash
+    for server in (stash.get(_GOLDEN, None), stash.get(_FAMILIES, None)):
+        if server:
+            server.stop()
+    if _DEMO in stash:
+        stop(stash[_DEMO])
 
 
 def _golden(config: pytest.Config) -> Golden:
@@ -106,12 +118,29 @@ def _family_run(config: pytest.Config) -> FamilyRun:
     return config.stash[_FAMILIES]
 
 
+def _demo(config: pytest.Config) -> Served:
+    if _DEMO not in config.stash:
+        config.stash[_DEMO] = start_up(DEMO_CHECKPOINT)
+    return config.stash[_DEMO]
+
+
 @pytest.fixture(scope="session")
 def golden(pytestconfig: pytest.Config) -> Golden:
-    """The golden checkpoints' servers, ready."""
+    """The golden checkpoints' servers, ready. What else the tests need loads from now on."""
     servers = _golden(pytestconfig)
     wait_ready(servers.flash, *servers.others.values())
+    for fixture, start_server in (("demo", _demo), ("family_run", _family_run)):
+        if fixture in pytestconfig.stash[_NEEDED]:
+            start_server(pytestconfig)
     return servers
+
+
+@pytest.fixture(scope="session")
+def demo(pytestconfig: pytest.Config) -> Served:
+    """The bundled checkpoint, ready."""
+    served = _demo(pytestconfig)
+    wait_ready(served)
+    return served
 
 
 @pytest.fixture(scope="session")

@@ -144,13 +144,20 @@ def run(*arguments: str | Path, timeout: float = 120, environment: dict[str, str
     return code, served.lines
 
 
-def alive(mark: str) -> list[str]:
-    """Returns the command lines of the processes with this mark, without zombies."""
-    command_lines = []
+def processes(mark: str) -> Iterator[Path]:
+    """Yields `/proc/PID` of every process with this mark; a zombie has none."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                command_lines.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                yield entry
+
+
+def alive(mark: str) -> list[str]:
+    """Returns the command lines of the processes with this mark, without zombies."""
+    command_lines = []
+    for entry in processes(mark):
+        with contextlib.suppress(OSError):
+            command_lines.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
     return command_lines
 
 
@@ -168,10 +175,9 @@ def stop(served: Served) -> None:
         served.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             served.process.wait(40)
-    for entry in Path("/proc").iterdir():
+    for entry in processes(served.mark):
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and f"{MARK}={served.mark}".encode() in (entry / "environ").read_bytes():
-                os.kill(int(entry.name), signal.SIGKILL)
+            os.kill(int(entry.name), signal.SIGKILL)
     served.process.wait()
 
 

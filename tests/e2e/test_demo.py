@@ -1,8 +1,6 @@
 """The bundled checkpoint answers correctly through the whole server. `python -m demo.evaluate` measures how often."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +10,9 @@ from demo.scenes.generation import generate_scene
 from demo.scenes.style import TILE_COUNTS, Style
 from demo.text.questions import Question, scene_questions
 from demo.text.small_talk import ABILITIES_ANSWER, GREETING_ANSWER, UNKNOWN_ANSWER
-from tests.e2e.serving import Answer, Served, image_part, up
+from tests.e2e.serving import Answer, Served, image_part
 
-CHECKPOINT = Path(__file__).parents[2] / "demo/checkpoint"
 SEED = 1_234_567_890
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Served]:
-    with up(CHECKPOINT) as served:
-        yield served
 
 
 def answer_text(answer: Answer) -> str:
@@ -29,9 +20,9 @@ def answer_text(answer: Answer) -> str:
 
 
 def images_with_questions() -> list[tuple[bytes, list[Question]]]:
-    """One image of each tile count, from seeds that training never uses."""
+    """One image of every other tile count, from seeds that training never uses."""
     images = []
-    for tile_count in TILE_COUNTS:
+    for tile_count in TILE_COUNTS[::2]:
         rng = np.random.default_rng([SEED, tile_count])
         scene = generate_scene(rng, Style(), tile_count)
         images.append((encode_image(draw_scene(scene), rng), scene_questions(scene, rng)))
@@ -47,17 +38,17 @@ def test_nine_of_ten_answers_are_correct(demo: Served) -> None:
         for (_, question), answer in zip(pairs, answers, strict=True)
         if answer != question.answer
     ]
-    assert len(pairs) >= 36
+    assert len(pairs) >= 20
     assert len(wrong) <= 0.1 * len(pairs), wrong
 
 
 def test_the_router_saves_tokens(demo: Served) -> None:
-    image = images_with_questions()[-1][0]
+    image = images_with_questions()[2][0]
     tokens = {
         mode: demo.chat(image_part(image), "How many stars are there?", vir={"mode": mode}).json["usage"]["prompt_tokens"]
         for mode in ("off", "auto", "all")
     }
-    assert tokens["off"] - tokens["all"] == 13 * (256 - 64)
+    assert tokens["off"] - tokens["all"] == 7 * (256 - 64), "six tiles and the thumbnail"
     assert tokens["all"] <= tokens["auto"] < tokens["off"]
 
 

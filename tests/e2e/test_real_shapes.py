@@ -1,4 +1,4 @@
-"""InternVL3.5-1B-Flash, a published model, loads and answers at its true widths, with random weights and four layers in each half."""
+"""InternVL3.5-1B-Flash, a published model, answers at its true widths: random weights, four layers in each half."""
 
 import json
 import shutil

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Golden
-from tests.e2e.serving import GOLDEN, Served, alive, gone, run
+from tests.e2e.serving import GOLDEN, Served, alive, gone, processes, run
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
 
@@ -34,6 +34,16 @@ def test_the_printed_curl_command_works(golden: Golden) -> None:
     line = curl_command(golden["vit300m-qwen2"])
     answer = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(answer.stdout)["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="on a GPU vLLM's processes are spawned")
+def test_two_processes_of_a_language_worker_import_vllm_on_a_cpu(golden: Golden) -> None:
+    """The worker's own, from which the engine core is forked, and the one that computes."""
+    with_torch = [path for path in processes(golden.language.mark) if "libtorch_cpu" in (path / "maps").read_text()]
+
+    assert len(with_torch) == 3, golden.language.lines
+    # a forked process has the initial environment of its parent, a spawned one has what vLLM has added
+    assert len({(path / "environ").read_bytes() for path in with_torch}) == 2
 
 
 @pytest.mark.ends_servers

@@ -1,15 +1,13 @@
 """A language worker as a process: how it starts, and how it stops before it is ready."""
 
-import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from lm_worker.shared_memory import folder_of
-from tests.e2e.serving import GOLDEN, MARK, QUICK, START_TIMEOUT, Served, gone, start, stop
+from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, gone, start, stop
 from tests.ports import free_port
 
 
@@ -22,7 +20,7 @@ def address() -> str:
 def starting(address: str) -> Iterator[Served]:
     checkpoint, http = GOLDEN / "flash-qwen3/checkpoint", f"127.0.0.1:{free_port()}"
     arguments = ("language", checkpoint, f"--listen={address}", f"--http={http}", "--", *QUICK)
-    worker = start(*arguments, environment={"SPT_NOENV": "1"})  # vLLM's process titles must not overwrite /proc/PID/environ
+    worker = start(*arguments)
     yield worker
     stop(worker)
 
@@ -33,14 +31,6 @@ def _wait_until(condition: Callable[[], bool], worker: Served) -> None:
         assert worker.process.poll() is None, worker.lines
         assert time.monotonic() < deadline, worker.lines
         time.sleep(0.05)
-
-
-def _processes(worker: Served) -> Iterator[Path]:
-    """`/proc/PID` of every process that the worker has started, itself included."""
-    for path in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if path.name.isdigit() and f"{MARK}={worker.mark}".encode() in (path / "environ").read_bytes():
-                yield path
 
 
 def _assert_stopped(worker: Served, address: str, signal_name: str) -> None:
@@ -66,15 +56,3 @@ def test_ctrl_c_before_vllm_is_imported_ends_the_worker_with_one_line(starting: 
     starting.process.send_signal(signal.SIGINT)
 
     _assert_stopped(starting, address, "SIGINT")
-
-
-@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="on a GPU vLLM's processes are spawned")
-def test_two_processes_import_vllm_on_a_cpu(starting: Served) -> None:
-    """The worker's own, from which the engine core is forked, and the one that computes."""
-    _wait_until(lambda: "sink ready" in starting.lines, starting)
-
-    with_torch = [path for path in _processes(starting) if "libtorch_cpu" in (path / "maps").read_text()]
-
-    assert len(with_torch) == 3, starting.lines
-    # a forked process has the initial environment of its parent, a spawned one has what vLLM has added
-    assert len({(path / "environ").read_bytes() for path in with_torch}) == 2
