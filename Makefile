@@ -100,14 +100,14 @@ fix: dev
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadfile
 
-# Both at once: servers with vLLM load on one core for minutes, at a lower priority, since the other tests watch the time.
+# Both at once: servers with vLLM load for minutes on one core and wait for each other on the other.
 test: dev
 	@$(MAKE) --no-print-directory -j 2 test-vllm test-other
 
 .PHONY: test-vllm test-other
 # One process: its servers start side by side and are shared by all files. 5: ARGS select no test of this half
 test-vllm: dev
-	nice -n 3 env PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m vllm $(ARGS) || [ $$? = 5 ]
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m vllm $(ARGS) || [ $$? = 5 ]
 
 test-other: dev
 	$(PYTEST) $(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
