@@ -19,6 +19,10 @@ class CorruptCacheEntry(Exception):
     """A cache returned bytes that are not the requested embedding. The cache itself works."""
 
 
+class CacheRefused(Exception):
+    """A cache answered with an error, such as "out of memory" or "read-only". It is reachable: other operations may work."""
+
+
 class Cache(Protocol):
     """Bytes by key.
 

@@ -15,12 +15,14 @@ from google.protobuf.message import DecodeError
 from common import embedding, errors
 from common.embedding import Header
 from protos import vision_pb2 as pb
-from vision_worker.cache.base import Buffer, Cache, CorruptCacheEntry
+from vision_worker.cache.base import Buffer, Cache, CacheRefused, CorruptCacheEntry
 
 log = logging.getLogger(__name__)
 
 _PAUSE_SECONDS = 1.0
-"""Time for which a failed cache is bypassed, because every attempt may take its whole timeout."""
+"""Time for which a failed cache is bypassed, because every attempt may take its whole timeout.
+
+A cache that refuses writes is not written to for this time, so that embeddings are not copied in vain; it is still read."""
 
 _MAX_CONCURRENT_WRITES = 16
 """Maximum number of pending writes. Further embeddings are not stored, so that a slow cache does not fill the memory."""
@@ -38,7 +40,7 @@ class EmbeddingCache:
 
     def __init__(self, cache: Cache | None) -> None:
         self._cache = cache
-        self._paused_until = 0.0
+        self._reads_paused_until = self._writes_paused_until = 0.0
         self._writes: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
 
@@ -68,19 +70,19 @@ class EmbeddingCache:
         if self._cache is None:
             return None
         result = None
-        if time.monotonic() >= self._paused_until:
+        if time.monotonic() >= self._reads_paused_until:
             try:
                 value = await self._cache.get(expected.key)
                 if value is not None:
                     result = await asyncio.to_thread(_parse_entry, memoryview(value), expected)
             except Exception as error:
-                self._record_error(error)
+                self._record_read_error(error)
         self.counts["misses" if result is None else "hits"] += 1
         return result
 
     def put(self, header: Header, image: pb.EncodedImage, values: Buffer) -> None:
         """Store an embedding in the background. It is dropped while the cache is failing or slow."""
-        if self._cache is None or len(self._writes) >= _MAX_CONCURRENT_WRITES or time.monotonic() < self._paused_until:
+        if self._cache is None or len(self._writes) >= _MAX_CONCURRENT_WRITES or time.monotonic() < self._writes_paused_until:
             return
         task = asyncio.create_task(self._write(self._cache, header.key, [header.pack(), values, image.SerializeToString()]))
         self._writes.add(task)
@@ -90,12 +92,23 @@ class EmbeddingCache:
         try:
             await cache.put(key, value)
         except Exception as error:
-            self._record_error(error)
+            self._record_write_error(error)
 
-    def _record_error(self, error: Exception) -> None:
-        self.counts["errors"] += 1
+    def _record_read_error(self, error: Exception) -> None:
+        """Count an error of a read. A corrupt entry pauses nothing: the cache works."""
         if not isinstance(error, CorruptCacheEntry):
-            self._paused_until = time.monotonic() + _PAUSE_SECONDS
+            self._reads_paused_until = self._writes_paused_until = time.monotonic() + _PAUSE_SECONDS
+        self._count_error(error)
+
+    def _record_write_error(self, error: Exception) -> None:
+        """Count an error of a write. A full or read-only cache can still be read."""
+        self._writes_paused_until = time.monotonic() + _PAUSE_SECONDS
+        if not isinstance(error, CacheRefused):
+            self._reads_paused_until = self._writes_paused_until
+        self._count_error(error)
+
+    def _count_error(self, error: Exception) -> None:
+        self.counts["errors"] += 1
         log.warning("embedding cache error: %s: %s", type(error).__name__, error)
 
 

@@ -3,14 +3,16 @@
 The redis server bounds it: run it with `--maxmemory` and `--maxmemory-policy allkeys-lru`, and without persistence.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
 
-from vision_worker.cache.base import Buffer
+from vision_worker.cache.base import Buffer, CacheRefused
 
 _KEY_PREFIX = "dvd:1:"
 """Prefix of every key. Increase the number when the format of the values changes."""
@@ -32,12 +34,22 @@ class RedisCache:
 
     async def get(self, key: str) -> Buffer | None:
         """See `Cache.get`."""
-        return cast(Buffer | None, await self._client.get(_KEY_PREFIX + key))  # str only with `decode_responses`
+        with _translate_refusal():
+            return cast(Buffer | None, await self._client.get(_KEY_PREFIX + key))  # str only with `decode_responses`
 
     async def put(self, key: str, value: Sequence[Buffer]) -> None:
         """See `Cache.put`."""
-        await self._client.set(_KEY_PREFIX + key, b"".join(value))
+        with _translate_refusal():
+            await self._client.set(_KEY_PREFIX + key, b"".join(value))
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+
+@contextlib.contextmanager
+def _translate_refusal() -> Iterator[None]:
+    try:
+        yield
+    except ResponseError as error:
+        raise CacheRefused(f"{type(error).__name__}: {error}") from error

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from common.embedding import Header
 from tests.redis_server import Server, redis_server
@@ -50,3 +51,29 @@ async def test_a_full_redis_is_only_counted(tmp_path: Path) -> None:
                 embeddings.put(header, IMAGE, bytes(header.length))
                 await writes_done(embeddings)
             assert embeddings.counts["errors"] >= 1
+
+
+async def test_a_full_redis_is_still_read(tmp_path: Path) -> None:
+    with redis_server(tmp_path, "--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as small:
+        async with EmbeddingCache(open_cache(small.url)) as embeddings:
+            embeddings.put(HEADER, IMAGE, VALUES)
+            await writes_done(embeddings)
+            large = Header("large", "f" * 64, "float32", 500_000, 2)
+            for _ in range(3):
+                embeddings.put(large, IMAGE, bytes(large.length))
+                await writes_done(embeddings)
+            assert embeddings.counts["errors"] >= 1
+            assert await embeddings.get(EXPECTED) is not None
+
+
+async def test_a_read_only_redis_is_still_read(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        async with EmbeddingCache(open_cache(server.url)) as embeddings:
+            embeddings.put(HEADER, IMAGE, VALUES)
+            await writes_done(embeddings)
+            async with Redis.from_url(server.url) as client:
+                await client.config_set("min-replicas-to-write", 1)  # NOREPLICAS: writes are refused from now on
+            embeddings.put(HEADER, IMAGE, VALUES)
+            await writes_done(embeddings)
+            assert embeddings.counts["errors"] == 1
+            assert await embeddings.get(EXPECTED) is not None
