@@ -38,7 +38,8 @@ class Pipeline:
         async def attempt(is_last: bool) -> Response:
             engine_request = await self._placer.place(request, files, context, exclude)
             with engine_request.language.marking_down_if_gone():
-                response = await self._forward(engine_request, context)
+                async with engine_request.language.giving_up_if_hung():
+                    response = await self._forward(engine_request, context)
             if not is_last and response.status_code >= 500 and await self._placer.lost_embedding(engine_request):
                 raise errors.EmbeddingLost("An embedding was evicted before vLLM read it; retry later.")
             return response

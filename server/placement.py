@@ -211,7 +211,8 @@ class EmbeddingPlacer:
             mark_down = nullcontext() if is_last else worker.marking_down_if_gone()
             with worker.track_in_flight(), mark_down:
                 self._metrics.encodes.inc()
-                return await worker.client.encode(request, self._options.request_timeout)
+                async with worker.giving_up_if_hung():
+                    return await worker.client.encode(request, self._options.request_timeout)
 
         reply = await with_retry(attempt, lambda error: isinstance(error, errors.WorkerUnavailable))
         self._record(reply)

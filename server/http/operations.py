@@ -49,9 +49,12 @@ class Operations:
         return JSONResponse({"status": "live"})
 
     async def ready(self, _request: Request) -> Response:
-        """Return 200 if an image request would be served now, after a probe of every worker; 503 with the reasons if not."""
-        kinds_up = zip(("vision", "language"), await self._workers.probe(), strict=True)
-        reasons = [f"no {kind} worker answers" for kind, is_up in kinds_up if not is_up]
+        """Return 200 if an image request would be served now, 503 with the reasons if not.
+
+        The last probes decide: a new round would take its whole timeout wherever one worker hangs.
+        """
+        pools = (self._workers.vision, self._workers.language)
+        reasons = [f"no {pool.kind} worker answers" for pool in pools if not pool.available()]
         if mismatch := self._workers.mismatch():
             reasons.append(mismatch.details)
         body: dict[str, Any] = {"status": "not ready" if reasons else "ready", "reasons": reasons}

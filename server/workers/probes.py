@@ -91,8 +91,10 @@ class WorkerPools:
         return await self._probes.run("", self._probe_all)
 
     async def _probe_all(self) -> tuple[bool, bool]:
-        vision = await asyncio.gather(*(self._probe_vision(worker) for worker in self.vision.workers))
-        language = await asyncio.gather(*(self._probe_language(worker) for worker in self.language.workers))
+        vision, language = await asyncio.gather(
+            asyncio.gather(*map(self._probe_vision, self.vision.workers)),
+            asyncio.gather(*map(self._probe_language, self.language.workers)),
+        )
         return any(vision), any(language)
 
     def mismatch(self) -> Mismatch | None:
@@ -121,7 +123,7 @@ class WorkerPools:
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
 
     async def _read_load(self, worker: LanguageWorker) -> None:
-        if worker.description is None:
+        if worker.description is None or not worker.answers_probes:  # a worker that hangs would delay the next probes
             worker.update_load(None)
             return
         checkpoint, dtype = worker.description.checkpoint, worker.description.dtype

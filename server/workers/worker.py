@@ -1,8 +1,9 @@
 """Workers as the gateway sees them. A worker is the only owner of its state: other code calls its methods."""
 
+import asyncio
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Generic, TypeVar
 
 from common import errors
@@ -16,7 +17,10 @@ ClientT = TypeVar("ClientT", VisionClient, LanguageClient)
 DescriptionT = TypeVar("DescriptionT", vision_pb2.VisionDescription, embeddings_pb2.LanguageDescription)
 
 _MAX_LATE_PROBES = 2
-"""Probes in a row that may time out: after one the worker may only be busy."""
+"""Late probes in a row after which a worker is down: after one it may only be busy."""
+
+_HUNG_PROBES = 3
+"""Failed probes in a row after which the calls in flight at a worker are given up."""
 
 
 class Worker(Generic[ClientT, DescriptionT]):
@@ -27,7 +31,8 @@ class Worker(Generic[ClientT, DescriptionT]):
     def __init__(self, client: ClientT) -> None:
         self.client: ClientT = client
         self._description: DescriptionT | None = None
-        self._late_probes = 0
+        self._failed_probes = 0
+        self._calls: set[asyncio.Timeout] = set()
         self._outstanding = 0
         self._users = 0
 
@@ -52,13 +57,18 @@ class Worker(Generic[ClientT, DescriptionT]):
         return self._outstanding
 
     @property
+    def answers_probes(self) -> bool:
+        """Whether the worker has answered the last probe. One that is up may be late once."""
+        return self.is_up and not self._failed_probes
+
+    @property
     def is_in_use(self) -> bool:
         """Whether the client may still be in use."""
         return self._users > 0
 
     def mark_up(self, description: DescriptionT) -> None:
         """Record a successful probe: the worker may get requests."""
-        self._description, self._late_probes = description, 0
+        self._description, self._failed_probes = description, 0
 
     def mark_down(self, reason: str) -> None:
         """Record that the worker may get no requests until its next successful probe."""
@@ -67,10 +77,17 @@ class Worker(Generic[ClientT, DescriptionT]):
         self._description = None
 
     def record_failed_probe(self, error: errors.DvdError) -> None:
-        """Mark the worker down, unless the probe only timed out and it is the first one that did."""
-        self._late_probes += 1
-        if self._late_probes >= _MAX_LATE_PROBES or not isinstance(error, errors.DeadlineExceeded):
+        """Mark the worker down, unless the probe only timed out and it is the first one that did.
+
+        A worker that answers no probe for longer hangs: its calls in flight are given up.
+        """
+        self._failed_probes += 1
+        if self._failed_probes >= _MAX_LATE_PROBES or not isinstance(error, errors.DeadlineExceeded):
             self.mark_down(str(error))
+        if self._failed_probes >= _HUNG_PROBES:
+            calls, self._calls = self._calls, set()
+            for call in calls:
+                call.reschedule(0)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -90,6 +107,24 @@ class Worker(Generic[ClientT, DescriptionT]):
                 yield
         finally:
             self._outstanding -= 1
+
+    @asynccontextmanager
+    async def giving_up_if_hung(self) -> AsyncIterator[None]:
+        """Raise `WorkerUnavailable` in the block if the worker stops answering probes, so that a call can be moved.
+
+        Its connections stay open when a process hangs, so that no call to it would fail by itself.
+        """
+        call = asyncio.timeout(None)
+        try:
+            async with call:
+                self._calls.add(call)
+                yield
+        except TimeoutError:
+            if not call.expired():
+                raise
+            raise errors.WorkerUnavailable(f"The {self.kind} worker has stopped answering; retry later.") from None
+        finally:
+            self._calls.discard(call)
 
     @contextmanager
     def marking_down_if_gone(self) -> Iterator[None]:

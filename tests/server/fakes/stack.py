@@ -137,6 +137,17 @@ class Stack:
 
         await wait_until(is_ready, "the gateway is ready")
 
+    async def wait_until_not_ready(self) -> Response:
+        """Waits until the gateway reports that it is not ready, and returns this response."""
+        responses: list[Response] = []
+
+        async def is_not_ready() -> bool:
+            responses.append(await self.get("/health/ready"))
+            return responses[-1].status == 503
+
+        await wait_until(is_not_ready, "the gateway is not ready")
+        return responses[-1]
+
 
 @contextlib.asynccontextmanager
 async def start_stack(

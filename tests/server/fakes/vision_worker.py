@@ -40,6 +40,7 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         cached: Whether Encode reports a cache hit.
         may_encode: Encode waits for this event; it is set at first.
         responsive: Describe waits for this event; it is set at first.
+        waiting_probes: Number of Describe calls that wait for it.
     """
 
     def __init__(self, address: str) -> None:
@@ -54,6 +55,7 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         self.may_encode.set()
         self.responsive = asyncio.Event()
         self.responsive.set()
+        self.waiting_probes = 0
         self._server: Any = None
 
     async def start(self) -> None:
@@ -69,7 +71,11 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
             self._server = None
 
     async def Describe(self, request: Any, context: Any) -> vision_pb2.VisionDescription:  # noqa: N802
-        await self.responsive.wait()
+        self.waiting_probes += 1
+        try:
+            await self.responsive.wait()
+        finally:
+            self.waiting_probes -= 1
         return vision_pb2.VisionDescription(checkpoint=self.checkpoint, device="cpu", dtype=pb.FLOAT32)
 
     async def Encode(self, request: vision_pb2.EncodeRequest, context: Any) -> vision_pb2.EncodeReply:  # noqa: N802

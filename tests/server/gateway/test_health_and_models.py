@@ -1,13 +1,16 @@
 """Health, models and version, and what readiness says of workers that are missing, slow or of another checkpoint."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.workers import probes
 from tests.server.fakes.requests import image_part
-from tests.server.fakes.stack import Stack
+from tests.server.fakes.stack import Stack, start_stack
 from tests.server.fakes.vision_worker import checkpoint_description
 from tests.server.fakes.vllm import MODEL
+from tests.server.fakes.waiting import wait_until
 from tests.server.gateway.helpers import A, assert_serves_images
 
 
@@ -29,8 +32,7 @@ async def test_without_a_vision_worker_images_are_rejected_and_text_is_served(st
         assert (response.status, response.error["code"]) == (503, "unavailable")
         assert int(response.headers["Retry-After"]) >= 1
         assert (await stack.chat("a")).status == 200
-    ready = await stack.get("/health/ready")
-    assert ready.status == 503
+    ready = await stack.wait_until_not_ready()
     assert ready.json == {"status": "not ready", "reasons": ["no vision worker answers"]}
     await stack.vision.start()
     await stack.wait_until_ready()
@@ -52,7 +54,7 @@ async def test_without_a_language_worker_requests_are_rejected(stack: Stack) -> 
         assert b"unix:" not in response.body
     assert (await stack.get("/v1/models")).status == 503
     assert (await stack.get("/health/live")).status == 200
-    assert (await stack.get("/health/ready")).json["reasons"] == ["no language worker answers"]
+    assert (await stack.wait_until_not_ready()).json["reasons"] == ["no language worker answers"]
     assert (await stack.get("/version")).json["engine"] is None
     await stack.language_workers[0].start()
     await stack.wait_until_ready()
@@ -61,8 +63,7 @@ async def test_without_a_language_worker_requests_are_rejected(stack: Stack) -> 
 
 async def test_workers_of_different_checkpoints_are_not_combined(stack: Stack) -> None:
     stack.vision.checkpoint = checkpoint_description(fingerprint="e" * 64)
-    ready = await stack.get("/health/ready")
-    assert ready.status == 503
+    ready = await stack.wait_until_not_ready()
     (reason,) = ready.json["reasons"]
     assert "e" * 64 in reason
     assert "f" * 64 in reason
@@ -82,7 +83,7 @@ async def test_workers_of_different_checkpoints_are_not_combined(stack: Stack) -
 
 async def test_an_unknown_dtype_of_a_language_worker_is_reported_as_unavailable(stack: Stack) -> None:
     stack.sink.dtype = 9
-    ready = await stack.get("/health/ready")
+    ready = await stack.wait_until_not_ready()
     (reason,) = ready.json["reasons"]
     assert (ready.status, "dtype number 9" in reason, stack.sink.address in reason) == (503, True, True)
     response = await stack.chat(image_part(A))
@@ -97,11 +98,22 @@ async def test_an_unknown_dtype_of_a_language_worker_is_reported_as_unavailable(
     ("worker", "reason"), [("vision", "no vision worker answers"), ("sink", "no language worker answers"),
                           ("engine", "no language worker answers")]
 )  # fmt: skip
-async def test_a_worker_that_hangs_is_not_ready(stack: Stack, worker: str, reason: str) -> None:
+async def test_a_worker_that_hangs_is_not_ready(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, worker: str, reason: str
+) -> None:
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_SECONDS", 0.2)
     hanging: Any = getattr(stack, worker)
     hanging.responsive.clear()
-    ready = await stack.get("/health/ready")
-    assert (ready.status, ready.json["reasons"]) == (503, [reason])
+    assert (await stack.wait_until_not_ready()).json["reasons"] == [reason]
     hanging.responsive.set()
     await stack.wait_until_ready()
     await assert_serves_images(stack)
+
+
+async def test_readiness_does_not_wait_for_a_worker_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with start_stack(tmp_path, vision=2) as stack:
+        monkeypatch.setattr(probes, "PROBE_TIMEOUT_SECONDS", 3600.0)
+        stack.vision.responsive.clear()
+        await wait_until(lambda: stack.vision.waiting_probes, "a probe waits for the worker that hangs")
+        for _ in range(10):
+            assert (await stack.get("/health/ready")).status == 200
