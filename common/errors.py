@@ -21,6 +21,7 @@ DvdError
 │   ├── SinkUnavailable       a vision worker cannot reach the sink
 │   └── SinkFull              the sink has no room: all its embeddings are pinned or leased
 └── InternalError             a bug
+    └── EngineFailed          vLLM failed on the request; another language worker may serve it
 """
 
 import asyncio
@@ -192,6 +193,12 @@ class SinkFull(Unavailable):
 
 class InternalError(DvdError):
     """A bug in this system."""
+
+
+class EngineFailed(InternalError):
+    """vLLM answered with an error that is not the caller's fault. Another language worker may serve the request."""
+
+    code = "engine_error"
 
 
 def all_errors(root: type[DvdError] = DvdError) -> list[type[DvdError]]:

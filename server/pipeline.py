@@ -30,7 +30,11 @@ class Pipeline:
         self._placer = EmbeddingPlacer(options, workers, metrics, trace)
 
     async def answer(self, request: ParsedRequest, context: RequestContext) -> Response:
-        """Return vLLM's response. The request is retried once if an embedding was evicted or its language worker is down."""
+        """Return vLLM's response.
+
+        The request is retried once if an embedding was evicted, or if its language worker is down or fails and there is
+        another one.
+        """
         await self._check_model(request.model)
         request, files = await self._load_media(request, context)
         exclude = [worker for worker in self._workers.language.workers if not _serves(worker.models, request.model)]
@@ -40,13 +44,20 @@ class Pipeline:
             with engine_request.language.marking_down_if_gone():
                 async with engine_request.language.giving_up_if_hung():
                     response = await self._forward(engine_request, context)
-            if not is_last and response.status_code >= 500 and await self._placer.lost_embedding(engine_request):
+            if is_last or response.status_code < 500:
+                return response
+            if await self._placer.lost_embedding(engine_request):
                 raise errors.EmbeddingLost("An embedding was evicted before vLLM read it; retry later.")
-            return response
+            exclude.append(engine_request.language)
+            if all(worker in exclude for worker in self._workers.language.available()):
+                return response
+            raise errors.EngineFailed(vllm_response.ENGINE_ERROR_MESSAGE)
 
-        def may_retry(error: errors.Unavailable) -> bool:
+        def may_retry(error: errors.DvdError) -> bool:
             # a worker that does not answer has been marked down, so a retry needs another one
-            return isinstance(error, errors.EmbeddingLost) or bool(self._workers.language.available())
+            if isinstance(error, errors.EmbeddingLost | errors.EngineFailed):
+                return True
+            return isinstance(error, errors.Unavailable) and bool(self._workers.language.available())
 
         return await with_retry(attempt, may_retry)
 

@@ -201,7 +201,7 @@ class EmbeddingPlacer:
         return await self._encodes.run(flight, lambda: self._call_vision(group.keys[0], request))
 
     async def _call_vision(self, key: str, request: pb.EncodeRequest) -> pb.EncodeReply:
-        """Call the key's vision worker, or another one if that is unavailable."""
+        """Call the key's vision worker, or another one if that is unavailable or fails."""
         tried: list[VisionWorker] = []
 
         async def attempt(is_last: bool) -> pb.EncodeReply:
@@ -214,9 +214,15 @@ class EmbeddingPlacer:
                 async with worker.giving_up_if_hung():
                     return await worker.client.encode(request, self._options.request_timeout)
 
-        reply = await with_retry(attempt, lambda error: isinstance(error, errors.WorkerUnavailable))
+        reply = await with_retry(attempt, self._may_encode_elsewhere)
         self._record(reply)
         return reply
+
+    def _may_encode_elsewhere(self, error: errors.DvdError) -> bool:
+        """Return whether another vision worker may succeed where one failed; a failure inside one needs another one."""
+        if isinstance(error, errors.InternalError):
+            return len(self._workers.vision.available()) > 1
+        return isinstance(error, errors.WorkerUnavailable)
 
     def _record(self, reply: pb.EncodeReply) -> None:
         for image in reply.images:

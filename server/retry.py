@@ -12,13 +12,13 @@ MAX_ATTEMPTS = 2
 
 async def with_retry(
     attempt: Callable[[bool], Awaitable[T]],
-    may_retry: Callable[[errors.Unavailable], bool],
+    may_retry: Callable[[errors.DvdError], bool],
 ) -> T:
     """Run `attempt` until it succeeds, at most `MAX_ATTEMPTS` times.
 
     Args:
         attempt: Called with whether this is the last attempt.
-        may_retry: Whether another attempt makes sense after this error. Errors that are not `Unavailable` are never retried.
+        may_retry: Whether another attempt makes sense after this error. A caller's mistake and a passed deadline never are.
 
     Raises:
         DvdError: The error of the last attempt.
@@ -26,7 +26,7 @@ async def with_retry(
     for _ in range(MAX_ATTEMPTS - 1):
         try:
             return await attempt(False)
-        except errors.Unavailable as error:
+        except (errors.Unavailable, errors.InternalError) as error:
             if not may_retry(error):
                 raise
     return await attempt(True)

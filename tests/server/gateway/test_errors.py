@@ -70,7 +70,7 @@ async def test_an_engine_that_breaks_the_connection_is_unavailable(stack: Stack,
     assert (response.status, response.error["code"]) == (503, "unavailable")
     assert int(response.headers["Retry-After"]) >= 1
     stack.engine.respond = default_response
-    assert (await stack.get("/health/ready")).status == 200
+    await stack.wait_until_ready()
     await assert_serves_images(stack)
 
 
@@ -96,7 +96,7 @@ async def test_an_error_of_the_vision_worker_reaches_the_client(shared_stack: St
     assert response.status == error.status
     assert response.error["code"] == error.code
     assert ("Retry-After" in response.headers) == (error.status in (429, 503))
-    assert (await shared_stack.get("/health/ready")).status == 200
+    await shared_stack.wait_until_ready()
     await assert_serves_images(shared_stack)
 
 

@@ -110,3 +110,57 @@ async def test_an_image_on_which_each_vision_worker_fails_once_is_served(tmp_pat
         assert (await stack.chat(image_part(A))).status == 200
         assert sorted(len(worker.calls) for worker in stack.vision_workers) == [1, 2]
         await stack.wait_until_idle()
+
+
+async def test_an_image_on_which_a_vision_worker_fails_is_encoded_by_the_other(tmp_path: Path) -> None:
+    async with start_stack(tmp_path, vision=2) as stack:
+        failing, working = stack.vision_workers
+        failing.error = RuntimeError("a bug")
+        for i in range(20):
+            assert (await stack.chat(image_part(image_file(i)))).status == 200
+        assert failing.calls
+        assert len(working.calls) == 20
+        assert (await stack.get("/health/ready")).status == 200, "both workers stay up"
+
+
+async def test_an_image_on_which_all_vision_workers_fail_is_an_error(tmp_path: Path) -> None:
+    async with start_stack(tmp_path, vision=3) as stack:
+        for worker in stack.vision_workers:
+            worker.error = RuntimeError("a bug")
+        response = await stack.chat(image_part(A))
+        assert (response.status, response.error["code"]) == (500, "internal_error")
+        assert sum(len(worker.calls) for worker in stack.vision_workers) == 2
+        await stack.wait_until_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_answers_with_500_is_replaced_by_the_other(tmp_path: Path, stream: bool) -> None:
+    """As vLLM does while it shuts down."""
+    async with start_stack(tmp_path, language=2) as stack:
+        failing, working = (worker.engine for worker in stack.language_workers)
+        failing.respond = error_response(500)
+        for i in range(20):
+            assert (await stack.chat(image_part(image_file(i)), stream=stream)).status == 200
+            assert (await stack.chat("a", stream=stream)).status == 200
+        assert failing.requests
+        assert len(working.requests) == 40
+
+
+async def test_a_request_on_which_all_engines_fail_is_an_error(tmp_path: Path) -> None:
+    async with start_stack(tmp_path, language=3) as stack:
+        engines = [worker.engine for worker in stack.language_workers]
+        for engine in engines:
+            engine.respond = error_response(500)
+        response = await stack.chat("a")
+        assert (response.status, response.error["code"]) == (500, "engine_error")
+        assert sum(len(engine.requests) for engine in engines) == 2
+        await stack.wait_until_idle()
+
+
+async def test_a_callers_mistake_is_not_sent_to_another_engine(tmp_path: Path) -> None:
+    async with start_stack(tmp_path, language=2) as stack:
+        engines = [worker.engine for worker in stack.language_workers]
+        for engine in engines:
+            engine.respond = error_response(400)
+        assert (await stack.chat("a")).status == 400
+        assert sum(len(engine.requests) for engine in engines) == 1
