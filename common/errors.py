@@ -7,6 +7,7 @@ DvdError
 │   ├── InvalidVideo          bytes that are not a video in a supported format
 │   ├── TooManyImages         images above the limit
 │   ├── BodyTooLarge          body above the limit
+│   ├── UnsupportedEncoding   body in an unknown Content-Encoding
 │   ├── HeadTooLarge          request line and headers above the limit
 │   ├── ImageFetchFailed      the URL cannot be fetched, or is not allowed
 │   └── ContextLengthExceeded prompt longer than the model's context
@@ -98,6 +99,13 @@ class BodyTooLarge(InvalidRequest):
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     code = "body_too_large"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The body of a request is encoded in a way that is not supported."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unsupported_encoding"
 
 
 class HeadTooLarge(InvalidRequest):

@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from common import errors
+from server.http import content_encoding
 from server.http.error_format import OPENAI
 from server.http.middleware import CLIENT_CLOSED_REQUEST
 
@@ -30,6 +31,8 @@ async def _on_dvd_error(request: Request, error: Any) -> Response:
     headers = {"Retry-After": str(math.ceil(retry_after))} if retry_after else {}
     if isinstance(error, errors.DeadlineExceeded):  # clients retry every 5xx, but a retry would take as long
         headers["X-Should-Retry"] = "false"
+    if isinstance(error, errors.UnsupportedEncoding):
+        headers["Accept-Encoding"] = ", ".join(content_encoding.SUPPORTED)
     error_format = getattr(request.state, "error_format", OPENAI)
     return JSONResponse(error_format.body(error.body()), status_code=error.status, headers=headers)
 
