@@ -1,6 +1,7 @@
 """HTTP/1.1 with bounds: uvicorn's httptools protocol neither bounds a request's head nor answers invalid HTTP in JSON.
 
-This module subclasses uvicorn's internals: pyproject.toml bounds its version.
+It also loses the body of a request that offers an upgrade, and sends chunks to HTTP/1.0 clients, which do not know them. This
+module subclasses uvicorn's internals: pyproject.toml bounds its version.
 """
 
 import asyncio
@@ -8,13 +9,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from common import errors
 
 MAX_HEAD_BYTES = 64 << 10
 """Maximum size of a request line with its headers."""
+_UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 STALL_TIMEOUT_SECONDS = 60.0
 """Time in which a caller must read some of a response that waits for it; else it would hold its permit for ever."""
 
@@ -42,7 +45,9 @@ def uvicorn_config(app: Callable[..., Any], shutdown_timeout: int, **options: An
 class BoundedHttpProtocol(HttpToolsProtocol):
     """Answers 431 to a head that is too large and 400 to invalid HTTP, with OpenAI's error object, and closes the connection.
 
-    It disconnects a caller that does not read its response. Trailers are ignored and bounded like a head.
+    It disconnects a caller that does not read its response. Trailers are ignored and bounded like a head. An offer to upgrade
+    the connection (WebSocket, or HTTP/2 as Java's client sends it) is ignored, and the request answered. A response without a
+    length ends with the connection for an HTTP/1.0 client.
     """
 
     _head_bytes = 0  # of the head that is being received, or of trailers after a body
@@ -52,11 +57,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of heads and trailers."""
-        self._parser_called_back = False
-        super().data_received(data)
+        self._parser_called_back, size = False, len(data)
+        self._unset_keepalive_if_required()
+        try:
+            while data:
+                data = self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+            return
         # the parser buffers a field until it is complete, without a callback: so chunks without a callback are counted
         if not self._parser_called_back:
-            self._head_bytes += len(data)
+            self._head_bytes += size
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("")
 
@@ -76,13 +87,48 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("head too large")  # the parser turns it into its own error, which ends in send_400_response
-        super().on_headers_complete()
+        if not self._offers_upgrade():
+            super().on_headers_complete()
         self._head_bytes = 0
 
     def on_body(self, body: bytes) -> None:
         """Reset the count: a body is bounded elsewhere."""
         self._head_bytes, self._parser_called_back = 0, True
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request, unless it offers an upgrade: then it has not begun yet."""
+        if not self._offers_upgrade():
+            super().on_message_complete()
+
+    def _offers_upgrade(self) -> bool:
+        # CONNECT counts as an upgrade too, but it cannot be parsed without one
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _feed(self, data: bytes) -> bytes:
+        """Parse data. Returns what has to be parsed next: all of it from an offer of an upgrade on, but without the offer.
+
+        The parser takes what follows such an offer for another protocol.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._head_without_upgrade() + data[upgrade.args[0] :] if self._offers_upgrade() else b""
+        return b""
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the head that was parsed last without its offer of an upgrade, and start a new parser for it."""
+        tokens = [token for name, value in self.headers if name == b"connection" for token in value.lower().split(b",")]
+        kept = [token for token in map(bytes.strip, tokens) if token not in _UPGRADE_HEADERS]
+        headers = [(name, value) for name, value in self.headers if name not in _UPGRADE_HEADERS]
+        headers += [(b"connection", b", ".join(kept))] if kept else []
+        first_line = self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # like uvicorn's own
+        return b"\r\n".join([first_line, *(name + b": " + value for name, value in headers), b"", b""])
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        super()._start_asgi_task(cycle, _ending_with_connection(cycle, app) if cycle.scope["http_version"] == "1.0" else app)
 
     def pause_writing(self) -> None:
         """Start the timer of a caller that does not read."""
@@ -119,3 +165,24 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.cycle is None or self.cycle.response_complete:  # else this would land inside a response
             self.transport.write("\r\n".join(head).encode() + body)
         self.transport.close()
+
+
+def _ending_with_connection(cycle: RequestResponseCycle, app: Any) -> Any:
+    """Return an application whose responses without a length end with the connection, instead of being sent in chunks."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        without_length = False
+
+        async def send_without_chunks(message: Any) -> None:
+            nonlocal without_length
+            if message["type"] == "http.response.start":
+                without_length = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+                if without_length:
+                    cycle.chunked_encoding = False
+            elif without_length:
+                cycle.expected_content_length += len(message.get("body", b""))  # uvicorn would reject more than it expects
+            await send(message)
+
+        await app(scope, receive, send_without_chunks)
+
+    return serve

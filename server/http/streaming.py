@@ -11,6 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers of a stream: no cache may hold it, and nginx passes each event on at once."""
+
 
 class StreamWithResources(StreamingResponse):
     """A streamed response that releases `resources` after its last byte, also if no byte was sent."""

@@ -83,6 +83,22 @@ async def test_the_host_header_does_not_change_the_engines_path(shared_stack: St
     await assert_serves_images(shared_stack)
 
 
+async def test_a_request_that_offers_http_2_is_answered_over_http_1(shared_stack: Stack) -> None:
+    """Java's HttpClient offers it with every request to a plain port."""
+    body = json.dumps(chat("a", note="x" * 70_000)).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\nConnection: Upgrade, HTTP2-Settings\nContent-Length: {len(body)}\nHost: a\n"
+        "HTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAAAAYABgAA\nUpgrade: h2c\nContent-Type: application/json\n\n"
+    )
+    reader, writer = await shared_stack.send_raw(head, body)
+    head_of_next = "GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    writer.write(head_of_next.encode())
+    response = await read_to_end(reader)
+    writer.close()
+    assert response.count(b"HTTP/1.1 200 ") == 2
+    assert shared_stack.engine.requests[-1].raw == body
+
+
 async def test_pipelined_requests_are_answered_in_order(shared_stack: Stack) -> None:
     body = json.dumps(chat("a")).encode()
     one = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nX-Request-Id: one\r\nContent-Length: {len(body)}\r\n\r\n"

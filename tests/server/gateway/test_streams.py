@@ -19,7 +19,18 @@ async def test_a_stream_passes_byte_for_byte(stack: Stack) -> None:
         response = await stack.chat(*content, stream=True)
         assert (response.status, response.body) == (200, b"".join(EVENTS))
         assert response.headers["Content-Type"].startswith("text/event-stream")
+        assert (response.headers["Cache-Control"], response.headers["X-Accel-Buffering"]) == ("no-cache", "no")
     await stack.wait_until_idle()
+
+
+async def test_a_stream_for_an_http_1_0_client_ends_with_the_connection(stack: Stack) -> None:
+    body = json.dumps(chat("a", stream=True)).encode()
+    reader, writer = await stack.send_raw(f"POST /v1/chat/completions HTTP/1.0\nContent-Length: {len(body)}\n\n", body)
+    head, _, events = (await read_to_end(reader)).partition(b"\r\n\r\n")
+    writer.close()
+    assert events == b"".join(EVENTS)
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
 
 
 async def test_events_are_forwarded_as_soon_as_the_engine_sends_them(stack: Stack) -> None:

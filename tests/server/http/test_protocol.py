@@ -29,9 +29,9 @@ async def respond_with_body_size(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def start_server(app: Callable[..., Any] = respond_with_body_size) -> AsyncIterator[int]:
+async def start_server(app: Callable[..., Any] = respond_with_body_size, **options: Any) -> AsyncIterator[int]:
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn_config(app, 1, lifespan="off"))
+    server = uvicorn.Server(uvicorn_config(app, 1, lifespan="off", **options))
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         yield listening.getsockname()[1]
@@ -40,14 +40,15 @@ async def start_server(app: Callable[..., Any] = respond_with_body_size) -> Asyn
         await running
 
 
-async def exchange(*chunks: bytes, half_close: bool = False) -> bytes:
+async def exchange(*chunks: bytes, half_close: bool = False, app: Callable[..., Any] = respond_with_body_size) -> bytes:
     """Send chunks, and return all that the server sends until it closes the connection.
 
     Args:
         *chunks: Sent one after the other until the server closes the connection.
         half_close: Whether to close the sending side after the last chunk.
+        app: The application.
     """
-    async with start_server() as port:
+    async with start_server(app) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         reading = asyncio.create_task(reader.read())
         for chunk in chunks:
@@ -175,6 +176,84 @@ async def test_no_error_is_written_into_a_response_that_has_started() -> None:
     assert response.count(b"HTTP/1.1") == 1
 
 
-async def test_a_websocket_upgrade_is_ignored() -> None:
-    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-    assert (await exchange(GET + upgrade, half_close=True)).startswith(b"HTTP/1.1 200 ")
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAA\r\n"
+WEBSOCKET = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+UPGRADES = pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+
+
+@UPGRADES
+@pytest.mark.parametrize("split", [False, True], ids=["at once", "head first"])
+async def test_a_request_that_offers_an_upgrade_is_answered_with_its_body(upgrade: bytes, split: bool) -> None:
+    body = b"x" * 70_000
+    head = b"POST / HTTP/1.1\r\n" + upgrade + b"Host: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    last = GET + b"Connection: close\r\n\r\n"
+    response = await exchange(*([head, body[:9], body[9:], last] if split else [head + body + last]))
+    assert response.count(b"HTTP/1.1 200 ") == 2
+    assert b"%08d" % len(body) in response
+    assert b"101 " not in response
+
+
+@UPGRADES
+async def test_an_upgrade_is_ignored_with_chunks_without_a_body_and_several_times(upgrade: bytes) -> None:
+    chunked = CHUNKED.replace(b"Host: a\r\n", b"Host: a\r\n" + upgrade)
+    response = await exchange(chunked + b"0\r\n\r\n" + (GET + upgrade + b"\r\n") * 3 + GET + b"Connection: close\r\n\r\n")
+    assert response.count(b"HTTP/1.1 200 ") == 5
+    assert response.count(b"00000005") == 1
+    assert (await exchange(GET + upgrade + b"\r\n", half_close=True)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_an_upgrade_keeps_the_other_connection_options() -> None:
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\nContent-Length: 3\r\n\r\n"
+    response = await exchange(head, b"abc")
+    assert response.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close" in response
+    assert b"00000003" in response
+
+
+async def test_the_head_limit_holds_for_a_request_that_offers_an_upgrade() -> None:
+    head = GET + H2C + b"X-Long: " + b"x" * (MAX_HEAD_BYTES - 400) + b"\r\n"
+    assert (await exchange(head + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    assert parse_error(await exchange(head + b"X: " + b"x" * 600 + b"\r\n\r\n"))["status"] == 431
+
+
+@pytest.mark.parametrize("target", [b"example.org:443", b"/"])
+async def test_connect_opens_no_tunnel(target: bytes) -> None:
+    response = await exchange(b"CONNECT " + target + b" HTTP/1.1\r\nHost: a\r\n\r\n" + GET + b"\r\n", half_close=True)
+    assert response.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 200 "))
+    assert response.count(b"HTTP/1.1 200 ") <= 1
+
+
+async def stream_three_parts(_scope: Any, _receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    for part in (b"data: 1\n\n", b"data: 2\n\n", b""):
+        await send({"type": "http.response.body", "body": part, "more_body": bool(part)})
+
+
+@pytest.mark.parametrize("headers", [b"", b"Connection: keep-alive\r\n", b"Host: a\r\n"])
+async def test_a_stream_for_an_http_1_0_client_ends_with_the_connection(headers: bytes) -> None:
+    response = await exchange(b"GET / HTTP/1.0\r\n" + headers + b"\r\n", app=stream_three_parts)
+    head, _, body = response.partition(b"\r\n\r\n")
+    assert body == b"data: 1\n\ndata: 2\n\n"
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+
+
+async def test_other_responses_for_an_http_1_0_client_keep_their_length() -> None:
+    response = await exchange(b"POST / HTTP/1.0\r\nContent-Length: 3\r\n\r\nabc")
+    assert response.endswith(b"\r\n\r\n00000003")
+    assert b"content-length: 8\r\n" in response
+    assert b"transfer-encoding" not in response
+
+
+async def test_a_stream_for_an_http_1_1_client_is_sent_in_chunks() -> None:
+    response = await exchange(GET + b"Connection: close\r\n\r\n", app=stream_three_parts)
+    assert b"transfer-encoding: chunked" in response
+    assert response.endswith(b"\r\n0\r\n\r\n")
+
+
+async def test_an_idle_connection_is_closed_after_its_timeout() -> None:
+    async with start_server(timeout_keep_alive=1) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET + b"\r\n")
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 200 ")
+        writer.close()
