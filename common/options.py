@@ -39,12 +39,12 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Supported image formats, by Pillow's names. The gateway and the vision worker accept the same."""
 
 KNOWN_NAMES = frozenset({
-    "address", "allow_private_images", "allow_vir", "api_key", "cache", "device", "docs", "fetch_timeout", "host", "http",
-    "language_workers", "listen", "load_format", "log_format", "log_level", "max_batch_tiles", "max_body_bytes",
-    "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight", "max_tiles", "max_video_bytes", "metrics_port",
-    "model", "port", "prepare_threads", "request_timeout", "router_scope", "sink_bytes", "sink_lease", "stream_keep_alive",
-    "timeout", "trace", "vir", "vir_absolute_threshold", "vir_relative_threshold", "vision_backend", "vision_compile",
-    "vision_dtype", "vision_workers", "wait_for_embeddings", "workers",
+    "address", "allow_private_images", "allow_vir", "api_key", "cache", "cors_origins", "device", "docs", "fetch_timeout",
+    "host", "http", "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format", "log_level",
+    "max_batch_tiles", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight", "max_tiles",
+    "max_video_bytes", "metrics_port", "model", "port", "prepare_threads", "request_timeout", "router_scope", "sink_bytes",
+    "sink_lease", "stream_keep_alive", "timeout", "trace", "vir", "vir_absolute_threshold", "vir_relative_threshold",
+    "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "wait_for_embeddings", "workers",
 })  # fmt: skip
 """Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""
 
@@ -153,7 +153,7 @@ def flag_name(name: str) -> str:
 
 def default_text(field: FieldInfo) -> str | None:
     """Return an option's default as a user writes it, or None if it has none."""
-    if field.default is PydanticUndefined or field.default is None:
+    if field.default is PydanticUndefined or field.default in (None, []):
         return None
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _SHUTDOWN_TIMEOUT_SECONDS,
         factory=True,
         workers=options.workers,
+        timeout_keep_alive=options.keep_alive_timeout,
     )
     logs.configure(options.log_level, options.log_format)
     log.info("listening on http://%s:%d", options.host, listener.getsockname()[1])

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from common import logs
 from common.processes import die_with_parent
@@ -25,6 +26,11 @@ from server.media.loader import MediaLoader
 from server.metrics import Metrics
 from server.pipeline import Pipeline
 from server.workers.probes import WorkerPools
+
+_EXPOSED_HEADERS = ("X-Request-Id", "X-DvD-Images", "Server-Timing", "Retry-After", "X-Should-Retry")
+"""Headers of responses that scripts of allowed origins may read."""
+_PREFLIGHT_MAX_AGE_SECONDS = 7200
+"""Time for which a browser remembers a preflight's answer: Chrome's maximum."""
 
 
 def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS) -> FastAPI:
@@ -57,6 +63,15 @@ def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS) -> FastAPI
         redirect_slashes=False,
     )
     app.add_middleware(RequestStatsMiddleware, metrics=metrics)
+    if options.cors_origins:  # added last, and so outermost: every error gets the headers too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=_EXPOSED_HEADERS,
+            max_age=_PREFLIGHT_MAX_AGE_SECONDS,
+        )
     add_exception_handlers(app)
     return app
 
@@ -89,6 +104,7 @@ def _request_body(api: Api) -> dict[str, Any]:
 def _add_operations(app: FastAPI, operations: Operations) -> None:
     endpoints = {
         "/v1/models": operations.models,
+        "/v1/models/{model:path}": operations.model,  # ids may have slashes
         "/version": operations.version,
         "/health": operations.ready,  # clients of vLLM request it before they start
         "/health/live": operations.live,

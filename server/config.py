@@ -23,6 +23,17 @@ def _worker_address(text: str) -> str:
     return text
 
 
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@*\s]+")
+
+
+def _origin(text: str) -> str:
+    """Return `text` if it is `*` or an origin as browsers send it; raise a validation error otherwise."""
+    if not _ORIGIN.fullmatch(text):
+        raise PydanticCustomError("address", "expected * or origins such as https://chat.example.org, without a path")
+    return text
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
 WorkerAddress = Annotated[str, AfterValidator(_worker_address)]
 
 
@@ -33,6 +44,9 @@ class ServingOptions(ImageLimits, TraceOptions):
     port: int = Field(8000, ge=0, le=65535, description="port the gateway listens on")
     api_key: SecretStr | None = Field(None, description="bearer token that callers must send; unset: no authentication")
     docs: bool = Field(False, description="serve an interactive page of the API at /docs; it loads scripts from a CDN")
+    cors_origins: list[Origin] = Field(
+        default=[], description="origins whose pages may call the API from a browser, comma-separated, or *; unset: none"
+    )
     allow_private_images: bool = Field(
         False, description="also fetch images over http and from private addresses: only if every caller is trusted"
     )
@@ -44,6 +58,9 @@ class ServingOptions(ImageLimits, TraceOptions):
     workers: int = Field(1, ge=1, le=64, description="gateway processes; they share the port and max_in_flight")
     fetch_timeout: float = Field(20.0, gt=0, description="timeout in seconds to fetch an image or video, and to decode a video")
     request_timeout: float = Field(600.0, gt=0, description="deadline of a request in seconds; later it is answered 504")
+    keep_alive_timeout: int = Field(
+        620, ge=1, description="seconds until an idle connection is closed: more than the load balancer's own timeout"
+    )
     stream_keep_alive: float = Field(
         15.0, ge=0, description="seconds without an event until a stream sends a keep-alive comment; 0: never"
     )

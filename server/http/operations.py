@@ -12,6 +12,7 @@ from server.config import GatewayOptions
 from server.http.authentication import Authenticator
 from server.metrics import Metrics
 from server.workers.probes import WorkerPools
+from server.workers.worker import LanguageWorker
 
 _MAX_ENGINE_METRICS_BYTES = 16 << 20
 _ENGINE_METRICS_TIMEOUT_SECONDS = 10
@@ -28,12 +29,31 @@ class Operations:
     async def models(self, request: Request) -> Response:
         """List the models and adapters of a language worker (OpenAI)."""
         self._authenticator.authenticate(request.headers)
-        language = self._workers.language.pick(None)
+        return JSONResponse(await self._list_models(self._workers.language.pick(None)))
+
+    async def model(self, request: Request) -> Response:
+        """Describe one model or adapter (OpenAI)."""
+        self._authenticator.authenticate(request.headers)
+        name = request.path_params["model"]
+        self._workers.language.pick(None)
+        servers = self._serving(name)
+        if not servers:  # an adapter may be new
+            await self._workers.probe()
+            servers = self._serving(name)
+        models = (await self._list_models(servers[0]))["data"] if servers else []
+        if model := next((model for model in models if model["id"] == name), None):
+            return JSONResponse(model)
+        raise self._workers.model_not_found(name)
+
+    def _serving(self, name: str) -> list[LanguageWorker]:
+        return [worker for worker in self._workers.language.available() if name in worker.models]
+
+    async def _list_models(self, language: LanguageWorker) -> Any:
         with language.in_use():
             models = await language.client.get("/v1/models", self._options.request_timeout)
         for model in models["data"]:
             model["root"] = model["id"]  # vLLM's root is a path of its machine
-        return JSONResponse(models)
+        return models
 
     async def version(self, _request: Request) -> Response:
         """Return the versions of the gateway and of vLLM."""

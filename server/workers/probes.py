@@ -101,6 +101,11 @@ class WorkerPools:
         """Return what the workers that are up disagree on."""
         return find_mismatch(self._all())
 
+    def model_not_found(self, name: str) -> errors.ModelNotFound:
+        """Return the error for a model that no language worker serves."""
+        served = ", ".join(sorted({model for worker in self.language.available() for model in worker.models}))
+        return errors.ModelNotFound(f"Model {name!r:.200} is not served; served models: {served}.", param="model")
+
     def _all(self) -> Iterator[VisionWorker | LanguageWorker]:
         yield from self.vision.workers
         yield from self.language.workers
@@ -149,14 +154,14 @@ class WorkerPools:
                 async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
                     description = await worker.client.describe(PROBE_TIMEOUT_SECONDS)
                     await worker.client.get("/health", PROBE_TIMEOUT_SECONDS)
-                    models = _model_names(await worker.client.get("/v1/models", PROBE_TIMEOUT_SECONDS))
+                    models = _parse_models(await worker.client.get("/v1/models", PROBE_TIMEOUT_SECONDS))
         except TimeoutError:
             worker.record_failed_probe(errors.DeadlineExceeded(f"no answer within {PROBE_TIMEOUT_SECONDS:g} s"))
             return False
         except errors.DvdError as error:
             worker.record_failed_probe(error)
             return False
-        worker.update_models(models)
+        worker.update_models(*models)
         worker.mark_up(description)
         return True
 
@@ -167,9 +172,15 @@ class WorkerPools:
         self._logged_mismatch = details
 
 
-def _model_names(response: object) -> list[str]:
-    """Return the names in vLLM's list of models. Raises `WorkerUnavailable` if the response is no such list."""
+def _parse_models(response: object) -> tuple[list[str], int | None]:
+    """Return the names in vLLM's list of models, and the length of their context.
+
+    Raises:
+        WorkerUnavailable: The response is no such list.
+    """
     try:
-        return [model["id"] for model in response["data"]]  # type: ignore[index]
-    except (LookupError, TypeError):
+        models = list(response["data"])  # type: ignore[index]
+        lengths = [model.get("max_model_len") for model in models]  # an adapter has none
+        return [model["id"] for model in models], max((n for n in lengths if type(n) is int), default=None)
+    except (LookupError, TypeError, AttributeError):
         raise errors.WorkerUnavailable("vLLM's /v1/models is not a list of models") from None

@@ -150,6 +150,7 @@ class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription])
     def __init__(self, client: LanguageClient) -> None:
         super().__init__(client)
         self._models: tuple[str, ...] = ()
+        self._context_tokens: int | None = None
         self._load: EngineLoad | None = None
 
     @property
@@ -162,9 +163,14 @@ class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription])
         """The load of the worker's vLLM; None if the worker is down or vLLM does not report it."""
         return self._load
 
-    def update_models(self, models: Sequence[str]) -> None:
-        """Record the models that vLLM lists."""
-        self._models = tuple(models)
+    @property
+    def context_tokens(self) -> int | None:
+        """Maximum number of tokens of a prompt and its response; None if vLLM does not report it."""
+        return self._context_tokens
+
+    def update_models(self, models: Sequence[str], context_tokens: int | None = None) -> None:
+        """Record the models that vLLM lists, and the length of their context."""
+        self._models, self._context_tokens = tuple(models), context_tokens
 
     def update_load(self, load: EngineLoad | None) -> None:
         """Record the load that vLLM reports."""

@@ -176,7 +176,11 @@ async def start_stack(
         "language_workers": [worker.sink.address for worker in language_workers],
     }
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn_config(create_app(GatewayOptions(**{**addresses, **options}), apis), shutdown_timeout=1))
+    gateway_options = GatewayOptions(**{**addresses, **options})
+    config = uvicorn_config(
+        create_app(gateway_options, apis), shutdown_timeout=1, timeout_keep_alive=gateway_options.keep_alive_timeout
+    )
+    server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)

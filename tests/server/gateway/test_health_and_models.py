@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -23,6 +24,22 @@ async def test_models_version_and_health(stack: Stack) -> None:
     assert (await stack.get("/health/live")).json == {"status": "live"}
     assert (await stack.get("/health/ready")).json == {"status": "ready", "reasons": []}
     assert (await stack.get("/health")).status == 200
+
+
+@pytest.mark.parametrize("name", [MODEL, "org/a model", "a:b@c", "ü", "a%2Fb"])
+async def test_a_model_is_described_by_its_id(stack: Stack, name: str) -> None:
+    stack.engine.models = {"object": "list", "data": [{"id": "base", "root": "/secret"}, {"id": name, "root": "/secret/a"}]}
+    for path in (quote(name, safe=""), quote(name)):
+        response = await stack.get(f"/v1/models/{path}")
+        assert (response.status, response.json) == (200, {"id": name, "root": name})
+
+
+@pytest.mark.parametrize("name", ["absent", "", "x" * 3000, "../health", f"{MODEL}/x", MODEL.upper()])
+async def test_an_unknown_model_is_not_found(stack: Stack, name: str) -> None:
+    response = await stack.get(f"/v1/models/{quote(name, safe='')}")
+    assert (response.status, response.error["code"], response.error["param"]) == (404, "model_not_found", "model")
+    assert MODEL in response.error["message"]
+    assert len(response.body) < 1000
 
 
 async def test_without_a_vision_worker_images_are_rejected_and_text_is_served(stack: Stack) -> None:
