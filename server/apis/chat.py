@@ -9,6 +9,7 @@ from typing import Any
 from common import errors
 from protos import vision_pb2 as pb
 from server.apis.base import Api
+from server.apis.chat_parts import prepare_chat
 from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
 from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path
 
@@ -107,7 +108,9 @@ APIS = (
         path="/v1/chat/completions",
         summary="Answer a conversation with images and videos (OpenAI Chat Completions)",
         example=EXAMPLE,
+        prepare=prepare_chat,
         find_images=find_images,
         generates_text=True,
+        max_tokens_fields=("max_completion_tokens", "max_tokens"),
     ),
 )

@@ -8,5 +8,6 @@ APIS = (
         summary="Continue a text (OpenAI Completions)",
         example={"model": "InternVL3_5-8B-Flash", "prompt": "Once upon a time", "max_tokens": 32},
         generates_text=True,
+        max_tokens_fields=("max_tokens",),
     ),
 )

@@ -5,6 +5,7 @@ from typing import Any
 from common import errors
 from server.apis import chat
 from server.apis.base import Api
+from server.apis.chat_parts import prepare_chat
 from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
 from server.apis.request import ImagePart, check_images
 from server.pipeline import Pipeline
@@ -52,6 +53,7 @@ APIS = (
         path="/v1/images/tokens",
         summary="Compute tiles and visual tokens of images",
         example={"model": "InternVL3_5-8B-Flash", "images": [{"url": "https://example.org/photo.jpg"}], "route": False},
+        prepare=prepare_chat,
         find_images=find_images,
         respond=Pipeline.count_image_tokens,
     ),

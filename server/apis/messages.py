@@ -6,6 +6,7 @@ from typing import Any
 from common import errors
 from common.embedding_ref import EmbeddingRef
 from server.apis.base import Api
+from server.apis.documents import convert_documents
 from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
 from server.apis.request import ImagePart, Path, check_images, format_path
 from server.http.error_format import ANTHROPIC
@@ -84,15 +85,18 @@ APIS = (
         path="/v1/messages",
         summary="Answer a conversation with images (Anthropic Messages)",
         example=_EXAMPLE,
+        prepare=convert_documents,
         find_images=find_images,
         placeholder=image_url_block,
         error_format=ANTHROPIC,
         generates_text=True,
+        max_tokens_fields=("max_tokens",),
     ),
     Api(
         path="/v1/messages/count_tokens",
         summary="Count the tokens of a conversation with images (Anthropic)",
         example={name: value for name, value in _EXAMPLE.items() if name != "max_tokens"},
+        prepare=convert_documents,
         find_images=find_images,
         placeholder=image_url_block,
         error_format=ANTHROPIC,

@@ -14,6 +14,45 @@ _TEXT_TYPES = {"input_text", "output_text", "text", "refusal", "reasoning_text",
 _STATEFUL_FIELDS = ("previous_response_id", "previous_input_messages", "background")
 
 
+def join_replies(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body in which each message of the assistant has one part of text, the only one that vLLM reads.
+
+    Raises:
+        InvalidRequest: Such a message has an image, which vLLM would leave out silently.
+    """
+    items = body.get("input")
+    if not isinstance(items, list):
+        return body
+    joined = [_join_reply(item, ("input", i)) for i, item in enumerate(items)]
+    return {**body, "input": joined} if any(new is not old for new, old in zip(joined, items, strict=True)) else body
+
+
+def _join_reply(item: Any, path: Path) -> Any:
+    """Return the item with its parts joined, a refusal as its text; the same item if vLLM reads it completely."""
+    if not isinstance(item, dict) or item.get("role") != "assistant" or item.get("type", "message") != "message":
+        return item
+    parts = item.get("content")
+    if not isinstance(parts, list) or (len(parts) == 1 and _part_type(parts[0]) in ("output_text", "input_text", "text")):
+        return item
+    texts = [_reply_text(part, format_path((*path, "content", j))) for j, part in enumerate(parts)]
+    return {**item, "content": [{"type": "output_text", "text": "".join(texts), "annotations": []}]}
+
+
+def _reply_text(part: Any, location: str) -> str:
+    text = part.get("refusal" if part.get("type") == "refusal" else "text") if isinstance(part, dict) else None
+    if not isinstance(text, str):
+        raise errors.InvalidRequest(
+            f"{location}: a part of type {format_value(_part_type(part))} is not supported in a message of the assistant; "
+            "expected output_text with a text, or refusal.",
+            param=location,
+        )
+    return text
+
+
+def _part_type(part: Any) -> Any:
+    return part.get("type") if isinstance(part, dict) else None
+
+
 def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
     """Find the images in `input`. Raises `InvalidRequest` or `TooManyImages`, with the location."""
     for name in _STATEFUL_FIELDS:
@@ -46,7 +85,7 @@ def _content_parts(value: Any) -> Iterator[tuple[Path, Any]]:
 
 def _is_image(part: Any, location: str) -> bool:
     """Return whether a content part is an image. Raises `InvalidRequest` if it is not supported."""
-    part_type = part.get("type") if isinstance(part, dict) else None
+    part_type = _part_type(part)
     if not isinstance(part_type, str) or part_type not in {*_TEXT_TYPES, "input_image"}:
         raise errors.InvalidRequest(
             f"{location}: type {format_value(part_type)} is not supported; expected input_text or input_image.", param=location
@@ -76,9 +115,11 @@ APIS = (
                 }
             ],
         },
+        prepare=join_replies,
         find_images=find_images,
         placeholder=image_url_part,
         error_format=OPENAI_RESPONSES,
         generates_text=True,
+        max_tokens_fields=("max_output_tokens",),
     ),
 )

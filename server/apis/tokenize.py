@@ -4,6 +4,7 @@ from typing import Any
 
 from server.apis import chat
 from server.apis.base import Api
+from server.apis.chat_parts import prepare_chat
 from server.apis.image_options import RequestPolicy
 from server.apis.request import ImagePart
 
@@ -18,6 +19,7 @@ APIS = (
         path="/tokenize",
         summary="Convert a text or a conversation to token ids (vLLM)",
         example={"model": "InternVL3_5-8B-Flash", "prompt": "Hello"},
+        prepare=prepare_chat,
         find_images=find_images,
     ),
     Api(

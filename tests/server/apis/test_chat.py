@@ -89,7 +89,6 @@ INVALID_PARTS: dict[str, Any] = {
     "uuid in a text part": {"type": "text", "text": "a", "uuid": "stolen"},
     "image missing": {"type": "image_url"},
     "image null": {"type": "image_url", "image_url": None},
-    "image as a string": {"type": "image_url", "image_url": "https://example.org/a.png"},
     "image as a list": {"type": "image_url", "image_url": ["https://example.org/a.png"]},
     "image without URL": {"type": "image_url", "image_url": {"detail": "low"}},
     "URL null": {"type": "image_url", "image_url": {"url": None}},

@@ -105,3 +105,40 @@ def test_images_are_counted_and_placeholders_in_text_rejected_beside_them() -> N
             parse([user(image())], **fields)
     with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
         parse([user(image(), text("<image>"))])
+
+
+def reply(*parts: Any, **fields: Any) -> dict[str, Any]:
+    return {"type": "message", "role": "assistant", "content": list(parts), **fields}
+
+
+def output_text(content: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": content, "annotations": []}
+
+
+REFUSAL = {"type": "refusal", "refusal": "no"}
+REPLIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "refusal": (reply(REFUSAL, id="m", status="completed"), reply(output_text("no"), id="m", status="completed")),
+    "text and refusal": (reply(output_text("I say "), REFUSAL), reply(output_text("I say no"))),
+    "two texts": (reply(output_text("a"), output_text("b")), reply(output_text("ab"))),
+    "nothing": (reply(), reply(output_text(""))),
+    "without type": ({"role": "assistant", "content": [REFUSAL]}, {"role": "assistant", "content": [output_text("no")]}),
+}
+
+
+@pytest.mark.parametrize(("item", "joined"), REPLIES.values(), ids=REPLIES)
+def test_a_reply_of_several_parts_or_a_refusal_becomes_one_text(item: dict[str, Any], joined: dict[str, Any]) -> None:
+    question = user(text("and?"))
+    assert json.loads(parse([question, item, question]).with_embeddings([], []))["input"] == [question, joined, question]
+
+
+def test_a_reply_of_one_text_passes_byte_for_byte() -> None:
+    for item in (reply(output_text("a")), {"role": "assistant", "content": "a"}, reply(text("a")), {"type": "reasoning"}):
+        request = parse([item])
+        assert request.with_embeddings([], []) is request.raw
+
+
+@pytest.mark.parametrize("part", [image(), {"type": "output_text"}, {"type": "refusal", "text": "no"}, "a", None])
+def test_a_part_that_vllm_would_leave_out_of_a_reply_is_rejected(part: Any) -> None:
+    with pytest.raises(errors.InvalidRequest) as error_info:
+        parse([user(text()), reply(output_text("a"), part)])
+    assert error_info.value.param == "input[1].content[1]"
