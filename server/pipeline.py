@@ -1,5 +1,6 @@
 """From a parsed request to its response: images are fetched, embeddings delivered, and the request is forwarded to vLLM."""
 
+import logging
 import time
 from contextlib import AsyncExitStack
 
@@ -7,17 +8,24 @@ from starlette.responses import JSONResponse, Response
 
 from common import errors
 from common.tracing import Trace
-from server import vllm_response
+from server import context_length, vllm_response
+from server.apis.constraints import constraint_field
 from server.apis.request import ParsedRequest
 from server.config import GatewayOptions
-from server.http.streaming import StreamWithResources
+from server.http.streaming import STREAM_HEADERS, StreamWithResources
 from server.media.loader import ImageFile, MediaLoader
 from server.metrics import Metrics, StreamTimer
 from server.placement import EmbeddingPlacer, EngineRequest
 from server.request_context import RequestContext
 from server.retry import with_retry
-from server.token_counts import token_counts
+from server.token_counts import fewest_tokens, most_tokens, token_counts
 from server.workers.probes import WorkerPools
+from server.workers.worker import LanguageWorker
+
+log = logging.getLogger(__name__)
+
+_HEALTH_TIMEOUT_SECONDS = 5.0
+"""Time in which vLLM must answer to count as healthy after an internal error."""
 
 
 class Pipeline:
@@ -36,7 +44,12 @@ class Pipeline:
         another one.
         """
         await self._check_model(request.model)
+        limit = self._context_tokens(request.model) if context.max_tokens_fields else None
+        if limit is not None:
+            context_length.check_max_tokens(request.body, context.max_tokens_fields, limit)
         request, files = await self._load_media(request, context)
+        if limit is not None and files:
+            await self._check_images_fit(request, files, context, limit)
         exclude = [worker for worker in self._workers.language.workers if not _serves(worker.models, request.model)]
 
         async def attempt(is_last: bool) -> Response:
@@ -44,14 +57,17 @@ class Pipeline:
             with engine_request.language.marking_down_if_gone():
                 async with engine_request.language.giving_up_if_hung():
                     response = await self._forward(engine_request, context)
-            if is_last or response.status_code < 500:
+            if response.status_code < 500:
                 return response
-            if await self._placer.lost_embedding(engine_request):
+            is_lost = await self._placer.lost_embedding(engine_request)
+            if is_lost and not is_last:
                 raise errors.EmbeddingLost("An embedding was evicted before vLLM read it; retry later.")
             exclude.append(engine_request.language)
-            if all(worker in exclude for worker in self._workers.language.available()):
-                return response
-            raise errors.EngineFailed(vllm_response.ENGINE_ERROR_MESSAGE)
+            if not is_last and any(worker not in exclude for worker in self._workers.language.available()):
+                raise errors.EngineFailed(vllm_response.ENGINE_ERROR_MESSAGE)
+            if not is_lost and response.status_code == 500:
+                await _check_constraint(request, engine_request.language)
+            return response
 
         def may_retry(error: errors.DvdError) -> bool:
             # a worker that does not answer has been marked down, so a retry needs another one
@@ -84,8 +100,23 @@ class Pipeline:
                 return
             await self._workers.probe()
         if not is_served():
-            served = ", ".join(sorted({model for worker in language.available() for model in worker.models}))
-            raise errors.ModelNotFound(f"Model {name!r:.200} is not served; served models: {served}.", param="model")
+            raise self._workers.model_not_found(str(name))
+
+    def _context_tokens(self, model: str | None) -> int | None:
+        """Return the longest context among the language workers that serve a model; None if one of them does not report it."""
+        lengths = [worker.context_tokens for worker in self._workers.language.available() if _serves(worker.models, model)]
+        return max((length for length in lengths if length), default=None) if all(lengths) else None
+
+    async def _check_images_fit(
+        self, request: ParsedRequest, files: list[ImageFile], context: RequestContext, limit: int
+    ) -> None:
+        """Check before anything is encoded that the images alone do not exceed the context. Raises `ContextLengthExceeded`."""
+        _, description = self._placer.choose_language(files, context)
+        checkpoint, options = description.checkpoint, [image.options for image in request.images]
+        if most_tokens(options, checkpoint, self._options.max_tiles) > limit:  # else no file needs to be opened
+            sizes = await self._media.sizes(files)
+            tokens = fewest_tokens(sizes, options, checkpoint, self._options.max_tiles)
+            context_length.check_images(request, tokens, limit, bool(checkpoint.compressed_tokens_per_tile))
 
     async def _load_media(self, request: ParsedRequest, context: RequestContext) -> tuple[ParsedRequest, list[ImageFile]]:
         if not request.images:
@@ -137,7 +168,20 @@ class Pipeline:
             resources.enter_context(self._metrics.stage("stream", stats))
             # moved to the request here: the deadline may pass before the handler gets the response
             context.resources.push_async_exit(resources.pop_all())
-            return StreamWithResources(stream.events(), media_type=content_type, headers=report_header)
+            return StreamWithResources(stream.events(), media_type=content_type, headers={**STREAM_HEADERS, **report_header})
+
+
+async def _check_constraint(request: ParsedRequest, language: LanguageWorker) -> None:
+    """Raise `InvalidRequest` if an internal error of vLLM is due to a constraint: a healthy engine could not compile it."""
+    field = constraint_field(request.body)
+    if field is None or not await language.client.is_healthy(_HEALTH_TIMEOUT_SECONDS):
+        return
+    log.warning("vLLM failed on a request with %s, which counts as invalid", field)
+    raise errors.InvalidRequest(
+        f"vLLM cannot apply {field}: a schema, regular expression or grammar in it is invalid, refers to itself, or is too "
+        f"complex. Simplify it, or omit {field}.",
+        param=field,
+    )
 
 
 def _serves(models: tuple[str, ...], name: str | None) -> bool:

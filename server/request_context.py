@@ -18,6 +18,8 @@ class RequestContext:
         stats: Statistics of the request.
         deadline: Monotonic time at which the request expires.
         resources: Permit, workers in use and connections, which the request holds until the last byte of its response.
+        max_tokens_fields: Names of the field with the maximum number of tokens of the response, of which the first one that is
+            set counts; empty if the API generates no text.
     """
 
     caller: bytes
@@ -26,3 +28,4 @@ class RequestContext:
     stats: RequestStats
     deadline: float
     resources: AsyncExitStack
+    max_tokens_fields: tuple[str, ...] = ()

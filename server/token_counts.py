@@ -40,6 +40,25 @@ def token_counts(
     return {"object": "list", "images": images, "total": total}
 
 
+def fewest_tokens(
+    sizes: Sequence[tuple[int, int]],
+    options: Sequence[ImageOptions],
+    checkpoint: embeddings_pb2.CheckpointDescription,
+    max_tiles: int | None,
+) -> int:
+    """Return the visual tokens that images need if the router compresses every tile that it may. Arguments: `token_counts`."""
+    images = [_image_counts(size, option, checkpoint, max_tiles) for size, option in zip(sizes, options, strict=True)]
+    return sum(image["tokens"]["off"] if image["mode"] == "off" else image["tokens"]["auto"][0] for image in images)
+
+
+def most_tokens(
+    options: Sequence[ImageOptions], checkpoint: embeddings_pb2.CheckpointDescription, max_tiles: int | None
+) -> int:
+    """Return an upper bound of the visual tokens of images of any size. Arguments: `token_counts`."""
+    tiles = [option.tiling(checkpoint, max_tiles).max_tiles + checkpoint.thumbnail for option in options]
+    return sum(tiles) * checkpoint.tokens_per_tile
+
+
 def _image_counts(
     size: tuple[int, int],
     options: ImageOptions,

@@ -55,7 +55,8 @@ class ApiHandlers:
             resources.enter_context(self._admission.permit())
             caller = self._authenticator.authenticate(request.headers)
             timeout = request_timeout(request.headers, self._options.request_timeout)
-            context = RequestContext(caller, api.path, api.error_format, stats, time.monotonic() + timeout, resources)
+            deadline, fields = time.monotonic() + timeout, api.max_tokens_fields
+            context = RequestContext(caller, api.path, api.error_format, stats, deadline, resources, fields)
             try:
                 async with asyncio.timeout(timeout):
                     with self._metrics.stage("receive", stats):

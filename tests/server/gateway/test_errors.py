@@ -7,7 +7,7 @@ from aiohttp import web
 
 from common import errors
 from server.vllm_response import ENGINE_ERROR_MESSAGE
-from tests.server.fakes.handlers import abort_connection, error_response, event_stream, respond_with
+from tests.server.fakes.handlers import Handler, abort_connection, error_response, event_stream, respond_with
 from tests.server.fakes.requests import image_file, image_part
 from tests.server.fakes.stack import Stack
 from tests.server.fakes.vllm import EVENTS, default_response
@@ -116,3 +116,17 @@ async def test_one_invalid_image_ends_the_work_on_the_others(stack: Stack) -> No
     assert response.error["code"] == "invalid_image"
     await stack.wait_until_idle()
     assert stack.vision.calls == []
+
+
+@pytest.mark.parametrize("respond", [error_response(500), event_stream(ERROR_EVENT)], ids=["whole", "stream"])
+async def test_a_constraint_that_the_engine_cannot_compile_is_the_callers_mistake(stack: Stack, respond: Handler) -> None:
+    """vLLM finds out in its engine, and reports an internal error."""
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}
+    stack.engine.respond = respond
+    for content in (["a"], [image_part(A)]):
+        response = await stack.chat(*content, response_format=schema)
+        assert (response.status, response.error["code"], response.error["param"]) == (400, "invalid_request", "response_format")
+        assert "schema" in response.error["message"]
+        response = await stack.chat(*content)
+        assert (response.status, response.error["code"]) == (500, "engine_error")
+    await stack.wait_until_idle()
