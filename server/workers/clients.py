@@ -116,6 +116,14 @@ class LanguageClient:
                 raise errors.WorkerUnavailable(f"The language worker answered {path} with status {response.status}.")
         return bytes(body)
 
+    async def is_healthy(self, timeout: float) -> bool:
+        """Return whether vLLM answers and its engine runs."""
+        try:
+            await self.get("/health", timeout)
+        except errors.DvdError:
+            return False
+        return True
+
     async def load(self, timeout: float) -> EngineLoad | None:
         """Return the load that vLLM reports in its metrics; None if it reports none."""
         query = "&".join(f"name[]={name}" for name in _LOAD_METRICS)
@@ -145,7 +153,7 @@ class LanguageClient:
             raise errors.WorkerUnavailable("The language worker has not been probed yet; retry later.", retry_after=1)
         limits = aiohttp.ClientTimeout(total=timeout)
         try:
-            response = await self._session.request(method, self._base_url + path, data=body, headers=headers, timeout=limits)
+            response = await _send(self._session, method, self._base_url + path, data=body, headers=headers, timeout=limits)
         except TimeoutError:
             raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
         except (aiohttp.ClientError, OSError):
@@ -161,7 +169,11 @@ class LanguageClient:
         unix = path != http
         limits: Any = {"limit": 0, "keepalive_timeout": _IDLE_CONNECTION_SECONDS}
         connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, **limits) if unix else aiohttp.TCPConnector(**limits)
-        session = aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 20)
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_reuseconn.append(_note_reuse)
+        session = aiohttp.ClientSession(
+            connector=connector, auto_decompress=False, read_bufsize=1 << 20, trace_configs=[tracing]
+        )
         # replaced before the old one is closed: two probes may run at once
         old, self._session = self._session, session
         self._base_url = self._url_of(http)
@@ -197,3 +209,18 @@ def _parse_load(text: str) -> EngineLoad | None:
         return None
     waiting, running, kv_cache = samples.values()
     return EngineLoad(sum(waiting), sum(running), max(kv_cache))
+
+
+async def _send(session: aiohttp.ClientSession, method: str, url: str, **options: Any) -> aiohttp.ClientResponse:
+    """Send a request; again if a kept connection breaks: vLLM closes one after an internal error, maybe just as it is used."""
+    while True:
+        connection: dict[str, bool] = {}
+        try:
+            return await session.request(method, url, trace_request_ctx=connection, **options)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not connection.get("reused"):
+                raise
+
+
+async def _note_reuse(_session: aiohttp.ClientSession, context: Any, _parameters: Any) -> None:
+    context.trace_request_ctx["reused"] = True

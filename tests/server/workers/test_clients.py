@@ -1,11 +1,13 @@
 """Addresses at which the gateway reaches a language worker's vLLM."""
 
+import asyncio
 import logging
 import socket
 from pathlib import Path
 
 import pytest
 
+from common import errors
 from server.workers.clients import LanguageClient
 from tests.ports import free_port
 from tests.server.fakes.language_worker import FakeLanguageWorker
@@ -61,4 +63,35 @@ async def test_a_loopback_address_of_a_remote_vllm_is_logged_as_a_warning(caplog
     for reported in ("10.0.0.7:8001", "0.0.0.0:8001", "vllm:8001", "unix:/vllm"):
         await client._connect(reported)
         assert not caplog.records
+    await client.close()
+
+
+async def test_a_kept_connection_that_breaks_is_replaced(tmp_path: Path) -> None:
+    """vLLM closes a connection after an internal error, and the next request may be on its way already."""
+    served: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(0)
+        for body in (b'"first"', b'"second"'):
+            head = await reader.readuntil(b"\r\n\r\n")
+            if len(served) == 1 and body == b'"second"':
+                break
+            assert b"POST /a" in head
+            await reader.readexactly(5)
+            served[-1] += 1
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, f"{tmp_path}/vllm")
+    client = LanguageClient(f"unix:{tmp_path}/sink")
+    await client._connect(f"unix:{tmp_path}/vllm")
+    for body in (b'"first"', b'"first"', b'"second"'):
+        async with client.request("POST", "/a", b"hello", timeout=20) as response:
+            assert await response.read() == body
+    assert served == [1, 2]
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(errors.WorkerUnavailable):
+        async with client.request("POST", "/a", b"hello", timeout=20):
+            pass
     await client.close()
