@@ -39,7 +39,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Supported image formats, by Pillow's names. The gateway and the vision worker accept the same."""
 
 KNOWN_NAMES = frozenset({
-    "address", "allow_private_images", "allow_vir", "api_key", "cache", "device", "docs", "fetch_timeout", "host", "http",
+    "address", "allow_private_images", "allow_vir", "api_key", "cache", "device", "docs", "fetch_timeout",
+    "fetch_user_agent", "host", "http",
     "language_workers", "listen", "load_format", "log_format", "log_level", "max_batch_tiles", "max_body_bytes",
     "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight", "max_tiles", "max_video_bytes", "metrics_port",
     "model", "port", "prepare_threads", "request_timeout", "router_scope", "sink_bytes", "sink_lease", "stream_keep_alive",
