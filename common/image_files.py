@@ -23,8 +23,8 @@ _MAX_PNG_CHUNKS = 100_000
 
 _JPEG_END = b"\xff\xd9"
 _JPEG_JUNK = bytes((0x55, 0xA3, 0x1C, 0xE6, 0x39, 0x92, 0x4D, 0x7B)) * 32
-_JPEG_FILLER = _JPEG_JUNK + b"".join(bytes((0xFF, 0xD0 + i)) + _JPEG_JUNK for i in range(8))
-"""Entropy-coded nonsense, also behind every restart marker: a decoder reads it as pixels where pixels are missing."""
+"""Entropy-coded nonsense: a decoder reads it as pixels where pixels are missing."""
+_JPEG_RESTARTS = [bytes((0xFF, 0xD0 + i)) for i in range(8)]
 
 
 def format_of(data: bytes) -> str | None:
@@ -85,4 +85,12 @@ def with_jpeg_end(data: bytes) -> tuple[bytes, bytes] | None:
     if format_of(data) != "JPEG":
         return None
     image = data.rstrip(b"\xff")  # half a marker
-    return image + _JPEG_END, image + _JPEG_FILLER + _JPEG_END
+    return image + _JPEG_END, image + _jpeg_filler(image) + _JPEG_END
+
+
+def _jpeg_filler(data: bytes) -> bytes:
+    """Return nonsense, first as it is and then behind the restart markers that would follow."""
+    positions = [data.rfind(marker) for marker in _JPEG_RESTARTS]
+    following = (positions.index(max(positions)) + 1) % 8 if max(positions) > 0 else 0
+    markers = _JPEG_RESTARTS[following:] + _JPEG_RESTARTS[:following]
+    return _JPEG_JUNK + b"".join(marker + _JPEG_JUNK for marker in markers)

@@ -141,8 +141,9 @@ def _encode_png(frame: VideoFrame, max_pixels: int) -> bytes:
 
 def _turn(frame: VideoFrame) -> Image.Transpose | None:
     """Return how the frame must be turned to be upright: phones store what the sensor sees, and a display matrix."""
-    for side_data in frame.side_data:
-        if side_data.type is SideDataType.DISPLAYMATRIX:
-            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side_data))
-            return _TURNS.get((round(a / 65536), round(b / 65536), round(c / 65536), round(d / 65536)))
-    return None
+    try:
+        matrix = frame.side_data[SideDataType.DISPLAYMATRIX]
+    except KeyError:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # fixed-point numbers with 16 fractional bits
+    return _TURNS.get((round(a / 65536), round(b / 65536), round(c / 65536), round(d / 65536)))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from common import errors
 from tests.server.fakes.file_server import file_server
 from tests.server.fakes.handlers import respond_with
 from tests.server.fakes.requests import chat, data_url, image_file, image_part, text_part
@@ -96,11 +95,3 @@ async def test_a_video_that_is_not_decoded_in_time_is_named(tmp_path: Path) -> N
         link = data_url(encode_video("mp4", "mpeg4", 20), "video/mp4")
         response = await stack.chat(text_part("a"), {"type": "video_url", "video_url": {"url": link}})
     assert (response.status, response.error["param"]) == (504, "messages[0].content[1]")
-
-
-async def test_an_error_of_a_worker_about_no_image_names_none(media_stack: tuple[Stack, Any]) -> None:
-    stack, _ = media_stack
-    stack.sink.checkpoint.fingerprint = "other"
-    response = await stack.chat(image_part(GOOD))
-    assert response.error["param"] is None
-    assert response.error["code"] in {errors.CheckpointMismatch.code, errors.Unavailable.code}
