@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import av
 import av.error
@@ -141,8 +142,9 @@ def _encode_png(frame: VideoFrame, max_pixels: int) -> bytes:
 
 def _turn(frame: VideoFrame) -> Image.Transpose | None:
     """Return how the frame must be turned to be upright: phones store what the sensor sees, and a display matrix."""
+    side_data: Any = frame.side_data  # PyAV declares a type without this key
     try:
-        matrix = frame.side_data[SideDataType.DISPLAYMATRIX]
+        matrix = side_data[SideDataType.DISPLAYMATRIX]
     except KeyError:
         return None
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # fixed-point numbers with 16 fractional bits
