@@ -27,7 +27,7 @@ DvdError
 
 import asyncio
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import grpc
 
@@ -55,6 +55,12 @@ class DvdError(Exception):
         super().__init__(message)
         self.param = param
         self.retry_after = retry_after
+
+    def at(self, location: str) -> Self:
+        """Return this error with the place in the request where it arose, unless it names a parameter already."""
+        if self.param:
+            return self
+        return type(self)(f"{location}: {self}", param=location, retry_after=self.retry_after)
 
     def body(self) -> dict[str, Any]:
         """Return the body of an error response in OpenAI's API."""

@@ -22,6 +22,7 @@ CHUNK_BYTES = 1 << 20
 
 _MAX_MESSAGE_BYTES = 256 << 20
 _ERROR_CODE_KEY = "dvd-error-code"
+_ERROR_PARAM_KEY = "dvd-error-param"
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -103,7 +104,7 @@ def _translated(error: grpc.aio.AioRpcError, peer: str, quiet: bool) -> errors.D
     trailers = dict(error.trailing_metadata() or ())
     cls = errors.error_class(str(trailers.get(_ERROR_CODE_KEY, "")))
     if cls is not None:
-        return cls(error.details() or cls.code)
+        return cls(error.details() or cls.code, param=str(trailers.get(_ERROR_PARAM_KEY, "")) or None)
     # grpc.aio raises this when it writes to a call that has just ended: the peer is gone
     peer_lost = error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core"
     cls = errors.WorkerUnavailable if peer_lost else _ERROR_BY_STATUS.get(error.code(), errors.InternalError)
@@ -145,7 +146,8 @@ async def _abort_on_error(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncI
     try:
         yield
     except errors.DvdError as error:
-        context.set_trailing_metadata(((_ERROR_CODE_KEY, error.code),))
+        param = ((_ERROR_PARAM_KEY, error.param),) if error.param else ()
+        context.set_trailing_metadata(((_ERROR_CODE_KEY, error.code), *param))
         await context.abort(error.grpc_code, str(error))
     except (grpc.aio.AbortError, grpc.aio.BaseError):
         raise

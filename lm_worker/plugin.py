@@ -25,11 +25,12 @@ def enable(log_level: str, log_format: str) -> None:
 
 
 def register() -> None:
-    """Register the model class, the configurations and the media connector with vLLM. May run several times."""
+    """Register the model class, the configurations, the renderer and the media connector with vLLM. May run several times."""
     if _ENABLED not in os.environ:
         return
     from vllm import ModelRegistry
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+    from vllm.renderers.registry import RENDERER_REGISTRY
 
     from common import logs
     from lm_worker.configuration import register_configurations
@@ -42,4 +43,5 @@ def register() -> None:
     for architecture in _ARCHITECTURES:
         # the class, not "module:Class", which vLLM would inspect in a new process that imports vLLM once more
         ModelRegistry.register_model(architecture, InternVLLanguageModel)
+    RENDERER_REGISTRY.renderers["hf"] = ("lm_worker.renderer", "Renderer")  # register() would warn that it replaces vLLM's
     MEDIA_CONNECTOR_REGISTRY.register(_MEDIA_CONNECTOR)(RefuseMedia)

@@ -57,6 +57,12 @@ class ServingOptions(ImageLimits, TraceOptions):
     max_in_flight: int = Field(512, ge=1, description="maximum number of concurrent requests; more are answered 429")
     workers: int = Field(1, ge=1, le=64, description="gateway processes; they share the port and max_in_flight")
     fetch_timeout: float = Field(20.0, gt=0, description="timeout in seconds to fetch an image or video, and to decode a video")
+    fetch_user_agent: str | None = Field(
+        None,
+        max_length=256,
+        pattern=r"^[!-~]([ -~]*[!-~])?$",
+        description="User-Agent header of fetches, in printable ASCII; unset: dvd-serve/VERSION (+URL of the project)",
+    )
     request_timeout: float = Field(600.0, gt=0, description="deadline of a request in seconds; later it is answered 504")
     keep_alive_timeout: int = Field(
         620, ge=1, description="seconds until an idle connection is closed: more than the load balancer's own timeout"

@@ -3,6 +3,7 @@
 The keys are computed, the sink is asked which of them it lacks, and vision workers encode and deliver those.
 """
 
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,7 @@ from common.tasks import SingleFlight, gather_or_cancel
 from common.tracing import Trace
 from protos import vision_pb2 as pb
 from protos.embeddings_pb2 import CheckpointDescription, LanguageDescription
-from server.apis.request import ImagePart, ParsedRequest
+from server.apis.request import ImagePart, ParsedRequest, format_path
 from server.config import GatewayOptions
 from server.keys import EncodeSetting, digest, group_keys, image_keys
 from server.media.loader import ImageFile
@@ -27,6 +28,8 @@ from server.workers.worker import LanguageWorker, VisionWorker
 _MAX_REMEMBERED_ROUTES = 20_000
 _LOOKUP_TIMEOUT_SECONDS = 5.0
 """Time that a sink may take to answer which embeddings it has."""
+_IMAGE_PARAM = re.compile(r"images\[(\d{1,9})\]")
+"""How a vision worker names the image of a call that is invalid."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ class EncodeGroup:
 
     keys: list[str]
     setting: EncodeSetting
+
+
+@dataclass(frozen=True)
+class _KeyedImage:
+    """An image file, and where the first image with its key is in the request."""
+
+    data: bytes
+    location: str
 
 
 @dataclass
@@ -101,8 +112,8 @@ class EmbeddingPlacer:
         with self._stage("lookup", context.stats):
             stored_tokens = dict(zip(embedding_keys, await self._lookup(language, embedding_keys), strict=True))
         missing = [group for group in groups if not all(stored_tokens[key] for key in group.keys)]
-        data_by_key = {key: file.data for key, file in zip(embedding_keys, files, strict=True)}
-        replies = await self._encode_missing(missing, data_by_key, language, context.stats) if missing else []
+        images_by_key = _images_by_key(embedding_keys, request.images, files)
+        replies = await self._encode_missing(missing, images_by_key, language, context.stats) if missing else []
         for reply in replies:
             context.stats.add_vision_timings(reply.timings)
         tokens_by_key = stored_tokens | {image.key: image.tokens for reply in replies for image in reply.images}
@@ -124,11 +135,11 @@ class EmbeddingPlacer:
         """Return what the router decides for each image. Nothing is delivered, but vision workers cache the embeddings."""
         _, description = self.choose_language(files, context)
         embedding_keys, groups = self._keys(request.images, files, context, description)
-        data_by_key = {key: file.data for key, file in zip(embedding_keys, files, strict=True)}
+        images_by_key = _images_by_key(embedding_keys, request.images, files)
         routes = {key: self._routes[key] for key in embedding_keys if key in self._routes}
         missing = [group for group in groups if not all(key in routes for key in group.keys)]
         with self._stage("vision", context.stats):
-            replies = await gather_or_cancel(*(self._encode(group, data_by_key, "") for group in missing))
+            replies = await gather_or_cancel(*(self._encode(group, images_by_key, "") for group in missing))
         routes |= {image.key: image for reply in replies for image in reply.images}
         return [routes[key] for key in embedding_keys]
 
@@ -175,22 +186,26 @@ class EmbeddingPlacer:
             raise errors.WorkerUnavailable("The language worker does not answer; retry later.", retry_after=1) from None
 
     async def _encode_missing(
-        self, groups: Sequence[EncodeGroup], data_by_key: dict[str, bytes], language: LanguageWorker, stats: RequestStats
+        self,
+        groups: Sequence[EncodeGroup],
+        images_by_key: Mapping[str, _KeyedImage],
+        language: LanguageWorker,
+        stats: RequestStats,
     ) -> list[pb.EncodeReply]:
         with self._stage("vision", stats):
             try:
-                return await gather_or_cancel(*(self._encode(group, data_by_key, language.address) for group in groups))
+                return await gather_or_cancel(*(self._encode(group, images_by_key, language.address) for group in groups))
             except errors.SinkUnavailable as error:
                 language.mark_down(f"a vision worker could not deliver to its sink: {error}")
                 raise
 
-    async def _encode(self, group: EncodeGroup, data_by_key: dict[str, bytes], deliver_to: str) -> pb.EncodeReply:
+    async def _encode(self, group: EncodeGroup, images_by_key: Mapping[str, _KeyedImage], deliver_to: str) -> pb.EncodeReply:
         """Encode a group; a dry run if there is no address to deliver to. Equal calls in flight share one."""
         setting = group.setting
         flight = digest(deliver_to.encode(), *(key.encode() for key in group.keys)).hex()
         self._metrics.joined.inc(len(group.keys) * self._encodes.in_flight(flight))
         request = pb.EncodeRequest(
-            images=[pb.Image(key=key, data=data_by_key[key]) for key in group.keys],
+            images=[pb.Image(key=key, data=images_by_key[key].data) for key in group.keys],
             tiling=setting.tiling,
             router=setting.router,
             dtype=setting.dtype,  # type: ignore[arg-type]  # protobuf's enums are numbers
@@ -198,7 +213,10 @@ class EmbeddingPlacer:
             fingerprint=setting.fingerprint,
             dry_run=not deliver_to,
         )
-        return await self._encodes.run(flight, lambda: self._call_vision(group.keys[0], request))
+        try:
+            return await self._encodes.run(flight, lambda: self._call_vision(group.keys[0], request))
+        except errors.InvalidRequest as error:
+            raise _with_location(error, [images_by_key[key].location for key in group.keys]) from None
 
     async def _call_vision(self, key: str, request: pb.EncodeRequest) -> pb.EncodeReply:
         """Call the key's vision worker, or another one if that is unavailable or fails."""
@@ -262,6 +280,23 @@ class EmbeddingPlacer:
     def _stage(self, name: str, stats: RequestStats) -> Iterator[None]:
         with self._metrics.stage(name, stats), self._trace.span(name):
             yield
+
+
+def _images_by_key(
+    embedding_keys: Sequence[str], images: Sequence[ImagePart], files: Sequence[ImageFile]
+) -> dict[str, _KeyedImage]:
+    result: dict[str, _KeyedImage] = {}
+    for key, image, file in zip(embedding_keys, images, files, strict=True):
+        result.setdefault(key, _KeyedImage(file.data, format_path(image.path)))
+    return result
+
+
+def _with_location(error: errors.InvalidRequest, locations: Sequence[str]) -> errors.InvalidRequest:
+    """Return a vision worker's error about one image of a call with that image's place in the request."""
+    match = _IMAGE_PARAM.fullmatch(error.param or "")
+    if not match or int(match[1]) >= len(locations):
+        return error
+    return type(error)(str(error)).at(locations[int(match[1])])
 
 
 def _check_equal_settings(images: Sequence[ImagePart], settings: Sequence[EncodeSetting]) -> None:

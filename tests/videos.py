@@ -9,7 +9,14 @@ from PIL import Image
 
 
 def encode_video(
-    container: str, codec: str, count: int, rate: int = 10, size: tuple[int, int] = (64, 48), key_frame_interval: int = 12
+    container: str,
+    codec: str,
+    count: int,
+    rate: int = 10,
+    size: tuple[int, int] = (64, 48),
+    key_frame_interval: int = 12,
+    rotation: int | None = None,
+    **flips: bool,
 ) -> bytes:
     """Encodes a video whose frames show their indices.
 
@@ -20,6 +27,8 @@ def encode_video(
         rate: Frames per second.
         size: Width and height in pixels.
         key_frame_interval: Number of frames from one key frame to the next.
+        rotation: Angle of the display matrix in degrees counterclockwise; None for a video without one.
+        flips: `hflip` and `vflip` of the display matrix.
     """
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
@@ -28,6 +37,8 @@ def encode_video(
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = key_frame_interval
+        if rotation is not None:
+            stream.set_display_rotation(rotation, **flips)
         for index in range(count):
             bits = np.array([255 * (index >> i & 1) for i in range(8)], dtype=np.uint8).repeat(size[0] // 8)
             stripes = np.broadcast_to(bits[None, :, None], (size[1], size[0], 3))

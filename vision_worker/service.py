@@ -152,7 +152,9 @@ class Service(vision_pb2_grpc.VisionServicer):
     async def _compute(self, request: ParsedRequest) -> _Embeddings:
         """Prepare and encode the group, and store its embeddings in the cache."""
         with self._trace.span("prepare", images=len(request.images)):
-            prepared = await gather_or_cancel(*(self._prepare(image.data, request.tiling) for image in request.images))
+            prepared = await gather_or_cancel(
+                *(self._prepare(i, image.data, request.tiling) for i, image in enumerate(request.images))
+            )
         tiles = [image_tiles for _, image_tiles in prepared]
         group = await self._batcher.encode(tiles, request.policy, DTYPES[request.dtype])
         self._metrics.images.labels("encoded").inc(len(tiles))
@@ -165,8 +167,11 @@ class Service(vision_pb2_grpc.VisionServicer):
         self._metrics.observe_encode(timings)
         return _Embeddings(images, [embedding.data for embedding in group.images], timings)
 
-    async def _prepare(self, data: bytes, tiling: Tiling) -> tuple[float, Tiles]:
-        """Decode and tile an image in a thread. Returns: the seconds it waited for a thread, and its tiles."""
+    async def _prepare(self, index: int, data: bytes, tiling: Tiling) -> tuple[float, Tiles]:
+        """Decode and tile an image in a thread. An error names the image by its index in the call.
+
+        Returns: the seconds it waited for a thread, and its tiles.
+        """
         submitted, waiting_images = time.monotonic(), self._metrics.waiting_images
 
         def prepare() -> tuple[float, Tiles]:
@@ -178,6 +183,8 @@ class Service(vision_pb2_grpc.VisionServicer):
         future = self._prepare_threads.submit(prepare)
         try:
             return await asyncio.wrap_future(future)
+        except errors.InvalidRequest as error:
+            raise type(error)(str(error), param=f"images[{index}]") from None
         finally:
             if future.cancel():  # the caller disconnected before a thread was free
                 waiting_images.dec()

@@ -3,6 +3,7 @@
 To vLLM an image is a number of visual tokens. Its embedding enters vLLM's encoder cache through `lm_worker/connector.py`.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from vllm.sequence import IntermediateTensors
 
 from common.embedding_ref import EmbeddingRef
 from common.layouts import LAYOUTS
+from lm_worker.renderer import IMAGE_MARK
 
 NUM_TOKENS = "image_num_tokens"
 """Field of an `image_embeds` content part: how many visual tokens the image has."""
@@ -130,14 +132,21 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
 
 
 class Processor(BaseMultiModalProcessor[ProcessingInfo]):
-    """Replaces the placeholder of each image by `<img>`, one `<IMG_CONTEXT>` per visual token, and `</img>`."""
+    """Replaces the mark of each image by `<img>`, one `<IMG_CONTEXT>` per visual token, and `</img>`."""
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """Process a prompt; vLLM identifies each image by its key, which the connector looks up, not by a digest."""
+        context = self.info.get_tokenizer().convert_tokens_to_ids(_IMAGE_CONTEXT)
+        if context in inputs.prompt:  # in a caller's text: the images are marks still
+            inputs.prompt = replace_token(inputs.prompt, context, self._context_as_text)
         images = inputs.mm_data_items.get("image")
         if isinstance(images, KeyedItems) and images.keys:
             inputs.mm_uuid_items = {**(inputs.mm_uuid_items or {}), "image": images.keys}
         return super().apply(inputs, timing_ctx)
+
+    @functools.cached_property
+    def _context_as_text(self) -> list[int]:
+        return ordinary_tokens(self.info.get_tokenizer(), _IMAGE_CONTEXT)
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -157,8 +166,20 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
             count = int(mm_items.get_items("image", DictEmbeddingItems).get(item)[NUM_TOKENS])
             return PromptUpdateDetails.select_token_id([start, *[context] * count, end], embed_token_id=context)
 
-        target = tokenizer.encode(self.info.placeholder, add_special_tokens=False)
+        target = tokenizer.encode(IMAGE_MARK, add_special_tokens=False)
         return [PromptReplacement(modality="image", target=target, replacement=visual_tokens)]
+
+
+def ordinary_tokens(tokenizer: Any, special: str) -> list[int]:
+    """Return the text of a special token as ordinary tokens: those of two parts of it, which decode to it if possible."""
+    halves = ((special[:i], special[i:]) for i in range(1, len(special)))
+    encoded = [[token for half in pair for token in tokenizer.encode(half, add_special_tokens=False)] for pair in halves]
+    return next((tokens for tokens in encoded if tokenizer.decode(tokens) == special), encoded[0])
+
+
+def replace_token(tokens: Sequence[int], token: int, replacement: Sequence[int]) -> list[int]:
+    """Return `tokens` with `replacement` in place of each `token`."""
+    return [new for old in tokens for new in (replacement if old == token else (old,))]
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=DummyInputs)

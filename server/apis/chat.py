@@ -10,10 +10,21 @@ from common import errors
 from protos import vision_pb2 as pb
 from server.apis.base import Api
 from server.apis.chat_parts import prepare_chat
-from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
+from server.apis.image_options import (
+    OPTION_KEYS,
+    RequestPolicy,
+    check_keys,
+    format_value,
+    parse_image_options,
+    parse_router,
+    unexpected_value,
+)
 from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path
 
 _PART_TYPES = {"text", "image_url", "video_url", "refusal"}
+_PART_KEYS = ("type", "cache_control")
+_MEDIA_KEYS = {"image_url": ("url", *OPTION_KEYS, "format"), "video_url": ("url", "num_frames", *OPTION_KEYS, "format")}
+"""Keys of the object with the URL. Some clients send `format`, a media type, which the file itself states."""
 _DEFAULT_FRAMES = 8
 """Default number of frames of a video (`load_video` in the official model card)."""
 
@@ -33,7 +44,7 @@ def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
                 images.append(_video(path, media, location, router, policy))
             else:
                 images.append(ImagePart(path, media["url"], parse_image_options(media, location, router, policy)))
-    check_images(body, images, policy, "messages")
+    check_images(images, policy, "messages")
     return images
 
 
@@ -69,23 +80,24 @@ def _media(part: dict[str, Any], part_type: str, location: str) -> dict[str, Any
         raise errors.InvalidRequest(
             f'{location}: {part_type} must be an object {{"url": "data:… or https://…"}}.', param=location
         )
+    keys = _MEDIA_KEYS[part_type]
+    check_keys(part, (*_PART_KEYS, part_type), location, elsewhere={key: f"{part_type}.{key}" for key in keys})
+    check_keys(media, keys, f"{location}.{part_type}")
     return media
 
 
 def _video(path: Path, video: dict[str, Any], location: str, router: pb.Router, policy: RequestPolicy) -> ImagePart:
     """Parse a video part. Its frames are one tile each unless it sets `detail` or `max_dynamic_patch`."""
-    count = video.get("num_frames")
+    count, default = video.get("num_frames"), min(_DEFAULT_FRAMES, policy.max_images)
     if count is not None and (type(count) is not int or count < 1):
-        param = f"{location}.num_frames"
-        raise errors.InvalidRequest(
-            f"{param} {format_value(count)} is not an integer above 0; omit it for {_DEFAULT_FRAMES}.", param=param
-        )
+        expected = f"an integer from 1 to {policy.max_images}"
+        raise unexpected_value(f"{location}.num_frames", expected, count, f"omit it for {default}.")
     options = video if {"detail", "max_dynamic_patch"} & video.keys() else {"detail": "low", **video}
     return ImagePart(
         path,
         video["url"],
         parse_image_options(options, location, router, policy),
-        frames=count or min(_DEFAULT_FRAMES, policy.max_images),
+        frames=count or default,
     )
 
 

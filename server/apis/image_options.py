@@ -1,6 +1,7 @@
 """Options that a request may set for an image: its maximum number of tiles, and how the router treats them."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,17 @@ from protos import vision_pb2 as pb
 _MODES = ("auto", "off", "all")
 _THRESHOLDS = ("relative_threshold", "absolute_threshold")
 _DETAILS = ("low", "high", "original", "auto")
+
+OPTION_KEYS = ("detail", "max_dynamic_patch", "vir")
+"""Keys of the options that every image and video may have."""
+
+_OTHER_NAMES = {
+    "fps": "num_frames", "frames": "num_frames", "max_frames": "num_frames", "nframes": "num_frames",
+    "max_num": "max_dynamic_patch", "max_patches": "max_dynamic_patch", "max_tiles": "max_dynamic_patch",
+    "num_tiles": "max_dynamic_patch", "tiles": "max_dynamic_patch", "quality": "detail", "resolution": "detail",
+    "mode": "vir", "router": "vir",
+}  # fmt: skip
+"""What other APIs call an option, where its name does not resemble ours."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,10 @@ class ImageOptions:
         """
         allowed = max_tiles or checkpoint.max_tiles
         if self.max_tiles is not None and self.max_tiles > allowed:
-            param = f"{self.location}.max_dynamic_patch"
-            raise errors.InvalidRequest(f"{param} {self.max_tiles} exceeds {allowed}, this server's maximum.", param=param)
+            hint = f"{allowed} is this server's maximum (--max-tiles)."
+            raise unexpected_value(
+                f"{self.location}.max_dynamic_patch", f"an integer from 1 to {allowed}", self.max_tiles, hint
+            )
         default = allowed if self.detail == "original" else min(checkpoint.max_tiles, allowed)
         upper = 1 if self.detail == "low" else self.max_tiles or default
         lower, upper = resolve_tile_bounds(0, upper, checkpoint.min_tiles, checkpoint.max_tiles)
@@ -85,20 +99,17 @@ def parse_image_options(part: Mapping[str, Any], location: str, router: pb.Route
 
 
 def parse_router(value: Any, default: pb.Router, policy: RequestPolicy, location: str = "vir") -> pb.Router:
-    """Parse `vir`; fields that it omits are taken from `default`. Raises `InvalidRequest`."""
+    """Parse `vir`, an object or a mode alone; fields that it omits are taken from `default`. Raises `InvalidRequest`."""
     if value is None:
         return default
     if not policy.allow_vir:
         raise errors.InvalidRequest(f"{location} is disabled on this server (--allow-vir=false): omit it.", param=location)
+    if isinstance(value, str) and value in _MODES:
+        value = {"mode": value}
     if not isinstance(value, dict):
-        raise errors.InvalidRequest(
-            f'{location} must be an object such as {{"mode": "off"}}, not {format_value(value)}.', param=location
-        )
-    if unknown := value.keys() - {"mode", *_THRESHOLDS}:
-        known = ", ".join(("mode", *_THRESHOLDS))
-        raise errors.InvalidRequest(
-            f"{location} has an unknown field {format_value(min(unknown))}; expected {known}.", param=location
-        )
+        expected = f"{', '.join(_MODES)}, or an object"
+        raise unexpected_value(location, expected, value, 'for example {"mode": "off"}.')
+    check_keys(value, ("mode", *_THRESHOLDS), location, allow_null=False)
     fields = {name: field_value for name, field_value in value.items() if field_value is not None}
     mode = pb.Router.Mode.Name(default.mode).lower()
     if "mode" in fields:
@@ -115,6 +126,41 @@ def parse_router(value: Any, default: pb.Router, policy: RequestPolicy, location
     return pb.Router(mode=mode.upper(), **thresholds)
 
 
+def check_keys(
+    value: Mapping[str, Any],
+    known: Collection[str],
+    location: str,
+    elsewhere: Mapping[str, str] | None = None,
+    allow_null: bool = True,
+) -> None:
+    """Check that an object of the request has no unknown key.
+
+    Args:
+        value: The object.
+        known: Its keys.
+        location: Where it is in the body; empty for the body itself.
+        elsewhere: Keys that belong to another object, and how to write them there, for the hint.
+        allow_null: Accept unknown keys without a value, which some clients send.
+
+    Raises:
+        InvalidRequest: A key is unknown. The message suggests the nearest known one.
+    """
+    unknown = [key for key, item in value.items() if key not in known and not (allow_null and item is None)]
+    if not unknown:
+        return
+    name = min(unknown)[:100]
+    param = f"{location}.{name}" if location else name
+    candidates = {key: key for key in known} | dict(elsewhere or {})
+    near = difflib.get_close_matches(_OTHER_NAMES.get(name, name), candidates, n=1)
+    hint = f"did you mean {candidates[near[0]]}?" if near else f"expected {', '.join(known)}."
+    raise errors.InvalidRequest(f"{param} is not a known field; {hint}", param=param)
+
+
+def unexpected_value(param: str, expected: str, value: Any, hint: str) -> errors.InvalidRequest:
+    """Return the error for a parameter with another value than `expected`."""
+    return errors.InvalidRequest(f"{param}: expected {expected}, not {format_value(value)}; {hint}", param=param)
+
+
 def format_value(value: Any) -> str:
     """Format a caller's value for a message: cut to 100 characters, and only its type if it may be deeply nested."""
     return type(value).__name__ if isinstance(value, list | dict) else repr(value)[:100]
@@ -128,26 +174,18 @@ def _parse_max_tiles(value: Any, location: str) -> int | None:
     if value is None:
         return None
     if type(value) is not int or not 1 <= value <= MAX_TILES:  # bool is a subclass of int
-        param = f"{location}.max_dynamic_patch"
-        raise errors.InvalidRequest(
-            f"{param} {format_value(value)} is not an integer from 1 to {MAX_TILES}; omit it for the checkpoint's default.",
-            param=param,
-        )
+        hint = "omit it for the checkpoint's default."
+        raise unexpected_value(f"{location}.max_dynamic_patch", f"an integer from 1 to {MAX_TILES}", value, hint)
     return value
 
 
 def _parse_choice(choices: tuple[str, ...], value: Any, location: str) -> str:
     if not isinstance(value, str) or value not in choices:
-        raise errors.InvalidRequest(
-            f"{location} {format_value(value)} is not one of {', '.join(choices)}; omit it for the server's default.",
-            param=location,
-        )
+        raise unexpected_value(location, f"one of {', '.join(choices)}", value, "omit it for the server's default.")
     return value
 
 
 def _parse_threshold(value: Any, location: str) -> float:
     if type(value) not in (int, float) or not 0 <= value <= 1:  # bool is a subclass of int
-        raise errors.InvalidRequest(
-            f"{location} {format_value(value)} is not a number from 0 to 1; omit it for the server's default.", param=location
-        )
+        raise unexpected_value(location, "a number from 0 to 1", value, "omit it for the server's default.")
     return float(value)

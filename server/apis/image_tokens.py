@@ -6,25 +6,32 @@ from common import errors
 from server.apis import chat
 from server.apis.base import Api
 from server.apis.chat_parts import prepare_chat
-from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
+from server.apis.image_options import (
+    OPTION_KEYS,
+    RequestPolicy,
+    check_keys,
+    parse_image_options,
+    parse_router,
+    unexpected_value,
+)
 from server.apis.request import ImagePart, check_images
 from server.pipeline import Pipeline
 
 _FIELDS = ("model", "images", "vir", "route")
-_IMAGE_FIELDS = ("url", "detail", "max_dynamic_patch", "vir")
+_IMAGE_FIELDS = ("url", *OPTION_KEYS)
 
 
 def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
     """Find the images in `images` or `messages`. Raises `InvalidRequest` or `TooManyImages`, with the location."""
     if type(body.get("route", False)) is not bool:
-        raise errors.InvalidRequest(f"route {format_value(body['route'])} is not true or false.", param="route")
+        raise unexpected_value("route", "true or false", body["route"], "omit it for false.")
     if ("images" in body) == ("messages" in body):
         raise errors.InvalidRequest("The body must have either images, or messages with image parts.", param="images")
     return chat.find_images(body, policy) if "messages" in body else _listed_images(body, policy)
 
 
 def _listed_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
-    _check_known(body, _FIELDS, "")
+    check_keys(body, _FIELDS, "")
     router, values = parse_router(body.get("vir"), policy.router, policy), body["images"]
     if not isinstance(values, list) or not values:
         raise errors.InvalidRequest("images must be a list with at least one image.", param="images")
@@ -33,19 +40,11 @@ def _listed_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePar
         location = f"images[{i}]"
         if not isinstance(image, dict) or not isinstance(image.get("url"), str) or not image["url"]:
             raise errors.InvalidRequest(f'{location} must be an object {{"url": "data:… or https://…"}}.', param=location)
-        _check_known(image, _IMAGE_FIELDS, f"{location}.")
+        check_keys(image, _IMAGE_FIELDS, location)
         options = parse_image_options(image, location, router, policy)
         images.append(ImagePart(("images", i), image["url"], options))
-    check_images(body, images, policy, "images")
+    check_images(images, policy, "images")
     return images
-
-
-def _check_known(value: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:
-    if unknown := value.keys() - set(known):
-        name = min(unknown)[:100]
-        raise errors.InvalidRequest(
-            f"{prefix}{name} is not a known field; expected {', '.join(known)}.", param=f"{prefix}{name}"
-        )
 
 
 APIS = (

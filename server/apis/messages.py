@@ -7,9 +7,11 @@ from common import errors
 from common.embedding_ref import EmbeddingRef
 from server.apis.base import Api
 from server.apis.documents import convert_documents
-from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
+from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, format_value, parse_image_options, parse_router
 from server.apis.request import ImagePart, Path, check_images, format_path
 from server.http.error_format import ANTHROPIC
+
+_IMAGE_KEYS = ("type", "source", *OPTION_KEYS, "cache_control")
 
 
 def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
@@ -22,8 +24,9 @@ def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
             if role != "user":  # vLLM would drop the image silently, or print it as text
                 raise errors.InvalidRequest(f"{location}: images are supported in user messages only.", param=location)
             url = _image_url(block.get("source"), location)
+            check_keys(block, _IMAGE_KEYS, location)
             images.append(ImagePart(path, url, parse_image_options(block, location, router, policy)))
-    check_images(body, images, policy, "messages")
+    check_images(images, policy, "messages")
     return images
 
 

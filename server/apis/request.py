@@ -1,6 +1,6 @@
 """Parsed requests, and the checks that all APIs share."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +22,6 @@ MEDIA_FIELDS = frozenset({
     "prompt_embeds", "uuid", "video_embeds", "video_url",
 })  # fmt: skip
 """Fields that vLLM reads from a content part whatever the part's type is."""
-
-_PROMPT_FIELDS = (
-    "messages", "input", "instructions", "system", "tools", "functions", "documents", "chat_template_kwargs",
-)  # fmt: skip
-"""Fields whose text may become part of the prompt."""
-
-_PLACEHOLDERS = ("<image>", "<IMG_CONTEXT>")
 
 
 @dataclass(frozen=True)
@@ -121,50 +114,11 @@ def check_fields(body: Mapping[str, Any]) -> None:
             raise errors.InvalidRequest(f"{name} is reserved for the operator: omit it.", param=name)
 
 
-def check_images(body: dict[str, Any], images: Sequence[ImagePart], policy: RequestPolicy, param: str) -> None:
-    """Check the number of images, and that no text of the prompt could be mistaken for one.
-
-    Raises:
-        TooManyImages: The request has more images than the policy allows.
-        InvalidRequest: A text contains a placeholder.
-    """
+def check_images(images: Sequence[ImagePart], policy: RequestPolicy, param: str) -> None:
+    """Check the number of images. Raises `TooManyImages` if the request has more than the policy allows."""
     count = sum(image.frames or 1 for image in images)
     if count > policy.max_images:
         frames = " (frames of videos counted)" if count > len(images) else ""
         raise errors.TooManyImages(
             f"The request has {count} images{frames}; the maximum is {policy.max_images} (--max-images).", param=param
         )
-    if images:
-        _check_placeholders(body, {id(_value_at(body, image.path)) for image in images})
-
-
-def _value_at(value: Any, path: Path) -> Any:
-    for step in path:
-        value = value[step]
-    return value
-
-
-def _check_placeholders(body: dict[str, Any], image_ids: Collection[int]) -> None:
-    """Reject placeholders in texts of the prompt: vLLM locates the images by them."""
-    for name in _PROMPT_FIELDS:
-        for location, text in _texts(name, body.get(name), image_ids):
-            for placeholder in _PLACEHOLDERS:
-                if placeholder in text:
-                    raise errors.InvalidRequest(
-                        f"{location} contains {placeholder!r}, the placeholder of an image: send an image part instead.",
-                        param=location,
-                    )
-
-
-def _texts(location: str, value: Any, image_ids: Collection[int]) -> Iterator[tuple[str, str]]:
-    """Yield location and text of every string in a value, names of fields included, except inside image parts."""
-    pending = [(location, value)]  # a stack, since a caller decides how deep recursion would go
-    while pending:
-        current, item = pending.pop()
-        if isinstance(item, str):
-            yield current, item
-        elif isinstance(item, list):
-            pending += [(f"{current}[{i}]"[:200], inner) for i, inner in enumerate(item)]
-        elif isinstance(item, dict) and id(item) not in image_ids:
-            pending += [(current, name) for name in item]
-            pending += [(f"{current}.{name}"[:200], inner) for name, inner in item.items()]

@@ -6,11 +6,12 @@ from typing import Any
 from common import errors
 from common.embedding_ref import EmbeddingRef
 from server.apis.base import Api
-from server.apis.image_options import RequestPolicy, format_value, parse_image_options, parse_router
+from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, format_value, parse_image_options, parse_router
 from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path
 from server.http.error_format import OPENAI_RESPONSES
 
 _TEXT_TYPES = {"input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"}
+_IMAGE_KEYS = ("type", "image_url", *OPTION_KEYS, "cache_control")
 _STATEFUL_FIELDS = ("previous_response_id", "previous_input_messages", "background")
 
 
@@ -66,7 +67,7 @@ def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
         for path, part in _content_parts(body.get("input"))
         if _is_image(part, format_path(path))
     ]
-    check_images(body, images, policy, "input")
+    check_images(images, policy, "input")
     return images
 
 
@@ -96,6 +97,8 @@ def _is_image(part: Any, location: str) -> bool:
         raise errors.InvalidRequest(
             f'{location}: image_url must be "data:…" or "https://…"; uploaded files are not supported.', param=location
         )
+    if part_type == "input_image":
+        check_keys(part, _IMAGE_KEYS, location)
     return part_type == "input_image"
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from common import errors
 from common.tasks import gather_or_cancel
-from server.apis.request import ImagePart, ParsedRequest
-from server.media.fetch import MediaFetcher, inspect_image
+from server.apis.request import ImagePart, ParsedRequest, format_path
+from server.media.fetch import MediaFetcher
+from server.media.image_header import inspect_image
 
 _MAX_PARALLEL_FETCHES = 8
 
@@ -30,16 +31,19 @@ class MediaLoader:
         self._max_image_pixels = max_image_pixels
 
     async def load(self, request: ParsedRequest) -> tuple[ParsedRequest, list[ImageFile]]:
-        """Load the images, and replace each video by its frames. Equal URLs are loaded once.
+        """Load the images, and replace each video by its frames. Equal URLs are loaded once, for the first of their images.
 
         Returns:
             The request with one `ImagePart` for each image file, and the files in the same order.
 
         Raises:
-            InvalidRequest: An image or video cannot be fetched or decoded, or is too large.
+            InvalidRequest: An image or video cannot be fetched or decoded, or is too large. `param` is its location.
+            DeadlineExceeded: A video was not decoded in time.
         """
-        sources = list(dict.fromkeys((image.url, image.frames) for image in request.images))
-        loaded = dict(zip(sources, await self._load_all(sources), strict=True))
+        sources: dict[tuple[str, int], ImagePart] = {}
+        for image in request.images:
+            sources.setdefault((image.url, image.frames), image)
+        loaded = dict(zip(sources, await self._load_all(list(sources.values())), strict=True))
         files = [loaded[image.url, image.frames] for image in request.images]
         images = [
             part for image, image_files in zip(request.images, files, strict=True) for part in _frame_parts(image, image_files)
@@ -50,21 +54,32 @@ class MediaLoader:
         """Return width and height in pixels of each file, from its header."""
         return [await asyncio.to_thread(inspect_image, file.data, self._max_image_pixels) for file in files]
 
-    async def _load_all(self, sources: Sequence[tuple[str, int]]) -> list[list[ImageFile]]:
-        """Load the image of each URL, or frames of its video; together they may be as large as a body."""
+    async def _load_all(self, images: Sequence[ImagePart]) -> list[list[ImageFile]]:
+        """Load each image, or the frames of each video; together they may be as large as a body."""
         slots, remaining = asyncio.Semaphore(_MAX_PARALLEL_FETCHES), self._max_total_bytes
 
-        async def load_one(url: str, frames: int) -> list[ImageFile]:
+        async def load_one(image: ImagePart) -> list[ImageFile]:
             nonlocal remaining
             async with slots:
-                files = await self._fetcher.load_frames(url, frames) if frames else [await self._fetcher.load(url)]
+                files = await self._load_files(image)
             remaining -= sum(map(len, files))
             if remaining < 0:
-                raise errors.ImageTooLarge(f"The images of the request exceed {self._max_total_bytes} bytes in total.")
+                raise errors.ImageTooLarge(
+                    f"The images of the request exceed {self._max_total_bytes} bytes in total.", param=str(image.path[0])
+                )
             # in a thread: hashing megabytes would delay all streams
             return await asyncio.to_thread(lambda: [ImageFile(file, hashlib.sha256(file).digest()) for file in files])
 
-        return await gather_or_cancel(*(load_one(url, frames) for url, frames in sources))
+        return await gather_or_cancel(*map(load_one, images))
+
+    async def _load_files(self, image: ImagePart) -> list[bytes]:
+        """Load an image, or the frames of a video. Errors name its location."""
+        try:
+            if image.frames:
+                return await self._fetcher.load_frames(image.url, image.frames)
+            return [await self._fetcher.load(image.url)]
+        except (errors.InvalidRequest, errors.DeadlineExceeded) as error:
+            raise error.at(format_path(image.path)) from None
 
 
 def _frame_parts(image: ImagePart, files: Sequence[ImageFile]) -> list[ImagePart]:

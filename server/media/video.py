@@ -5,15 +5,19 @@ FFmpeg: its own detection would also accept playlists, which refer to other file
 """
 
 import io
+import struct
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import av
 import av.error
 from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from PIL import Image
 
 from common import errors
 
@@ -21,6 +25,13 @@ CONTAINERS = {"mp4": (4, b"ftyp", "mov"), "webm or mkv": (0, b"\x1a\x45\xdf\xa3"
 """By name: offset and value of the bytes that identify a container, and FFmpeg's name for it."""
 _SEEK_THRESHOLD_SECONDS = 4.0
 """Distance above which the decoder seeks: a seek goes back to a key frame, so it does not help over short distances."""
+_Turn = Image.Transpose
+_TURNS = {
+    (0, 1, -1, 0): _Turn.ROTATE_270, (-1, 0, 0, -1): _Turn.ROTATE_180, (0, -1, 1, 0): _Turn.ROTATE_90,
+    (-1, 0, 0, 1): _Turn.FLIP_LEFT_RIGHT, (1, 0, 0, -1): _Turn.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): _Turn.TRANSPOSE, (0, -1, -1, 0): _Turn.TRANSVERSE,
+}  # fmt: skip
+"""How a frame is turned, by the linear part of its display matrix: x' = ax + cy, y' = bx + dy. Pillow turns to the left."""
 
 
 def sample_frames(data: bytes, count: int, max_pixels: int, seconds: float) -> list[bytes]:
@@ -124,6 +135,17 @@ def _check_deadline(deadline: float) -> None:
 
 def _encode_png(frame: VideoFrame, max_pixels: int) -> bytes:
     _check_size(frame.width, frame.height, max_pixels)  # the size may change within a stream
-    file = io.BytesIO()
-    frame.to_image().save(file, "PNG", compress_level=1)  # type: ignore[no-untyped-call]
+    file, image, turn = io.BytesIO(), frame.to_image(), _turn(frame)  # type: ignore[no-untyped-call]
+    (image if turn is None else image.transpose(turn)).save(file, "PNG", compress_level=1)
     return file.getvalue()
+
+
+def _turn(frame: VideoFrame) -> Image.Transpose | None:
+    """Return how the frame must be turned to be upright: phones store what the sensor sees, and a display matrix."""
+    side_data: Any = frame.side_data  # PyAV declares a type without this key
+    try:
+        matrix = side_data[SideDataType.DISPLAYMATRIX]
+    except KeyError:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # fixed-point numbers with 16 fractional bits
+    return _TURNS.get((round(a / 65536), round(b / 65536), round(c / 65536), round(d / 65536)))

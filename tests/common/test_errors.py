@@ -16,6 +16,13 @@ def test_every_error_has_statuses_and_a_body(error: type[errors.DvdError]) -> No
     assert error.__name__ in (errors.__doc__ or ""), "the tree in the docstring of the module shows every class"
 
 
+def test_an_error_gets_its_location_once() -> None:
+    located = errors.InvalidImage("it is empty", retry_after=3).at("images[1]")
+    assert (type(located), str(located), located.param) == (errors.InvalidImage, "images[1]: it is empty", "images[1]")
+    assert located.retry_after == 3
+    assert located.at("images[2]") is located
+
+
 def test_a_code_belongs_to_one_leaf() -> None:
     """A parent may share its code with one child, which is the class that `error_class` returns."""
     assert issubclass(errors.WorkerUnavailable, errors.Unavailable)

@@ -52,6 +52,10 @@ def test_a_flag_overrides_a_variable_and_a_variable_overrides_the_file(tmp_path:
         (["--language-workers=dns:vision"], {}, "--language-workers"),
         (["--language-workers=dns:vision:0"], {}, "--language-workers"),
         (["--language-workers=vision:65536"], {}, "--language-workers"),
+        (["--fetch-user-agent=café"], {}, "--fetch-user-agent = 'café': invalid format .*printable ASCII"),
+        (["--fetch-user-agent=a\r\nX-Evil: b"], {}, "--fetch-user-agent"),
+        (["--fetch-user-agent="], {}, "--fetch-user-agent = ''"),
+        ([], {"DVD_FETCH_USER_AGENT": "a" * 257}, "--fetch-user-agent"),
         (["--config=/nowhere.yaml"], {}, "cannot read --config /nowhere.yaml"),
     ],
 )

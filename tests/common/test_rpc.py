@@ -49,6 +49,15 @@ async def test_an_error_keeps_its_class_and_message(failing: Pair, error: type[e
         assert str(caught.value) == "image 3 is 5 bytes: too few"
 
 
+async def test_an_error_keeps_its_param(failing: Pair) -> None:
+    service, stub = failing
+    for param in ("images[3]", None):
+        service.error = errors.InvalidImage("it is damaged", param=param)
+        with pytest.raises(errors.InvalidImage) as caught, rpc.translate_errors("sink"):
+            await stub.Has(pb.HasRequest())
+        assert caught.value.param == param
+
+
 async def test_an_unexpected_error_reveals_nothing(failing: Pair) -> None:
     service, stub = failing
     service.error = KeyError("/secret/path")

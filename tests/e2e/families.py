@@ -13,6 +13,8 @@ from tests.e2e.serving import ROOT
 
 IMAGE_FILES = ("square.png", "palette_512x512.png", "wide_1300x800.jpg")
 
+CONTEXT_TOKEN = 5  # <IMG_CONTEXT>
+
 QUESTIONS = [
     ["what is shown?"],
     ["square", "what is shown?"],
@@ -20,6 +22,7 @@ QUESTIONS = [
     ["Image-1: ", "square", "Image-2: ", "palette_512x512", "compare"],
     ["Image-1: ", "palette_512x512", "Image-2: ", "square", "compare"],
     ["wide_1300x800", "what is shown?"],
+    ["<image> or <IMG_CONTEXT>?", "square", "what is shown?"],
 ]
 """Content parts of a user message each; a part that is the name of an image file stands for the image."""
 
@@ -68,8 +71,8 @@ class FamilyRun:
     def results(self, timeout_seconds: float) -> dict[str, dict[str, Any]]:
         """Waits until the process ends and returns its results by the family's name.
 
-        A result has `rows` (visual tokens by image), `tokens` and `prompts` (token ids of the answer and length of the
-        prompt for each question), or `error`.
+        A result has `rows` (visual tokens by image), `tokens`, `prompts` and `visual` (for each question the token ids of the
+        answer, the length of the prompt, and its number of visual tokens), or `error`.
         """
         self.process.wait(timeout_seconds)
         lines = self.log.read_text(errors="replace").splitlines()

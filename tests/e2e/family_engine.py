@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.families import FAMILIES, IMAGE_FILES, QUESTIONS, Family
+from tests.e2e.families import CONTEXT_TOKEN, FAMILIES, IMAGE_FILES, QUESTIONS, Family
 from tests.e2e.serving import IMAGES, text_part
 
 
@@ -83,6 +83,7 @@ def answer(checkpoint: Path, store_folder: Path, conversations: list[list[dict[s
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "prompts": [len(output.prompt_token_ids or ()) for output in outputs],
+        "visual": [list(output.prompt_token_ids or ()).count(CONTEXT_TOKEN) for output in outputs],
     }
 
 

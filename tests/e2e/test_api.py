@@ -161,7 +161,6 @@ INVALID_REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "private": ({"content": [{"type": "image_url", "image_url": {"url": "https://127.0.0.1/a.png"}}]}, 400, "invalid_request"),
     "file": ({"content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}, 400, "invalid_request"),
     "embeds": ({"content": [{"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}}]}, 400, "invalid_request"),
-    "marker": ({"content": [SQUARE, text_part("<image>")]}, 400, "invalid_request"),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def test_a_family_answers_questions_about_images(results: dict[str, dict[str, An
     assert name in results, "the process ended before this family"
     result = results[name]
     assert "error" not in result, f"{name}: {result['error']}\n{family_run.log.read_text(errors='replace')[-3000:]}"
-    text, square, palette, both, swapped, wide = result["tokens"]
+    text, square, palette, both, swapped, wide, literal = result["tokens"]
     assert all(len(tokens) == 8 for tokens in result["tokens"])
     assert square != palette, "another image has another answer"
     assert both != swapped, "the order of images matters"
@@ -35,3 +35,5 @@ def test_a_family_answers_questions_about_images(results: dict[str, dict[str, An
     assert lengths[1] - lengths[0] == lengths[2] - lengths[0] >= rows["square"] == 256
     assert lengths[3] == lengths[4] > 512
     assert lengths[5] - lengths[1] == rows["wide_1300x800"] - 256
+    assert literal != square
+    assert result["visual"] == [0, 256, 256, 512, 512, rows["wide_1300x800"], 256], "text that resembles an image is text"

@@ -233,8 +233,9 @@ async def test_an_invalid_request_is_rejected(
 
 
 async def test_one_bad_image_fails_the_whole_request(flash: Worker) -> None:
-    with pytest.raises(errors.InvalidImage):
+    with pytest.raises(errors.InvalidImage) as error_info:
         await flash.encode("square.png", b"\x89PNG")
+    assert error_info.value.param == "images[1]"
     assert not flash.sink.data
 
 

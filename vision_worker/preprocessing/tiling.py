@@ -1,23 +1,19 @@
 """Cuts an image file into tiles exactly as the official implementation does (`dynamic_preprocess` of InternVL).
 
-EXIF rotation is ignored, alpha is dropped without blending, and the filter is Pillow's bicubic. `common/tiling.py` selects the
-grid. The functions are thread-safe and need no device.
+The filter is Pillow's bicubic. `common/tiling.py` selects the grid, `decoding.py` decodes the file. The functions are
+thread-safe and need no device.
 """
 
-import io
 import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from common import errors
-from common.options import IMAGE_FORMATS
 from common.tiling import Tiling, has_thumbnail, select_grid
+from vision_worker.preprocessing.decoding import decode
 from vision_worker.preprocessing.resampling import resize
-
-Image.MAX_IMAGE_PIXELS = None  # Pillow only warns up to twice its limit; `_decode` checks ours from the file's header
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Tiles:
 def cut(data: bytes, tiling: Tiling) -> Tiles:
     """Decode an image file, resize it and cut it. Raises: InvalidImage, ImageTooLarge."""
     started = time.monotonic()
-    image = _decode(data, tiling.max_pixels)
+    image = decode(data, tiling.max_pixels)
     decoded = time.monotonic()
     tiles = cut_image(image, tiling)
     return replace(tiles, decode_seconds=decoded - started, cut_seconds=time.monotonic() - decoded)
@@ -63,28 +59,3 @@ def cut_image(image: Image.Image, tiling: Tiling) -> Tiles:
     tiles = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     pixels = np.concatenate([tiles, *(small[None] for small in thumbnail)])
     return Tiles(pixels, columns, rows, tuple(hash(tile.tobytes()) for tile in pixels))
-
-
-def _decode(data: bytes, max_pixels: int) -> Image.Image:
-    if not data:
-        raise errors.InvalidImage("the image is empty: 0 bytes")
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            _check_size(image.width, image.height, max_pixels)
-            return image.convert("RGB")
-    except errors.DvdError:
-        raise
-    except UnidentifiedImageError:
-        known = ", ".join(IMAGE_FORMATS)
-        raise errors.InvalidImage(f"{len(data)} bytes that are not an image in a supported format: {known}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on damaged bytes
-        raise errors.InvalidImage(f"the image cannot be decoded ({error}); is the file complete?") from None
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise errors.ImageTooLarge(f"image of {width} × {height} pixels; at most {max_pixels} are accepted: shrink it")
-    if width * height == 0:
-        raise errors.InvalidImage(f"image of {width} × {height} pixels")

@@ -180,14 +180,14 @@ PLACEHOLDER_TEXTS = {
 
 
 @pytest.mark.parametrize("fields", PLACEHOLDER_TEXTS.values(), ids=PLACEHOLDER_TEXTS)
-def test_placeholders_in_text_are_rejected_only_beside_an_image(fields: dict[str, Any]) -> None:
+def test_placeholders_in_text_pass_unchanged(fields: dict[str, Any]) -> None:
     image = {"role": "user", "content": [IMAGE]}
-    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image") as error_info:
-        parse_chat(raw({"model": "m", **fields, "messages": [*fields.get("messages", []), image]}), RequestPolicy(1))
-    assert error_info.value.param
-    assert len(error_info.value.param) <= 200
+    request = parse_chat(raw({"model": "m", **fields, "messages": [*fields.get("messages", []), image]}), RequestPolicy(1))
+    assert len(request.images) == 1
+    body = json.loads(request.with_embeddings(["k"], [1]))
+    assert {**body, "messages": body["messages"][:-1]} == {"model": "m", "messages": [], **fields}
     text_only = raw({"model": "m", "messages": [{"role": "user", "content": "a"}], **fields})
-    assert parse_chat(text_only, RequestPolicy(1)).with_embeddings([], []) is text_only, "without an image they are text"
+    assert parse_chat(text_only, RequestPolicy(1)).with_embeddings([], []) is text_only
 
 
 def test_images_are_replaced_in_order_and_nothing_else_changes() -> None:
@@ -262,9 +262,46 @@ def test_frames_count_as_images() -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, "8", True, [8]])
 def test_invalid_frame_counts_are_rejected_with_their_location(count: Any) -> None:
-    with pytest.raises(errors.InvalidRequest, match="not an integer above 0") as error_info:
+    with pytest.raises(errors.InvalidRequest, match="expected an integer from 1 to 9, not .*; omit it for 8") as error_info:
         parse_chat(raw(chat(text_part("a"), video(num_frames=count))), RequestPolicy(9))
     assert error_info.value.param == "messages[0].content[1].video_url.num_frames"
+
+
+UNKNOWN_KEYS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "typo": (image_with(max_dynamic_patches=4), "image_url.max_dynamic_patches", "did you mean max_dynamic_patch?"),
+    "typo of detail": (image_with(detial="low"), "image_url.detial", "did you mean detail?"),
+    "another API's name": (image_with(max_num=4), "image_url.max_num", "did you mean max_dynamic_patch?"),
+    "frames per second": (video(fps=2), "video_url.fps", "did you mean num_frames?"),
+    "option of videos": (image_with(num_frames=2), "image_url.num_frames", "expected url, detail"),
+    "no resemblance": (image_with(xyz=2), "image_url.xyz", "expected url, detail, max_dynamic_patch, vir"),
+    "beside the object": ({**IMAGE, "detail": "low"}, "detail", "did you mean image_url.detail?"),
+    "typo beside the object": ({**video(), "num_frame": 2}, "num_frame", "did you mean video_url.num_frames?"),
+    "too long": (image_with(**{"x" * 100_000: 1}), "image_url." + "x" * 100, "expected url"),
+}
+
+
+@pytest.mark.parametrize(("part", "param", "hint"), UNKNOWN_KEYS.values(), ids=UNKNOWN_KEYS)
+def test_unknown_keys_of_a_part_are_rejected_with_the_nearest_known_one(part: Any, param: str, hint: str) -> None:
+    with pytest.raises(errors.InvalidRequest) as error_info:
+        parse_chat(raw(chat(text_part("a"), part)), RequestPolicy(9))
+    assert error_info.value.param == f"messages[0].content[1].{param}"
+    assert hint in str(error_info.value)
+    assert len(str(error_info.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "part",
+    [image_with(format="image/png"), {**IMAGE, "cache_control": {"type": "ephemeral"}}, image_with(frames=None), video()],
+)
+def test_keys_that_other_clients_send_are_accepted(part: Any) -> None:
+    assert len(parse_chat(raw(chat(part)), RequestPolicy(9)).images) == 1
+
+
+def test_a_mode_alone_is_a_router() -> None:
+    (image,) = parse_chat(raw(chat(image_with(vir="all"), vir="off")), RequestPolicy(1)).images
+    assert image.options.router == ALL
+    (image,) = parse_chat(raw(chat(IMAGE, vir="off")), RequestPolicy(1)).images
+    assert image.options.router == OFF
 
 
 def test_a_video_is_replaced_by_its_labelled_frames() -> None:

@@ -55,24 +55,27 @@ def test_max_dynamic_patch_sets_the_maximum(detail: str | None) -> None:
 
 @pytest.mark.parametrize(("allowed", "requested", "maximum"), [(None, 13, 12), (24, 25, 24), (6, 12, 6)])
 def test_more_tiles_than_allowed_are_rejected_with_the_maximum(allowed: int | None, requested: int, maximum: int) -> None:
-    with pytest.raises(errors.InvalidRequest, match=f"max_dynamic_patch {requested} exceeds {maximum}") as error_info:
+    with pytest.raises(
+        errors.InvalidRequest,
+        match=f"expected an integer from 1 to {maximum}, not {requested}; {maximum} is this server's maximum",
+    ) as error_info:
         tile_bounds(allowed, max_dynamic_patch=requested)
     assert error_info.value.param == f"{LOCATION}.max_dynamic_patch"
 
 
 INVALID_OPTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "detail unknown": ({"detail": "ultra"}, "detail", "'ultra' is not one of low, high, original, auto"),
-    "detail in capitals": ({"detail": "HIGH"}, "detail", "'HIGH' is not"),
-    "detail empty": ({"detail": ""}, "detail", "'' is not"),
-    "detail number": ({"detail": 1}, "detail", "1 is not"),
-    "detail nested deeply": ({"detail": nested_list(900)}, "detail", "list is not"),
+    "detail unknown": ({"detail": "ultra"}, "detail", "expected one of low, high, original, auto, not 'ultra'"),
+    "detail in capitals": ({"detail": "HIGH"}, "detail", "not 'HIGH'"),
+    "detail empty": ({"detail": ""}, "detail", "not ''"),
+    "detail number": ({"detail": 1}, "detail", "not 1"),
+    "detail nested deeply": ({"detail": nested_list(900)}, "detail", "not list"),
     "detail too long": ({"detail": "x" * 100_000}, "detail", "'xxx"),
-    "max_dynamic_patch 0": ({"max_dynamic_patch": 0}, "max_dynamic_patch", "0 is not an integer from 1 to 40"),
-    "max_dynamic_patch negative": ({"max_dynamic_patch": -1}, "max_dynamic_patch", "-1 is not"),
-    "max_dynamic_patch above the maximum": ({"max_dynamic_patch": 41}, "max_dynamic_patch", "41 is not"),
-    "max_dynamic_patch float": ({"max_dynamic_patch": 6.0}, "max_dynamic_patch", "6.0 is not"),
-    "max_dynamic_patch true": ({"max_dynamic_patch": True}, "max_dynamic_patch", "True is not"),
-    "max_dynamic_patch string": ({"max_dynamic_patch": "6"}, "max_dynamic_patch", "'6' is not"),
+    "max_dynamic_patch 0": ({"max_dynamic_patch": 0}, "max_dynamic_patch", "expected an integer from 1 to 40, not 0"),
+    "max_dynamic_patch negative": ({"max_dynamic_patch": -1}, "max_dynamic_patch", "not -1"),
+    "max_dynamic_patch above the maximum": ({"max_dynamic_patch": 41}, "max_dynamic_patch", "not 41"),
+    "max_dynamic_patch float": ({"max_dynamic_patch": 6.0}, "max_dynamic_patch", "not 6.0"),
+    "max_dynamic_patch true": ({"max_dynamic_patch": True}, "max_dynamic_patch", "not True"),
+    "max_dynamic_patch string": ({"max_dynamic_patch": "6"}, "max_dynamic_patch", "not '6'"),
     "max_dynamic_patch of 4000 digits": ({"max_dynamic_patch": 10**4000}, "max_dynamic_patch", "1000"),
     "detail low with max_dynamic_patch": (
         {"detail": "low", "max_dynamic_patch": 6},
@@ -110,6 +113,9 @@ ROUTERS: dict[str, tuple[Any, pb.Router, pb.Router]] = {
     "empty, operator with thresholds": ({}, BOTH, BOTH),
     "nulls": ({"mode": None, "relative_threshold": None}, HALF, HALF),
     "off": ({"mode": "off"}, pb.Router(), OFF),
+    "off alone": ("off", BOTH, OFF),
+    "all alone": ("all", OFF, ALL),
+    "auto alone": ("auto", OFF, pb.Router()),
     "off, operator with thresholds": ({"mode": "off"}, BOTH, OFF),
     "all": ({"mode": "all"}, OFF, ALL),
     "auto": ({"mode": "auto"}, ALL, pb.Router()),
@@ -130,23 +136,25 @@ def test_the_callers_vir_precedes_the_operators_router(vir: Any, operator: pb.Ro
 
 
 INVALID_VIR: dict[str, tuple[Any, str, str]] = {
-    "string": ("off", "vir", "an object such as .*, not 'off'"),
+    "string": ("on", "vir", "expected auto, off, all, or an object, not 'on'"),
+    "string in capitals": ("OFF", "vir", "not 'OFF'"),
+    "string empty": ("", "vir", "not ''"),
     "false": (False, "vir", "not False"),
     "list": ([{"mode": "off"}], "vir", "not list"),
     "nested deeply": (nested_list(900), "vir", "not list"),
-    "unknown field": ({"mode": "auto", "treshold": 0.5}, "vir", "unknown field 'treshold'; expected mode, relative_threshold"),
-    "unknown field null": ({"treshold": None}, "vir", "unknown field 'treshold'"),
-    "unknown field too long": ({"x" * 100_000: 1}, "vir", "unknown field 'xxx"),
-    "mode unknown": ({"mode": "on"}, "vir.mode", "'on' is not one of auto, off, all"),
-    "mode in capitals": ({"mode": "OFF"}, "vir.mode", "'OFF' is not one of"),
-    "mode number": ({"mode": 1}, "vir.mode", "1 is not one of"),
-    "mode nested deeply": ({"mode": nested_list(900)}, "vir.mode", "list is not one of"),
+    "unknown field": ({"mode": "auto", "treshold": 0.5}, "vir.treshold", "did you mean relative_threshold?"),
+    "unknown field null": ({"treshold": None}, "vir.treshold", "not a known field"),
+    "unknown field too long": ({"x" * 100_000: 1}, f"vir.{'x' * 100}", "expected mode, relative_threshold"),
+    "mode unknown": ({"mode": "on"}, "vir.mode", "expected one of auto, off, all, not 'on'"),
+    "mode in capitals": ({"mode": "OFF"}, "vir.mode", "not 'OFF'"),
+    "mode number": ({"mode": 1}, "vir.mode", "not 1"),
+    "mode nested deeply": ({"mode": nested_list(900)}, "vir.mode", "not list"),
     "mode too long": ({"mode": "x" * 100_000}, "vir.mode", "'xxx"),
-    "threshold string": ({"relative_threshold": "0.5"}, "vir.relative_threshold", "'0.5' is not a number from 0 to 1"),
-    "threshold true": ({"absolute_threshold": True}, "vir.absolute_threshold", "True is not a number"),
-    "threshold object": ({"absolute_threshold": {}}, "vir.absolute_threshold", "dict is not a number"),
-    "threshold below 0": ({"relative_threshold": -0.01}, "vir.relative_threshold", "-0.01 is not"),
-    "threshold above 1": ({"absolute_threshold": 1.01}, "vir.absolute_threshold", "1.01 is not"),
+    "threshold string": ({"relative_threshold": "0.5"}, "vir.relative_threshold", "expected a number from 0 to 1, not '0.5'"),
+    "threshold true": ({"absolute_threshold": True}, "vir.absolute_threshold", "not True"),
+    "threshold object": ({"absolute_threshold": {}}, "vir.absolute_threshold", "not dict"),
+    "threshold below 0": ({"relative_threshold": -0.01}, "vir.relative_threshold", "not -0.01"),
+    "threshold above 1": ({"absolute_threshold": 1.01}, "vir.absolute_threshold", "not 1.01"),
     "threshold of 4000 digits": ({"absolute_threshold": 10**4000}, "vir.absolute_threshold", "1000"),
     "off with a threshold": (
         {"mode": "off", "relative_threshold": 0.5},

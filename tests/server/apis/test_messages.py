@@ -108,12 +108,21 @@ def test_an_invalid_message_is_rejected() -> None:
     assert error_info.value.param == "messages"
 
 
-def test_images_are_counted_and_placeholders_in_text_rejected_beside_them() -> None:
+def test_images_are_counted() -> None:
     with pytest.raises(errors.TooManyImages):
         parse(user(image(), image(), image()))
+
+
+def test_placeholders_in_text_pass_unchanged_beside_an_image() -> None:
     hidden = {"type": "tool_use", "id": "1", "name": "f", "input": {"type": "image", "source": "<image>"}}
-    for message in (user(text("<image>")), {"role": "assistant", "content": [hidden]}):
-        with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
-            parse(user(image()), message)
-    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
-        parse(user(image()), system="see <IMG_CONTEXT>")
+    messages = [user(image()), user(text("<image>")), {"role": "assistant", "content": [hidden]}]
+    body = json.loads(parse(*messages, system="see <IMG_CONTEXT>").with_embeddings(KEYS[:1], [1]))
+    assert body["messages"][1:] == messages[1:]
+    assert body["system"] == "see <IMG_CONTEXT>"
+
+
+def test_unknown_keys_of_an_image_are_rejected() -> None:
+    with pytest.raises(errors.InvalidRequest, match="did you mean max_dynamic_patch?") as error_info:
+        parse(user(text(), image(max_dynamic_patches=1)))
+    assert error_info.value.param == "messages[0].content[1].max_dynamic_patches"
+    assert len(parse(user(image(cache_control={"type": "ephemeral"}, vir="off"))).images) == 1

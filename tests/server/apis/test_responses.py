@@ -96,15 +96,24 @@ def test_stateful_fields_are_rejected(name: str) -> None:
     assert parse("a", background=False, store=True).images == []
 
 
-def test_images_are_counted_and_placeholders_in_text_rejected_beside_them() -> None:
+def test_images_are_counted() -> None:
     with pytest.raises(errors.TooManyImages) as error_info:
         parse([user(image(), image(), image())])
     assert error_info.value.param == "input"
-    for fields in ({"instructions": "see <image>"}, {"tools": [{"name": "<IMG_CONTEXT>"}]}):
-        with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
-            parse([user(image())], **fields)
-    with pytest.raises(errors.InvalidRequest, match="the placeholder of an image"):
-        parse([user(image(), text("<image>"))])
+
+
+def test_placeholders_in_text_pass_unchanged_beside_an_image() -> None:
+    fields = {"instructions": "see <image>", "tools": [{"name": "<IMG_CONTEXT>"}]}
+    body = json.loads(parse([user(image(), text("<image>"))], **fields).with_embeddings(KEYS[:1], [1]))
+    assert body["input"][0]["content"][1] == text("<image>")
+    assert {name: body[name] for name in fields} == fields
+
+
+def test_unknown_keys_of_an_image_are_rejected() -> None:
+    with pytest.raises(errors.InvalidRequest, match="did you mean detail?") as error_info:
+        parse([user(text(), image(details="low"))])
+    assert error_info.value.param == "input[0].content[1].details"
+    assert len(parse([user(image(file_id=None, vir="off"))]).images) == 1, "OpenAI's client sends null for what is not set"
 
 
 def reply(*parts: Any, **fields: Any) -> dict[str, Any]:

@@ -83,8 +83,8 @@ async def test_a_request_without_images_has_no_visual_tokens(shared_stack: Stack
 
 async def test_an_image_that_cannot_be_measured_is_rejected(shared_stack: Stack) -> None:
     for body, param in (
-        ({"images": [{"url": "file:///etc/passwd"}]}, None),
-        ({"images": [{"url": data_url(b"text")}]}, None),
+        ({"images": [{"url": "file:///etc/passwd"}]}, "images[0]"),
+        ({"images": [{"url": data_url(b"text")}]}, "images[0]"),
         ({"images": [{"url": data_url(A), "max_dynamic_patch": 13}]}, "images[0].max_dynamic_patch"),
         ({"images": [{"url": data_url(A)}], "model": "other"}, "model"),
         ({"images": []}, "images"),

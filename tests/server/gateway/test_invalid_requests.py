@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.fakes.requests import chat, data_url, image_file, image_part, text_part
+from tests.server.fakes.requests import chat, data_url, image_file, image_part
 from tests.server.fakes.stack import Stack
 from tests.server.fakes.vllm import MODEL
 from tests.server.gateway.helpers import A, assert_serves_images
@@ -42,12 +42,11 @@ INVALID_REQUESTS: dict[str, tuple[Any, str]] = {
     "key of another client's image": (
         chat({"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}, "uuid": "a" * 64}, "b"), "invalid_request"
     ),
-    "placeholder": (chat(image_part(A), text_part("<IMG_CONTEXT>")), "invalid_request"),
     "model is a number": ({**chat("a"), "model": 5}, "invalid_request"),
     "template": ({**chat("a"), "chat_template": "{{ 7 }}"}, "invalid_request"),
     "code": ({**chat("a"), "mm_processor_kwargs": {"code_revision": "main"}}, "invalid_request"),
     "router": (chat(image_part(A), vir={"mode": "on"}), "invalid_request"),
-    "router for a text": (chat("a", vir="off"), "invalid_request"),
+    "router for a text": (chat("a", vir="on"), "invalid_request"),
     "image as a list": (chat({"type": "image_url", "image_url": ["https://example.org/a"]}, "b"), "invalid_request"),
     "integer of 71 bits": (chat("a", top_k=2**70), "invalid_request"),
     "echo of an image": (chat(image_part(A), echo=True, add_generation_prompt=False), "invalid_request"),

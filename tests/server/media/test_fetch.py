@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import importlib.metadata
 from typing import Any
 
 import pytest
@@ -133,6 +134,20 @@ async def test_http_and_private_addresses_require_the_operators_permission() -> 
             async with open_fetcher() as fetcher:
                 with pytest.raises(errors.InvalidRequest):
                     await fetcher.load(rejected)
+
+
+@pytest.mark.parametrize("configured", [None, "Example/1.0 (+https://example.org; crawler@example.org)"])
+async def test_requests_name_the_server(configured: str | None) -> None:
+    received = []
+
+    async def record(request: web.Request) -> web.StreamResponse:
+        received.append(request.headers["User-Agent"])
+        return web.Response(body=PNG)
+
+    async with file_server(a=record) as url, open_fetcher(allow_private_images=True, fetch_user_agent=configured) as fetcher:
+        await fetcher.load(f"{url}/a")
+    version = importlib.metadata.version("dvd-serve")
+    assert received == [configured or f"dvd-serve/{version} (+https://github.com/dvd-serve/dvd-serve)"]
 
 
 async def test_requests_have_no_cookies_credentials_or_referer() -> None:

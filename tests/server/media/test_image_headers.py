@@ -12,7 +12,7 @@ from PIL import Image
 
 from common import errors
 from common.options import IMAGE_FORMATS
-from server.media.fetch import inspect_image
+from server.media.image_header import inspect_image
 from tests.server.fakes.requests import image_file
 from tests.server.media.helpers import PNG
 
@@ -33,6 +33,12 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def damaged_png(*chunks: bytes) -> bytes:
+    """Return a PNG file whose header has a wrong checksum."""
+    data = png(8, 8, *chunks)
+    return data[:29] + bytes(4) + data[33:]
+
+
 def save_image(file_format: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, file_format)
@@ -48,7 +54,9 @@ INVALID_FILES = {
     "only the magic of WebP": b"RIFF\xff\xff\xff\xffWEBP",
     "only the magic of BMP": b"BM",
     "damaged header": PNG[:20] + b"\0\0\0\0" + PNG[24:],
-    "PNG with a large compressed text": png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(64 << 20)))),
+    "PNG whose header has a wrong checksum, with a large text": damaged_png(
+        chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(64 << 20)))
+    ),
     "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
     "PDF": b"%PDF-1.7\n",
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
@@ -62,6 +70,24 @@ INVALID_FILES = {
 def test_other_files_are_rejected(data: bytes) -> None:
     with pytest.raises(errors.InvalidImage, match=f"{len(data)} bytes"):
         inspect_image(data, 1 << 20)
+
+
+def test_the_reason_of_a_damaged_file_is_named() -> None:
+    for data, reason in (
+        (damaged_png(), "damaged PNG image: .*checksum"),
+        (b"\xff\xd8\xff", "damaged JPEG image"),
+        (b"GIF89a", "damaged GIF image"),
+        (b"RIFF\xff\xff\xff\xffWEBP", "damaged WEBP image"),
+    ):
+        with pytest.raises(errors.InvalidImage, match=reason):
+            inspect_image(data, 1 << 20)
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_large_metadata_does_not_matter(name: bytes) -> None:
+    head = b"a\0\x01\0\0\0" if name == b"iTXt" else b"a\0\0"
+    assert inspect_image(png(8, 8, chunk(name, head + zlib.compress(bytes(64 << 20)))), 64) == (8, 8)
+    assert inspect_image(png(8, 8, chunk(name, head)[:-1] + b"?"), 64) == (8, 8), "a wrong checksum"
 
 
 def test_an_empty_file_is_rejected() -> None:

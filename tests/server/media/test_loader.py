@@ -28,6 +28,8 @@ class FakeFetcher:
 
     async def load_frames(self, url: str, count: int) -> list[bytes]:
         self.calls.append((url, count))
+        if url == "invalid":
+            raise errors.InvalidImage("not an image")
         return [f"{url}-{i}".encode() for i in range(count)]
 
 
@@ -70,13 +72,16 @@ async def test_a_url_is_loaded_for_each_number_of_frames() -> None:
 async def test_the_total_size_is_limited() -> None:
     request = make_request(("abc", 0), ("de", 0))
     await make_loader(5)[0].load(request)
-    with pytest.raises(errors.ImageTooLarge, match="exceed 4 bytes in total"):
+    with pytest.raises(errors.ImageTooLarge, match="exceed 4 bytes in total") as error_info:
         await make_loader(4)[0].load(request)
+    assert error_info.value.param == "images"
 
 
-async def test_an_error_of_one_image_is_raised() -> None:
-    with pytest.raises(errors.InvalidImage):
-        await make_loader()[0].load(make_request(("a", 0), ("invalid", 0)))
+@pytest.mark.parametrize("frames", [0, 2])
+async def test_an_error_names_the_first_image_that_has_the_url(frames: int) -> None:
+    with pytest.raises(errors.InvalidImage, match=r"^images\[1\]: not an image$") as error_info:
+        await make_loader()[0].load(make_request(("a", 0), ("invalid", frames), ("invalid", frames)))
+    assert error_info.value.param == "images[1]"
 
 
 async def test_sizes_are_read_from_the_headers() -> None:

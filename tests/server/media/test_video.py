@@ -46,6 +46,31 @@ def test_a_sampled_frame_has_the_size_of_the_video() -> None:
     assert Image.open(io.BytesIO(file)).size == (320, 240)
 
 
+@pytest.mark.parametrize(("degrees", "turned"), [(0, 0), (90, 90), (-90, -90), (180, 180)])
+def test_a_frame_is_turned_as_its_display_matrix_says(degrees: int, turned: int) -> None:
+    """Degrees are counterclockwise, for FFmpeg and for Pillow."""
+    upright, rotated = (encode_video("mp4", "mpeg4", 3, size=(128, 64), rotation=angle) for angle in (None, degrees))
+    (expected,), (actual,) = (video.sample_frames(data, 1, MAX_PIXELS, 30) for data in (upright, rotated))
+    image = Image.open(io.BytesIO(expected)).rotate(turned, expand=True)
+    assert Image.open(io.BytesIO(actual)).tobytes() == image.tobytes()
+
+
+def test_every_frame_is_turned() -> None:
+    files = video.sample_frames(encode_video("mp4", "mpeg4", 120, rate=1, rotation=90), 8, MAX_PIXELS, 30)
+    assert [Image.open(io.BytesIO(file)).size for file in files] == [(48, 64)] * 8
+
+
+@pytest.mark.parametrize(("flip", "transpose"), [("hflip", "FLIP_LEFT_RIGHT"), ("vflip", "FLIP_TOP_BOTTOM")])
+def test_a_mirrored_frame_is_mirrored_back(flip: str, transpose: str) -> None:
+    upright, mirrored = (
+        encode_video("mp4", "mpeg4", 3, size=(128, 64), rotation=angle, **dict.fromkeys(names, True))
+        for angle, names in ((None, []), (0, [flip]))
+    )
+    (expected,), (actual,) = (video.sample_frames(data, 1, MAX_PIXELS, 30) for data in (upright, mirrored))
+    image = Image.open(io.BytesIO(expected)).transpose(Image.Transpose[transpose])
+    assert Image.open(io.BytesIO(actual)).tobytes() == image.tobytes()
+
+
 def test_a_video_with_too_many_pixels_is_rejected() -> None:
     with pytest.raises(errors.ImageTooLarge, match="The video has 64 × 48 pixels; the maximum is 3071"):
         video.sample_frames(encode_video("mp4", "mpeg4", 2), 1, 64 * 48 - 1, 30)
