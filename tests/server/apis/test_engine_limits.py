@@ -21,7 +21,11 @@ def test_values_of_64_bits_pass(value: Any) -> None:
 @pytest.mark.parametrize(("value", "bits"), [(2**64, 65), (-(2**63) - 1, 64), (2**70, 71), (10**4000, 13288)])
 @pytest.mark.parametrize(
     ("fields", "place"),
-    [(lambda n: {"top_k": n}, "top_k"), (lambda n: {"tools": [{"a": [0, {"b": n}]}]}, "tools[0].a[1].b")],
+    [
+        (lambda n: {"top_k": n}, "top_k"),
+        (lambda n: {"a": [1, n, 2]}, "a[1]"),
+        (lambda n: {"tools": [{"a": [0, {"b": n}]}]}, "tools[0].a[1].b"),
+    ],
 )
 def test_a_larger_integer_is_rejected_with_its_place(value: int, bits: int, fields: Any, place: str) -> None:
     raw = json.dumps(chat("a", **fields(value))).encode()
