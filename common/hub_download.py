@@ -40,7 +40,7 @@ class _Progress(tqdm):  # type: ignore[misc]
         self._received = 0.0
         if options.get("name") == "huggingface_hub.snapshot_download":
             _Progress.of_bytes = self
-        super().__init__(*args, **options)
+        super().__init__(*args, **{"disable": None, **options})  # None: draw on a terminal alone
 
     def update(self, n: float | None = 1) -> bool | None:
         """Advance the bar by `n`."""
