@@ -26,14 +26,14 @@ _MEGABYTE = 1_000_000
 
 
 class _Progress(tqdm):  # type: ignore[misc]
-    """A progress bar of huggingface_hub that also tells when the last byte arrived, and counts where nothing is drawn.
+    """A progress bar of huggingface_hub that also counts where nothing is drawn.
 
     Attributes:
-        last_update: when any bar advanced.
+        updates: how often any bar has advanced.
         of_bytes: the bar that counts the bytes of all files of this snapshot.
     """
 
-    last_update: ClassVar[float] = time.monotonic()
+    updates: ClassVar[int] = 0
     of_bytes: ClassVar["_Progress | None"] = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -44,7 +44,7 @@ class _Progress(tqdm):  # type: ignore[misc]
 
     def update(self, n: float | None = 1) -> bool | None:
         """Advance the bar by `n`."""
-        _Progress.last_update = time.monotonic()
+        _Progress.updates += 1
         self._received += n or 0
         shown: bool | None = super().update(n)
         return shown
@@ -52,6 +52,33 @@ class _Progress(tqdm):  # type: ignore[misc]
     def text(self) -> str:
         """Return how many bytes have arrived, of how many."""
         return f"{self._received / _MEGABYTE:,.0f} of {(self.total or 0) / _MEGABYTE:,.0f} MB"
+
+
+class Activity:
+    """Whether a repository's files are arriving in the cache, also if another process downloads them and this one waits."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._last = self._state()
+
+    def is_new(self) -> bool:
+        """Return whether anything has arrived since the last call."""
+        state, self._last = self._last, self._state()
+        return state != self._last
+
+    def _state(self) -> tuple[int, list[tuple[str, int]]]:
+        files = list[tuple[str, int]]()
+        if self._folder.is_dir():
+            with os.scandir(self._folder) as entries:
+                files = sorted((entry.name, _size(entry)) for entry in entries)
+        return _Progress.updates, files
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # complete, and renamed meanwhile
+        return 0
 
 
 class _Worker(threading.Thread):
@@ -77,11 +104,14 @@ def main(argument: str) -> dict[str, str]:
     download = Download(**json.loads(argument))
     worker = _Worker(download)
     worker.start()
-    last_report = time.monotonic()
+    activity = Activity(Path(constants.HF_HUB_CACHE, f"models--{download.id.replace('/', '--')}", "blobs"))
+    last_activity = last_report = time.monotonic()
     while worker.is_alive():
         worker.join(_POLL_SECONDS)
         now = time.monotonic()
-        if now - _Progress.last_update > download.stall_seconds:
+        if activity.is_new():
+            last_activity = now
+        elif now - last_activity > download.stall_seconds:
             return {"error": _message(download, f"{constants.ENDPOINT} sent nothing for {download.stall_seconds:g} s")}
         if now - last_report > _REPORT_INTERVAL_SECONDS and not sys.stderr.isatty():
             last_report = now

@@ -9,6 +9,7 @@ import pytest
 
 from common.checkpoint import INDEX, Checkpoint, CheckpointError, open_checkpoint
 from common.hub import find_checkpoint, parse_repository, pinned, served_name
+from common.hub_download import Activity
 from tests.hub import BOTH, COMMIT, ID, LANGUAGE, VISION, fill_cache, hub_server, split_checkpoint
 from tests.ports import free_port
 
@@ -160,6 +161,27 @@ def check_line(error: CheckpointError, model: str = ID) -> None:
     assert "\n" not in str(error)
     assert str(error).startswith(f"{model!r} is no folder")
     assert str(error).endswith(f"hf download {ID}")
+
+
+def test_files_that_another_process_downloads_are_activity(tmp_path: Path) -> None:
+    """Such a process holds a lock, and this one receives nothing itself."""
+    activity = Activity(tmp_path / "blobs")
+    assert not activity.is_new()
+    (tmp_path / "blobs").mkdir()
+    file = tmp_path / "blobs/a.incomplete"
+    file.write_bytes(b"a")
+    assert activity.is_new()
+    file.write_bytes(b"ab")
+    assert activity.is_new()
+    file.rename(tmp_path / "blobs/a")
+    assert activity.is_new()
+    assert not activity.is_new()
+
+
+def test_a_child_that_is_killed_is_one_line(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    with pytest.raises(CheckpointError, match="the download ended with status 1: start again to resume it"):
+        find_checkpoint(MODEL)
 
 
 def test_a_refused_connection_is_one_line(cache: Path) -> None:
