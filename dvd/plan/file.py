@@ -17,7 +17,7 @@ EXAMPLE_COSTS = Costs(
 )
 EXAMPLE_LOAD = Load(
     rate=20.0,
-    kinds=[Kind(weight=3.0, tiles=7, text=60, output=150), Kind(images=0, text=400, output=250)],
+    kinds=[Kind(weight=3.0, tiles=7, text=60, output=80), Kind(images=0, text=400, output=120)],
 )
 _EXAMPLE_HEADER = (
     "An example for dvd plan: invented costs, and a mix of three requests with an image to one without.",
