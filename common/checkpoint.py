@@ -6,7 +6,9 @@ Vision and language workers must agree on it: dimensions, thresholds, and the fi
 import functools
 import hashlib
 import json
+import re
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,12 @@ from typing import Any
 from common.layouts import LAYOUTS
 from common.layouts.base import Description, Layout
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+_COMMIT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})$")
+"""Folder of a snapshot in the cache of Hugging Face's hub, which is named after its commit."""
+
 _SAMPLE_BYTES = 4096
 _MAX_HEADER_BYTES = 100 << 20
 
@@ -51,25 +58,35 @@ class Checkpoint:
     def vision_tensors(self) -> dict[str, TensorSlice]:
         """The tensors that a vision worker needs, by name; empty if the folder has no weights.
 
-        Only the files that hold such a tensor are opened. Raises: `CheckpointError` if one is missing or damaged.
+        Only the files that hold such a tensor are opened; others may be missing. Raises: `CheckpointError` if one of them is
+        missing or damaged.
         """
         prefixes = self.layout.vision_prefixes
-        files = {file for name, file in _files_by_tensor(self.path).items() if name is None or name.startswith(prefixes)}
         return {
             name: tensor
-            for file in sorted(files)
-            for name, tensor in read_header(self.path / file).items()
+            for file in self._present_files(self.vision_files)
+            for name, tensor in read_header(file).items()
             if name.startswith(prefixes)
         }
+
+    @functools.cached_property
+    def commit(self) -> str | None:
+        """Commit of a snapshot in the cache of Hugging Face's hub; None for any other folder."""
+        match = _COMMIT.search(self.path.as_posix())
+        return match and match[1]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the inputs that determine an embedding.
 
-        It covers the description, and the name, dtype, shape and first and last 4 KiB of every vision tensor. Reading all of a
-        6B tower at start would take minutes on a network disk.
+        It covers the description, and of the vision weights either the commit of the hub's snapshot, which a language worker
+        has without them, or the name, dtype, shape and first and last 4 KiB of every tensor. Reading all of a 6B tower at
+        start would take minutes on a network disk.
         """
         digest = hashlib.sha256(json.dumps(asdict(self.description), sort_keys=True).encode())
+        if self.commit is not None:
+            digest.update(self.commit.encode())
+            return digest.hexdigest()
         for name, tensor in sorted(self.vision_tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
             with tensor.file.open("rb") as file:
@@ -77,6 +94,49 @@ class Checkpoint:
                     file.seek(tensor.offset + offset)
                     digest.update(file.read(min(_SAMPLE_BYTES, tensor.length)))
         return digest.hexdigest()
+
+    @property
+    def vision_files(self) -> list[str]:
+        """Names of the files that hold a tensor of the vision part, whether or not they are present."""
+        return self._files_of(lambda name: name.startswith(self.layout.vision_prefixes))
+
+    @property
+    def language_files(self) -> list[str]:
+        """Names of the files that hold a tensor of the language model, whether or not they are present."""
+        return self._files_of(lambda name: not name.startswith(self.layout.vision_prefixes))
+
+    @property
+    def lacks_files(self) -> bool:
+        """Whether the index names a file that is missing, because only one half of the checkpoint was downloaded."""
+        return any(not (self.path / file).is_file() for file in (self._weight_map or {}).values())
+
+    def check_language_files(self) -> None:
+        """Raise `CheckpointError` if a file that a language worker reads is missing or damaged.
+
+        It reads the vision tensors for the fingerprint, unless that comes from the commit.
+        """
+        for file in self._present_files(self.language_files):
+            read_header(file)
+        if self.commit is None:
+            self.vision_tensors  # noqa: B018
+
+    @functools.cached_property
+    def _weight_map(self) -> dict[str, str] | None:
+        """The file of each tensor, by the tensor's name; None without an index."""
+        return _read_index(self.path) if (self.path / INDEX).is_file() else None
+
+    def _files_of(self, belongs: Callable[[str], bool]) -> list[str]:
+        if self._weight_map is None:
+            return [SINGLE_FILE]
+        return sorted({file for name, file in self._weight_map.items() if belongs(name)})
+
+    def _present_files(self, names: list[str]) -> list[Path]:
+        """The paths of weight files; empty for a folder without weights. Raises: `CheckpointError` if one is missing."""
+        files = [self.path / name for name in names if self._weight_map is not None or (self.path / name).is_file()]
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{INDEX} names {file.name!r}, which is missing: download it again")
+        return files
 
     def as_json(self) -> dict[str, Any]:
         """The description as `dvd describe` prints it."""
@@ -104,7 +164,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Return the checkpoint in a folder. Raises: `CheckpointError` with one line that says what is wrong with it."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {str(path)!r}: give a folder with config.json and safetensors files")
+        raise CheckpointError(
+            f"no checkpoint at {str(path)!r}: give a folder with config.json and safetensors files, or ORG/NAME of a "
+            "repository on Hugging Face's hub"
+        )
     config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type not in LAYOUTS:
@@ -137,17 +200,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _files_by_tensor(folder: Path) -> dict[str | None, str]:
-    """The file of each tensor, by the tensor's name; without an index, the only file under the name None."""
-    if (folder / _INDEX).is_file():
-        weight_map: dict[str | None, str] = dict(_read_json(folder / _INDEX)["weight_map"])
-        missing = {f for f in weight_map.values() if not (folder / f).is_file()}
-        if missing:
-            raise CheckpointError(f"{_INDEX} names {sorted(missing)[0]!r}, which is missing: download it again")
-        return weight_map
-    if (folder / "model.safetensors").is_file():
-        return {None: "model.safetensors"}
-    return {}
+def _read_index(folder: Path) -> dict[str, str]:
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{INDEX} in {str(folder)!r} has no weight_map from tensors to files: download it again")
+    return weight_map
 
 
 def read_header(file: Path) -> dict[str, TensorSlice]:

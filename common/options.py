@@ -35,6 +35,8 @@ def _check_address(text: str) -> str:
 Address = Annotated[str, AfterValidator(_check_address)]
 """Address to listen on."""
 
+MODEL_DESCRIPTION = "folder of the checkpoint, or ORG/NAME[@REVISION] on Hugging Face's hub"
+
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Supported image formats, by Pillow's names. The gateway and the vision worker accept the same."""
 
@@ -83,7 +85,7 @@ class TraceOptions(Options):
 class CheckpointOptions(Options):
     """Options of a process that loads a checkpoint."""
 
-    model: Path = Field(description="folder of the checkpoint")
+    model: Path = Field(description=MODEL_DESCRIPTION)
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights of the checkpoint's shapes")
 
 

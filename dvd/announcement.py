@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Sequence
 
+from common.hub import served_name
 from dvd.output import print_status
 from dvd.probes import http_is_ok
 from dvd.up_config import UpOptions
@@ -43,7 +44,7 @@ def _url(options: UpOptions) -> str:
 def _example_command(options: UpOptions) -> str:
     """Return a curl command with an image inline, which works as it is pasted."""
     body = (
-        '{"model": "' + options.model.resolve().name + '", "max_tokens": 16, "messages": [{"role": "user", "content": ['
+        '{"model": "' + served_name(options.model) + '", "max_tokens": 16, "messages": [{"role": "user", "content": ['
         '{"type": "image_url", "image_url": {"url": "data:image/png;base64,' + _red_disc_png() + '"}}, '
         '{"type": "text", "text": "What colour is the circle?"}]}]}'
     )

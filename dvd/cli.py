@@ -9,7 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from common.checkpoint import CheckpointError, open_checkpoint
+from common import logs
+from common.checkpoint import CheckpointError
+from common.hub import find_checkpoint
 from common.options import ConfigError, read_options
 from dvd.config import DescribeOptions
 
@@ -26,7 +28,8 @@ tools
   health ADDRESS  check whether a worker or a gateway can do its work, by exit status
   plan FILE       compute how many workers a load needs, from measured costs
 
-MODEL is the folder of a checkpoint. dvd COMMAND --help lists the options of a command.
+MODEL is the folder of a checkpoint, or ORG/NAME[@REVISION] of a repository on
+Hugging Face's hub. dvd COMMAND --help lists the options of a command.
 """
 
 _PROCESSES = {
@@ -86,8 +89,9 @@ def _describe(arguments: Sequence[str]) -> None:
     except ConfigError as error:
         print(f"dvd describe: {error}", file=sys.stderr)
         sys.exit(2)
+    logs.configure(options.log_level, options.log_format, "common")
     try:
-        print(json.dumps(open_checkpoint(options.model).as_json(), indent=2))
+        print(json.dumps(find_checkpoint(options.model).as_json(), indent=2))
     except CheckpointError as error:
         sys.exit(f"dvd describe: {error}")
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from common.options import ADDRESS_PATTERN, Options
+from common.options import ADDRESS_PATTERN, MODEL_DESCRIPTION, Options
 
 
 def _health_address(text: str) -> str:
@@ -21,7 +21,7 @@ class DescribeOptions(Options):
 
     command: ClassVar[str] = "describe"
 
-    model: Path = Field(description="folder of the checkpoint")
+    model: Path = Field(description=MODEL_DESCRIPTION)
 
 
 class HealthOptions(Options):

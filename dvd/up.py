@@ -6,7 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from common import logs
+from common.checkpoint import Checkpoint, CheckpointError
+from common.hub import find_checkpoint, pinned
 from common.options import ConfigError, read_options
 from dvd.announcement import announce_readiness
 from dvd.output import print_status
@@ -21,7 +23,8 @@ def main(arguments: Sequence[str]) -> None:
     own, vllm_flags = split_arguments(arguments)
     try:
         options = read_options(UpOptions, own)
-        checkpoint = open_checkpoint(options.model)
+        logs.configure(options.log_level, options.log_format, "common")
+        checkpoint = find_checkpoint(options.model, "vision", "language", weights=options.load_format == "auto")
         _check_router(options, checkpoint)
     except ConfigError as error:
         print(f"dvd up: {error}", file=sys.stderr)
@@ -31,6 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     model = checkpoint.description
     summary = f"{options.model}: {model.family}, {model.language_model}, {model.tower.layers}-layer InternViT"
     print_status(summary, options.log_format)
+    options = options.model_copy(update={"model": pinned(options.model, checkpoint)})
     with tempfile.TemporaryDirectory(prefix="dvd-") as folder:
         try:
             specs = process_specs(options, vllm_flags, Path(folder))

@@ -7,8 +7,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import rpc
-from common.checkpoint import CheckpointError, open_checkpoint
+from common import logs, rpc
+from common.checkpoint import CheckpointError
+from common.hub import find_checkpoint
 from common.options import ConfigError, read_options
 from lm_worker import plugin, shared_memory
 from lm_worker.config import LanguageOptions, reject_own_flags, split_arguments
@@ -58,8 +59,9 @@ def _raise_stopped(number: int, _frame: object) -> None:
 
 
 def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
-    checkpoint = open_checkpoint(options.model)
-    checkpoint.vision_tensors  # noqa: B018  a damaged file becomes one line here, not a stack trace of vLLM's later
+    logs.configure(options.log_level, options.log_format, "common")
+    checkpoint = find_checkpoint(options.model, "language", weights=options.load_format == "auto")
+    checkpoint.check_language_files()  # a damaged file becomes one line here, not a stack trace of vLLM's later
     for address in (options.listen, options.http):
         rpc.ensure_free(address)  # checked first: otherwise a running worker's shared memory would be removed as if it had died
     folder = shared_memory.folder_of(options.listen)
@@ -74,13 +76,13 @@ def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
         from lm_worker.vllm_arguments import vllm_arguments
 
         fork = may_fork()  # before vLLM chooses a start method in the environment
-        args = vllm_arguments(options, folder, vllm_flags)
-        uvloop.run(_serve(options, folder, args, fork))
+        args = vllm_arguments(options, checkpoint.path, folder, vllm_flags)
+        uvloop.run(_serve(options, checkpoint.path, folder, args, fork))
     finally:
         shared_memory.remove_folder(folder)
 
 
-async def _serve(options: LanguageOptions, folder: Path, args: Namespace, fork: bool) -> None:
+async def _serve(options: LanguageOptions, model: Path, folder: Path, args: Namespace, fork: bool) -> None:
     """Run vLLM's server, and start the sink when the engine is up: a sink that answers implies a working language worker."""
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.entrypoints.launchers.launcher import setup_server
@@ -90,7 +92,7 @@ async def _serve(options: LanguageOptions, folder: Path, args: Namespace, fork: 
     address, listening = setup_server(args, reuse_port=False)
     async with start_engine(args, listening, fork=fork) as engine:
         sink = SinkOptions(
-            model=str(options.model),
+            model=str(model),
             listen=options.listen,
             http=options.http,
             dtype=str(engine.model_config.dtype).removeprefix("torch."),

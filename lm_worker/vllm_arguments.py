@@ -12,17 +12,19 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from common.hub import served_name
 from lm_worker.config import LanguageOptions
 
 _MAX_CPU_KV_CACHE_BYTES = 4 << 30
 _MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 
 
-def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str]) -> Namespace:
+def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: Sequence[str]) -> Namespace:
     """Parsed arguments of vLLM.
 
     Args:
         options: The language worker's options.
+        model: Folder of the checkpoint.
         folder: Shared memory of the sink.
         flags: The caller's flags of `vllm serve`, which override our defaults.
     """
@@ -35,8 +37,8 @@ def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str])
     }
     parser = make_arg_parser(FlexibleArgumentParser(prog="dvd language … --"))
     args: Namespace = parser.parse_args([
-        f"--model={options.model}",
-        f"--served-model-name={options.model.resolve().name}",
+        f"--model={model}",
+        f"--served-model-name={served_name(options.model)}",
         f"--load-format={options.load_format}",
         "--enable-prompt-tokens-details",
         "--interleave-mm-strings",

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from common import logs, rpc
-from common.checkpoint import CheckpointError, open_checkpoint
+from common.checkpoint import Checkpoint, CheckpointError
+from common.hub import find_checkpoint
 from common.metrics import serve_metrics
 from common.options import ConfigError, read_options
 from common.tracing import Trace
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = read_options(VisionOptions, sys.argv[1:] if arguments is None else arguments)
         logs.configure(options.log_level, options.log_format)
-        asyncio.run(_run(options))
+        checkpoint = find_checkpoint(options.model, "vision", weights=options.load_format == "auto")
+        asyncio.run(_run(options, checkpoint))
     except ConfigError as error:
         return _print_error(error, 2)
     except (CheckpointError, DeviceLostError, OSError) as error:
@@ -59,10 +61,9 @@ def _print_error(error: Exception, status: int) -> int:
     return status
 
 
-async def _run(options: VisionOptions) -> None:
+async def _run(options: VisionOptions, checkpoint: Checkpoint) -> None:
     """Load, warm up, serve until a signal or until the device is lost, and stop."""
     started = time.monotonic()
-    checkpoint = open_checkpoint(options.model)
     log.info("loading %s from %s", checkpoint.description.family, checkpoint.path)
     encoder = encoders.load(options, checkpoint)
     placement = encoder.placement

@@ -1,5 +1,6 @@
 """Search for the cheapest fleet that meets the limits of a load."""
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,66 @@ def _shrink(costs: Costs, load: Load, fleet: Fleet, price: float) -> Fleet:
                 break
             fleet = smaller
     return fleet
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Whether decoupling pays for a load, in comparison with colocated workers: vLLM servers that encode images themselves.
+
+    Attributes:
+        decouple: False if colocated workers do at least as well.
+        reason: one line.
+        colocated: the cheapest colocated fleet that meets the limits and costs no more; None if there is none.
+    """
+
+    decouple: bool
+    reason: str
+    colocated: Plan | None
+
+
+def advise(costs: Costs, load: Load, plan: Plan, price: float = 1.0) -> Advice:
+    """Compare the cheapest decoupled fleet with colocated workers. `price`: see `cheapest`. A colocated worker costs 1."""
+    budget = plan.fleet.vision * price + plan.fleet.language
+    affordable = max(1, int(budget + 1e-9))
+    colocated = _cheapest_colocated(costs, load, affordable)
+    if colocated is None:
+        miss = _describe_miss(costs, load, _colocated(affordable))
+        return Advice(True, f"{_servers(affordable)}, at no higher price, would {miss}", None)
+    count = colocated.fleet.language
+    if count < budget - 1e-9:
+        enough = f"{_servers(count)} at a price of {count} {'are' if count > 1 else 'is'} enough"
+        return Advice(False, f"{enough}; decoupled workers cost {budget:g}", colocated)
+    most, decoupled_most = colocated.saturated.throughput, plan.saturated.throughput
+    rates = f"at the same price, {decoupled_most:.2f} requests/s at most, and {most:.2f} with {_servers(count)}"
+    return Advice(decoupled_most > most, rates, colocated)
+
+
+def _cheapest_colocated(costs: Costs, load: Load, most: int) -> Plan | None:
+    """Return the plan with the fewest colocated workers, at most `most`, that meet the limits."""
+    if not meets_limits(costs, load, _colocated(most)):
+        return None
+    counts = range(1, most + 1)
+    fewest = counts[bisect.bisect_left(counts, True, key=lambda count: meets_limits(costs, load, _colocated(count)))]
+    return evaluate(costs, load, _colocated(fewest))
+
+
+def _colocated(count: int) -> Fleet:
+    return Fleet(vision=0, language=count, deployment="colocated")
+
+
+def _servers(count: int) -> str:
+    return f"{count} colocated vLLM server{'s' if count > 1 else ''}"
+
+
+def _describe_miss(costs: Costs, load: Load, fleet: Fleet) -> str:
+    """Return which limit a fleet misses, and by how much."""
+    most = simulate_saturated(costs, load, fleet).throughput
+    if load.rate > _MAX_UTILISATION * most:
+        return f"be saturated: at most {most:.2f} requests/s"
+    outcome, limits = simulate(costs, load, fleet), load.limits
+    misses = (("TTFT", outcome.ttft, limits.ttft), ("ITL", outcome.itl, limits.itl))
+    name, value, limit = max(((n, percentile(v, 0.99), limit) for n, v, limit in misses), key=lambda miss: miss[1] / miss[2])
+    return f"miss a limit: {name} p99 {value * 1e3:.0f} ms, limit {limit * 1e3:.0f} ms"
 
 
 def throughput_by_vision_workers(costs: Costs, load: Load, counts: Sequence[int], language: int) -> list[float]:

@@ -29,6 +29,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.sequence import IntermediateTensors
 
+from common.checkpoint import open_checkpoint
 from common.embedding_ref import EmbeddingRef
 from common.layouts import LAYOUTS
 from lm_worker.renderer import IMAGE_MARK
@@ -200,6 +201,9 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
         super().__init__()
         config = vllm_config.model_config.hf_config
         self._layout = LAYOUTS[config.model_type]
+        if open_checkpoint(vllm_config.model_config.model).lacks_files:
+            # vLLM requires every file of the index, also those with vision tensors alone, unless a model names patterns
+            self.allow_patterns_overrides = ["*.safetensors"]
         mark: Any = self._mark_language_model  # typed as Tensor | Module, like every attribute of nn.Module
         with mark(vllm_config):
             self.language_model = init_vllm_registered_model(

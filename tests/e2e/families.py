@@ -29,16 +29,24 @@ QUESTIONS = [
 
 @dataclass(frozen=True)
 class Family:
-    """A checkpoint: its name, and options of `write_checkpoint` (of `write_native_checkpoint` where `native`)."""
+    """A checkpoint.
+
+    Attributes:
+        name: its name.
+        options: options of `write_checkpoint`, or of `write_native_checkpoint` where `native`.
+        native: whether it has transformers' layout.
+        language_alone: whether vLLM gets it without the files that hold only vision tensors.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     native: bool = False
+    language_alone: bool = False
 
 
 FAMILIES = [
     Family("qwen2-text-template", {"language": "qwen2", "chat_template": "text"}),
-    Family("qwen3-flash-6b", {"language": "qwen3", "flash": True, "tower": "6b"}),
+    Family("qwen3-flash-6b", {"language": "qwen3", "flash": True, "tower": "6b", "shards": 8}, language_alone=True),
     Family("qwen3-moe-flash", {"language": "qwen3_moe", "flash": True}),
     Family("llama", {"language": "llama", "tower": "6b", "pixel_shuffle": "v1"}),
     Family("internlm2", {"language": "internlm2", "tower": "6b", "pixel_shuffle": "v1", "chat_template": "text"}),

@@ -100,7 +100,20 @@ def make_and_encode(folder: Path) -> None:
         checkpoint = folder / family.name
         (write_native_checkpoint if family.native else write_checkpoint)(checkpoint, **family.options)
         rows[family.name] = encode_images(checkpoint, store_of(folder, family))
+        if family.language_alone:
+            remove_vision_files(checkpoint)
     (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def remove_vision_files(checkpoint: Path) -> None:
+    """Removes the files that a language worker does not download."""
+    from common.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    files = set(opened.vision_files) - set(opened.language_files)
+    assert files
+    for name in files:
+        (checkpoint / name).unlink()
 
 
 def store_of(folder: Path, family: Family) -> Path:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.conftest import Golden
 from tests.e2e.serving import GOLDEN, Served, alive, gone, processes, run
+from tests.hub import BOTH, ID, LANGUAGE, VISION, fill_cache, split_checkpoint
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
 
@@ -93,8 +94,25 @@ COMMANDS = ("up", "vision", "language", "describe")
 def test_a_missing_model_is_one_line_of_error(command: str, tmp_path: Path) -> None:
     code, lines = run(command, tmp_path / "absent")
     assert code == 1
-    assert lines.splitlines() == [f"dvd {command}: no checkpoint at '{tmp_path / 'absent'}': give a folder with "
-                                  "config.json and safetensors files"]  # fmt: skip
+    hint = "give a folder with config.json and safetensors files, or ORG/NAME of a repository on Hugging Face's hub"
+    assert lines.splitlines() == [f"dvd {command}: no checkpoint at '{tmp_path / 'absent'}': {hint}"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_model_that_cannot_be_downloaded_is_one_line_of_error(command: str, tmp_path: Path) -> None:
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    code, lines = run(command, "org/absent", environment=environment)
+    assert code == 1
+    line = lines.splitlines()[-1]
+    assert line.startswith(f"dvd {command}: 'org/absent' is no folder, is not complete in the cache {tmp_path}")
+    assert line.endswith("HF_HUB_OFFLINE is set. To download it elsewhere or later: hf download org/absent")
+    assert "Traceback" not in lines
+
+
+def test_a_model_in_the_cache_is_described_by_its_id(tmp_path: Path) -> None:
+    fill_cache(tmp_path / "cache", split_checkpoint(CHECKPOINT, tmp_path / "repository"), VISION, BOTH, LANGUAGE)
+    code, lines = run("describe", ID, environment={"HF_HUB_CACHE": str(tmp_path / "cache")})
+    assert (code, json.loads(lines)["family"]) == (0, "InternVL 3.5 Flash")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

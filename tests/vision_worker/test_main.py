@@ -16,6 +16,7 @@ from torch import Tensor
 from common import rpc
 from common.checkpoint import open_checkpoint
 from protos import embeddings_pb2, vision_pb2, vision_pb2_grpc
+from tests.hub import ID, LANGUAGE, VISION, fill_cache, split_checkpoint
 from tests.vision_worker import golden
 from vision_worker.__main__ import main
 from vision_worker.models.fake import Fake
@@ -80,6 +81,26 @@ def test_a_lost_device_exits_with_1(
     caller.join()
     assert codes == [grpc.StatusCode.UNAVAILABLE], "the caller may then ask another worker"
     assert "dvd vision: device cpu is no longer usable" in capsys.readouterr().err
+
+
+async def test_a_worker_needs_only_the_files_of_its_half(tmp_path: Path) -> None:
+    """Served by its id from a cache without the language model; its fingerprint is that of a worker with the other half."""
+    repository = split_checkpoint(Path(CHECKPOINT), tmp_path / "repository")
+    fill_cache(tmp_path / "cache", repository, LANGUAGE)
+    other_half = fill_cache(tmp_path / "other", repository, VISION)
+    address = f"unix:{tmp_path}/vision"
+    process = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-m", "vision_worker", ID, f"--listen={address}", "--max-batch-tiles=1"],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        async with rpc.open_channel(address) as channel:
+            stub = vision_pb2_grpc.VisionStub(channel)
+            description = await stub.Describe(embeddings_pb2.DescribeRequest(), timeout=60, wait_for_ready=True)
+        assert description.checkpoint.fingerprint == open_checkpoint(other_half).fingerprint
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def test_a_worker_starts_serves_and_stops_on_sigterm(tmp_path: Path) -> None:

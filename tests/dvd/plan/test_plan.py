@@ -1,5 +1,6 @@
 """`dvd plan`: the search for a fleet, its report, and its errors."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import yaml
 
 from dvd.plan.command import main
 from dvd.plan.model import Costs, Fleet, Kind, LanguageCosts, Limits, Load, VisionCosts
-from dvd.plan.search import Infeasible, cheapest, meets_limits, simulate_saturated
+from dvd.plan.search import Infeasible, advise, cheapest, meets_limits, simulate_saturated
+from dvd.plan.simulation import percentile
 
 COSTS = Costs(
     vision=VisionCosts(prepare=0.004, cores=8, batch=0.002, tile=0.01, batch_tiles=16),
@@ -88,11 +90,9 @@ def test_a_plot(file: Path, tmp_path: Path) -> None:
     [
         ("", "keys costs and load"),
         ("[1, 2]", "keys costs and load"),
-        ("cost: {}", "keys costs and load"),
-        ("costs: {}", "vision: field required"),
-        ("{costs: {vision: {prepare: 1, tile: -2}, language: {prefill: 1}, bytes_per_token: 2}}", "vision.tile"),
-        ("{costs: {vision: {prepare: 1, tile: 2, tiles: 3}, language: {prefill: 1}, bytes_per_token: 2}}", "vision.tiles"),
-        ("a: [", "expected"),
+        ("cost: {}", "cost: unknown key"),
+        ("{costs: {vision: {prepare: 1, tile: -2}, language: {prefill: 1}, bytes_per_token: 2}}", "costs.vision.tile = -2"),
+        ("a: [", "line 1, column 5"),
     ],
 )
 def test_an_invalid_file_is_an_error_of_one_line(
@@ -103,6 +103,94 @@ def test_an_invalid_file_is_an_error_of_one_line(
     error = capsys.readouterr().err
     assert word in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "one of the arguments FILE --example --from is required"),
+        (["FILE", "--example"], "not allowed with argument"),
+        (["FILE", "--from", "http://a"], "not allowed with argument"),
+        (["FILE", "--vision-workers=0"], "expected a whole number from 1 to 4096, got '0'"),
+        (["FILE", "--language-workers=two"], "expected a whole number from 1 to 4096, got 'two'"),
+        (["FILE", "--vision-price=-1"], "expected a number above 0, got '-1'"),
+        (["FILE", "--vision-price=nan"], "expected a number above 0, got 'nan'"),
+        (["FILE", "--rats=1"], "unrecognized arguments: --rats=1"),
+    ],
+)
+def test_an_invalid_option_is_one_line(
+    file: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(file) if option == "FILE" else option for option in options])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("option", "message"), [("--rate=-1", "load.rate = -1.0"), ("--ttft=nan", "load.limits.ttft = nan")])
+def test_an_option_out_of_range_is_named_like_its_key(
+    file: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    assert main([str(file), option]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_example_can_be_piped_back(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["--example"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(capsys.readouterr().out))
+    assert main(["-"]) == 0
+    assert capsys.readouterr().out.startswith("answer           ")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a: ["))
+    assert main(["-"]) == 2
+    assert capsys.readouterr().err.startswith("dvd plan: standard input: line 1, column 5: ")
+
+
+def test_a_load_without_images_needs_no_decoupling(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    advice = advise(COSTS, TEXT, cheapest(COSTS, TEXT))
+    assert not advice.decouple
+    assert advice.reason == "1 colocated vLLM server at a price of 1 is enough; decoupled workers cost 2"
+
+
+TEXT = Load(rate=2, kinds=[Kind(images=0, output=20)])
+
+
+def test_images_that_delay_streams_need_decoupling() -> None:
+    """A colocated server encodes seven tiles between two tokens: 100 ms and more."""
+    load = LOAD.model_copy(update={"limits": Limits(ttft=1.0, itl=0.06)})
+    plan = cheapest(COSTS, load)
+    assert percentile(plan.outcome.itl, 0.99) <= 0.06
+    advice = advise(COSTS, load, plan)
+    assert advice.decouple
+    assert advice.colocated is None
+    assert "miss a limit: ITL p99" in advice.reason
+    assert advice.reason.endswith("limit 60 ms")
+
+
+def test_at_the_same_price_throughput_decides() -> None:
+    """Each request takes 100 ms of vision and little of language: decoupled, one of two workers is mostly idle."""
+    load = Load(rate=4, kinds=[Kind(tiles=10, output=2)], limits=Limits(ttft=30, itl=30))
+    plan = cheapest(COSTS, load)
+    assert plan.fleet == Fleet(vision=1, language=1)
+    slow = COSTS.model_copy(update={"vision": COSTS.vision.model_copy(update={"prepare": 0.00001})})
+    advice = advise(slow, load, cheapest(slow, load))
+    assert not advice.decouple
+    # one thread of a colocated server prepares ten tiles in 0.4 s, a vision worker has eight
+    blocked = COSTS.model_copy(update={"vision": COSTS.vision.model_copy(update={"prepare": 0.04})})
+    assert advise(blocked, load, cheapest(blocked, load)).decouple
+
+
+def test_a_cheaper_vision_worker_can_make_decoupling_pay() -> None:
+    load = LOAD.model_copy(update={"limits": Limits(ttft=5.0, itl=5.0)})
+    assert not advise(COSTS, load, cheapest(COSTS, load), 1.0).decouple
+    assert advise(COSTS, load, cheapest(COSTS, load, 0.1), 0.1).decouple
+
+
+def test_the_answer_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = run(file, capsys)
+    assert (plan["decouple"], plan["reason"]) == (advise(COSTS, LOAD, cheapest(COSTS, LOAD)).decouple, plan["reason"])
+    assert "decouple" not in run(file, capsys, "--vision-workers=1")
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
