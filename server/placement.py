@@ -42,7 +42,7 @@ class EncodeGroup:
 
 @dataclass(frozen=True)
 class _KeyedImage:
-    """An image file, and where the first image with its key is in the request."""
+    """An image file, and where its first occurrence is in the request."""
 
     data: bytes
     location: str
@@ -286,8 +286,10 @@ def _images_by_key(
     embedding_keys: Sequence[str], images: Sequence[ImagePart], files: Sequence[ImageFile]
 ) -> dict[str, _KeyedImage]:
     result: dict[str, _KeyedImage] = {}
+    locations: dict[bytes, str] = {}  # by digest: with --router-scope=request equal images have several keys
     for key, image, file in zip(embedding_keys, images, files, strict=True):
-        result.setdefault(key, _KeyedImage(file.data, format_path(image.path)))
+        location = locations.setdefault(file.digest, format_path(image.path))
+        result.setdefault(key, _KeyedImage(file.data, location))
     return result
 
 

@@ -44,6 +44,7 @@ async def test_a_gateway_that_is_not_ready_gives_the_reasons(tmp_path: Path) -> 
             assert await check(f"{stack.url}/health/{path}", 20) == "200"
         await stack.vision.stop()
         assert await check(f"{stack.url}/health/live", 20) == "200", "text requests are still served"
+        await stack.wait_until_not_ready()
         with pytest.raises(errors.Unavailable, match="^503 no vision worker answers$"):
             await check(f"{stack.url}/health/ready", 20)
         with pytest.raises(errors.Unavailable, match=r"^404$"):
