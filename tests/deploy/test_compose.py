@@ -31,7 +31,7 @@ from tests.deploy.files import (
     services,
 )
 from tests.option_classes import COMMANDS
-from vision_worker import __main__ as vision
+from vision_worker import process as vision
 
 EVERY_CONFIGURATION = pytest.mark.parametrize("files", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 EXAMPLE = DEPLOY / ".env.example"
