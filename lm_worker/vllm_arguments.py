@@ -6,12 +6,14 @@ import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from common.options import ConfigError
 from lm_worker.config import LanguageOptions
 
 _MAX_CPU_KV_CACHE_BYTES = 4 << 30
@@ -25,6 +27,10 @@ def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str])
         options: The language worker's options.
         folder: Shared memory of the sink.
         flags: The caller's flags of `vllm serve`, which override our defaults.
+
+    Raises:
+        ConfigError: A flag has an invalid value.
+        ValueError: Flags contradict each other.
     """
     cli_env_setup()
     connector = {
@@ -33,7 +39,7 @@ def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str])
         "ec_role": "ec_consumer",
         "ec_connector_extra_config": {"folder": str(folder), "wait": options.wait_for_embeddings},
     }
-    parser = make_arg_parser(FlexibleArgumentParser(prog="dvd language … --"))
+    parser = make_arg_parser(_Parser(prog="dvd language … --"))
     args: Namespace = parser.parse_args([
         f"--model={options.model}",
         f"--served-model-name={options.model.resolve().name}",
@@ -41,6 +47,7 @@ def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str])
         "--enable-prompt-tokens-details",
         "--interleave-mm-strings",
         "--disable-uvicorn-access-log",
+        f"--uvicorn-log-level={'info' if options.log_level == 'debug' else 'warning'}",
         *_cpu_flags(flags),
         *flags,
         "--enable-mm-embeds",
@@ -50,6 +57,14 @@ def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str])
     ])  # fmt: skip
     validate_parsed_serve_args(args)
     return args
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError` instead of printing the usage of all flags and exiting."""
+        raise ConfigError(f"vLLM's flags: {' '.join(message.split())}")
 
 
 def _cpu_flags(flags: Sequence[str]) -> list[str]:

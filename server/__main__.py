@@ -8,12 +8,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import NoReturn
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from common import logs
-from common.options import ConfigError, read_options
+from common.options import ConfigError, logging_options, read_options
 from server.app import create_worker_app
 from server.config import GatewayOptions
 from server.http.protocol import uvicorn_config
@@ -29,15 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exits with status 2 on an invalid option and with 1 if it cannot listen, each with one line that gives the reason.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = read_options(GatewayOptions, sys.argv[1:] if arguments is None else arguments)
+        options = read_options(GatewayOptions, arguments)
     except ConfigError as error:
-        print(f"dvd gateway: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), logging_options(arguments).log_format, 2)
     try:
         listener = _listen(options.host, options.port)
     except OSError as error:
-        sys.exit(f"dvd gateway: cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port")
+        address = f"{options.host}:{options.port}"
+        _fail(f"cannot listen on {address}: {error.strerror}; choose another --port", options.log_format, 1)
     process_options = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
     config = uvicorn_config(
         functools.partial(create_worker_app, process_options),
@@ -54,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # prometheus-client aggregates processes through files here; it reads the variable when it is first imported
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = resources.enter_context(tempfile.TemporaryDirectory(prefix="dvd-metrics-"))
         Multiprocess(config, [listener]).run()
+
+
+def _fail(reason: str, log_format: str, status: int) -> NoReturn:
+    logs.print_line("dvd gateway", reason, log_format, "error")
+    sys.exit(status)
 
 
 def _listen(host: str, port: int) -> socket.socket:

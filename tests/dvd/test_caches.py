@@ -91,11 +91,11 @@ def test_a_user_without_a_name_gets_one(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 SCRIPT = """
-import getpass, os, sys
-os.setgroups([]); os.setgid({uid}); os.setuid({uid})
-from dvd.caches import use_writable_home
-use_writable_home(os.environ)
+import getpass, os, pwd, sys, tempfile
 from pathlib import Path
+from dvd.caches import use_writable_home
+os.setgroups([]); os.setgid({uid}); os.setuid({uid})
+use_writable_home(os.environ)
 print(getpass.getuser(), Path.home().stat().st_uid, os.access(Path.home(), os.W_OK))
 """
 
