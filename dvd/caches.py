@@ -63,7 +63,11 @@ def _is_writable(folder: str) -> bool:
     """Return whether a folder can be written, or created."""
     while folder not in ("", "/") and not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+    try:
+        tempfile.TemporaryFile(dir=folder or "/").close()  # os.access answers yes to root even on /proc
+    except OSError:
+        return False
+    return bool(folder)
 
 
 def _temporary_home(home: str) -> str:

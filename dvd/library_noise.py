@@ -18,6 +18,8 @@ _NOISE = re.compile(
             r"lib(tcmalloc|iomp) is not found in LD_PRELOAD",
             r"CPU backend doesn't allow to use `torch\.set_num_threads`",
             r"Failed to create oneDNN linear, fallback to torch linear",
+            # weights are converted to the dtype that the operator or the checkpoint has chosen; a line for each tensor
+            r"Attempted to load weight \S+ with dtype",
             # vLLM's engine has no orderly end: each stop kills it
             r"\[shutdown\] (Process manager: )?force killing",
             # triton's extension module, while the interpreter ends
@@ -34,4 +36,4 @@ _NOISE = re.compile(
 
 def is_noise(line: str) -> bool:
     """Return whether an operator can neither act on a worker's line nor learn from it."""
-    return bool(_NOISE.search(line))
+    return not line or bool(_NOISE.search(line))

@@ -47,7 +47,7 @@ def vllm_arguments(options: LanguageOptions, folder: Path, flags: Sequence[str])
         "--enable-prompt-tokens-details",
         "--interleave-mm-strings",
         "--disable-uvicorn-access-log",
-        f"--uvicorn-log-level={'info' if options.log_level == 'debug' else 'warning'}",
+        *([] if options.log_level == "debug" else ["--uvicorn-log-level=warning", "--no-use-tqdm-on-load"]),
         *_cpu_flags(flags),
         *flags,
         "--enable-mm-embeds",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,12 +29,14 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that cannot be written, even by root."""
     folder = tmp_path / "read-only"
     folder.mkdir()
-    access = os.access
+    create = tempfile.TemporaryFile
 
-    def deny(path: str, mode: int) -> bool:
-        return not (mode & os.W_OK and str(path).startswith(str(folder))) and access(path, mode)
+    def deny(dir: str) -> Any:
+        if Path(dir).is_relative_to(folder):
+            raise PermissionError(13, "Permission denied", dir)
+        return create(dir=dir)
 
-    monkeypatch.setattr(os, "access", deny)
+    monkeypatch.setattr(tempfile, "TemporaryFile", deny)
     return folder
 
 
@@ -55,6 +58,10 @@ def test_another_home_is_in_the_folder_for_temporary_files(read_only: Path, temp
     assert changed(HOME=str(read_only / name), XDG_CACHE_HOME=str(read_only), XDG_CONFIG_HOME="") == {"HOME": str(home)}
     assert home.stat().st_mode & 0o777 == 0o700
     assert changed(HOME=str(read_only)) == {"HOME": str(home)}, "the next start finds the same caches"
+
+
+def test_a_home_that_even_root_cannot_create(temporary: Path) -> None:
+    assert changed(HOME="/proc/home") == {"HOME": str(temporary / f"dvd-home-{os.getuid()}")}
 
 
 def test_models_in_a_home_that_is_read_only_are_still_found(read_only: Path, temporary: Path) -> None:

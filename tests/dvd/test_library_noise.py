@@ -16,6 +16,8 @@ Triton is installed, but doesn't include CPU backend. Disabling Triton.
 {"message": "libiomp is not found in LD_PRELOAD. For best performance, please follow the section `set LD_PRELOAD`"}
 (Worker pid=4628) WARNING 11-26 04:31:01 [cpu_worker.py:140] CPU backend doesn't allow to use `torch.set_num_threads` after
 WARNING Failed to create oneDNN linear, fallback to torch linear. Exception: could not create a primitive descriptor
+WARNING vllm.model_executor.models.utils: Attempted to load weight lm_head.weight with dtype torch.float32 into parameter
+
 WARNING [shutdown] Process manager: force killing remaining processes count=1
 WARNING [shutdown] force killing sub process VLLM::Worker pid 4628
 nanobind: leaked 4 instances!
