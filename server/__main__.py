@@ -24,6 +24,9 @@ log = logging.getLogger("dvd.gateway")
 _SHUTDOWN_TIMEOUT_SECONDS = 15
 """Time for responses in flight to end after a signal."""
 
+_PROCESS_START_SECONDS = 30
+"""Time for one of several processes to answer its parent, which replaces it otherwise: importing takes seconds."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway until a signal.
@@ -46,12 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _SHUTDOWN_TIMEOUT_SECONDS,
         factory=True,
         workers=options.workers,
+        timeout_worker_healthcheck=_PROCESS_START_SECONDS,
     )
     logs.configure(options.log_level, options.log_format)
     log.info("listening on http://%s:%d", options.host, listener.getsockname()[1])
     if options.workers == 1:
         uvicorn.Server(config).run(sockets=[listener])
         return
+    if options.log_level == "info":
+        logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # at this level it logs that a process has died
     with ExitStack() as resources:
         # prometheus-client aggregates processes through files here; it reads the variable when it is first imported
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = resources.enter_context(tempfile.TemporaryDirectory(prefix="dvd-metrics-"))
