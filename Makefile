@@ -123,8 +123,11 @@ coverage: dev
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+# ARGS as one word of the shell, which would take the quotes out of JSON
+quoted = '$(subst ','\'',$(1))'
+
 serve: install
-	@$(BIN)/dvd up $(MODEL) --port $(PORT) $(ARGS)
+	@$(BIN)/python -P -m dvd.shell_words $(BIN)/dvd up $(MODEL) --port $(PORT) $(call quoted,$(ARGS))
 
 train: dev
 	@$(BIN)/python -m demo.train $(ARGS)

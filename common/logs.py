@@ -8,8 +8,10 @@ import json
 import logging
 import re
 import sys
+import threading
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,22 +26,64 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def configure(level: str, log_format: str, *names: str) -> None:
-    """Send log records to stderr. A logger that already has handlers is left alone.
+_OWN_LOGGERS = ("dvd", "common", "server", "vision_worker", "lm_worker")
+_VERBOSE_LIBRARIES = ("PIL", "numba")
+"""At debug level they log every chunk of an image, and every instruction that is compiled."""
+
+log = logging.getLogger("dvd")
+
+
+def configure(level: str, log_format: str) -> None:
+    """Send everything that this process has to say to stderr: log records, Python's warnings, and uncaught exceptions.
+
+    Below debug level, libraries log warnings and errors only, and Python's warnings, which are for developers, are dropped.
+    If the root logger has a handler already, it stays.
 
     Args:
         level: minimum severity, such as `info`.
         log_format: `text` or `json`.
-        names: loggers to configure; none: the root logger.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    for logger in map(logging.getLogger, names or ("",)):
-        if not logger.handlers:
-            logger.addHandler(handler)
-            logger.propagate = False
-            logger.setLevel(level.upper())
-    logging.getLogger("PIL").setLevel(logging.INFO)  # at debug level it logs every chunk of every image
+    root, debug = logging.getLogger(), level == "debug"
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_formatter(log_format))
+        root.addHandler(handler)
+        root.setLevel("DEBUG" if debug else "ERROR" if level == "error" else "WARNING")
+    for name in _OWN_LOGGERS:
+        logging.getLogger(name).setLevel(level.upper())
+    for name in _VERBOSE_LIBRARIES:
+        logging.getLogger(name).setLevel("INFO" if debug else "WARNING")
+    logging.getLogger("py.warnings").setLevel("WARNING" if debug else "CRITICAL")
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda raised: _log_uncaught(raised.exc_type, raised.exc_value, raised.exc_traceback)
+
+
+def print_line(source: str, message: str, log_format: str, level: str = "info") -> None:
+    """Print a line of a command that has no logger yet, or none at all: a status, or the reason why it cannot start.
+
+    Args:
+        source: the command, such as `dvd vision`.
+        message: what it has to say.
+        log_format: `text` or `json`.
+        level: severity, which only JSON contains.
+    """
+    line = f"{source}: {message}"
+    if log_format == "json":
+        fields = {"name": source.replace(" ", "."), "levelname": level, "msg": message}
+        line = JsonFormatter().format(logging.makeLogRecord(fields))
+    print(line, file=sys.stderr, flush=True)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt) or error is None:
+        sys.__excepthook__(kind, error or kind(), traceback)
+    else:
+        log.critical("ended by an unexpected error", exc_info=(kind, error, traceback))
+
+
+def _formatter(log_format: str) -> logging.Formatter:
+    return JsonFormatter() if log_format == "json" else TextFormatter()
 
 
 def is_valid_request_id(text: str) -> bool:
@@ -105,9 +149,22 @@ def extra_fields(**values: Any) -> dict[str, Any]:
 
 
 def format_child_line(process: str, line: str, log_format: str) -> str:
-    """Return a child process' line as its parent prints it. In JSON, a line that is an object already stays unchanged."""
+    """Return a child process' line as its parent prints it. In JSON, a line that is an object already stays unchanged.
+
+    Args:
+        process: name of the child; empty if the parent has only one, whose lines of text then stay unchanged.
+        line: the line.
+        log_format: `text` or `json`.
+    """
     if log_format != "json":
-        return f"{process:>12} | {line}"
-    if line.startswith("{") and line.endswith("}"):
+        return f"{process:>12} | {line}" if process else line
+    if _is_object(line):
         return line
-    return JsonFormatter().format(logging.makeLogRecord({"name": process, "levelname": "INFO", "msg": line}))
+    return JsonFormatter().format(logging.makeLogRecord({"name": process or "stderr", "levelname": "INFO", "msg": line}))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

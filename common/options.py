@@ -6,6 +6,7 @@ read once, frozen, and passed down.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -20,6 +21,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
+
+from common import logs
+from common.service_links import is_service_link
 
 PREFIX = "DVD_"
 
@@ -46,8 +50,8 @@ KNOWN_NAMES = frozenset({
     "log_level", "max_batch_tiles", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight",
     "max_tiles", "max_video_bytes", "metrics_port", "model", "port", "prepare_threads", "request_timeout", "router_scope",
     "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "trace", "vir", "vir_absolute_threshold",
-    "vir_relative_threshold", "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "wait_for_embeddings",
-    "workers",
+    "vir_relative_threshold", "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "vllm",
+    "wait_for_embeddings", "workers",
 })  # fmt: skip
 """Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""
 
@@ -63,11 +67,15 @@ class Options(BaseModel):
 
     command: ClassVar[str]
     """The command's name: `dvd COMMAND`."""
-    forwards_vllm_flags: ClassVar[bool] = False
-    """Whether the command passes flags after `--` on to `vllm serve`."""
-
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum severity of log records")
     log_format: Literal["text", "json"] = Field("text", description="text for people, or one JSON object a line")
+
+    @classmethod
+    def hint_for_flag(cls, flag: str) -> str:
+        """Return what to write instead of an unknown flag."""
+        flags = [_flag(name) for name in cls.model_fields if name not in _POSITIONAL]
+        near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
+        return f"did you mean {near[0]}?" if near else f"dvd {cls.command} --help lists the flags"
 
 
 class MetricsOptions(Options):
@@ -124,7 +132,40 @@ def read_options(options: type[OptionsT], arguments: Sequence[str], environment:
     if print_config:
         print(json.dumps(effective_values(result), indent=2))
         raise SystemExit(0)
+    _log_service_links(environment, result)
     return result
+
+
+def logging_options(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Options:
+    """Return how a command logs, before its options are read, or although they are invalid. Never fails.
+
+    Args:
+        arguments: command line after `dvd COMMAND`, of any command.
+        environment: variables; None: those of this process.
+    """
+    environment = os.environ if environment is None else environment
+    names = ("log_level", "log_format")
+    flags = _logging_flags(arguments)
+    file = flags.get("config") or environment.get(f"{PREFIX}CONFIG")
+    content: dict[str, Any] = {}
+    with contextlib.suppress(ConfigError):
+        content = _read_file(file) if file else {}
+    sources = (content, {name: environment.get(PREFIX + name.upper()) for name in names}, flags)
+    merged = {name: source[name] for source in sources for name in names if source.get(name) is not None}
+    try:
+        return Options.model_validate(merged)
+    except ValidationError:
+        return Options()
+
+
+def _logging_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    parser = _Parser(prog="dvd", add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--log-level", "--log-format"):
+        parser.add_argument(flag)
+    own = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    with contextlib.suppress(ConfigError):
+        return vars(parser.parse_known_args(own)[0])
+    return {}
 
 
 def effective_values(options: Options) -> dict[str, Any]:
@@ -166,8 +207,15 @@ def _flag(name: str) -> str:
 
 
 def _flag_with_value(name: str, value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else value
-    return f"{_flag(name)}={text}"
+    return f"{_flag(name)}={_flag_value(value)}"
+
+
+def _flag_value(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -203,8 +251,8 @@ def _parser(options: type[Options]) -> _Parser:
 def _metavar(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return "|".join(map(str, typing.get_args(annotation)))
-    if typing.get_origin(annotation) is list:
-        return "LIST"
+    if typing.get_origin(annotation) in (list, dict):
+        return "LIST" if typing.get_origin(annotation) is list else "JSON"
     if isinstance(annotation, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     return {int: "N", float: "NUMBER", Path: "PATH"}.get(annotation, "VALUE")
@@ -221,41 +269,46 @@ def _describe_unknown_argument(argument: str, options: type[Options]) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}; see dvd {options.command} --help"
     flag = argument.split("=")[0]
-    flags = [_flag(name) for name in options.model_fields if name not in _POSITIONAL]
-    near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
-    if near:
-        hint = f"did you mean {near[0]}?"
-    elif options.forwards_vllm_flags:
-        hint = f"flags of vllm serve go after --, and dvd {options.command} --help lists the others"
-    else:
-        hint = f"dvd {options.command} --help lists the flags"
-    return f"unknown flag {flag}: {hint}"
+    return f"unknown flag {flag}: {options.hint_for_flag(flag)}"
 
 
 def _from_environment(environment: Mapping[str, str], options: type[Options]) -> dict[str, str]:
     values = {}
     for variable, value in environment.items():
         name = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX) or name in _RESERVED:
+        if not variable.startswith(PREFIX) or name in _RESERVED or is_service_link(variable, value):
             continue
         _check_known(name, f"variable {variable}", upper=True)
         if name in options.model_fields:
-            values[name] = value
+            values[name] = value.strip()  # a secret that was made from a file ends with a newline
     return values
+
+
+def _log_service_links(environment: Mapping[str, str], options: Options) -> None:
+    """Print the variables that Kubernetes has set for services, if the log level asks for it: no logger is configured yet."""
+    links = sorted(name for name, value in environment.items() if name.startswith(PREFIX) and is_service_link(name, value))
+    if links and options.log_level == "debug":
+        text = f"ignored variables that describe services of Kubernetes: {', '.join(links)}"
+        logs.print_line(f"dvd {options.command}", text, options.log_format, "debug")
 
 
 def _from_file(path: str | None, options: type[Options]) -> dict[str, Any]:
     if path is None:
         return {}
+    content = _read_file(path)
+    for name in content:
+        _check_known(str(name), f"key {str(name)!r} in {path}")
+    return {k: v for k, v in content.items() if k in options.model_fields}
+
+
+def _read_file(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read --config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of options, e.g. 'port: 8000'")
-    for name in content:
-        _check_known(str(name), f"key {str(name)!r} in {path}")
-    return {k: v for k, v in content.items() if k in options.model_fields}
+    return content
 
 
 def _check_known(name: str, source: str, upper: bool = False) -> None:

@@ -64,12 +64,17 @@ def create_server(*addresses: str) -> grpc.aio.Server:
     return server
 
 
-def ensure_free(address: str) -> None:
+def ensure_free(address: str, option: str = "address") -> None:
     """Check that no process listens at an address, and remove the socket file that a killed process left there.
 
-    Raises: `OSError` if a process listens there or the address is not one of this machine.
+    Args:
+        address: address to listen on.
+        option: the flag that sets it, for the message.
+
+    Raises:
+        OSError: a process listens there, or the address is not one of this machine.
     """
-    in_use = OSError(f"cannot listen on {address}: it is in use by another process; choose another address")
+    in_use = OSError(f"cannot listen on {address}: it is in use by another process; choose another {option}")
     path = address.removeprefix("unix:")
     if path == address:
         host, _, port = address.rpartition(":")

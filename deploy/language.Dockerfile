@@ -34,9 +34,12 @@ RUN if [ "$DEVICE" = cuda ]; then set -- gcc libc6-dev; fi \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --create-home dvd
 COPY --from=build /opt/dvd /opt/dvd
+# a missing GPU is an error: DVD_DEVICE=cuda computes nowhere else. The toolkit compares the driver with NVIDIA_REQUIRE_CUDA,
+# which is the CUDA version of torch in constraints/cuda.txt: driver 580 or newer
 ENV PATH=/opt/dvd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility HF_HUB_OFFLINE=1 \
-    DVD_LISTEN=0.0.0.0:50052 DVD_HTTP=0.0.0.0:8001 DVD_METRICS_PORT=9401
+    DVD_LISTEN=0.0.0.0:50052 DVD_HTTP=0.0.0.0:8001 DVD_METRICS_PORT=9401 \
+    DVD_DEVICE=$DEVICE NVIDIA_REQUIRE_CUDA=cuda>=13.0
 USER 10001:10001
 WORKDIR /home/dvd
 EXPOSE 50052 8001 9401

@@ -30,9 +30,13 @@ FROM python:3.11.13-slim-bookworm
 RUN apt-get update && apt-get install --no-install-recommends -y tini && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --create-home dvd
 COPY --from=build /opt/dvd /opt/dvd
+ARG DEVICE
+# a missing GPU is an error: DVD_DEVICE=cuda computes nowhere else. The toolkit compares the driver with NVIDIA_REQUIRE_CUDA,
+# which is the CUDA version of torch in constraints/cuda.txt: driver 580 or newer
 ENV PATH=/opt/dvd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    DVD_LISTEN=0.0.0.0:50051 DVD_METRICS_PORT=9400
+    DVD_LISTEN=0.0.0.0:50051 DVD_METRICS_PORT=9400 \
+    DVD_DEVICE=$DEVICE NVIDIA_REQUIRE_CUDA=cuda>=13.0
 USER 10001:10001
 WORKDIR /home/dvd
 EXPOSE 50051 9400

@@ -14,7 +14,6 @@ from dvd.up_config import UpOptions
 from dvd.up_processes import ProcessSpec, gateway_address
 
 _PROBE_INTERVAL_SECONDS = 0.5
-_REMINDER_INTERVAL_SECONDS = 15.0
 
 
 async def announce_readiness(specs: Sequence[ProcessSpec], options: UpOptions) -> None:
@@ -24,16 +23,15 @@ async def announce_readiness(specs: Sequence[ProcessSpec], options: UpOptions) -
     while not await http_is_ok(gateway_address(options), "/health/ready"):
         await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
     ready = f"ready in {time.monotonic() - begin:.0f} s: {_url(options)}  (Ctrl-C stops everything)"
-    print_status(f"{ready}\n\n{_example_command(options)}\n", options.log_format)
+    example = f"\n\n{_example_command(options)}\n" if options.log_format == "text" else ""
+    print_status(ready + example, options.log_format)
 
 
 async def _wait_until_ready(spec: ProcessSpec, log_format: str) -> None:
-    begin = last_reminder = time.monotonic()
+    """Wait for one process, which itself reports what it does meanwhile."""
+    begin = time.monotonic()
     while not await spec.is_ready():
         await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
-        if time.monotonic() - last_reminder > _REMINDER_INTERVAL_SECONDS:
-            last_reminder = time.monotonic()
-            print_status(f"{spec.name}: still starting, {last_reminder - begin:.0f} s", log_format)
     print_status(f"{spec.name}: ready in {time.monotonic() - begin:.1f} s", log_format)
 
 

@@ -3,17 +3,18 @@
 The programs of the processes are executed, never imported: a container image contains only one of them.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from common import logs
-from common.checkpoint import CheckpointError
-from common.hub import find_checkpoint
-from common.options import ConfigError, read_options
-from dvd.config import DescribeOptions
+from common.options import ConfigError, logging_options, read_options
+from dvd import relay
+from dvd.caches import NoWritableFolderError, use_writable_home
 
 USAGE = """usage: dvd COMMAND [options]
 
@@ -27,6 +28,7 @@ tools
   describe MODEL  print the description of a checkpoint as JSON
   health ADDRESS  check whether a worker or a gateway can do its work, by exit status
   plan FILE       compute how many workers a load needs, from measured costs
+  --version       print the version
 
 MODEL is the folder of a checkpoint, or ORG/NAME[@REVISION] of a repository on
 Hugging Face's hub. dvd COMMAND --help lists the options of a command.
@@ -39,6 +41,9 @@ _PROCESSES = {
 }
 """For each process: its package, and a library that only its extra (`pip install dvd-serve[vision]`) installs."""
 
+_RELAYED = {"vision", "language"}
+"""Processes whose libraries print what is neither JSON nor meant for operators."""
+
 _INFORMATIVE_FLAGS = {"-h", "--help", "--print-config"}
 
 
@@ -47,8 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE, end="")
+    elif command == "--version":
+        print(f"dvd-serve {importlib.metadata.version('dvd-serve')}")
     elif command in _PROCESSES:
-        _execute(command, rest)
+        _run_process(command, rest)
     elif command in _TOOLS:
         _TOOLS[command](rest)
     else:
@@ -56,15 +63,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _execute(command: str, arguments: Sequence[str]) -> None:
-    """Replace this process by the program of a gateway or worker."""
+def _run_process(command: str, arguments: Sequence[str]) -> None:
+    """Run the program of a gateway or worker in place of this process, or below it where its output must be filtered."""
     package, library = _PROCESSES[command]
+    options = logging_options(arguments)
+    informative = bool(_INFORMATIVE_FLAGS & set(arguments))
     if not _is_installed(package):
-        sys.exit(f"dvd {command}: not installed here: package {package}")
-    if not _is_installed(library) and not _INFORMATIVE_FLAGS & set(arguments):
-        sys.exit(f"dvd {command}: not installed here: {library}; pip install 'dvd-serve[{command}]'")
+        _fail(f"dvd {command}", f"not installed here: package {package}", options.log_format)
+    if not _is_installed(library) and not informative:
+        _fail(f"dvd {command}", f"not installed here: {library}; pip install 'dvd-serve[{command}]'", options.log_format)
     # -P: a file of that name in the current folder must not be run instead
-    os.execv(sys.executable, [sys.executable, "-P", "-m", package, *arguments])
+    program = [sys.executable, "-P", "-m", package, *arguments]
+    if informative:
+        os.execv(sys.executable, program)
+    if command in _RELAYED:
+        _find_home(command, options.log_format)
+    if command in _RELAYED or options.log_format == "json":
+        relay.run(program, options)
+    os.execv(sys.executable, program)
+
+
+def _find_home(command: str, log_format: str) -> None:
+    """Exit with one line if libraries find no folder for their caches."""
+    try:
+        use_writable_home(os.environ)
+    except NoWritableFolderError as error:
+        _fail(f"dvd {command}", str(error), log_format)
+
+
+def _fail(command: str, reason: str, log_format: str, status: int = 1) -> NoReturn:
+    logs.print_line(command, reason, log_format, "error")
+    sys.exit(status)
 
 
 def _is_installed(name: str) -> bool:
@@ -75,25 +104,30 @@ def _is_installed(name: str) -> bool:
 
 
 def _up(arguments: Sequence[str]) -> None:
+    log_format = logging_options(arguments).log_format
     missing = [package for package, _ in _PROCESSES.values() if not _is_installed(package)]
     if missing:
-        sys.exit(f"dvd up: not installed here: package {missing[0]}; dvd up runs all processes")
+        _fail("dvd up", f"not installed here: package {missing[0]}; dvd up runs all processes", log_format)
     from dvd.up import main as up  # here, not at import: it needs the packages of all processes
 
+    _find_home("up", log_format)
     up(arguments)
 
 
 def _describe(arguments: Sequence[str]) -> None:
+    from common.checkpoint import CheckpointError
+    from common.hub import find_checkpoint
+    from dvd.config import DescribeOptions
+
+    log_format = logging_options(arguments).log_format
     try:
         options = read_options(DescribeOptions, arguments)
-    except ConfigError as error:
-        print(f"dvd describe: {error}", file=sys.stderr)
-        sys.exit(2)
-    logs.configure(options.log_level, options.log_format, "common")
-    try:
+        logs.configure(options.log_level, options.log_format)
         print(json.dumps(find_checkpoint(options.model).as_json(), indent=2))
+    except ConfigError as error:
+        _fail("dvd describe", str(error), log_format, 2)
     except CheckpointError as error:
-        sys.exit(f"dvd describe: {error}")
+        _fail("dvd describe", str(error), log_format)
 
 
 def _plan(arguments: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from common import errors, messages, rpc
+from common import errors, logs, messages, rpc
 from common.addresses import is_unreachable_loopback, vllm_address
-from common.options import ConfigError, read_options
+from common.options import ConfigError, logging_options, read_options
 from dvd.config import HealthOptions
 from dvd.http_get import http_get
 from protos import embeddings_pb2 as pb
@@ -28,12 +28,13 @@ def main(arguments: Sequence[str]) -> None:
     try:
         options = read_options(HealthOptions, arguments)
     except ConfigError as error:
-        print(f"dvd health: {error}", file=sys.stderr)
+        logs.print_line("dvd health", str(error), logging_options(arguments).log_format, "error")
         sys.exit(2)
     try:
         description = asyncio.run(check(options.address, options.timeout))
     except errors.DvdError as error:
-        sys.exit(f"dvd health: {options.address}: {error}")
+        logs.print_line("dvd health", f"{options.address}: {error}", options.log_format, "error")
+        sys.exit(1)
     print(f"{options.address}: {description}")
 
 

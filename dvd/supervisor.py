@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from common.options import PREFIX
+from common.options import PREFIX, Options
 from common.processes import die_with_parent
 from dvd.output import print_child_line, print_status
 from dvd.up_processes import ProcessSpec
@@ -35,8 +35,8 @@ class _Child:
 class Supervisor:
     """The running processes of one machine. As an async context manager it starts them on entry and stops them on exit."""
 
-    def __init__(self, specs: Sequence[ProcessSpec], log_format: str) -> None:
-        self._specs, self._log_format = specs, log_format
+    def __init__(self, specs: Sequence[ProcessSpec], options: Options) -> None:
+        self._specs, self._options = specs, options
         self._children: list[_Child] = []
         self._stop_requested = asyncio.Event()
 
@@ -77,14 +77,14 @@ class Supervisor:
             # a session of its own: Ctrl-C reaches only this process, and descendants can be killed as a process group
             start_new_session=True, preexec_fn=die_with_parent, limit=_MAX_LINE_BYTES,
         )  # fmt: skip
-        print_status(f"{spec.name}: starting", self._log_format)
+        print_status(f"{spec.name}: starting", self._options.log_format)
         return _Child(spec.name, process, asyncio.create_task(self._watch(spec.name, process)))
 
     async def _watch(self, name: str, process: asyncio.subprocess.Process) -> str:
         """Print the output of a process until it ends. Returns how it ended."""
         assert process.stdout is not None
         async for line in process.stdout:
-            print_child_line(name, line.decode(errors="replace").rstrip(), self._log_format)
+            print_child_line(name, line.decode(errors="replace").rstrip(), self._options)
         return f"{name} ended with {await process.wait()}; see its last lines above"
 
     async def _stop(self) -> None:

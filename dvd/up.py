@@ -5,44 +5,44 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from common import logs
+from common import logs, rpc
 from common.checkpoint import Checkpoint, CheckpointError
 from common.hub import find_checkpoint, pinned
-from common.options import ConfigError, read_options
+from common.options import ConfigError, logging_options, read_options
 from dvd.announcement import announce_readiness
 from dvd.output import print_status
 from dvd.supervisor import Supervisor
 from dvd.up_config import UpOptions
 from dvd.up_processes import ProcessSpec, process_specs
-from lm_worker.config import split_arguments
+from lm_worker.config import all_vllm_flags, split_arguments
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run until a signal arrives or a process ends. Exits 2 on a bad option, 1 if a process fails."""
-    own, vllm_flags = split_arguments(arguments)
+    own, flags = split_arguments(arguments)
+    log_format = logging_options(own).log_format
     try:
         options = read_options(UpOptions, own)
-        logs.configure(options.log_level, options.log_format, "common")
+        # at debug level each probe of a process that is not ready yet would be logged
+        logs.configure("info" if options.log_level == "debug" else options.log_level, options.log_format)
+        vllm_flags = all_vllm_flags(options, flags)
         checkpoint = find_checkpoint(options.model, "vision", "language", weights=options.load_format == "auto")
         _check_router(options, checkpoint)
+        _check_ports(options)
+        failure = _run_processes(options, vllm_flags, checkpoint)
     except ConfigError as error:
-        print(f"dvd up: {error}", file=sys.stderr)
-        sys.exit(2)
-    except CheckpointError as error:
-        sys.exit(f"dvd up: {error}")
-    model = checkpoint.description
-    summary = f"{options.model}: {model.family}, {model.language_model}, {model.tower.layers}-layer InternViT"
-    print_status(summary, options.log_format)
-    options = options.model_copy(update={"model": pinned(options.model, checkpoint)})
-    with tempfile.TemporaryDirectory(prefix="dvd-") as folder:
-        try:
-            specs = process_specs(options, vllm_flags, Path(folder))
-        except ConfigError as error:
-            sys.exit(f"dvd up: {error}")
-        failure = asyncio.run(_run(specs, options))
+        _fail(str(error), log_format, 2)
+    except (CheckpointError, OSError) as error:
+        _fail(str(error), log_format, 1)
     if failure:
-        sys.exit(f"dvd up: {failure}")
+        _fail(failure, log_format, 1)
+
+
+def _fail(reason: str, log_format: str, status: int) -> NoReturn:
+    logs.print_line("dvd up", reason, log_format, "error")
+    sys.exit(status)
 
 
 def _check_router(options: UpOptions, checkpoint: Checkpoint) -> None:
@@ -50,9 +50,27 @@ def _check_router(options: UpOptions, checkpoint: Checkpoint) -> None:
         raise ConfigError(f"--vir=all: {options.model} has no router: expected auto or off, or a Flash checkpoint")
 
 
-async def _run(specs: Sequence[ProcessSpec], options: UpOptions) -> str | None:
+def _check_ports(options: UpOptions) -> None:
+    """Raise `OSError` if a port is taken, before workers load for minutes."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    rpc.ensure_free(f"{host}:{options.port}", "--port")
+    workers = options.vision_workers + options.language_workers
+    for number in range(workers if options.metrics_port else 0):
+        rpc.ensure_free(f"0.0.0.0:{options.metrics_port + number}", "--metrics-port")
+
+
+def _run_processes(options: UpOptions, vllm_flags: list[str], checkpoint: Checkpoint) -> str | None:
     """Run the processes until one ends or a signal arrives. Returns what failed, or None after a signal."""
-    async with Supervisor(specs, options.log_format) as supervisor:
+    model = checkpoint.description
+    summary = f"{options.model}: {model.family}, {model.language_model}, {model.tower.layers}-layer InternViT"
+    print_status(summary, options.log_format)
+    options = options.model_copy(update={"model": pinned(options.model, checkpoint)})
+    with tempfile.TemporaryDirectory(prefix="dvd-") as folder:
+        return asyncio.run(_supervise(process_specs(options, vllm_flags, Path(folder)), options))
+
+
+async def _supervise(specs: Sequence[ProcessSpec], options: UpOptions) -> str | None:
+    async with Supervisor(specs, options) as supervisor:
         announcing = asyncio.create_task(announce_readiness(specs, options))
         try:
             return await supervisor.wait()

@@ -5,16 +5,15 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from common.options import CheckpointOptions
-from lm_worker.config import SinkStoreOptions
+from lm_worker.config import SinkStoreOptions, VllmOptions
 from server.config import ServingOptions
 from vision_worker.config import CacheUrl, EncodingOptions
 
 
-class UpOptions(CheckpointOptions, ServingOptions, EncodingOptions, SinkStoreOptions):
+class UpOptions(CheckpointOptions, ServingOptions, EncodingOptions, SinkStoreOptions, VllmOptions):
     """`dvd up MODEL [-- vllm serve flags]`: all processes of one machine."""
 
     command: ClassVar[str] = "up"
-    forwards_vllm_flags: ClassVar[bool] = True
 
     cache: CacheUrl | Literal["redis"] = Field(
         "memory://",

@@ -37,7 +37,7 @@ def process_specs(options: UpOptions, vllm_flags: list[str], folder: Path) -> li
 
     Args:
         options: options of `dvd up`.
-        vllm_flags: flags after `--`, passed on to vLLM.
+        vllm_flags: flags of vLLM, those of the file first.
         folder: existing private folder for the Unix sockets.
 
     Raises:
@@ -89,13 +89,13 @@ def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devic
 def _language_worker(options: UpOptions, number: int, folder: Path, devices: Devices, vllm_flags: list[str]) -> ProcessSpec:
     listen, http = _sink_address(folder, number), f"unix:{folder}/vllm-{number}"
     port = _metrics_port(options, options.vision_workers + number)
-    arguments = as_arguments(options, LanguageOptions, listen=listen, http=http, metrics_port=port)
-    quiet = {} if options.log_level == "debug" else {"VLLM_LOGGING_LEVEL": "WARNING"}
+    # vllm_flags contain those of options.vllm
+    arguments = as_arguments(options, LanguageOptions, listen=listen, http=http, metrics_port=port, vllm=None)
     return ProcessSpec(
         f"language-{number}",
         ["-P", "-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
         functools.partial(sink_is_ready, listen),
-        {**quiet, **devices.environment(devices.language[number])},
+        devices.environment(devices.language[number]),
     )
 
 

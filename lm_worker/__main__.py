@@ -1,20 +1,32 @@
 """`python -m lm_worker MODEL [options] [-- vllm serve flags]`: one language worker."""
 
+import contextlib
+import logging
 import os
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from pydantic import ValidationError
 
 from common import logs, rpc
 from common.checkpoint import CheckpointError
 from common.hub import find_checkpoint
-from common.options import ConfigError, read_options
+from common.options import ConfigError, logging_options, read_options
+from common.phases import Phases
 from lm_worker import plugin, shared_memory
-from lm_worker.config import LanguageOptions, reject_own_flags, split_arguments
+from lm_worker.config import LanguageOptions, all_vllm_flags, split_arguments
 from lm_worker.sink import SinkOptions
 from lm_worker.sink_process import SinkProcess
+
+log = logging.getLogger("dvd.language")
+
+_WHY_ENGINE_IS_SLOW = (
+    "its processes import vLLM, read the weights, compile and warm up; what is compiled is kept for the next start"
+)
 
 
 class _Stopped(SystemExit):
@@ -34,24 +46,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exits with 0 after a signal, 1 if the worker cannot run and 2 if an option is invalid. Except after a
     signal to a started worker, it prints one line with the reason.
     """
-    own, vllm_flags = split_arguments(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    own, flags = split_arguments(arguments)
+    log_format = logging_options(own).log_format
     try:
         options = read_options(LanguageOptions, own)
-        reject_own_flags(vllm_flags)
+        vllm_flags = all_vllm_flags(options, flags)
     except ConfigError as error:
-        print(f"dvd language: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), log_format, 2)
+    logs.configure(options.log_level, options.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_stopped)  # until vLLM's server installs its own handlers
     try:
         _run(options, vllm_flags)
     except _Stopped as stopped:
-        print(f"dvd language: stopped by {stopped.signal_name} before it was ready", file=sys.stderr)
+        logs.print_line("dvd language", f"stopped by {stopped.signal_name} before it was ready", log_format)
         sys.exit(0)
+    except ConfigError as error:
+        _fail(str(error), log_format, 2)
     except (CheckpointError, OSError) as error:
-        sys.exit(f"dvd language: {error}")
+        _fail(str(error), log_format, 1)
     except (RuntimeError, ValueError) as error:  # raised by vLLM at start; vLLM has logged the details already
-        sys.exit(f"dvd language: vLLM could not start: {str(error).splitlines()[0]}")
+        _fail(f"vLLM could not start: {_first_reason(error)}", log_format, 1)
+
+
+def _fail(reason: str, log_format: str, status: int) -> NoReturn:
+    logs.print_line("dvd language", reason, log_format, "error")
+    sys.exit(status)
+
+
+def _first_reason(error: Exception) -> str:
+    """Return one line: of pydantic's errors the first, whose text begins with a headline."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ").splitlines()[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _raise_stopped(number: int, _frame: object) -> None:
@@ -59,30 +88,35 @@ def _raise_stopped(number: int, _frame: object) -> None:
 
 
 def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
-    logs.configure(options.log_level, options.log_format, "common")
     checkpoint = find_checkpoint(options.model, "language", weights=options.load_format == "auto")
     checkpoint.check_language_files()  # a damaged file becomes one line here, not a stack trace of vLLM's later
-    for address in (options.listen, options.http):
-        rpc.ensure_free(address)  # checked first: otherwise a running worker's shared memory would be removed as if it had died
+    # checked first: otherwise a running worker's shared memory would be removed as if it had died
+    rpc.ensure_free(options.listen, "--listen")
+    rpc.ensure_free(options.http, "--http")
+    if options.metrics_port:
+        rpc.ensure_free(f"0.0.0.0:{options.metrics_port}", "--metrics-port")
     folder = shared_memory.folder_of(options.listen)
     shared_memory.create_folder(folder)
     plugin.enable(options.log_level, options.log_format)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    phases = Phases(log)
     try:
-        # imported late, because vLLM takes seconds to import: errors above are reported at once
-        import uvloop
+        with phases.phase("loading vLLM", "importing it reads thousands of files"):
+            # imported late, because vLLM takes seconds to import: errors above are reported at once
+            import uvloop
 
-        from lm_worker.engine import may_fork
-        from lm_worker.vllm_arguments import vllm_arguments
+            from lm_worker.engine import may_fork, require_device
+            from lm_worker.vllm_arguments import vllm_arguments
 
-        fork = may_fork()  # before vLLM chooses a start method in the environment
-        args = vllm_arguments(options, checkpoint.path, folder, vllm_flags)
-        uvloop.run(_serve(options, checkpoint.path, folder, args, fork))
+            require_device(options.device)
+            fork = may_fork()  # before vLLM chooses a start method in the environment
+            args = vllm_arguments(options, checkpoint.path, folder, vllm_flags)
+        uvloop.run(_serve(options, checkpoint.path, folder, args, fork, phases))
     finally:
         shared_memory.remove_folder(folder)
 
 
-async def _serve(options: LanguageOptions, model: Path, folder: Path, args: Namespace, fork: bool) -> None:
+async def _serve(options: LanguageOptions, model: Path, folder: Path, args: Namespace, fork: bool, phases: Phases) -> None:
     """Run vLLM's server, and start the sink when the engine is up: a sink that answers implies a working language worker."""
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.entrypoints.launchers.launcher import setup_server
@@ -90,23 +124,31 @@ async def _serve(options: LanguageOptions, model: Path, folder: Path, args: Name
     from lm_worker.engine import start_engine
 
     address, listening = setup_server(args, reuse_port=False)
-    async with start_engine(args, listening, fork=fork) as engine:
-        sink = SinkOptions(
-            model=str(model),
-            listen=options.listen,
-            http=options.http,
-            dtype=str(engine.model_config.dtype).removeprefix("torch."),
-            folder=str(folder),
-            budget=options.sink_bytes,
-            lease=options.sink_lease,
-            metrics_port=options.metrics_port,
-            log_level=options.log_level,
-            log_format=options.log_format,
-        )
-        async with SinkProcess(sink):
-            stopped = await build_and_serve(engine, address, listening, args)
-            await stopped
+    async with contextlib.AsyncExitStack() as stack:
+        with phases.phase("starting the engine", _WHY_ENGINE_IS_SLOW):
+            engine = await stack.enter_async_context(start_engine(args, listening, fork=fork))
+        dtype = str(engine.model_config.dtype).removeprefix("torch.")
+        with phases.phase("starting the sink and the HTTP server"):
+            await stack.enter_async_context(SinkProcess(_sink_options(options, model, folder, dtype)))
+            stopped = await build_and_serve(engine, address, listening, args, log_config=None)  # uvicorn's records go to ours
+        log.info("ready on %s, vLLM on %s, after %s", options.listen, options.http, phases.summary())
+        await stopped
     listening.close()
+
+
+def _sink_options(options: LanguageOptions, model: Path, folder: Path, dtype: str) -> SinkOptions:
+    return SinkOptions(
+        model=str(model),
+        listen=options.listen,
+        http=options.http,
+        dtype=dtype,
+        folder=str(folder),
+        budget=options.sink_bytes,
+        lease=options.sink_lease,
+        metrics_port=options.metrics_port,
+        log_level=options.log_level,
+        log_format=options.log_format,
+    )
 
 
 if __name__ == "__main__":

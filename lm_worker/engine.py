@@ -15,6 +15,8 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client, build_async_engine_client_from_engine_args
 from vllm.platforms import current_platform
 
+from common.options import ConfigError
+
 _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
@@ -44,6 +46,21 @@ def may_fork() -> bool:
     On a GPU a forked process could not use CUDA once this process has initialised it.
     """
     return current_platform.is_cpu() and _START_METHOD not in os.environ
+
+
+def require_device(name: str) -> None:
+    """Check that vLLM computes on the device that the operator has named, and not on another one.
+
+    Args:
+        name: `auto` for any device, or `cpu`, `cuda`, `cuda:1`, …; the number is not compared.
+
+    Raises:
+        ConfigError: vLLM computes on another device.
+    """
+    found = current_platform.device_type or "none"
+    if name != "auto" and name.split(":")[0] != found:
+        hint = "is a GPU passed to this process, and its driver new enough?" if name != "cpu" else "is vLLM built for CPUs?"
+        raise ConfigError(f"--device = {name!r}: vLLM would compute on {found!r}; {hint}")
 
 
 class _ForkingEngineArgs(AsyncEngineArgs):

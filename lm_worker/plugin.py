@@ -4,12 +4,16 @@ Every vLLM in the environment loads it, even a plain `vllm serve`, whose InternV
 does nothing unless the language worker has set an environment variable, which vLLM's processes inherit.
 """
 
+import logging
 import os
 
 _ENABLED = "DVD_LANGUAGE_WORKER"
 _LOGGING = "DVD_LANGUAGE_WORKER_LOG"
 _MEDIA_CONNECTOR = "dvd-refuse"
 _ARCHITECTURES = ("InternVLChatModel", "InternVLForConditionalGeneration")
+
+_VLLM_LEVELS = {"debug": "INFO", "error": "ERROR"}
+"""Level of vLLM's loggers at a `--log-level`; WARNING at the others."""
 
 
 def enable(log_level: str, log_format: str) -> None:
@@ -22,6 +26,22 @@ def enable(log_level: str, log_format: str) -> None:
     os.environ[_ENABLED] = "1"
     os.environ[_LOGGING] = f"{log_level} {log_format}"
     os.environ["VLLM_MEDIA_CONNECTOR"] = _MEDIA_CONNECTOR
+    _quieten_libraries(log_level)
+
+
+def _quieten_libraries(log_level: str) -> None:
+    """Set what vLLM's processes log, unless the operator's environment does."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", _VLLM_LEVELS.get(log_level, "WARNING"))
+    if not os.environ.get("VLLM_LOGGING_CONFIG_PATH"):
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # so that records reach the handler of `logs.configure`
+    if log_level != "debug":
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _set_level_of_vllm()
+
+
+def _set_level_of_vllm() -> None:
+    logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING").upper())
 
 
 def register() -> None:
@@ -38,7 +58,8 @@ def register() -> None:
     from lm_worker.models.internvl import InternVLLanguageModel
 
     level, log_format = os.environ.get(_LOGGING, "info text").split()
-    logs.configure(level, log_format, "lm_worker", "common")  # all other loggers are vLLM's, which has its own format
+    logs.configure(level, log_format)
+    _set_level_of_vllm()
     register_configurations()
     for architecture in _ARCHITECTURES:
         # the class, not "module:Class", which vLLM would inspect in a new process that imports vLLM once more

@@ -6,6 +6,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -13,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from common.hub import served_name
+from common.options import ConfigError
 from lm_worker.config import LanguageOptions
 
 _MAX_CPU_KV_CACHE_BYTES = 4 << 30
@@ -27,6 +29,10 @@ def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: S
         model: Folder of the checkpoint.
         folder: Shared memory of the sink.
         flags: The caller's flags of `vllm serve`, which override our defaults.
+
+    Raises:
+        ConfigError: A flag has an invalid value.
+        ValueError: Flags contradict each other.
     """
     cli_env_setup()
     connector = {
@@ -35,7 +41,7 @@ def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: S
         "ec_role": "ec_consumer",
         "ec_connector_extra_config": {"folder": str(folder), "wait": options.wait_for_embeddings},
     }
-    parser = make_arg_parser(FlexibleArgumentParser(prog="dvd language … --"))
+    parser = make_arg_parser(_Parser(prog="dvd language … --"))
     args: Namespace = parser.parse_args([
         f"--model={model}",
         f"--served-model-name={served_name(options.model)}",
@@ -43,6 +49,7 @@ def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: S
         "--enable-prompt-tokens-details",
         "--interleave-mm-strings",
         "--disable-uvicorn-access-log",
+        *([] if options.log_level == "debug" else ["--uvicorn-log-level=warning", "--no-use-tqdm-on-load"]),
         *_cpu_flags(flags),
         *flags,
         "--enable-mm-embeds",
@@ -52,6 +59,14 @@ def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: S
     ])  # fmt: skip
     validate_parsed_serve_args(args)
     return args
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError` instead of printing the usage of all flags and exiting."""
+        raise ConfigError(f"vLLM's flags: {' '.join(message.split())}")
 
 
 def _cpu_flags(flags: Sequence[str]) -> list[str]:

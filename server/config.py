@@ -87,6 +87,18 @@ class ServingOptions(ImageLimits, TraceOptions):
         None, ge=1, le=MAX_TILES, description="maximum number of tiles of an image without thumbnail; unset: the checkpoint's"
     )
 
+    @field_validator("api_key")
+    @classmethod
+    def _is_key_that_can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        key = value.get_secret_value().strip()
+        if not key:
+            raise PydanticCustomError("key", "the key is empty; leave it unset for no authentication")
+        if not (key.isascii() and key.isprintable()):
+            raise PydanticCustomError("key", "expected printable ASCII characters, which fit into a header")
+        return SecretStr(key)
+
     @field_validator("vir", mode="before")
     @classmethod
     def _accept_yaml_off(cls, value: Any) -> Any:

@@ -10,7 +10,9 @@ import pytest
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 
 _TESTS = Path(__file__).parent
-_NEED_VLLM = ("e2e", *(f"lm_worker/test_{name}.py" for name in ("connector", "engine", "main", "media", "renderer")))
+_NEED_VLLM = (
+    "e2e", *(f"lm_worker/test_{name}.py" for name in ("connector", "engine", "main", "media", "renderer", "vllm_flags"))
+)  # fmt: skip
 """Folders and files whose tests start vLLM or import it, which takes longer than all the rest of a test."""
 
 _SLOW = (
@@ -20,6 +22,7 @@ _SLOW = (
     "deploy/test_prometheus.py",
     "deploy/test_request_id.py",
     "docs/test_site.py",
+    "dvd/test_cli.py",
     "server/test_main.py",
     "test_entry_points.py",
     "vision_worker/models/test_compiled.py",

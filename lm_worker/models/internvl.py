@@ -4,6 +4,8 @@ To vLLM an image is a number of visual tokens. Its embedding enters vLLM's encod
 """
 
 import functools
+import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -33,6 +35,8 @@ from common.checkpoint import open_checkpoint
 from common.embedding_ref import EmbeddingRef
 from common.layouts import LAYOUTS
 from lm_worker.renderer import IMAGE_MARK
+
+log = logging.getLogger("dvd.language")
 
 NUM_TOKENS = "image_num_tokens"
 """Field of an `image_embeds` content part: how many visual tokens the image has."""
@@ -204,6 +208,7 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
         if open_checkpoint(vllm_config.model_config.model).lacks_files:
             # vLLM requires every file of the index, also those with vision tensors alone, unless a model names patterns
             self.allow_patterns_overrides = ["*.safetensors"]
+        self._next_phase = "warming up" if vllm_config.model_config.enforce_eager else "compiling and warming up"
         mark: Any = self._mark_language_model  # typed as Tensor | Module, like every attribute of nn.Module
         with mark(vllm_config):
             self.language_model = init_vllm_registered_model(
@@ -242,4 +247,8 @@ class InternVLLanguageModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsL
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the language model's tensors and return their names. Others are skipped; mapped lazily, they are not read."""
         mapper = WeightsMapper(orig_to_new_prefix=dict(self._layout.language_prefixes))
-        return cast(set[str], AutoWeightsLoader(self).load_weights(weights, mapper=mapper))
+        log.info("reading weights")
+        started = time.monotonic()
+        names = cast(set[str], AutoWeightsLoader(self).load_weights(weights, mapper=mapper))
+        log.info("read weights in %.1f s; %s", time.monotonic() - started, self._next_phase)
+        return names

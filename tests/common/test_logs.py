@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -79,15 +81,61 @@ def test_invalid_request_ids(text: str) -> None:
 
 def test_a_childs_line_becomes_a_json_object_unless_it_is_one() -> None:
     assert logs.format_child_line("vision-0", "ready", "text") == "    vision-0 | ready"
+    assert logs.format_child_line("", "ready", "text") == "ready"
     assert logs.format_child_line("vision-0", '{"a": 1}', "json") == '{"a": 1}'
     record = json.loads(logs.format_child_line("vision-0", 'a "word"', "json"))
     assert (record["logger"], record["message"], record["level"]) == ("vision-0", 'a "word"', "info")
 
 
-def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger("test.logs.twice")
-    for _ in range(2):
-        logs.configure("info", "json", logger.name)
-    logger.info("once")
-    logger.debug("never")
-    assert [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()] == ["once"]
+@pytest.mark.parametrize("line", ["{'a': 1}", "{}}", "[1]", "1", "{", ""])
+def test_what_only_looks_like_an_object_becomes_one(line: str) -> None:
+    assert json.loads(logs.format_child_line("", line, "json"))["message"] == line
+
+
+def test_a_line_without_a_logger(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.print_line("dvd vision", "100 % wrong", "text", "error")
+    logs.print_line("dvd vision", "100 % wrong", "json", "error")
+    text, line = capsys.readouterr().err.splitlines()
+    assert text == "dvd vision: 100 % wrong"
+    record = json.loads(line)
+    assert (record["logger"], record["message"], record["level"]) == ("dvd.vision", "100 % wrong", "error")
+
+
+SCRIPT = """
+import logging, sys, threading, warnings
+from common import logs
+logs.configure(*sys.argv[1:])
+logs.configure(*sys.argv[1:])
+logging.getLogger("dvd.vision").info("own")
+logging.getLogger("uvicorn.error").info("info of a library")
+logging.getLogger("uvicorn.error").warning("warning of a library")
+warnings.warn("for developers", FutureWarning)
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+raise ValueError("two\\nlines")
+"""
+
+
+def run_script(level: str, log_format: str) -> list[str]:
+    command = [sys.executable, "-c", SCRIPT, level, log_format]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    return result.stderr.splitlines()
+
+
+def test_all_that_a_process_says_is_json() -> None:
+    records = [json.loads(line) for line in run_script("debug", "json")]
+    assert [(record["logger"], record["level"]) for record in records] == [
+        ("dvd.vision", "info"), ("uvicorn.error", "info"), ("uvicorn.error", "warning"), ("py.warnings", "warning"),
+        ("dvd", "critical"), ("dvd", "critical"),
+    ]  # fmt: skip
+    assert records[-2]["exception"].endswith("ZeroDivisionError: division by zero")
+    assert records[-1]["exception"].endswith("ValueError: two\nlines")
+
+
+def test_below_debug_level_libraries_only_warn() -> None:
+    records = [json.loads(line) for line in run_script("info", "json")]
+    assert [record["message"] for record in records[:2]] == ["own", "warning of a library"]
+    assert len(records) == 4
+    assert "own" not in "".join(run_script("warning", "text"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.options import KNOWN_NAMES, ConfigError, as_arguments, read_options
+from common.options import KNOWN_NAMES, ConfigError, as_arguments, logging_options, read_options
 from dvd.up_config import UpOptions
 from server.config import GatewayOptions
 from tests.option_classes import COMMANDS
@@ -135,9 +135,78 @@ def test_arguments_pass_options_on_to_a_child() -> None:
 
 
 @pytest.mark.parametrize("command", ["up", "language"])
-def test_a_flag_of_vllm_belongs_after_two_dashes(command: str) -> None:
-    with pytest.raises(ConfigError, match="unknown flag --max-model-len: flags of vllm serve go after --,"):
-        read_options(COMMANDS[command], ["m", "--max-model-len=4096"], {})
+@pytest.mark.parametrize("flag", ["--max-model-len", "--max_model_len", "-tp"])
+def test_a_flag_of_vllm_belongs_after_two_dashes(command: str, flag: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^unknown flag {flag}: vLLM's flags go after --, as in dvd {command} MODEL -- {flag} "
+    ):
+        read_options(COMMANDS[command], ["m", f"{flag}=4096"], {})
+
+
+@pytest.mark.parametrize("command", ["up", "language"])
+def test_a_flag_that_nobody_has(command: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^unknown flag --foo: dvd {command} --help lists the flags, and vLLM's flags go after --$"
+    ):
+        read_options(COMMANDS[command], ["m", "--foo"], {})
+    with pytest.raises(ConfigError, match=r"^unknown flag --sink-byte: did you mean --sink-bytes\?$"):
+        read_options(COMMANDS[command], ["m", "--sink-byte=1"], {})
+
+
+def test_flags_of_vllm_can_be_in_the_file_and_reach_a_child(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("vllm: {max_model_len: 4096, override_generation_config: {a: [1, 'b c']}}")
+    up = read_options(UpOptions, ["m", f"--config={tmp_path / 'f.yaml'}"], {})
+    assert up.vllm == {"max_model_len": 4096, "override_generation_config": {"a": [1, "b c"]}}
+    language = COMMANDS["language"]
+    assert read_options(language, as_arguments(up, language), {}).model_dump()["vllm"] == up.vllm
+    assert read_options(UpOptions, ["m"], {"DVD_VLLM": '{"max_model_len": 1}'}).vllm == {"max_model_len": 1}
+
+
+@pytest.mark.parametrize("value", ["1", "[1]", "{", "{1: 2}", "x"])
+def test_vllm_must_be_a_mapping(value: str) -> None:
+    with pytest.raises(
+        ConfigError, match='--vllm = .*: expected a mapping of flags of vllm serve, e.g. {"max_model_len": 4096}'
+    ):
+        read_options(UpOptions, ["m", f"--vllm={value}"], {})
+
+
+@pytest.mark.parametrize("value", ["hunter2\n", " hunter2\r\n", "hunter2"])
+def test_a_key_from_a_file_of_a_secret_is_trimmed(value: str) -> None:
+    for arguments, variables in ((WORKERS, {"DVD_API_KEY": value}), ([*WORKERS, f"--api-key={value}"], {})):
+        key = read_options(GatewayOptions, arguments, variables).api_key
+        assert key is not None
+        assert key.get_secret_value() == "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [("", "the key is empty"), ("\n", "the key is empty"), ("a\nb", "printable"), ("é", "ASCII")]
+)
+def test_a_key_that_no_caller_can_send_is_an_error(value: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--api-key = \(secret\): .*{reason}"):
+        read_options(GatewayOptions, WORKERS, {"DVD_API_KEY": value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        ([], {}, ("info", "text")),
+        (["m", "--unknown", "--log-format=json", "--", "--log-level=x"], {}, ("info", "json")),
+        (["--log-format", "json"], {"DVD_LOG_LEVEL": "debug", "DVD_LOG_FORMAT": "text", "DVD_UNKNOWN": "1"}, ("debug", "json")),
+        (["--log-format=yaml"], {"DVD_LOG_LEVEL": "debug"}, ("info", "text")),
+        (["--log-format"], {"DVD_LOG_FORMAT": "json"}, ("info", "json")),
+        (["--config=/nowhere"], {"DVD_LOG_FORMAT": "json"}, ("info", "json")),
+    ],
+)
+def test_how_to_log_is_known_even_if_options_are_invalid(
+    arguments: list[str], variables: dict[str, str], expected: tuple[str, str]
+) -> None:
+    options = logging_options(arguments, variables)
+    assert (options.log_level, options.log_format) == expected
+
+
+def test_how_to_log_is_read_from_the_file_too(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("log_format: json\nunknown: 1")
+    assert logging_options([f"--config={tmp_path / 'f.yaml'}"], {}).log_format == "json"
 
 
 def test_a_listen_address_without_a_port_is_an_error() -> None:

@@ -12,6 +12,7 @@ from common.options import read_options
 from dvd.config import HealthOptions
 from lm_worker import sink
 from lm_worker.config import reject_own_flags, split_arguments
+from lm_worker.vllm_flags import first_unknown
 from server import __main__ as gateway
 from server.workers.discovery import parse_name
 from tests.deploy.files import (
@@ -31,7 +32,7 @@ from tests.deploy.files import (
     services,
 )
 from tests.option_classes import COMMANDS
-from vision_worker import __main__ as vision
+from vision_worker import process as vision
 
 EVERY_CONFIGURATION = pytest.mark.parametrize("files", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 EXAMPLE = DEPLOY / ".env.example"
@@ -91,6 +92,7 @@ def test_flags_in_variables_reach_the_programs(files: tuple[Path, ...]) -> None:
 def test_flags_after_the_dashes_are_vllms(files: tuple[Path, ...]) -> None:
     _, vllm_flags = split_arguments(services(files)["language"]["command"])
     reject_own_flags(vllm_flags)
+    assert first_unknown(vllm_flags) is None
 
 
 @pytest.mark.parametrize("overlay", [CPU, ONE_GPU])

@@ -119,3 +119,23 @@ def test_the_device_selects_extra_constraints_and_torch(service: str, device: st
     assert EXTRA.findall(result.stdout) == [extra]
     assert f"-c constraints/{device}.txt" in result.stdout
     assert ("--torch-backend=cpu" in result.stdout) == (device == "cpu")
+
+
+@pytest.mark.parametrize("service", ["vision", "language"])
+def test_an_image_computes_on_the_device_that_it_was_built_for(service: str) -> None:
+    file = dockerfile(service)
+    assert file.environment()["DVD_DEVICE"] == "$DEVICE"
+    names = [name for name, _ in file.instructions]
+    last_stage = len(names) - names[::-1].index("FROM")
+    assert ("ARG", "DEVICE") in file.instructions[last_stage : names.index("ENV", last_stage)], "otherwise it is empty"
+    assert ("ARG", "DEVICE=cuda") in file.instructions
+
+
+def test_gpu_images_require_a_driver_for_the_cuda_version_of_torch() -> None:
+    pinned = dict(line.split("==") for line in (ROOT / "constraints/cuda.txt").read_text().splitlines())
+    major, minor = pinned["cuda-toolkit"].split(".")[:2]
+    for service in ("vision", "language"):
+        assert dockerfile(service).environment()["NVIDIA_REQUIRE_CUDA"] == f"cuda>={major}.{minor}"
+    assert pinned["nvidia-cuda-runtime"].startswith(f"{major}.{minor}.")
+    page = (ROOT / "docs/deployment.md").read_text()
+    assert f"torch {'.'.join(pinned['torch'].split('.')[:2])} for CUDA {major}.{minor}" in page

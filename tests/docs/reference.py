@@ -24,7 +24,8 @@ Each option can be set in three places. A flag overrides a variable, and a varia
 
 * One file may serve all commands: each command ignores the keys of others. An unknown key, variable or flag is an error.
 * `--print-config` prints the configuration in force and exits. Secrets are masked.
-* `dvd up` and `dvd language` pass flags after `--` on to `vllm serve`.
+* `dvd up` and `dvd language` pass flags after `--` on to `vllm serve`. A file has them as the mapping `vllm`.
+* White space around the value of a variable is removed. Variables that Kubernetes sets for a service are ignored.
 * `dvd plan --help` lists the options of `dvd plan`, which are flags only.
 
 | option | commands | values | default | description |
@@ -52,7 +53,8 @@ def _values(field: FieldInfo) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     known = {bool: "`true`, `false`", int: "whole number", float: "number", SecretStr: "secret"}
-    kind = "list" if typing.get_origin(annotation) is list else known.get(typing.cast(type, annotation), "text")
+    containers: dict[typing.Any, str] = {list: "list", dict: "mapping"}
+    kind = containers.get(typing.get_origin(annotation)) or known.get(typing.cast(type, annotation), "text")
     bounds = [f"{sign} {value}" for sign, value in map(_bound, field.metadata) if sign]
     return f"{kind} {', '.join(bounds)}" if bounds and kind in ("whole number", "number") else kind
 

@@ -1,14 +1,18 @@
 """The supervisor of `dvd up`, with small scripts for processes. tests/e2e/test_up.py runs the real ones."""
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from common.options import Options
 from dvd.supervisor import Supervisor
 from dvd.up_processes import ProcessSpec
+
+TEXT, JSON = Options(), Options(log_format="json")
 
 FOREVER = "import time; print('started', flush=True); time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {FOREVER}"
@@ -46,14 +50,14 @@ async def test_a_process_that_ends_is_named_and_the_others_are_stopped(tmp_path:
     pid_file = tmp_path / "pid"
     wait_for_file = f"import os, sys, time\nwhile not os.path.exists({str(pid_file)!r}): time.sleep(0.02)\nsys.exit(3)"
     specs = [spec("vision-0", record_pid(pid_file, FOREVER)), spec("gateway", wait_for_file)]
-    async with Supervisor(specs, "text") as supervisor:
+    async with Supervisor(specs, TEXT) as supervisor:
         assert await supervisor.wait() == "gateway ended with 3; see its last lines above"
     assert not is_running(int(pid_file.read_text()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_signal_is_no_failure(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
-    async with Supervisor([spec("vision-0", FOREVER)], "text") as supervisor:
+    async with Supervisor([spec("vision-0", FOREVER)], TEXT) as supervisor:
         waiting = asyncio.create_task(supervisor.wait())
         await until_output(capfd, "vision-0 | started")
         os.kill(os.getpid(), number)
@@ -65,7 +69,7 @@ async def test_a_process_that_ignores_sigterm_is_killed(
 ) -> None:
     monkeypatch.setattr("dvd.supervisor._STOP_GRACE_SECONDS", 0.2)
     pid_file = tmp_path / "pid"
-    async with Supervisor([spec("vision-0", record_pid(pid_file, STUBBORN))], "text"):
+    async with Supervisor([spec("vision-0", record_pid(pid_file, STUBBORN))], TEXT):
         await until_output(capfd, "vision-0 | started")
     async with asyncio.timeout(30):  # the event loop reaps it a moment later
         while is_running(int(pid_file.read_text())):
@@ -76,7 +80,7 @@ async def test_a_program_that_cannot_start_stops_those_that_did(tmp_path: Path) 
     pid_file = tmp_path / "pid"
     missing = ProcessSpec("gateway", [], spec("", "").is_ready, program=str(tmp_path / "missing"))
     with pytest.raises(FileNotFoundError):
-        async with Supervisor([spec("vision-0", record_pid(pid_file, FOREVER)), missing], "text"):
+        async with Supervisor([spec("vision-0", record_pid(pid_file, FOREVER)), missing], TEXT):
             pass
     assert not pid_file.exists() or not is_running(int(pid_file.read_text()))
 
@@ -84,8 +88,16 @@ async def test_a_program_that_cannot_start_stops_those_that_did(tmp_path: Path) 
 async def test_dvd_variables_are_not_inherited(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVD_PORT", "1")
     script = "import os; print(*sorted(k for k in os.environ if k.startswith('DVD_')), flush=True)"
-    async with Supervisor([spec("gateway", script, DVD_API_KEY="secret")], "json") as supervisor:
+    async with Supervisor([spec("gateway", script, DVD_API_KEY="secret")], JSON) as supervisor:
         await supervisor.wait()
     output = capfd.readouterr().err
     assert '"message": "DVD_API_KEY"' in output
     assert '"message": "gateway: starting"' in output
+
+
+async def test_the_noise_of_libraries_is_dropped_and_the_rest_is_json(capfd: pytest.CaptureFixture[str]) -> None:
+    script = "print('nanobind: leaked 4 instances!'); print('two'); print('{\"a\": 1}')"
+    async with Supervisor([spec("language-0", script)], JSON) as supervisor:
+        await supervisor.wait()
+    records = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [record.get("message") for record in records] == ["language-0: starting", "two", None]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Golden
-from tests.e2e.serving import GOLDEN, Served, alive, gone, processes, run
+from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, alive, gone, processes, run, start, stop
 from tests.hub import BOTH, ID, LANGUAGE, VISION, fill_cache, split_checkpoint
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
@@ -67,9 +67,36 @@ def test_no_process_is_left_after_a_signal(golden: Golden, name: str, sent: sign
 
 
 def test_a_worker_that_ends_is_named_and_ends_the_others() -> None:
-    code, lines = run("up", CHECKPOINT, "--port=0", "--", "--no-such-vllm-flag")
+    code, lines = run("up", CHECKPOINT, "--port=0", "--", "--max-model-len=many")
     assert code == 1
     assert "language-0 ended with 2" in lines
+    (reason,) = [line for line in lines.splitlines() if "--max-model-len" in line]
+    assert "language-0 | dvd language: vLLM's flags: argument --max-model-len: " in reason
+
+
+def test_a_start_and_a_stop_name_their_phases_without_noise_of_libraries(tmp_path: Path) -> None:
+    """Runs a language worker alone, without a home folder. Its output is JSON down to the last line."""
+    flags = [f"--listen=unix:{tmp_path}/sink", f"--http=unix:{tmp_path}/vllm", "--log-format=json"]
+    worker = start("language", CHECKPOINT, *flags, "--", *QUICK, environment={"HOME": "/proc/home"})
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while '"ready on' not in worker.lines:
+            assert worker.process.poll() is None, worker.lines
+            assert time.monotonic() < deadline, worker.lines
+            time.sleep(0.2)
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(60) == 0
+    finally:
+        stop(worker)
+    records = [json.loads(line) for line in worker.lines.splitlines()]
+    messages = [record["message"] for record in records]
+    phases = ["loading vLLM", "starting the engine", "reading weights", "starting the sink and the HTTP server"]
+    assert [message for message in messages if message in phases] == phases
+    (ready,) = [message for message in messages if message.startswith("ready on")]
+    assert re.search(r"after [\d.]+ s \(loading vLLM [\d.]+ s, starting the engine [\d.]+ s, ", ready)
+    by_libraries = [record["message"] for record in records if not record["logger"].startswith("dvd")]
+    own_settings = ("Enforce eager set", "Inductor compilation was disabled by user settings", "Found ulimit of")
+    assert [message for message in by_libraries if not message.startswith(own_settings)] == []
 
 
 def test_describe_prints_json() -> None:

@@ -43,7 +43,7 @@ def _assert_stopped(worker: Served, address: str, signal_name: str) -> None:
 
 
 def test_sigterm_while_the_engine_loads_ends_the_worker_with_one_line(starting: Served, address: str) -> None:
-    _wait_until(lambda: "Initializing a V1 LLM engine" in starting.lines, starting)
+    _wait_until(lambda: "starting the engine" in starting.lines, starting)
 
     starting.process.send_signal(signal.SIGTERM)
 

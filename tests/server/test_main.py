@@ -123,7 +123,7 @@ async def test_requests_of_killed_processes_leave_the_metrics(gateway: Gateway) 
 async def test_all_log_lines_are_json(tmp_path: Path) -> None:
     async with start_stack(tmp_path) as stack:
         addresses = [f"--vision-workers={stack.vision.address}", f"--language-workers={stack.sink.address}"]
-        command = ["-m", "server", "--port=0", "--workers=2", "--log-format=json", *addresses]
+        command = ["-m", "server", "--port=0", "--workers=2", "--log-format=json", "--log-level=debug", *addresses]
         process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
         assert process.stderr is not None
         first_line = json.loads(await process.stderr.readline())
