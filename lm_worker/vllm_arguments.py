@@ -19,6 +19,7 @@ from lm_worker.config import LanguageOptions
 
 _MAX_CPU_KV_CACHE_BYTES = 4 << 30
 _MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+_STRUCTURED_OUTPUT_FLAGS = ("--structured-outputs-config", "--structured_outputs_config")
 
 
 def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: Sequence[str]) -> Namespace:
@@ -50,6 +51,7 @@ def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: S
         "--interleave-mm-strings",
         "--disable-uvicorn-access-log",
         *([] if options.log_level == "debug" else ["--uvicorn-log-level=warning", "--no-use-tqdm-on-load"]),
+        *_structured_output_flags(flags),
         *_cpu_flags(flags),
         *flags,
         "--enable-mm-embeds",
@@ -67,6 +69,17 @@ class _Parser(FlexibleArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `ConfigError` instead of printing the usage of all flags and exiting."""
         raise ConfigError(f"vLLM's flags: {' '.join(message.split())}")
+
+
+def _structured_output_flags(flags: Sequence[str]) -> list[str]:
+    """Default of structured output: JSON without white space, which a small model would otherwise repeat up to the limit.
+
+    vLLM requires a named backend for it; xgrammar is the one that "auto" prefers. A caller who configures structured
+    output configures all of it, since other backends reject this setting.
+    """
+    if any(flag.startswith(_STRUCTURED_OUTPUT_FLAGS) for flag in flags):
+        return []
+    return ['--structured-outputs-config={"backend":"xgrammar","disable_any_whitespace":true}']
 
 
 def _cpu_flags(flags: Sequence[str]) -> list[str]:

@@ -115,7 +115,7 @@ def test_structured_output_and_tools_are_forwarded(golden: Golden, served: Serve
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
     response_format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
     choice = served.chat(SQUARE, "x", response_format=response_format, max_tokens=200).json["choices"][0]
-    assert choice["finish_reason"] == "length" or set(json.loads(choice["message"]["content"])) == {"a"}
+    assert choice["message"]["content"] in ('{"a":true}', '{"a":false}'), "without white space, even from random weights"
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     rejected = golden["vit300m-qwen2"].chat(SQUARE, "x", tools=[tool], tool_choice="auto")
     assert rejected.status == 400
