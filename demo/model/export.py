@@ -31,8 +31,12 @@ def write_checkpoint(
     write_json(folder / "config.json", checkpoint_config(tokenizer.size, relative_threshold, absolute_threshold))
     write_json(
         folder / "generation_config.json",
-        {"bos_token_id": PAD_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "max_new_tokens": 64},
-    )
+        {
+            "bos_token_id": PAD_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "max_new_tokens": 64,
+            # vLLM reads the temperature and ignores do_sample, transformers the opposite
+            "do_sample": False, "temperature": 0.0,
+        },
+    )  # fmt: skip
     write_json(
         folder / "preprocessor_config.json",
         {

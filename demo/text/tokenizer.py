@@ -29,13 +29,22 @@ IGNORED_LABEL = -100
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% set texts = namespace(count=0) %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'text' and not content['text'].startswith('Frame') %}{% set texts.count = texts.count + 1 %}"
+    "{% endif %}{% endfor %}"
+    "{% set question_first = texts.count == 1 and message['content'][0]['type'] == 'text'"
+    " and not message['content'][0]['text'].startswith('Frame') %}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\\n' }}"
-    "{% elif content['type'] == 'video' %}{{ '<video>\\n' }}{% endif %}{% endfor %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% elif content['type'] == 'video' %}{{ '<video>\\n' }}"
+    "{% elif content['type'] == 'text' and not (question_first and loop.first) %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% if question_first %}{{ message['content'][0]['text'] }}{% endif %}"
     "{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""Images always come before the text of a message, as in training, independent of their order in the request."""
+"""Parts keep their order, with one exception: a question that precedes all images follows them, as in training.
+
+Labels of video frames ("Frame1: ") stay with their frames, wherever the question is.
+"""
 _VOCABULARY_SIZE = 1024
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from common.checkpoint import open_checkpoint, read_header
 from demo.text.tokenizer import CHAT_TEMPLATE, DemoTokenizer
@@ -59,6 +60,13 @@ def test_tokenizer_and_template_are_those_of_training(tmp_path: Path) -> None:
     for file in tmp_path.iterdir():
         assert (CHECKPOINT / file.name).read_bytes() == file.read_bytes(), file.name
     assert (CHECKPOINT / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_answers_are_greedy_by_default() -> None:
+    """What vLLM takes as defaults of requests: the values that differ from those of transformers."""
+    defaults = GenerationConfig.from_pretrained(CHECKPOINT).to_diff_dict()
+    assert defaults["temperature"] == 0
+    assert defaults["do_sample"] is False
 
 
 @pytest.mark.parametrize("name", ["mlp1.3.weight", "mlp2.7.weight", "gating.gate.1.weight"])

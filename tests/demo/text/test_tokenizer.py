@@ -117,18 +117,35 @@ def test_labels_are_the_answers_and_their_end_tokens(tokenizer: DemoTokenizer, t
 
 
 @pytest.mark.parametrize(
-    ("kinds", "expected"),
+    ("parts", "expected"),
     [
-        (("text",), "Q"), (("image", "text"), "<image>\nQ"), (("text", "image"), "<image>\nQ"),
-        (("image", "text", "image"), "<image>\n<image>\nQ"), (("text", "image", "text"), "<image>\nQQ"),
-        (("image",), "<image>\n"),
+        ("Q", "Q"), ("I Q", "I\nQ"), ("I I Q", "I\nI\nQ"), ("I", "I\n"), ("A B", "AB"), ("", ""),
+        ("A I B I C", "AI\nBI\nC"), ("Frame1: I Frame2: I Q", "Frame1:I\nFrame2:I\nQ"), ("A I B", "AI\nB"),
+        ("I A I", "I\nAI\n"), ("A I B I", "AI\nBI\n"), ("Frame1: I", "Frame1:I\n"),
     ],
 )  # fmt: skip
-def test_images_come_first_whatever_the_order_of_parts(saved: Any, kinds: tuple[str, ...], expected: str) -> None:
-    parts = [{"type": "text", "text": "Q"} if kind == "text" else {"type": "image"} for kind in kinds]
-    assert rendered(saved, [{"role": "user", "content": parts}]) == (
-        f"<|im_start|>user\n{expected}<|im_end|>\n<|im_start|>assistant\n"
-    )
+def test_parts_keep_their_order(saved: Any, parts: str, expected: str) -> None:
+    """I is an image, V a video, all else a text."""
+    assert rendered_parts(saved, parts) == expected
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ("Q I", "I\nQ"), ("Q I I", "I\nI\nQ"), ("Q V", "V\nQ"), ("Q Frame1: I Frame2: I", "Frame1:I\nFrame2:I\nQ"),
+    ],
+)  # fmt: skip
+def test_a_question_before_all_images_follows_them(saved: Any, parts: str, expected: str) -> None:
+    """The model was trained on images first."""
+    assert rendered_parts(saved, parts) == expected
+
+
+def rendered_parts(saved: Any, parts: str) -> str:
+    kinds = {"I": "image", "V": "video"}
+    content = [{"type": kinds[part]} if part in kinds else {"type": "text", "text": part} for part in parts.split()]
+    whole = rendered(saved, [{"role": "user", "content": content}])
+    text = whole.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
+    return text.replace("<image>", "I").replace("<video>", "V")
 
 
 def test_string_content_equals_a_text_part(saved: Any) -> None:
