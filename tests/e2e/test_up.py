@@ -90,7 +90,7 @@ def test_a_start_and_a_stop_name_their_phases_without_noise_of_libraries(tmp_pat
         stop(worker)
     records = [json.loads(line) for line in worker.lines.splitlines()]
     messages = [record["message"] for record in records]
-    phases = ["loading vLLM", "starting the engine", "reading weights", "starting the sink and the HTTP server"]
+    phases = ["loading vLLM", "starting the engine", "reading weights", "starting the HTTP server"]
     assert [message for message in messages if message in phases] == phases
     (ready,) = [message for message in messages if message.startswith("ready on")]
     assert re.search(r"after [\d.]+ s \(loading vLLM [\d.]+ s, starting the engine [\d.]+ s, ", ready)
