@@ -91,13 +91,13 @@ def _raise_stopped(number: int, _frame: object) -> None:
 
 
 def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
-    checkpoint = find_checkpoint(options.model, "language", weights=options.load_format == "auto")
-    checkpoint.check_language_files()  # a damaged file becomes one line here, not a stack trace of vLLM's later
     # checked first: otherwise a running worker's shared memory would be removed as if it had died
     rpc.ensure_free(options.listen, "--listen")
     rpc.ensure_free(options.http, "--http")
     if options.metrics_port:
         rpc.ensure_free(f"0.0.0.0:{options.metrics_port}", "--metrics-port")
+    checkpoint = find_checkpoint(options.model, "language", weights=options.load_format == "auto")
+    checkpoint.check_language_files()  # a damaged file becomes one line here, not a stack trace of vLLM's later
     folder = shared_memory.folder_of(options.listen)
     shared_memory.create_folder(folder)
     plugin.enable(options.log_level, options.log_format)
