@@ -28,9 +28,9 @@ def main(arguments: Sequence[str]) -> None:
         # at debug level each probe of a process that is not ready yet would be logged
         logs.configure("info" if options.log_level == "debug" else options.log_level, options.log_format)
         vllm_flags = all_vllm_flags(options, flags)
+        _check_ports(options)
         checkpoint = find_checkpoint(options.model, "vision", "language", weights=options.load_format == "auto")
         _check_router(options, checkpoint)
-        _check_ports(options)
         failure = _run_processes(options, vllm_flags, checkpoint)
     except ConfigError as error:
         _fail(str(error), log_format, 2)

@@ -1,5 +1,6 @@
 """`python -m lm_worker MODEL [options] [-- vllm serve flags]`: one language worker."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -23,6 +24,8 @@ from lm_worker.sink import SinkOptions
 from lm_worker.sink_process import SinkProcess
 
 log = logging.getLogger("dvd.language")
+
+_PROBE_INTERVAL_SECONDS = 0.2
 
 _WHY_ENGINE_IS_SLOW = (
     "its processes import vLLM, read the weights, compile and warm up; what is compiled is kept for the next start"
@@ -88,13 +91,13 @@ def _raise_stopped(number: int, _frame: object) -> None:
 
 
 def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
-    checkpoint = find_checkpoint(options.model, "language", weights=options.load_format == "auto")
-    checkpoint.check_language_files()  # a damaged file becomes one line here, not a stack trace of vLLM's later
     # checked first: otherwise a running worker's shared memory would be removed as if it had died
     rpc.ensure_free(options.listen, "--listen")
     rpc.ensure_free(options.http, "--http")
     if options.metrics_port:
         rpc.ensure_free(f"0.0.0.0:{options.metrics_port}", "--metrics-port")
+    checkpoint = find_checkpoint(options.model, "language", weights=options.load_format == "auto")
+    checkpoint.check_language_files()  # a damaged file becomes one line here, not a stack trace of vLLM's later
     folder = shared_memory.folder_of(options.listen)
     shared_memory.create_folder(folder)
     plugin.enable(options.log_level, options.log_format)
@@ -128,12 +131,36 @@ async def _serve(options: LanguageOptions, model: Path, folder: Path, args: Name
         with phases.phase("starting the engine", _WHY_ENGINE_IS_SLOW):
             engine = await stack.enter_async_context(start_engine(args, listening, fork=fork))
         dtype = str(engine.model_config.dtype).removeprefix("torch.")
-        with phases.phase("starting the sink and the HTTP server"):
-            await stack.enter_async_context(SinkProcess(_sink_options(options, model, folder, dtype)))
-            stopped = await build_and_serve(engine, address, listening, args, log_config=None)  # uvicorn's records go to ours
-        log.info("ready on %s, vLLM on %s, after %s", options.listen, options.http, phases.summary())
+        await stack.enter_async_context(SinkProcess(_sink_options(options, model, folder, dtype)))
+        announcing = asyncio.create_task(_announce_readiness(options, phases))
+        stack.callback(announcing.cancel)
+        stopped = await build_and_serve(engine, address, listening, args, log_config=None)  # uvicorn's records go to ours
         await stopped
     listening.close()
+
+
+async def _announce_readiness(options: LanguageOptions, phases: Phases) -> None:
+    """Log when vLLM's server answers: `build_and_serve` returns only when it stops."""
+    with phases.phase("starting the HTTP server"):
+        while not await _is_healthy(options.http):
+            await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
+    log.info("ready on %s, vLLM on %s, after %s", options.listen, options.http, phases.summary())
+
+
+async def _is_healthy(address: str) -> bool:
+    """Return whether `GET /health` at an address of this machine is answered with status 200."""
+    host, _, port = address.rpartition(":")
+    try:
+        if address.startswith("unix:"):
+            reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+        else:
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        writer.write(b"GET /health HTTP/1.0\r\n\r\n")
+        status = await reader.readline()
+        writer.close()
+    except OSError:
+        return False
+    return status.split()[1:2] == [b"200"]
 
 
 def _sink_options(options: LanguageOptions, model: Path, folder: Path, dtype: str) -> SinkOptions:

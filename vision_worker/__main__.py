@@ -45,10 +45,10 @@ def _print_error(error: Exception, log_format: str, status: int) -> int:
 
 
 def _run(options: VisionOptions) -> None:
-    checkpoint = find_checkpoint(options.model, "vision", weights=options.load_format == "auto")
     rpc.ensure_free(options.listen, "--listen")
     if options.metrics_port:
         rpc.ensure_free(f"0.0.0.0:{options.metrics_port}", "--metrics-port")
+    checkpoint = find_checkpoint(options.model, "vision", weights=options.load_format == "auto")
     phases = Phases(log)
     with phases.phase("loading torch"):
         # imported late, because torch takes seconds to import: errors above are reported at once

@@ -90,7 +90,7 @@ def test_a_start_and_a_stop_name_their_phases_without_noise_of_libraries(tmp_pat
         stop(worker)
     records = [json.loads(line) for line in worker.lines.splitlines()]
     messages = [record["message"] for record in records]
-    phases = ["loading vLLM", "starting the engine", "reading weights", "starting the sink and the HTTP server"]
+    phases = ["loading vLLM", "starting the engine", "reading weights", "starting the HTTP server"]
     assert [message for message in messages if message in phases] == phases
     (ready,) = [message for message in messages if message.startswith("ready on")]
     assert re.search(r"after [\d.]+ s \(loading vLLM [\d.]+ s, starting the engine [\d.]+ s, ", ready)
@@ -115,11 +115,16 @@ def test_describe_prints_json() -> None:
 
 
 COMMANDS = ("up", "vision", "language", "describe")
+ANY_PORT = {
+    "up": ["--port=0"], "vision": ["--listen=127.0.0.1:0"], "language": ["--listen=127.0.0.1:0", "--http=127.0.0.1:0"],
+    "describe": [],
+}  # fmt: skip
+"""Flags for each command, so that a server on this machine does not matter: ports are checked first."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_model_is_one_line_of_error(command: str, tmp_path: Path) -> None:
-    code, lines = run(command, tmp_path / "absent")
+    code, lines = run(command, tmp_path / "absent", *ANY_PORT[command])
     assert code == 1
     hint = "give a folder with config.json and safetensors files, or ORG/NAME of a repository on Hugging Face's hub"
     assert lines.splitlines() == [f"dvd {command}: no checkpoint at '{tmp_path / 'absent'}': {hint}"]
@@ -145,7 +150,7 @@ def test_a_model_in_the_cache_is_described_by_its_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unsupported_model_is_one_line_of_error(command: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    code, lines = run(command, tmp_path)
+    code, lines = run(command, tmp_path, *ANY_PORT[command])
     assert code == 1
     assert len(lines.splitlines()) == 1
     assert "'llava'" in lines
@@ -156,7 +161,7 @@ def test_a_truncated_file_is_one_line_of_error(command: str, tmp_path: Path) -> 
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "c"))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    code, lines = run(command, folder)
+    code, lines = run(command, folder, *ANY_PORT[command])
     assert code == 1
     assert "cut short" in lines.splitlines()[-1]
     assert "Traceback" not in lines
@@ -166,7 +171,7 @@ def test_a_missing_tensor_is_one_line_of_error(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "c"))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b"mlp1.3.weight", b"mlp1.9.weight"))
-    code, lines = run("vision", folder)
+    code, lines = run("vision", folder, *ANY_PORT["vision"])
     assert code == 1
     assert "mlp1.3.weight" in lines.splitlines()[-1]
     assert "Traceback" not in lines
