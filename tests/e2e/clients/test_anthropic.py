@@ -1,0 +1,100 @@
+"""Anthropic's official client. Weights are random, so only formats are asserted."""
+
+from typing import Any
+
+import anthropic
+import pytest
+from anthropic import Anthropic
+from openai import OpenAI
+
+from tests.e2e.clients.content import BROKEN, KEY, MODEL, SQUARE, WIDE, Shape, user
+from tests.e2e.serving import Served, text_part
+
+
+def blocks(*parts: Any) -> Any:
+    """Returns one user message with these content blocks; a string is a text."""
+    return [{"role": "user", "content": [_block(part) for part in parts]}]
+
+
+def _block(part: Any) -> dict[str, Any]:
+    if isinstance(part, str):
+        return text_part(part)
+    data = part["image_url"]["url"].partition(",")[2]
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+
+
+def text_of(message: Any) -> str:
+    """Returns the text of a message."""
+    return "".join(block.text for block in message.content if block.type == "text")
+
+
+def test_a_message_has_the_answer_of_a_chat(client: OpenAI, claude: Anthropic) -> None:
+    chat = client.chat.completions.create(model=MODEL, messages=user(SQUARE, "x", WIDE), max_tokens=8, temperature=0)
+    body: Any = {"model": MODEL, "messages": blocks(SQUARE, "x", WIDE), "max_tokens": 8, "extra_body": {"temperature": 0}}
+    result = claude.messages.create(**body)
+    assert (result.type, result.role) == ("message", "assistant")
+    assert text_of(result) == chat.choices[0].message.content
+    assert chat.usage is not None
+    assert result.usage.input_tokens + (result.usage.cache_read_input_tokens or 0) == chat.usage.prompt_tokens
+    counted = claude.messages.count_tokens(model=MODEL, messages=blocks(SQUARE, "x", WIDE))
+    assert counted.input_tokens == chat.usage.prompt_tokens
+    with claude.messages.stream(**body) as stream:
+        assert "".join(stream.text_stream) == chat.choices[0].message.content
+        assert text_of(stream.get_final_message()) == chat.choices[0].message.content
+
+
+def test_an_image_by_url_has_the_answer_of_its_bytes(private: Served, images_url: str) -> None:
+    claude = Anthropic(base_url=private.url, api_key=KEY, max_retries=0)
+    by_url = {"type": "image", "source": {"type": "url", "url": f"{images_url}/square.png"}}
+
+    def answer(block: dict[str, Any]) -> str:
+        messages: Any = [{"role": "user", "content": [block, text_part("x")]}]
+        return text_of(claude.messages.create(model=MODEL, messages=messages, max_tokens=8, extra_body={"temperature": 0}))
+
+    assert answer(by_url) == answer(_block(SQUARE))
+
+
+def test_an_image_in_a_tool_result(claude: Anthropic) -> None:
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [_block(SQUARE), text_part("it")]}
+    messages: Any = [
+        {"role": "user", "content": "look"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "look", "input": {}}]},
+        {"role": "user", "content": [result]},
+    ]
+    counted = claude.messages.count_tokens(model=MODEL, messages=messages)
+    assert counted.input_tokens > 256
+    assert claude.messages.create(model=MODEL, messages=messages, max_tokens=2).content
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "draw"}])
+def test_a_tool_call_is_parsed(claude: Anthropic, choice: Any) -> None:
+    tools: Any = [{"name": "draw", "input_schema": {**Shape.model_json_schema(), "additionalProperties": False}}]
+    body: Any = {
+        "model": MODEL, "messages": blocks(SQUARE, "x"), "max_tokens": 200, "tools": tools, "tool_choice": choice,
+        "extra_body": {"temperature": 0},
+    }  # fmt: skip
+    with claude.messages.stream(**body) as stream:
+        streamed = stream.get_final_message()
+    for message in (claude.messages.create(**body), streamed):
+        assert message.stop_reason == "tool_use"
+        (call,) = (block for block in message.content if block.type == "tool_use")
+        assert call.name == "draw"
+        Shape.model_validate(call.input)
+
+
+def test_errors_have_anthropics_format(claude: Anthropic) -> None:
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        claude.messages.create(model=MODEL, messages=blocks(BROKEN), max_tokens=2)
+    body: Any = caught.value.body
+    assert (body["type"], body["error"]["type"], body["error"]["code"]) == ("error", "invalid_request_error", "invalid_image")
+    with pytest.raises(anthropic.NotFoundError):
+        claude.messages.create(model="absent", messages=blocks("x"), max_tokens=2)
+
+
+def test_a_wrong_key_is_rejected(limited: Served) -> None:
+    with pytest.raises(anthropic.AuthenticationError) as caught:
+        Anthropic(base_url=limited.url, api_key="wrong", max_retries=0).messages.create(
+            model=MODEL, messages=blocks("x"), max_tokens=2
+        )
+    body: Any = caught.value.body
+    assert body["error"]["type"] == "authentication_error"

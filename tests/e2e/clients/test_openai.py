@@ -1,0 +1,147 @@
+"""OpenAI's official client: chat completions. Weights are random, so only formats are asserted."""
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.e2e.clients.content import MODEL, SQUARE, Shape, report, url_part, user
+from tests.e2e.serving import Served
+
+
+def details(usage: Any) -> dict[str, Any]:
+    """Returns `prompt_tokens_details`; older clients lack some of its fields."""
+    fields: dict[str, Any] = usage.prompt_tokens_details.to_dict()
+    return fields
+
+
+def test_a_chat_and_its_usage(client: OpenAI) -> None:
+    answer = client.chat.completions.with_raw_response.create(model=MODEL, messages=user(SQUARE, "x"), max_tokens=4)
+    parsed = answer.parse()
+    assert (parsed.object, parsed.model, parsed.choices[0].message.role) == ("chat.completion", MODEL, "assistant")
+    assert isinstance(parsed.choices[0].message.content, str)
+    assert parsed.choices[0].finish_reason in ("length", "stop")
+    assert parsed.usage is not None
+    assert parsed.usage.total_tokens == parsed.usage.prompt_tokens + parsed.usage.completion_tokens
+    assert details(parsed.usage)["image_tokens"] == 256 < parsed.usage.prompt_tokens
+    assert 0 <= details(parsed.usage)["cached_tokens"] <= parsed.usage.prompt_tokens
+    assert report(answer.headers)["tokens"] == 256
+    text = client.chat.completions.create(model=MODEL, messages=user("x"), max_tokens=4)
+    assert text.usage is not None
+    assert "image_tokens" not in str(text.usage.to_dict())
+
+
+def test_an_image_by_url_has_the_answer_of_its_bytes(private_client: OpenAI, images_url: str) -> None:
+    def answer(part: dict[str, Any]) -> str | None:
+        create = private_client.chat.completions.create
+        result = create(model=MODEL, messages=user(part, "x"), max_tokens=8, temperature=0)
+        return result.choices[0].message.content
+
+    assert answer(url_part(f"{images_url}/square.png")) == answer(SQUARE)
+
+
+def test_the_asynchronous_client(served: Served, client: OpenAI) -> None:
+    async def answer() -> str | None:
+        async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as asynchronous:
+            create = asynchronous.chat.completions.create
+            result = await create(model=MODEL, messages=user(SQUARE, "x"), max_tokens=4, temperature=0)
+            return result.choices[0].message.content
+
+    expected = client.chat.completions.create(model=MODEL, messages=user(SQUARE, "x"), max_tokens=4, temperature=0)
+    assert asyncio.run(answer()) == expected.choices[0].message.content
+
+
+# Streams
+
+
+def test_a_stream(client: OpenAI) -> None:
+    chunks = list(client.chat.completions.create(model=MODEL, messages=user(SQUARE, "x"), max_tokens=4, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+    assert all(chunk.object == "chat.completion.chunk" and chunk.usage is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_a_stream_with_usage(client: OpenAI, continuous: bool) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": continuous}
+    stream = client.chat.completions.create(
+        model=MODEL, messages=user(SQUARE, "x"), max_tokens=4, stream=True, stream_options=options
+    )
+    chunks = list(stream)
+    assert chunks[-1].choices == []
+    for chunk in chunks if continuous else chunks[-1:]:
+        assert details(chunk.usage)["image_tokens"] == 256
+    last = chunks[-1].usage
+    assert last is not None
+    assert last.completion_tokens > 0
+    assert details(last)["cached_tokens"] <= last.prompt_tokens
+
+
+def test_the_clients_accumulated_stream_has_the_answer_of_a_chat(client: OpenAI) -> None:
+    request: Any = {"model": MODEL, "messages": user(SQUARE, "x"), "max_tokens": 8, "temperature": 0}
+    whole = client.chat.completions.create(**request).choices[0].message.content
+    with client.chat.completions.stream(**request) as stream:
+        pieces = [event.delta for event in stream if event.type == "content.delta"]
+        assert stream.get_final_completion().choices[0].message.content == whole == "".join(pieces)
+
+
+# Choices, structured output and tools
+
+
+def test_choices_and_log_probabilities(client: OpenAI) -> None:
+    result = client.chat.completions.create(
+        model=MODEL, messages=user(SQUARE, "x"), max_tokens=4, n=3, temperature=1, seed=7, logprobs=True, top_logprobs=2
+    )
+    assert [choice.index for choice in result.choices] == [0, 1, 2]
+    for choice in result.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content
+        for token in choice.logprobs.content:
+            assert token.logprob <= 0
+            assert len(token.top_logprobs) == 2
+    again = client.chat.completions.create(model=MODEL, messages=user(SQUARE, "x"), max_tokens=4, n=3, temperature=1, seed=7)
+    assert [c.message.content for c in again.choices] == [c.message.content for c in result.choices]
+
+
+def test_a_structured_answer_is_parsed(client: OpenAI) -> None:
+    result = client.chat.completions.parse(
+        model=MODEL, messages=user(SQUARE, "x"), max_tokens=200, temperature=0, response_format=Shape
+    )
+    assert isinstance(result.choices[0].message.parsed, Shape)
+
+
+def test_a_tool_call_is_parsed_and_its_result_is_accepted(client: OpenAI) -> None:
+    tools: Any = [openai.pydantic_function_tool(Shape, name="draw")]
+    choice: Any = {"type": "function", "function": {"name": "draw"}}
+    request: Any = {"model": MODEL, "tools": tools, "temperature": 0}
+    result = client.chat.completions.parse(messages=user(SQUARE, "x"), max_tokens=200, tool_choice=choice, **request)
+    assert result.choices[0].message.tool_calls
+    call = result.choices[0].message.tool_calls[0]
+    assert (call.type, call.function.name) == ("function", "draw")
+    assert isinstance(call.function.parsed_arguments, Shape)
+    messages: Any = [
+        *user(SQUARE, "x"),
+        {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})]},
+        {"role": "tool", "tool_call_id": call.id, "content": "a circle"},
+    ]
+    assert client.chat.completions.create(messages=messages, max_tokens=2, tool_choice="none", **request).choices
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "draw"}}])
+def test_a_streamed_tool_call(client: OpenAI, choice: Any) -> None:
+    tools: Any = [openai.pydantic_function_tool(Shape, name="draw")]
+    chunks = client.chat.completions.create(
+        model=MODEL, messages=user(SQUARE, "x"), max_tokens=200, temperature=0, tools=tools, tool_choice=choice, stream=True
+    )
+    calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()]
+    assert {call.index for call in calls} == {0}
+    assert [call.function.name for call in calls if call.function and call.function.name] == ["draw"]
+    Shape.model_validate_json("".join(call.function.arguments or "" for call in calls if call.function))
+
+
+def test_models_and_texts(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    result = client.completions.create(model=MODEL, prompt="a", max_tokens=2)
+    assert result.object == "text_completion"
