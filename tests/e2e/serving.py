@@ -30,7 +30,12 @@ MARK = "SERVED_FOR_TEST"
 # a small cache and no compilation, since starts take most of the time of these tests
 QUICK = ("--enforce-eager", "--kv-cache-memory-bytes=268435456", "--max-num-seqs=32")
 EXACT = (*QUICK, "--dtype=float32")
-TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
+TOOLS = (
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=hermes",
+    # random weights could continue the white space between two tokens of JSON for ever
+    '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
+)
 
 SYSTEM = {
     "internvl2_5": "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、"

@@ -14,38 +14,67 @@ from tests.e2e.serving import Served
 QUESTION = "what is shown?"
 ANSWER_TOKENS = 8
 
-_ANSWERS = ("answer", "answer_to_url", "stream")
 _ERRORS = ("broken_image", "wrong_key")
-_ALL = (*_ANSWERS, "structured", "tool_call", *_ERRORS)
-_AGENT = (*_ANSWERS, "structured", "structured_by_tool", *_ERRORS)
+_DATA_URLS = ("answer", "stream", "structured", "tool_call", *_ERRORS)
+"""Clients that fetch an image by URL themselves, and reject http or the addresses of this machine."""
+_ALL = ("answer_to_url", *_DATA_URLS)
+_AGENT = ("answer", "answer_to_url", "stream", "structured", "structured_by_tool", *_ERRORS)
 _STRUCTURED = ("structured", "structured_stream", *_ERRORS)
 
 CASES: dict[str, dict[str, tuple[str, ...]]] = {
     "with_langchain.py": {"chat": _ALL, "responses": _ALL, "messages": _ALL},
-    "with_litellm.py": {"chat": _ALL, "messages": _ALL},
+    "with_litellm.py": {"chat": _ALL, "messages": _DATA_URLS},
     "with_instructor.py": {"tools": _STRUCTURED, "schema": _STRUCTURED},
     "with_pydantic_ai.py": {"chat": _AGENT, "responses": _AGENT, "messages": _AGENT},
-    **({"with_ai_sdk.mjs": {"compatible": _ALL, "chat": _ALL, "responses": _ALL, "messages": _ALL}} if HAS_NODE else {}),
+    **({"with_ai_sdk.mjs": {"compatible": _DATA_URLS, "chat": _ALL, "responses": _ALL, "messages": _ALL}} if HAS_NODE else {}),
 }
 """The cases of each script, by the API or mode that the client is set to."""
 
 
+EXCEPTIONS = {
+    "with_langchain.py": {
+        "broken_image": "langchain_core.ModelInvalidRequestError",
+        "wrong_key": "langchain_core.ModelAuthenticationError",
+    },
+    "with_litellm.py": {"broken_image": "litellm.BadRequestError", "wrong_key": "litellm.AuthenticationError"},
+    "with_instructor.py": dict.fromkeys(_ERRORS, "instructor.InstructorRetryException"),
+    "with_pydantic_ai.py": dict.fromkeys(_ERRORS, "pydantic_ai.ModelHTTPError"),
+    "with_ai_sdk.mjs": dict.fromkeys(_ERRORS, "AI_APICallError"),
+}
+"""The class of the exception that each library raises."""
+
+
 def for_clients(*cases: str) -> pytest.MarkDecorator:
-    """Runs a test with the results of these cases, of every client that has them."""
+    """Runs a test for these cases of every client that has them, with the script and the case's name in its report."""
     chosen = [
-        (script, f"{api}.{case}")
+        pytest.param(script, f"{api}.{case}", id=f"{script.partition('.')[0].removeprefix('with_')}-{api}-{case}")
         for script, apis in CASES.items()
         for api, own_cases in apis.items()
         for case in own_cases
         if case in cases
     ]
-    names = [f"{script.partition('.')[0].removeprefix('with_')}-{name}" for script, name in chosen]
-    return pytest.mark.parametrize("result", chosen, ids=names, indirect=True)
+    return pytest.mark.parametrize(("script", "case"), chosen)
+
+
+class Reports:
+    """The results of scripts. Each script runs once, when its first result is needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._reports: dict[str, dict[str, Any]] = {}
+
+    def result(self, script: str, case: str) -> Any:
+        """Returns the result of a case. Fails the test if the script or the case failed."""
+        if script not in self._reports:
+            self._reports[script] = report(script, self._settings)
+        result = self._reports[script][case]
+        assert "traceback" not in result, result["traceback"]
+        return result
 
 
 @pytest.fixture(scope="session")
-def settings(private: Served, images_url: str) -> Settings:
-    return Settings(
+def reports(private: Served, images_url: str) -> Reports:
+    settings = Settings(
         url=private.url,
         key=KEY,
         model=MODEL,
@@ -55,28 +84,12 @@ def settings(private: Served, images_url: str) -> Settings:
         image_url=f"{images_url}/square.png",
         broken_image=BROKEN["image_url"]["url"],
     )
-
-
-@pytest.fixture(scope="session")
-def reports() -> dict[str, dict[str, Any]]:
-    """The results of each script that has run."""
-    return {}
-
-
-@pytest.fixture
-def result(request: pytest.FixtureRequest, reports: dict[str, dict[str, Any]], settings: Settings) -> Any:
-    """The result of one case of one client; its script runs with the first of its cases."""
-    script, case = request.param
-    if script not in reports:
-        reports[script] = report(script, settings)
-    result = reports[script][case]
-    assert "traceback" not in result, result["traceback"]
-    return result
+    return Reports(settings)
 
 
 @pytest.fixture(scope="session")
 def expected(private: Served) -> dict[str, Any]:
-    """The choice and the usage of the same chat without a client library."""
+    """The text and the usage of the same chat without a client library."""
     answer = private.post(
         "/v1/chat/completions",
         {
@@ -89,49 +102,55 @@ def expected(private: Served) -> dict[str, Any]:
     usage = answer["usage"]
     return {
         "text": answer["choices"][0]["message"]["content"],
-        "input_tokens": usage["prompt_tokens"],
-        "output_tokens": usage["completion_tokens"],
+        "usage": {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]},
     }
 
 
 @for_clients("answer")
-def test_an_answer_and_its_usage(result: Any, expected: dict[str, Any]) -> None:
+def test_an_answer_and_its_usage(reports: Reports, script: str, case: str, expected: dict[str, Any]) -> None:
+    result = reports.result(script, case)
     assert result["text"] == expected["text"]
-    assert {name: result["usage"][name] for name in ("input_tokens", "output_tokens")} == {
-        name: expected[name] for name in ("input_tokens", "output_tokens")
-    }
+    assert {name: result["usage"][name] for name in expected["usage"]} == expected["usage"]
 
 
 @for_clients("answer_to_url")
-def test_an_image_by_url_has_the_answer_of_its_bytes(result: Any, expected: dict[str, Any]) -> None:
-    assert result["text"] == expected["text"]
+def test_an_image_by_url_has_the_answer_of_its_bytes(
+    reports: Reports, script: str, case: str, expected: dict[str, Any]
+) -> None:
+    assert reports.result(script, case)["text"] == expected["text"]
 
 
 @for_clients("stream")
-def test_the_pieces_of_a_stream_are_the_answer(result: Any, expected: dict[str, Any]) -> None:
+def test_the_pieces_of_a_stream_are_the_answer(reports: Reports, script: str, case: str, expected: dict[str, Any]) -> None:
+    result = reports.result(script, case)
     assert len(result["pieces"]) > 1
     assert "".join(result["pieces"]) == expected["text"]
-    assert result["usage"]["output_tokens"] == expected["output_tokens"]
+    assert {name: result["usage"][name] for name in expected["usage"]} == expected["usage"]
 
 
 @for_clients("structured", "structured_stream", "structured_by_tool")
-def test_a_structured_answer_is_parsed(result: Any) -> None:
-    Shape.model_validate(result, strict=True)
+def test_a_structured_answer_is_parsed(reports: Reports, script: str, case: str) -> None:
+    Shape.model_validate(reports.result(script, case), strict=True)
 
 
 @for_clients("tool_call")
-def test_a_tool_call_is_parsed(result: Any) -> None:
+def test_a_tool_call_is_parsed(reports: Reports, script: str, case: str) -> None:
+    result = reports.result(script, case)
     assert result["name"] == "Shape"
     Shape.model_validate(result["arguments"], strict=True)
 
 
 @for_clients("broken_image")
-def test_an_image_that_is_not_one_is_a_bad_request(result: Any) -> None:
-    print(result)
-    assert result["status"] == 400
+def test_bytes_that_are_no_image_are_a_bad_request(reports: Reports, script: str, case: str) -> None:
+    error = reports.result(script, case)
+    assert error["status"] == 400
+    assert EXCEPTIONS[script]["broken_image"] in error["classes"]
+    assert "The file (5 bytes) is not an image" in error["message"]
 
 
 @for_clients("wrong_key")
-def test_a_wrong_key_is_rejected(result: Any) -> None:
-    print(result)
-    assert result["status"] == 401
+def test_a_wrong_key_is_rejected(reports: Reports, script: str, case: str) -> None:
+    error = reports.result(script, case)
+    assert error["status"] == 401
+    assert EXCEPTIONS[script]["wrong_key"] in error["classes"]
+    assert "invalid API key" in error["message"]

@@ -60,8 +60,17 @@ def error_of(call: Callable[[], Any]) -> dict[str, Any]:
         result = call()
     except Exception as error:
         classes = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__]
-        return {"classes": classes, "status": getattr(error, "status_code", None), "message": str(error)}
+        return {"classes": classes, "status": _status(error), "message": str(error)}
     raise AssertionError(f"no error, but {result}")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the HTTP status of an exception or of its cause."""
+    while error is not None:
+        if (status := getattr(error, "status_code", None)) is not None:
+            return status
+        error = error.__cause__
+    return None
 
 
 def run(cases: dict[str, Callable[[], Any]]) -> None:

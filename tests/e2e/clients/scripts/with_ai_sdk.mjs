@@ -26,7 +26,7 @@ const providers = {
 
 function request(model, image, options = {}) {
   const content = [
-    { type: "image", image },
+    { type: "file", mediaType: "image", data: new URL(image) },
     { type: "text", text: settings.question },
   ];
   const messages = [{ role: "user", content }];
@@ -70,7 +70,7 @@ async function errorOf(promise) {
 
 const cases = {
   answer: (create) => answer(create(settings.key), settings.image),
-  answer_to_url: (create) => answer(create(settings.key), new URL(settings.image_url)),
+  answer_to_url: (create) => answer(create(settings.key), settings.image_url),
   stream: (create) => stream(create(settings.key)),
   structured: (create) => structured(create(settings.key)),
   tool_call: (create) => toolCall(create(settings.key)),
@@ -81,6 +81,8 @@ const cases = {
 const report = {};
 for (const [provider, create] of Object.entries(providers)) {
   for (const [name, run] of Object.entries(cases)) {
+    // the SDK fetches images for this provider itself, and none from this machine
+    if (provider === "compatible" && name === "answer_to_url") continue;
     report[`${provider}.${name}`] = await run(create).catch((error) => ({ traceback: `${error.stack}` }));
   }
 }

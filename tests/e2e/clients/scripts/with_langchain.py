@@ -11,8 +11,9 @@ from langchain_openai import ChatOpenAI
 
 def chat(key: str = SETTINGS.key, max_tokens: int = SETTINGS.answer_tokens) -> ChatOpenAI:
     return ChatOpenAI(
-        base_url=f"{SETTINGS.url}/v1", api_key=key, model=SETTINGS.model, temperature=0, max_tokens=max_tokens, max_retries=0
-    )
+        base_url=f"{SETTINGS.url}/v1", api_key=key, model=SETTINGS.model, temperature=0, max_tokens=max_tokens, max_retries=0,
+        stream_usage=True,
+    )  # fmt: skip
 
 
 def responses(key: str = SETTINGS.key, max_tokens: int = SETTINGS.answer_tokens) -> ChatOpenAI:
