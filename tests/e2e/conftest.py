@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.families import FamilyRun
-from tests.e2e.serving import EXACT, GOLDEN, ROOT, TOOLS, Served, start, start_up, stop, wait_ready
+from tests.e2e.serving import COMPACT_TOOL_CALLS, EXACT, GOLDEN, ROOT, TOOLS, Served, start, start_up, stop, wait_ready
 from tests.ports import free_port
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
@@ -67,7 +67,7 @@ class Golden:
         vision_at, sink_at, http_at = (f"127.0.0.1:{free_port()}" for _ in range(3))
         vision = start("vision", CHECKPOINT, f"--listen={vision_at}")
         language_arguments = ("language", str(CHECKPOINT), f"--listen={sink_at}", f"--http={http_at}", "--", *EXACT, *TOOLS)
-        language = start(*language_arguments)
+        language = start(*language_arguments, environment=COMPACT_TOOL_CALLS)
         workers = (f"--vision-workers={vision_at}", f"--language-workers={sink_at}")
         port = free_port()
         flash = start("gateway", *workers, f"--port={port}", "--router-scope=request", url=f"http://127.0.0.1:{port}")

@@ -36,6 +36,8 @@ TOOLS = (
     # random weights could continue the white space between two tokens of JSON for ever
     '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
 )
+COMPACT_TOOL_CALLS = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
+"""Variables with which vLLM writes a forced tool call as JSON, without white space; the parser's own format has some."""
 
 SYSTEM = {
     "internvl2_5": "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、"

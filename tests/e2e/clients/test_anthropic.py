@@ -66,7 +66,7 @@ def test_an_image_in_a_tool_result(claude: Anthropic) -> None:
     assert claude.messages.create(model=MODEL, messages=messages, max_tokens=2).content
 
 
-@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "draw"}])
+@pytest.mark.parametrize("choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "draw"}])
 def test_a_tool_call_is_parsed(claude: Anthropic, choice: Any) -> None:
     tools: Any = [{"name": "draw", "input_schema": {**Shape.model_json_schema(), "additionalProperties": False}}]
     body: Any = {
@@ -77,7 +77,8 @@ def test_a_tool_call_is_parsed(claude: Anthropic, choice: Any) -> None:
         streamed = stream.get_final_message()
     for message in (claude.messages.create(**body), streamed):
         assert message.stop_reason == "tool_use"
-        (call,) = (block for block in message.content if block.type == "tool_use")
+        calls: list[Any] = [block for block in message.content if block.type == "tool_use"]
+        (call,) = calls
         assert call.name == "draw"
         Shape.model_validate(call.input)
 

@@ -133,7 +133,14 @@ def test_a_tool_call_is_parsed_and_its_result_is_accepted(client: OpenAI) -> Non
 def test_a_streamed_tool_call(client: OpenAI, choice: Any) -> None:
     tools: Any = [openai.pydantic_function_tool(Shape, name="draw")]
     chunks = client.chat.completions.create(
-        model=MODEL, messages=user(SQUARE, "x"), max_tokens=200, temperature=0, tools=tools, tool_choice=choice, stream=True
+        model=MODEL,
+        messages=user(SQUARE, "x"),
+        max_tokens=200,
+        temperature=0,
+        tools=tools,
+        tool_choice=choice,
+        stream=True,
+        parallel_tool_calls=False,
     )
     calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()]
     assert {call.index for call in calls} == {0}

@@ -64,7 +64,7 @@ def test_a_structured_response_is_parsed(client: OpenAI) -> None:
 
 
 def test_a_tool_call_is_parsed(client: OpenAI) -> None:
-    schema = openai.pydantic_function_tool(Shape)["function"]["parameters"]  # type: ignore[typeddict-item]
+    schema = openai.pydantic_function_tool(Shape)["function"]["parameters"]
     tools: Any = [{"type": "function", "name": "draw", "parameters": schema, "strict": True}]
     result = client.responses.create(
         model=MODEL,
@@ -73,6 +73,7 @@ def test_a_tool_call_is_parsed(client: OpenAI) -> None:
         temperature=0,
         tools=tools,
         tool_choice="required",
+        parallel_tool_calls=False,
     )
     (call,) = (item for item in result.output if item.type == "function_call")
     assert call.name == "draw"

@@ -55,7 +55,7 @@ async function structured(model) {
 }
 
 async function toolCall(model) {
-  const options = { tools: { Shape: tool({ inputSchema: shape }) }, toolChoice: "required", maxOutputTokens: 200 };
+  const options = { tools: { Shape: tool({ inputSchema: shape }) }, toolChoice: { type: "tool", toolName: "Shape" }, maxOutputTokens: 200 };
   const [call] = (await generateText(request(model, settings.image, options))).toolCalls;
   return { name: call.toolName, arguments: call.input };
 }
