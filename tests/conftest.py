@@ -29,8 +29,8 @@ _SLOW = (
 )
 """Folders and files whose tests train, compile, import transformers, start several processes or build the site."""
 
-_CLIENTS = ("e2e/clients/test_frameworks.py", "e2e/clients/test_documentation.py")
-"""Files whose tests run libraries of the environment that `make clients` creates."""
+_CLIENTS = tuple(f"e2e/clients/test_{name}.py" for name in ("documentation", "frameworks", "structured_output"))
+"""Files of `make test-clients`: they need the environment that `make clients` creates, or a server that writes compact JSON."""
 _HAS_CLIENTS = (_TESTS.parent / ".venv-clients/installed").exists()
 
 _MARKED = {"vllm": _NEED_VLLM, "slow": _SLOW, "clients": _CLIENTS}

@@ -30,14 +30,12 @@ MARK = "SERVED_FOR_TEST"
 # a small cache and no compilation, since starts take most of the time of these tests
 QUICK = ("--enforce-eager", "--kv-cache-memory-bytes=268435456", "--max-num-seqs=32")
 EXACT = (*QUICK, "--dtype=float32")
-TOOLS = (
-    "--enable-auto-tool-choice",
-    "--tool-call-parser=hermes",
-    # random weights could continue the white space between two tokens of JSON for ever
-    '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
-)
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
+
+# random weights could continue the white space between two tokens of JSON for ever
+COMPACT_JSON = ('--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',)
 COMPACT_TOOL_CALLS = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
-"""Variables with which vLLM writes a forced tool call as JSON, without white space; the parser's own format has some."""
+"""Variables with which vLLM writes a forced tool call as JSON; the parser's own format always allows white space."""
 
 SYSTEM = {
     "internvl2_5": "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、"

@@ -34,3 +34,26 @@ def report(headers: Any) -> dict[str, int]:
     """Returns the parsed X-DvD-Images header."""
     pairs = (pair.split("=") for pair in headers["x-dvd-images"].split("; "))
     return {name: int(value) for name, value in pairs}
+
+
+def response_input(*parts: Any) -> Any:
+    """Returns the input of a Responses request with one user message."""
+    return [{"role": "user", "content": [input_part(part) for part in parts]}]
+
+
+def input_part(part: Any) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "input_text", "text": part}
+    return {"type": "input_image", "detail": "auto", "image_url": part["image_url"]["url"]}
+
+
+def blocks(*parts: Any) -> Any:
+    """Returns one user message with these content blocks; a string is a text."""
+    return [{"role": "user", "content": [block(part) for part in parts]}]
+
+
+def block(part: Any) -> dict[str, Any]:
+    if isinstance(part, str):
+        return text_part(part)
+    data = part["image_url"]["url"].partition(",")[2]
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}

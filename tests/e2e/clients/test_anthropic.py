@@ -7,20 +7,8 @@ import pytest
 from anthropic import Anthropic
 from openai import OpenAI
 
-from tests.e2e.clients.content import BROKEN, KEY, MODEL, SQUARE, WIDE, Shape, user
+from tests.e2e.clients.content import BROKEN, KEY, MODEL, SQUARE, WIDE, block, blocks, user
 from tests.e2e.serving import Served, text_part
-
-
-def blocks(*parts: Any) -> Any:
-    """Returns one user message with these content blocks; a string is a text."""
-    return [{"role": "user", "content": [_block(part) for part in parts]}]
-
-
-def _block(part: Any) -> dict[str, Any]:
-    if isinstance(part, str):
-        return text_part(part)
-    data = part["image_url"]["url"].partition(",")[2]
-    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
 
 
 def text_of(message: Any) -> str:
@@ -47,15 +35,15 @@ def test_an_image_by_url_has_the_answer_of_its_bytes(private: Served, images_url
     claude = Anthropic(base_url=private.url, api_key=KEY, max_retries=0)
     by_url = {"type": "image", "source": {"type": "url", "url": f"{images_url}/square.png"}}
 
-    def answer(block: dict[str, Any]) -> str:
-        messages: Any = [{"role": "user", "content": [block, text_part("x")]}]
+    def answer(image: dict[str, Any]) -> str:
+        messages: Any = [{"role": "user", "content": [image, text_part("x")]}]
         return text_of(claude.messages.create(model=MODEL, messages=messages, max_tokens=8, extra_body={"temperature": 0}))
 
-    assert answer(by_url) == answer(_block(SQUARE))
+    assert answer(by_url) == answer(block(SQUARE))
 
 
 def test_an_image_in_a_tool_result(claude: Anthropic) -> None:
-    result = {"type": "tool_result", "tool_use_id": "t", "content": [_block(SQUARE), text_part("it")]}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [block(SQUARE), text_part("it")]}
     messages: Any = [
         {"role": "user", "content": "look"},
         {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "look", "input": {}}]},
@@ -64,23 +52,6 @@ def test_an_image_in_a_tool_result(claude: Anthropic) -> None:
     counted = claude.messages.count_tokens(model=MODEL, messages=messages)
     assert counted.input_tokens > 256
     assert claude.messages.create(model=MODEL, messages=messages, max_tokens=2).content
-
-
-@pytest.mark.parametrize("choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "draw"}])
-def test_a_tool_call_is_parsed(claude: Anthropic, choice: Any) -> None:
-    tools: Any = [{"name": "draw", "input_schema": {**Shape.model_json_schema(), "additionalProperties": False}}]
-    body: Any = {
-        "model": MODEL, "messages": blocks(SQUARE, "x"), "max_tokens": 200, "tools": tools, "tool_choice": choice,
-        "extra_body": {"temperature": 0},
-    }  # fmt: skip
-    with claude.messages.stream(**body) as stream:
-        streamed = stream.get_final_message()
-    for message in (claude.messages.create(**body), streamed):
-        assert message.stop_reason == "tool_use"
-        calls: list[Any] = [block for block in message.content if block.type == "tool_use"]
-        (call,) = calls
-        assert call.name == "draw"
-        Shape.model_validate(call.input)
 
 
 def test_errors_have_anthropics_format(claude: Anthropic) -> None:

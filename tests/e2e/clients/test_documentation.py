@@ -8,6 +8,8 @@ import pytest
 from tests.e2e.clients.environment import HAS_NODE, ROOT, run
 from tests.e2e.serving import Served
 
+pytestmark = pytest.mark.usefixtures("compact_json")
+
 PAGE = (ROOT / "docs/clients.md").read_text()
 IMAGE = "docs/images/red-circle.png"
 SUFFIXES = {"python": ".py", "js": ".mjs"}

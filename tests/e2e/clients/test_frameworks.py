@@ -11,6 +11,8 @@ from tests.e2e.clients.content import BROKEN, KEY, MODEL, SQUARE, Shape
 from tests.e2e.clients.environment import HAS_NODE, Settings, report
 from tests.e2e.serving import Served
 
+pytestmark = pytest.mark.usefixtures("compact_json")
+
 QUESTION = "what is shown?"
 ANSWER_TOKENS = 8
 

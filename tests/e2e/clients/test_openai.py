@@ -1,13 +1,13 @@
 """OpenAI's official client: chat completions. Weights are random, so only formats are asserted."""
 
 import asyncio
+import json
 from typing import Any
 
-import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.e2e.clients.content import MODEL, SQUARE, Shape, report, url_part, user
+from tests.e2e.clients.content import MODEL, SQUARE, report, url_part, user
 from tests.e2e.serving import Served
 
 
@@ -105,50 +105,37 @@ def test_choices_and_log_probabilities(client: OpenAI) -> None:
     assert [c.message.content for c in again.choices] == [c.message.content for c in result.choices]
 
 
-def test_a_structured_answer_is_parsed(client: OpenAI) -> None:
-    result = client.chat.completions.parse(
-        model=MODEL, messages=user(SQUARE, "x"), max_tokens=200, temperature=0, response_format=Shape
-    )
-    assert isinstance(result.choices[0].message.parsed, Shape)
-
-
-def test_a_tool_call_is_parsed_and_its_result_is_accepted(client: OpenAI) -> None:
-    tools: Any = [openai.pydantic_function_tool(Shape, name="draw")]
-    choice: Any = {"type": "function", "function": {"name": "draw"}}
-    request: Any = {"model": MODEL, "tools": tools, "temperature": 0}
-    result = client.chat.completions.parse(messages=user(SQUARE, "x"), max_tokens=200, tool_choice=choice, **request)
-    assert result.choices[0].message.tool_calls
-    call = result.choices[0].message.tool_calls[0]
-    assert (call.type, call.function.name) == ("function", "draw")
-    assert isinstance(call.function.parsed_arguments, Shape)
-    messages: Any = [
-        *user(SQUARE, "x"),
-        {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})]},
-        {"role": "tool", "tool_call_id": call.id, "content": "a circle"},
-    ]
-    assert client.chat.completions.create(messages=messages, max_tokens=2, tool_choice="none", **request).choices
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "draw"}}])
-def test_a_streamed_tool_call(client: OpenAI, choice: Any) -> None:
-    tools: Any = [openai.pydantic_function_tool(Shape, name="draw")]
-    chunks = client.chat.completions.create(
-        model=MODEL,
-        messages=user(SQUARE, "x"),
-        max_tokens=200,
-        temperature=0,
-        tools=tools,
-        tool_choice=choice,
-        stream=True,
-        parallel_tool_calls=False,
-    )
-    calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()]
-    assert {call.index for call in calls} == {0}
-    assert [call.function.name for call in calls if call.function and call.function.name] == ["draw"]
-    Shape.model_validate_json("".join(call.function.arguments or "" for call in calls if call.function))
-
-
 def test_models_and_texts(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     result = client.completions.create(model=MODEL, prompt="a", max_tokens=2)
     assert result.object == "text_completion"
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+
+
+def test_structured_output(client: OpenAI) -> None:
+    response_format: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}
+    result = client.chat.completions.create(
+        model=MODEL, messages=user(SQUARE, "x"), max_tokens=200, response_format=response_format
+    )
+    choice = result.choices[0]
+    assert choice.message.content is not None
+    assert choice.finish_reason == "length" or set(json.loads(choice.message.content)) == {"a"}
+
+
+def test_a_tool_that_must_be_called(client: OpenAI) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
+    choice: Any = {"type": "function", "function": {"name": "look"}}
+    result = client.chat.completions.create(
+        model=MODEL, messages=user(SQUARE, "x"), max_tokens=200, tools=tools, tool_choice=choice
+    )
+    assert result.choices[0].message.tool_calls
+    call: Any = result.choices[0].message.tool_calls[0]
+    assert (call.type, call.function.name) == ("function", "look")
+    messages: Any = [
+        *user(SQUARE, "x"),
+        {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "a circle"},
+    ]
+    assert client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2, tools=tools, tool_choice="none").choices

@@ -6,18 +6,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.e2e.clients.content import BROKEN, MODEL, SQUARE, Shape, report, url_part, user
-
-
-def response_input(*parts: Any) -> Any:
-    """Returns the input of a Responses request with one user message."""
-    return [{"role": "user", "content": [_input(part) for part in parts]}]
-
-
-def _input(part: Any) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "input_text", "text": part}
-    return {"type": "input_image", "detail": "auto", "image_url": part["image_url"]["url"]}
+from tests.e2e.clients.content import BROKEN, MODEL, SQUARE, report, response_input, url_part, user
 
 
 def test_a_response_has_the_answer_of_a_chat(client: OpenAI) -> None:
@@ -54,30 +43,6 @@ def test_a_streamed_response(client: OpenAI) -> None:
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
     last: Any = events[-1]
     assert last.response.usage.input_tokens_details.to_dict()["image_tokens"] == 256
-
-
-def test_a_structured_response_is_parsed(client: OpenAI) -> None:
-    result = client.responses.parse(
-        model=MODEL, input=response_input(SQUARE, "x"), max_output_tokens=200, temperature=0, text_format=Shape
-    )
-    assert isinstance(result.output_parsed, Shape)
-
-
-def test_a_tool_call_is_parsed(client: OpenAI) -> None:
-    schema = openai.pydantic_function_tool(Shape)["function"]["parameters"]
-    tools: Any = [{"type": "function", "name": "draw", "parameters": schema, "strict": True}]
-    result = client.responses.create(
-        model=MODEL,
-        input=response_input(SQUARE, "x"),
-        max_output_tokens=200,
-        temperature=0,
-        tools=tools,
-        tool_choice="required",
-        parallel_tool_calls=False,
-    )
-    (call,) = (item for item in result.output if item.type == "function_call")
-    assert call.name == "draw"
-    Shape.model_validate_json(call.arguments)
 
 
 def test_a_response_to_a_text_and_to_invalid_requests(client: OpenAI) -> None:
