@@ -79,12 +79,12 @@ def test_a_stream_with_usage(client: OpenAI, continuous: bool) -> None:
     assert details(last)["cached_tokens"] <= last.prompt_tokens
 
 
-def test_the_clients_accumulated_stream_has_the_answer_of_a_chat(client: OpenAI) -> None:
+def test_the_pieces_of_a_stream_are_the_answer_of_a_chat(client: OpenAI) -> None:
     request: Any = {"model": MODEL, "messages": user(SQUARE, "x"), "max_tokens": 8, "temperature": 0}
     whole = client.chat.completions.create(**request).choices[0].message.content
-    with client.chat.completions.stream(**request) as stream:
-        pieces = [event.delta for event in stream if event.type == "content.delta"]
-        assert stream.get_final_completion().choices[0].message.content == whole == "".join(pieces)
+    stream = client.chat.completions.create(**request, stream=True)
+    pieces = [choice.delta.content or "" for chunk in stream for choice in chunk.choices]
+    assert "".join(pieces) == whole
 
 
 # Choices, structured output and tools
@@ -107,6 +107,7 @@ def test_choices_and_log_probabilities(client: OpenAI) -> None:
 
 def test_models_and_texts(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
     result = client.completions.create(model=MODEL, prompt="a", max_tokens=2)
     assert result.object == "text_completion"
 
