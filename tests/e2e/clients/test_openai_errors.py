@@ -15,7 +15,7 @@ from tests.e2e.serving import Served
 def test_errors_raise_the_clients_exceptions(client: OpenAI) -> None:
     create = client.chat.completions.create
     cases: list[tuple[dict[str, Any], type[openai.APIStatusError], str, str | None]] = [
-        ({"messages": user(BROKEN)}, openai.BadRequestError, "invalid_image", None),
+        ({"messages": user(BROKEN)}, openai.BadRequestError, "invalid_image", "messages[0].content[0]"),
         ({"messages": user("word " * 20_000)}, openai.BadRequestError, "context_length_exceeded", None),
         ({"messages": user(*[SQUARE] * 33)}, openai.BadRequestError, "too_many_images", "messages"),
         ({"messages": user("x"), "temperature": -1}, openai.BadRequestError, "invalid_request", "temperature"),

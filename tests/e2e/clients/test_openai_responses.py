@@ -49,7 +49,7 @@ def test_a_response_to_a_text_and_to_invalid_requests(client: OpenAI) -> None:
     assert client.responses.create(model=MODEL, input="x", max_output_tokens=2).usage is not None
     for fields, param in (
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"input": response_input(BROKEN)}, None),
+        ({"input": response_input(BROKEN)}, "input[0].content[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "1"}]}]}, "input[0].content[0]"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
