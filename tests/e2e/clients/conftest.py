@@ -44,21 +44,31 @@ def private(flash: Golden) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def client(served: Served) -> OpenAI:
+def client(served: Served) -> Iterator[OpenAI]:
     """OpenAI's client."""
-    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
-def private_client(private: Served) -> OpenAI:
+def private_client(private: Served) -> Iterator[OpenAI]:
     """OpenAI's client of the gateway that fetches images from private addresses."""
-    return OpenAI(base_url=f"{private.url}/v1", api_key=KEY, max_retries=0)
+    with OpenAI(base_url=f"{private.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
-def claude(served: Served) -> anthropic.Anthropic:
+def claude(served: Served) -> Iterator[anthropic.Anthropic]:
     """Anthropic's client."""
-    return anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0)
+    with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def private_claude(private: Served) -> Iterator[anthropic.Anthropic]:
+    """Anthropic's client of the gateway that fetches images from private addresses."""
+    with anthropic.Anthropic(base_url=private.url, api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):

@@ -7,7 +7,7 @@ import pytest
 from anthropic import Anthropic
 from openai import OpenAI
 
-from tests.e2e.clients.content import BROKEN, KEY, MODEL, SQUARE, WIDE, block, blocks, user
+from tests.e2e.clients.content import BROKEN, MODEL, SQUARE, WIDE, block, blocks, user
 from tests.e2e.serving import Served, text_part
 
 
@@ -31,13 +31,14 @@ def test_a_message_has_the_answer_of_a_chat(client: OpenAI, claude: Anthropic) -
         assert text_of(stream.get_final_message()) == chat.choices[0].message.content
 
 
-def test_an_image_by_url_has_the_answer_of_its_bytes(private: Served, images_url: str) -> None:
-    claude = Anthropic(base_url=private.url, api_key=KEY, max_retries=0)
+def test_an_image_by_url_has_the_answer_of_its_bytes(private_claude: Anthropic, images_url: str) -> None:
     by_url = {"type": "image", "source": {"type": "url", "url": f"{images_url}/square.png"}}
 
     def answer(image: dict[str, Any]) -> str:
         messages: Any = [{"role": "user", "content": [image, text_part("x")]}]
-        return text_of(claude.messages.create(model=MODEL, messages=messages, max_tokens=8, extra_body={"temperature": 0}))
+        return text_of(
+            private_claude.messages.create(model=MODEL, messages=messages, max_tokens=8, extra_body={"temperature": 0})
+        )
 
     assert answer(by_url) == answer(block(SQUARE))
 
@@ -64,9 +65,10 @@ def test_errors_have_anthropics_format(claude: Anthropic) -> None:
 
 
 def test_a_wrong_key_is_rejected(limited: Served) -> None:
-    with pytest.raises(anthropic.AuthenticationError) as caught:
-        Anthropic(base_url=limited.url, api_key="wrong", max_retries=0).messages.create(
-            model=MODEL, messages=blocks("x"), max_tokens=2
-        )
+    with (
+        Anthropic(base_url=limited.url, api_key="wrong", max_retries=0) as stranger,
+        pytest.raises(anthropic.AuthenticationError) as caught,
+    ):
+        stranger.messages.create(model=MODEL, messages=blocks("x"), max_tokens=2)
     body: Any = caught.value.body
     assert body["error"]["type"] == "authentication_error"

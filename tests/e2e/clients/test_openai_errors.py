@@ -37,8 +37,11 @@ def test_errors_raise_the_clients_exceptions(client: OpenAI) -> None:
 
 
 def test_a_wrong_key_is_rejected(limited: Served) -> None:
-    with pytest.raises(openai.AuthenticationError) as caught:
-        OpenAI(base_url=f"{limited.url}/v1", api_key="wrong", max_retries=0).models.list()
+    with (
+        OpenAI(base_url=f"{limited.url}/v1", api_key="wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError) as caught,
+    ):
+        stranger.models.list()
     assert caught.value.code == "invalid_api_key"
 
 
@@ -64,6 +67,7 @@ def test_the_client_retries_after_429(limited: Served) -> None:
     finally:
         stream.close()
     waiting.join(120)
+    client.close()
     assert answers[0].retries_taken >= 1
     assert answers[0].parse().choices
 
@@ -82,7 +86,7 @@ def test_the_client_does_not_retry_after_a_deadline(served: Served) -> None:
     before = timed_out()
     client = OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=3)
     long: Any = {"max_tokens": 7000, "extra_body": {"ignore_eos": True}, "extra_headers": {"X-Request-Timeout": "0.2"}}
-    with pytest.raises(openai.InternalServerError) as caught:
+    with client, pytest.raises(openai.InternalServerError) as caught:
         client.chat.completions.create(model=MODEL, messages=user("x"), **long)
     assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
     assert timed_out() == before + 1
