@@ -27,7 +27,7 @@ RESOLVE := $(BIN)/uv pip compile pyproject.toml --quiet --python $(BIN)/python -
 # compileall leaves current files alone; some packages ship files of another Python, whose errors do not matter.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: help install dev lock check fix test test-fast coverage serve train evaluate bench baseline load docs protos
+.PHONY: help install dev lock check fix test test-fast test-clients coverage serve train evaluate bench baseline load docs protos
 
 help:
 	@echo "make serve      install, and serve MODEL=$(MODEL) on PORT=$(PORT)"
@@ -36,6 +36,7 @@ help:
 	@echo "make fix        repair what the linter can, and format"
 	@echo "make test       run all tests; ARGS=… goes to pytest"
 	@echo "make test-fast  run the tests that need no vLLM and are not slow: a minute and a half"
+	@echo "make test-clients  run client libraries (LangChain, LiteLLM, …) against a server: a few minutes"
 	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
 	@echo "make docs       regenerate docs/configuration.md and build the documentation into site/"
 	@echo "make lock       resolve the pinned versions in constraints/ again, for both devices"
@@ -84,6 +85,8 @@ lock: | $(BIN)/uv
 	$(RESOLVE) $(addprefix --extra ,$(EXTRAS_cpu) dev) $(TORCH_cpu) --python-version 3.11 $(ARGS) -o constraints/cpu.txt
 	$(RESOLVE) $(addprefix --extra ,$(EXTRAS_cuda) dev) --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(ARGS) \
 		-o constraints/cuda.txt
+	$(BIN)/uv pip compile --group clients --quiet --python $(BIN)/python --no-header --no-annotate --no-emit-index-url \
+		--no-emit-find-links --universal --python-version 3.11 $(ARGS) -o constraints/clients.txt
 
 check: dev
 	$(BIN)/ruff check .
@@ -107,7 +110,7 @@ test: dev
 .PHONY: test-vllm test-other
 # One process: its servers start side by side and are shared by all files. 5: ARGS select no test of this half
 test-vllm: dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m vllm $(ARGS) || [ $$? = 5 ]
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m 'vllm and not clients' $(ARGS) || [ $$? = 5 ]
 
 test-other: dev
 	$(PYTEST) $(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
@@ -115,6 +118,22 @@ test-other: dev
 # Three processes on two cores: some tests wait for a deadline
 test-fast: dev
 	$(PYTEST) -n 3 --dist loadfile -m 'not vllm and not slow and not install' $(ARGS)
+
+# Apart from `make test`, which has to end within ten minutes.
+test-clients: dev clients
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m clients $(ARGS)
+
+.PHONY: clients
+# They bring dozens of packages, and so get an environment of their own. Libraries for Node are installed where there is npm.
+clients: .venv-clients/installed
+
+.venv-clients/installed: constraints/clients.txt tests/e2e/clients/package.json tests/e2e/clients/package-lock.json | $(BIN)/uv
+	@echo "installing client libraries into .venv-clients, for their tests"
+	@$(PYTHON) -m venv .venv-clients
+	@$(BIN)/uv pip sync --quiet --python .venv-clients/bin/python constraints/clients.txt
+	@if command -v npm >/dev/null; then cp tests/e2e/clients/package*.json .venv-clients && \
+		npm ci --prefix .venv-clients --silent --no-audit --no-fund; fi
+	@touch $@
 
 # Apart from `make test`: before Python 3.12 tracing branches costs more than a tenth of a run.
 coverage: dev

@@ -1,7 +1,7 @@
-"""Settings of all tests: which of them need vLLM or are slow, and that none is skipped in CI."""
+"""Settings of all tests: which of them need vLLM or client libraries or are slow, and that none is skipped in CI."""
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,19 +31,34 @@ _SLOW = (
 )
 """Folders and files whose tests train, compile, import transformers, start several processes or build the site."""
 
+_CLIENTS = tuple(f"e2e/clients/test_{name}.py" for name in ("documentation", "frameworks", "structured_output"))
+"""Files of `make test-clients`: they need the environment that `make clients` creates, or a server that writes compact JSON."""
+_HAS_CLIENTS = (_TESTS.parent / ".venv-clients/installed").exists()
+
+_MARKED = {"vllm": _NEED_VLLM, "slow": _SLOW, "clients": _CLIENTS}
+
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files whose tests the marker expression excludes: importing them takes as long as many tests."""
-    for name, paths in (("vllm", _NEED_VLLM), ("slow", _SLOW)):
-        if f"not {name}" in config.option.markexpr and any(collection_path == _TESTS / path for path in paths):
+    """Leave out files whose environment is missing, and those whose tests the marker expression excludes.
+
+    Importing the latter takes as long as many tests.
+    """
+    if not _HAS_CLIENTS and _is_one_of(collection_path, _CLIENTS):
+        return True
+    for name, paths in _MARKED.items():
+        if f"not {name}" in config.option.markexpr and _is_one_of(collection_path, paths):
             return True
     return None
 
 
+def _is_one_of(path: Path, names: Iterable[str]) -> bool:
+    return any(path == _TESTS / name for name in names)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need vLLM, and the slow ones."""
+    """Mark the tests of client libraries, those that need vLLM, and the slow ones."""
     for item in items:
-        for marker, names in ((pytest.mark.vllm, _NEED_VLLM), (pytest.mark.slow, _SLOW)):
+        for marker, names in _MARKED.items():
             if any(item.path.is_relative_to(_TESTS / name) for name in names):
                 item.add_marker(marker)
 

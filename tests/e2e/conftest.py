@@ -1,16 +1,30 @@
 """Servers that tests share, started before the first test so that they load while tests without vLLM run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.families import FamilyRun
-from tests.e2e.serving import EXACT, GOLDEN, ROOT, TOOLS, Served, start, start_up, stop, wait_ready
+from tests.e2e.serving import (
+    COMPACT_JSON,
+    COMPACT_TOOL_CALLS,
+    EXACT,
+    GOLDEN,
+    ROOT,
+    TOOLS,
+    Served,
+    start,
+    start_up,
+    stop,
+    wait_ready,
+)
 from tests.ports import free_port
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
 DEMO_CHECKPOINT = ROOT / "demo/checkpoint"
+_OTHERS = ("vit300m-qwen2", "vit6b-llama")
 _FOLDER = Path(__file__).parent
 
 
@@ -29,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Golden:
-    """The three golden checkpoints, served at once.
+    """The golden checkpoints, served at once.
 
     Attributes:
         flash: The gateway of flash-qwen3. Its processes are started one by one and listen on TCP.
@@ -39,7 +53,7 @@ class Golden:
         vllm_url: The URL of this worker's vLLM server, for requests that bypass the gateway.
         vision_at: The address of the vision worker.
         sink_at: The address of the language worker's sink.
-        others: Servers of the other checkpoints by name, started by `dvd up`.
+        others: Servers of the other checkpoints by name, started by `dvd up`; empty if no test needs them.
     """
 
     flash: Served
@@ -60,18 +74,23 @@ class Golden:
         return (f"--vision-workers={self.vision_at}", f"--language-workers={self.sink_at}")
 
     @classmethod
-    def start(cls) -> "Golden":
-        """Starts all processes and does not wait for them."""
+    def start(cls, others: Sequence[str], compact_json: bool) -> "Golden":
+        """Starts flash-qwen3 and the other checkpoints with these names, and does not wait for them.
+
+        Args:
+            others: Names of the other checkpoints.
+            compact_json: Whether flash-qwen3 writes JSON without white space, which is not vLLM's default.
+        """
         vision_at, sink_at, http_at = (f"127.0.0.1:{free_port()}" for _ in range(3))
         vision = start("vision", CHECKPOINT, f"--listen={vision_at}")
         language_arguments = ("language", str(CHECKPOINT), f"--listen={sink_at}", f"--http={http_at}", "--", *EXACT, *TOOLS)
-        language = start(*language_arguments)
+        compact = COMPACT_JSON if compact_json else ()
+        language = start(*language_arguments, *compact, environment=COMPACT_TOOL_CALLS if compact_json else None)
         workers = (f"--vision-workers={vision_at}", f"--language-workers={sink_at}")
         port = free_port()
         flash = start("gateway", *workers, f"--port={port}", "--router-scope=request", url=f"http://127.0.0.1:{port}")
-        names = ("vit300m-qwen2", "vit6b-llama")
-        others = {name: start_up(GOLDEN / name / "checkpoint", "--vision-workers=2") for name in names}
-        return cls(flash, vision, language, language_arguments, f"http://{http_at}", vision_at, sink_at, others)
+        servers = {name: start_up(GOLDEN / name / "checkpoint", "--vision-workers=2") for name in others}
+        return cls(flash, vision, language, language_arguments, f"http://{http_at}", vision_at, sink_at, servers)
 
     def stop(self) -> None:
         """Ends all processes."""
@@ -89,10 +108,10 @@ _DEMO = pytest.StashKey[Served]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Starts the golden servers if a test needs them, except in pytest-xdist's workers: each would start its own."""
+    needed = session.config.stash[_NEEDED] = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if session.config.option.collectonly or hasattr(session.config, "workerinput"):
         return
-    session.config.stash[_NEEDED] = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    if "golden" in session.config.stash[_NEEDED]:
+    if needed & {"golden", "flash"}:
         _golden(session.config)
 
 
@@ -108,7 +127,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _golden(config: pytest.Config) -> Golden:
     if _GOLDEN not in config.stash:
-        config.stash[_GOLDEN] = Golden.start()
+        config.stash[_GOLDEN] = Golden.start(
+            _OTHERS if "golden" in config.stash[_NEEDED] else (), compact_json="compact_json" in config.stash[_NEEDED]
+        )
     return config.stash[_GOLDEN]
 
 
@@ -125,8 +146,14 @@ def _demo(config: pytest.Config) -> Served:
 
 
 @pytest.fixture(scope="session")
-def golden(pytestconfig: pytest.Config) -> Golden:
-    """The golden checkpoints' servers, ready. What else the tests need loads from now on."""
+def golden(flash: Golden) -> Golden:
+    """The servers of all golden checkpoints, ready."""
+    return flash
+
+
+@pytest.fixture(scope="session")
+def flash(pytestconfig: pytest.Config) -> Golden:
+    """The golden servers that the tests need, flash-qwen3 at least, ready. What else the tests need loads from now on."""
     servers = _golden(pytestconfig)
     wait_ready(servers.flash, *servers.others.values())
     for fixture, start_server in (("demo", _demo), ("family_run", _family_run)):
@@ -150,6 +177,11 @@ def family_run(pytestconfig: pytest.Config) -> FamilyRun:
 
 
 @pytest.fixture(scope="session")
-def served(golden: Golden) -> Served:
+def compact_json(flash: Golden) -> None:
+    """Lets flash-qwen3 write JSON without white space, so that its random weights end a structured answer."""
+
+
+@pytest.fixture(scope="session")
+def served(flash: Golden) -> Served:
     """The gateway of flash-qwen3."""
-    return golden.flash
+    return flash.flash

@@ -32,6 +32,11 @@ QUICK = ("--enforce-eager", "--kv-cache-memory-bytes=268435456", "--max-num-seqs
 EXACT = (*QUICK, "--dtype=float32")
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
 
+# random weights could continue the white space between two tokens of JSON for ever
+COMPACT_JSON = ('--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',)
+COMPACT_TOOL_CALLS = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
+"""Variables with which vLLM writes a forced tool call as JSON; the parser's own format always allows white space."""
+
 SYSTEM = {
     "internvl2_5": "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、"
     "清华大学及多家合作单位联合开发的多模态大语言模型。",
