@@ -99,5 +99,7 @@ async def test_the_noise_of_libraries_is_dropped_and_the_rest_is_json(capfd: pyt
     script = "print('nanobind: leaked 4 instances!'); print('two'); print('{\"a\": 1}')"
     async with Supervisor([spec("language-0", script)], JSON) as supervisor:
         await supervisor.wait()
-    records = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    lines = capfd.readouterr().err.splitlines()
+    # gRPC, which earlier tests use in this process, may write a line of its own when it forks
+    records = [json.loads(line) for line in lines if "fork_posix" not in line]
     assert [record.get("message") for record in records] == ["language-0: starting", "two", None]
