@@ -1,7 +1,6 @@
 """OpenAI's official client: chat completions. Weights are random, so only formats are asserted."""
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
@@ -121,8 +120,7 @@ def test_structured_output(client: OpenAI) -> None:
         model=MODEL, messages=user(SQUARE, "x"), max_tokens=200, response_format=response_format
     )
     choice = result.choices[0]
-    assert choice.message.content is not None
-    assert choice.finish_reason == "length" or set(json.loads(choice.message.content)) == {"a"}
+    assert choice.message.content in ('{"a":true}', '{"a":false}'), "without white space, even from random weights"
 
 
 def test_a_tool_that_must_be_called(client: OpenAI) -> None:
