@@ -44,7 +44,7 @@ def test_make_serve_passes_json_on(tmp_path: Path, text: str) -> None:
     stub.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     stub.chmod(0o755)
     arguments = f"-- --override-generation-config {text}"
-    make = ["make", "--dry-run", "serve", "DEVICE=cpu", f"ARGS={arguments}"]
+    make = ["make", "--no-print-directory", "--dry-run", "serve", "DEVICE=cpu", f"ARGS={arguments}"]
     recipe = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     recipe = recipe.replace(".venv/bin/python", sys.executable).replace(".venv/bin/dvd", str(stub))
     result = subprocess.run(["sh", "-c", recipe], cwd=ROOT, capture_output=True, text=True, check=True)
