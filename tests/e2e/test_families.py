@@ -25,7 +25,7 @@ def test_a_family_answers_questions_about_images(results: dict[str, dict[str, An
     assert name in results, "the process ended before this family"
     result = results[name]
     assert "error" not in result, f"{name}: {result['error']}\n{family_run.log.read_text(errors='replace')[-3000:]}"
-    text, square, palette, both, swapped, wide, literal = result["tokens"]
+    text, square, palette, both, swapped, wide, _literal = result["tokens"]
     assert all(len(tokens) == 8 for tokens in result["tokens"])
     assert square != palette, "another image has another answer"
     assert both != swapped, "the order of images matters"

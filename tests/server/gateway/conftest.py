@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
+from server.workers import probes
 from tests.server.fakes.stack import Stack, start_stack
+
+
+@pytest.fixture(autouse=True)
+def _frequent_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tests wait until a probe finds what they have changed."""
+    monkeypatch.setattr(probes, "POLL_INTERVAL_SECONDS", 0.1)
 
 
 @pytest.fixture
