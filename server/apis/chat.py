@@ -19,7 +19,7 @@ from server.apis.image_options import (
     parse_router,
     unexpected_value,
 )
-from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path
+from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path, type_of
 
 _PART_TYPES = {"text", "image_url", "video_url", "refusal"}
 _PART_KEYS = ("type", "cache_control")
@@ -62,7 +62,7 @@ def _check_part(part: Any, location: str) -> str:
     """Return the type of a content part. Raises `InvalidRequest` if it is not supported or has fields of another type."""
     if isinstance(part, str):
         return "text"
-    part_type = part.get("type") if isinstance(part, dict) else None
+    part_type = type_of(part)
     if not isinstance(part_type, str) or part_type not in _PART_TYPES:
         raise errors.InvalidRequest(
             f"{location}: type {format_value(part_type)} is not supported; expected text, image_url or video_url.",

@@ -3,11 +3,12 @@
 from typing import Any
 
 from common import errors
+from server.apis.image_options import OPTION_KEYS
+from server.apis.request import convert_list, type_of
 
 _IMAGE_TYPES = ("image_url", "input_image")
 """Types of image parts: that of chat completions, and that of OpenAI's Responses, which clients mix up."""
 _TEXT_TYPES = {"input_text": "text", "output_text": "text"}
-_OPTIONS = ("detail", "max_dynamic_patch", "vir")
 
 
 def prepare_chat(body: dict[str, Any]) -> dict[str, Any]:
@@ -16,28 +17,21 @@ def prepare_chat(body: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidRequest: The body has images and a field that vLLM does not support together with them.
     """
-    messages = body.get("messages")
-    if not isinstance(messages, list):
+    if not isinstance(body.get("messages"), list):
         return body
-    converted = [_convert_message(message) for message in messages]
-    if any(new is not old for new, old in zip(converted, messages, strict=True)):
-        body = {**body, "messages": converted}
+    body = convert_list(body, "messages", _convert_message)
     _check_truncation(body)
     _check_echo(body)
     return body
 
 
-def _convert_message(message: Any) -> Any:
-    """Return a message with converted parts; the same message if none needs it."""
-    parts = _parts(message)
-    converted = [_convert_part(part) for part in parts]
-    is_changed = any(new is not old for new, old in zip(converted, parts, strict=True))
-    return {**message, "content": converted} if is_changed else message
+def _convert_message(message: Any, _index: int) -> Any:
+    return convert_list(message, "content", _convert_part) if isinstance(message, dict) else message
 
 
-def _convert_part(part: Any) -> Any:
+def _convert_part(part: Any, _index: int) -> Any:
     """Return a part with the type of chat completions, an image's URL in an object together with its options."""
-    part_type = part.get("type") if isinstance(part, dict) else None
+    part_type = type_of(part)
     if not isinstance(part_type, str):
         return part
     if part_type in _TEXT_TYPES:
@@ -45,19 +39,15 @@ def _convert_part(part: Any) -> Any:
     image = part.get("image_url")
     if part_type not in _IMAGE_TYPES or not isinstance(image, str if part_type == "image_url" else str | dict):
         return part
-    options = {name: part[name] for name in _OPTIONS if name in part}
-    rest = {name: value for name, value in part.items() if name not in ("type", "image_url", *_OPTIONS)}
+    options = {name: part[name] for name in OPTION_KEYS if name in part}
+    rest = {name: value for name, value in part.items() if name not in ("type", "image_url", *OPTION_KEYS)}
     url = {"url": image} if isinstance(image, str) else image
     return {"type": "image_url", "image_url": {**options, **url}, **rest}
 
 
-def _parts(message: Any) -> list[Any]:
-    content = message.get("content") if isinstance(message, dict) else None
-    return content if isinstance(content, list) else []
-
-
 def _has_media(message: Any) -> bool:
-    return any(isinstance(part, dict) and part.get("type") in ("image_url", "video_url") for part in _parts(message))
+    content = message.get("content") if isinstance(message, dict) else None
+    return isinstance(content, list) and any(type_of(part) in ("image_url", "video_url") for part in content)
 
 
 def _check_truncation(body: dict[str, Any]) -> None:

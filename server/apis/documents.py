@@ -1,10 +1,11 @@
 """Anthropic's `document` blocks: those with text become text blocks, since vLLM takes no documents."""
 
+from collections.abc import Callable
 from typing import Any
 
 from common import errors
 from server.apis.image_options import format_value
-from server.apis.request import Path, format_path
+from server.apis.request import Path, convert_list, format_path, type_of
 
 _TOOL_RESULT_TYPES = {"text", "image", "tool_reference"}
 """Types of blocks in a tool's result. vLLM would leave out others silently."""
@@ -12,30 +13,19 @@ _TOOL_RESULT_TYPES = {"text", "image", "tool_reference"}
 
 def convert_documents(body: dict[str, Any]) -> dict[str, Any]:
     """Return a body whose documents are text blocks. Raises `InvalidRequest` for a document without text (PDF)."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return body
-    converted = [_convert_message(message, ("messages", i)) for i, message in enumerate(messages)]
-    is_changed = any(new is not old for new, old in zip(converted, messages, strict=True))
-    return {**body, "messages": converted} if is_changed else body
+    return convert_list(body, "messages", lambda message, i: _convert_message(message, ("messages", i)))
 
 
 def _convert_message(message: Any, path: Path) -> Any:
     return _convert_content(message, path, _convert_block) if isinstance(message, dict) else message
 
 
-def _convert_content(holder: dict[str, Any], path: Path, convert: Any) -> dict[str, Any]:
-    """Return an object with its `content` converted block by block; the same object if nothing changes."""
-    blocks = holder.get("content")
-    if not isinstance(blocks, list):
-        return holder
-    converted = [convert(block, (*path, "content", i)) for i, block in enumerate(blocks)]
-    is_changed = any(new is not old for new, old in zip(converted, blocks, strict=True))
-    return {**holder, "content": converted} if is_changed else holder
+def _convert_content(holder: dict[str, Any], path: Path, convert: Callable[[Any, Path], Any]) -> dict[str, Any]:
+    return convert_list(holder, "content", lambda block, i: convert(block, (*path, "content", i)))
 
 
 def _convert_block(block: Any, path: Path) -> Any:
-    block_type = block.get("type") if isinstance(block, dict) else None
+    block_type = type_of(block)
     if block_type == "document":
         return _text_block(block, format_path(path))
     if block_type == "tool_result":
@@ -44,7 +34,7 @@ def _convert_block(block: Any, path: Path) -> Any:
 
 
 def _convert_result_block(block: Any, path: Path) -> Any:
-    block_type, location = block.get("type") if isinstance(block, dict) else None, format_path(path)
+    block_type, location = type_of(block), format_path(path)
     if block_type == "document":
         return _text_block(block, location)
     if not isinstance(block_type, str) or block_type not in _TOOL_RESULT_TYPES:
@@ -64,7 +54,7 @@ def _text_block(document: dict[str, Any], location: str) -> dict[str, Any]:
 
 
 def _document_text(source: Any, location: str) -> str:
-    source_type = source.get("type") if isinstance(source, dict) else None
+    source_type = type_of(source)
     if source_type == "text" and isinstance(source.get("data"), str):
         return str(source["data"])
     if source_type == "content" and isinstance(source.get("content"), str):
@@ -79,4 +69,4 @@ def _document_text(source: Any, location: str) -> str:
 
 
 def _is_text(block: Any) -> bool:
-    return isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
+    return type_of(block) == "text" and isinstance(block.get("text"), str)

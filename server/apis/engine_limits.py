@@ -31,7 +31,7 @@ def _has_large_integer(value: Any) -> bool:
     while pending:
         item = pending.pop()
         if type(item) is int:
-            if not _MIN_INTEGER <= item <= _MAX_INTEGER:
+            if _is_large(item):
                 return True
         elif type(item) is dict:
             pending.extend(item.values())

@@ -8,7 +8,7 @@ from common.embedding_ref import EmbeddingRef
 from server.apis.base import Api
 from server.apis.documents import convert_documents
 from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, format_value, parse_image_options, parse_router
-from server.apis.request import ImagePart, Path, check_images, format_path
+from server.apis.request import ImagePart, Path, check_images, format_path, type_of
 from server.http.error_format import ANTHROPIC
 
 _IMAGE_KEYS = ("type", "source", *OPTION_KEYS, "cache_control")
@@ -57,7 +57,7 @@ def _elements(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
 
 
 def _image_url(source: Any, location: str) -> str:
-    source_type = source.get("type") if isinstance(source, dict) else None
+    source_type = type_of(source)
     if source_type == "url" and isinstance(source.get("url"), str) and source["url"]:
         return str(source["url"])
     if source_type == "base64" and isinstance(source.get("data"), str) and isinstance(source.get("media_type", ""), str):

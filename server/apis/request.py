@@ -96,6 +96,27 @@ def _replace_part(value: Any, path: Path, replacement: list[dict[str, Any]]) -> 
     return copy
 
 
+def type_of(part: Any) -> Any:
+    """Return the `type` of a content part or another object of a request; None if it is no object."""
+    return part.get("type") if isinstance(part, dict) else None
+
+
+def convert_list(value: dict[str, Any], name: str, convert: Callable[[Any, int], Any]) -> dict[str, Any]:
+    """Return an object with each item of one of its lists converted.
+
+    Args:
+        value: The object.
+        name: The list's name. Without such a list, `value` itself is returned.
+        convert: Gets an item and its index. If it returns each item itself, `value` itself is returned.
+    """
+    items = value.get(name)
+    if not isinstance(items, list):
+        return value
+    converted = [convert(item, i) for i, item in enumerate(items)]
+    is_changed = any(new is not old for new, old in zip(converted, items, strict=True))
+    return {**value, name: converted} if is_changed else value
+
+
 def format_path(path: Path) -> str:
     """Format a path as callers write it: `messages[0].content[1]`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)[1:]

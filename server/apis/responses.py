@@ -7,7 +7,7 @@ from common import errors
 from common.embedding_ref import EmbeddingRef
 from server.apis.base import Api
 from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, format_value, parse_image_options, parse_router
-from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path
+from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, convert_list, format_path, type_of
 from server.http.error_format import OPENAI_RESPONSES
 
 _TEXT_TYPES = {"input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"}
@@ -21,11 +21,7 @@ def join_replies(body: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidRequest: Such a message has an image, which vLLM would leave out silently.
     """
-    items = body.get("input")
-    if not isinstance(items, list):
-        return body
-    joined = [_join_reply(item, ("input", i)) for i, item in enumerate(items)]
-    return {**body, "input": joined} if any(new is not old for new, old in zip(joined, items, strict=True)) else body
+    return convert_list(body, "input", lambda item, i: _join_reply(item, ("input", i)))
 
 
 def _join_reply(item: Any, path: Path) -> Any:
@@ -33,7 +29,7 @@ def _join_reply(item: Any, path: Path) -> Any:
     if not isinstance(item, dict) or item.get("role") != "assistant" or item.get("type", "message") != "message":
         return item
     parts = item.get("content")
-    if not isinstance(parts, list) or (len(parts) == 1 and _part_type(parts[0]) in ("output_text", "input_text", "text")):
+    if not isinstance(parts, list) or (len(parts) == 1 and type_of(parts[0]) in ("output_text", "input_text", "text")):
         return item
     texts = [_reply_text(part, format_path((*path, "content", j))) for j, part in enumerate(parts)]
     return {**item, "content": [{"type": "output_text", "text": "".join(texts), "annotations": []}]}
@@ -43,15 +39,11 @@ def _reply_text(part: Any, location: str) -> str:
     text = part.get("refusal" if part.get("type") == "refusal" else "text") if isinstance(part, dict) else None
     if not isinstance(text, str):
         raise errors.InvalidRequest(
-            f"{location}: a part of type {format_value(_part_type(part))} is not supported in a message of the assistant; "
+            f"{location}: a part of type {format_value(type_of(part))} is not supported in a message of the assistant; "
             "expected output_text with a text, or refusal.",
             param=location,
         )
     return text
-
-
-def _part_type(part: Any) -> Any:
-    return part.get("type") if isinstance(part, dict) else None
 
 
 def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
@@ -86,7 +78,7 @@ def _content_parts(value: Any) -> Iterator[tuple[Path, Any]]:
 
 def _is_image(part: Any, location: str) -> bool:
     """Return whether a content part is an image. Raises `InvalidRequest` if it is not supported."""
-    part_type = _part_type(part)
+    part_type = type_of(part)
     if not isinstance(part_type, str) or part_type not in {*_TEXT_TYPES, "input_image"}:
         raise errors.InvalidRequest(
             f"{location}: type {format_value(part_type)} is not supported; expected input_text or input_image.", param=location
