@@ -15,11 +15,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from common.hub import served_name
 from common.options import ConfigError
+from lm_worker import vllm_flags
 from lm_worker.config import LanguageOptions
 
 _MAX_CPU_KV_CACHE_BYTES = 4 << 30
 _MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
-_STRUCTURED_OUTPUT_FLAGS = ("--structured-outputs-config", "--structured_outputs_config")
+_STRUCTURED_OUTPUT_FLAG = "--structured-outputs-config"
 
 
 def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: Sequence[str]) -> Namespace:
@@ -77,9 +78,9 @@ def _structured_output_flags(flags: Sequence[str]) -> list[str]:
     vLLM requires a named backend for it; xgrammar is the one that "auto" prefers. A caller who configures structured
     output configures all of it, since other backends reject this setting.
     """
-    if any(flag.startswith(_STRUCTURED_OUTPUT_FLAGS) for flag in flags):
+    if any(vllm_flags.normalize(flag) == _STRUCTURED_OUTPUT_FLAG for flag in flags):
         return []
-    return ['--structured-outputs-config={"backend":"xgrammar","disable_any_whitespace":true}']
+    return [f'{_STRUCTURED_OUTPUT_FLAG}={{"backend":"xgrammar","disable_any_whitespace":true}}']
 
 
 def _cpu_flags(flags: Sequence[str]) -> list[str]:

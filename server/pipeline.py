@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from starlette.responses import JSONResponse, Response
@@ -43,14 +44,14 @@ class Pipeline:
         The request is retried once if an embedding was evicted, or if its language worker is down or fails and there is
         another one.
         """
-        await self._check_model(request.model)
-        limit = self._context_tokens(request.model) if context.max_tokens_fields else None
+        serving = await self._workers.serving(request.model)
+        limit = _context_tokens(serving) if context.max_tokens_fields else None
         if limit is not None:
             context_length.check_max_tokens(request.body, context.max_tokens_fields, limit)
         request, files = await self._load_media(request, context)
         if limit is not None and files:
             await self._check_images_fit(request, files, context, limit)
-        exclude = [worker for worker in self._workers.language.workers if not _serves(worker.models, request.model)]
+        exclude = [worker for worker in self._workers.language.workers if not worker.serves(request.model)]
 
         async def attempt(is_last: bool) -> Response:
             engine_request = await self._placer.place(request, files, context, exclude)
@@ -79,33 +80,13 @@ class Pipeline:
 
     async def count_image_tokens(self, request: ParsedRequest, context: RequestContext) -> Response:
         """Return tiles and visual tokens of images. A vision worker is called only if the request asks for the routes."""
-        await self._check_model(request.model)
+        await self._workers.serving(request.model)
         request, files = await self._load_media(request, context)
         sizes = await self._media.sizes(files)
         _, description = self._placer.choose_language(files, context)
         routes = await self._placer.route(request, files, context) if request.body.get("route") else None
         options = [image.options for image in request.images]
         return JSONResponse(token_counts(sizes, options, description.checkpoint, self._options.max_tiles, routes))
-
-    async def _check_model(self, name: str | None) -> None:
-        """Check that a language worker serves a model, before any work on images. Raises `ModelNotFound`, `Unavailable`."""
-        language = self._workers.language
-        language.pick(None)
-
-        def is_served() -> bool:
-            return any(_serves(worker.models, name) for worker in language.available())
-
-        for _ in range(2):  # an adapter may be new, and a round of probes that already runs may have missed it
-            if is_served():
-                return
-            await self._workers.probe()
-        if not is_served():
-            raise self._workers.model_not_found(str(name))
-
-    def _context_tokens(self, model: str | None) -> int | None:
-        """Return the longest context among the language workers that serve a model; None if one of them does not report it."""
-        lengths = [worker.context_tokens for worker in self._workers.language.available() if _serves(worker.models, model)]
-        return max((length for length in lengths if length), default=None) if all(lengths) else None
 
     async def _check_images_fit(
         self, request: ParsedRequest, files: list[ImageFile], context: RequestContext, limit: int
@@ -184,8 +165,10 @@ async def _check_constraint(request: ParsedRequest, language: LanguageWorker) ->
     )
 
 
-def _serves(models: tuple[str, ...], name: str | None) -> bool:
-    return name is None or name in models
+def _context_tokens(workers: Sequence[LanguageWorker]) -> int | None:
+    """Return the longest context among language workers; None if one of them does not report it."""
+    lengths = [worker.context_tokens for worker in workers]
+    return max((length for length in lengths if length), default=None) if all(lengths) else None
 
 
 def _error_response(failure: vllm_response.Failure, context: RequestContext, headers: dict[str, str]) -> Response:

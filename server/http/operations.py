@@ -35,18 +35,11 @@ class Operations:
         """Describe one model or adapter (OpenAI)."""
         self._authenticator.authenticate(request.headers)
         name = request.path_params["model"]
-        self._workers.language.pick(None)
-        servers = self._serving(name)
-        if not servers:  # an adapter may be new
-            await self._workers.probe()
-            servers = self._serving(name)
-        models = (await self._list_models(servers[0]))["data"] if servers else []
+        language, *_ = await self._workers.serving(name)
+        models = (await self._list_models(language))["data"]
         if model := next((model for model in models if model["id"] == name), None):
             return JSONResponse(model)
-        raise self._workers.model_not_found(name)
-
-    def _serving(self, name: str) -> list[LanguageWorker]:
-        return [worker for worker in self._workers.language.available() if name in worker.models]
+        raise self._workers.model_not_found(name)  # it was removed since the last probe
 
     async def _list_models(self, language: LanguageWorker) -> Any:
         with language.in_use():

@@ -101,10 +101,29 @@ class WorkerPools:
         """Return what the workers that are up disagree on."""
         return find_mismatch(self._all())
 
+    async def serving(self, model: str | None) -> list[LanguageWorker]:
+        """Return the language workers that serve a model, at least one; None stands for any model.
+
+        Raises:
+            ModelNotFound: No language worker serves the model, not even after new probes.
+            Unavailable: No language worker is up.
+        """
+        self.language.pick(None)
+        for _ in range(2):  # an adapter may be new, and a round of probes that already runs may have missed it
+            if serving := self._serving(model):
+                return serving
+            await self.probe()
+        if serving := self._serving(model):
+            return serving
+        raise self.model_not_found(str(model))
+
     def model_not_found(self, name: str) -> errors.ModelNotFound:
         """Return the error for a model that no language worker serves."""
         served = ", ".join(sorted({model for worker in self.language.available() for model in worker.models}))
         return errors.ModelNotFound(f"Model {name!r:.200} is not served; served models: {served}.", param="model")
+
+    def _serving(self, model: str | None) -> list[LanguageWorker]:
+        return [worker for worker in self.language.available() if worker.serves(model)]
 
     def _all(self) -> Iterator[VisionWorker | LanguageWorker]:
         yield from self.vision.workers

@@ -158,6 +158,10 @@ class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription])
         """Names of the models and adapters that the worker serves."""
         return self._models
 
+    def serves(self, model: str | None) -> bool:
+        """Return whether the worker serves a model; None stands for any."""
+        return model is None or model in self._models
+
     @property
     def load(self) -> EngineLoad | None:
         """The load of the worker's vLLM; None if the worker is down or vLLM does not report it."""
