@@ -8,7 +8,6 @@ import pytest
 
 from tests.e2e.families import FamilyRun
 from tests.e2e.serving import (
-    COMPACT_JSON,
     COMPACT_TOOL_CALLS,
     EXACT,
     GOLDEN,
@@ -74,18 +73,17 @@ class Golden:
         return (f"--vision-workers={self.vision_at}", f"--language-workers={self.sink_at}")
 
     @classmethod
-    def start(cls, others: Sequence[str], compact_json: bool) -> "Golden":
+    def start(cls, others: Sequence[str], compact_tool_calls: bool) -> "Golden":
         """Starts flash-qwen3 and the other checkpoints with these names, and does not wait for them.
 
         Args:
             others: Names of the other checkpoints.
-            compact_json: Whether flash-qwen3 writes JSON without white space, which is not vLLM's default.
+            compact_tool_calls: Whether flash-qwen3 writes forced tool calls as JSON without white space.
         """
         vision_at, sink_at, http_at = (f"127.0.0.1:{free_port()}" for _ in range(3))
         vision = start("vision", CHECKPOINT, f"--listen={vision_at}")
         language_arguments = ("language", str(CHECKPOINT), f"--listen={sink_at}", f"--http={http_at}", "--", *EXACT, *TOOLS)
-        compact = COMPACT_JSON if compact_json else ()
-        language = start(*language_arguments, *compact, environment=COMPACT_TOOL_CALLS if compact_json else None)
+        language = start(*language_arguments, environment=COMPACT_TOOL_CALLS if compact_tool_calls else None)
         workers = (f"--vision-workers={vision_at}", f"--language-workers={sink_at}")
         port = free_port()
         flash = start("gateway", *workers, f"--port={port}", "--router-scope=request", url=f"http://127.0.0.1:{port}")
@@ -128,7 +126,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def _golden(config: pytest.Config) -> Golden:
     if _GOLDEN not in config.stash:
         config.stash[_GOLDEN] = Golden.start(
-            _OTHERS if "golden" in config.stash[_NEEDED] else (), compact_json="compact_json" in config.stash[_NEEDED]
+            _OTHERS if "golden" in config.stash[_NEEDED] else (),
+            compact_tool_calls="compact_tool_calls" in config.stash[_NEEDED],
         )
     return config.stash[_GOLDEN]
 
@@ -177,8 +176,8 @@ def family_run(pytestconfig: pytest.Config) -> FamilyRun:
 
 
 @pytest.fixture(scope="session")
-def compact_json(flash: Golden) -> None:
-    """Lets flash-qwen3 write JSON without white space, so that its random weights end a structured answer."""
+def compact_tool_calls(flash: Golden) -> None:
+    """Lets flash-qwen3 write forced tool calls without white space, so that its random weights end them."""
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,6 @@ EXACT = (*QUICK, "--dtype=float32")
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
 
 # random weights could continue the white space between two tokens of JSON for ever
-COMPACT_JSON = ('--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',)
 COMPACT_TOOL_CALLS = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
 """Variables with which vLLM writes a forced tool call as JSON; the parser's own format always allows white space."""
 

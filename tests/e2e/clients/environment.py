@@ -3,9 +3,11 @@
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tests.e2e.clients.scripts.client_settings import Settings
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = ROOT / ".venv-clients"
@@ -14,20 +16,6 @@ HAS_NODE = (ENVIRONMENT / "node_modules").is_dir()
 """Whether `make clients` found npm and installed the libraries for Node."""
 
 _TIMEOUT_SECONDS = 240
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a script gets: see `scripts/cases.py`."""
-
-    url: str
-    key: str
-    model: str
-    question: str
-    answer_tokens: int
-    image: str
-    image_url: str
-    broken_image: str
 
 
 def command(script: Path) -> list[str]:

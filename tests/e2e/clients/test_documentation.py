@@ -8,7 +8,7 @@ import pytest
 from tests.e2e.clients.environment import HAS_NODE, ROOT, run
 from tests.e2e.serving import Served
 
-pytestmark = pytest.mark.usefixtures("compact_json")
+pytestmark = pytest.mark.usefixtures("compact_tool_calls")
 
 PAGE = (ROOT / "docs/clients.md").read_text()
 IMAGE = "docs/images/red-circle.png"

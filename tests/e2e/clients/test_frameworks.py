@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from tests.e2e.clients.content import BROKEN, KEY, MODEL, SQUARE, Shape
-from tests.e2e.clients.environment import HAS_NODE, Settings, report
+from tests.e2e.clients.environment import HAS_NODE, report
+from tests.e2e.clients.scripts.client_settings import Settings
 from tests.e2e.serving import Served
 
-pytestmark = pytest.mark.usefixtures("compact_json")
+pytestmark = pytest.mark.usefixtures("compact_tool_calls")
 
 QUESTION = "what is shown?"
 ANSWER_TOKENS = 8

@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from tests.e2e.clients.content import MODEL, SQUARE, Shape, blocks, response_input, user
 
-pytestmark = pytest.mark.usefixtures("compact_json")
+pytestmark = pytest.mark.usefixtures("compact_tool_calls")
 
 
 def test_a_structured_answer_is_parsed(client: OpenAI) -> None:
