@@ -12,7 +12,7 @@ import threading
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -73,6 +73,19 @@ def print_line(source: str, message: str, log_format: str, level: str = "info") 
         fields = {"name": source.replace(" ", "."), "levelname": level, "msg": message}
         line = JsonFormatter().format(logging.makeLogRecord(fields))
     print(line, file=sys.stderr, flush=True)
+
+
+def exit_with_error(source: str, reason: str, log_format: str, status: int = 1) -> NoReturn:
+    """Print the reason why a command cannot run, as one line, and exit.
+
+    Args:
+        source: the command, such as `dvd vision`.
+        reason: what is wrong.
+        log_format: `text` or `json`.
+        status: exit status.
+    """
+    print_line(source, reason, log_format, "error")
+    sys.exit(status)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:

@@ -7,9 +7,9 @@ import shlex
 import time
 from collections.abc import Sequence
 
+from common.http_get import http_is_ok
 from common.hub import served_name
 from dvd.output import print_status
-from dvd.probes import http_is_ok
 from dvd.up_config import UpOptions
 from dvd.up_processes import ProcessSpec, gateway_address
 

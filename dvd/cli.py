@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from common import logs
 from common.options import ConfigError, logging_options, read_options
@@ -69,9 +68,10 @@ def _run_process(command: str, arguments: Sequence[str]) -> None:
     options = logging_options(arguments)
     informative = bool(_INFORMATIVE_FLAGS & set(arguments))
     if not _is_installed(package):
-        _fail(f"dvd {command}", f"not installed here: package {package}", options.log_format)
+        logs.exit_with_error(f"dvd {command}", f"not installed here: package {package}", options.log_format)
     if not _is_installed(library) and not informative:
-        _fail(f"dvd {command}", f"not installed here: {library}; pip install 'dvd-serve[{command}]'", options.log_format)
+        reason = f"not installed here: {library}; pip install 'dvd-serve[{command}]'"
+        logs.exit_with_error(f"dvd {command}", reason, options.log_format)
     # -P: a file of that name in the current folder must not be run instead
     program = [sys.executable, "-P", "-m", package, *arguments]
     if informative:
@@ -88,12 +88,7 @@ def _find_home(command: str, log_format: str) -> None:
     try:
         use_writable_home(os.environ)
     except NoWritableFolderError as error:
-        _fail(f"dvd {command}", str(error), log_format)
-
-
-def _fail(command: str, reason: str, log_format: str, status: int = 1) -> NoReturn:
-    logs.print_line(command, reason, log_format, "error")
-    sys.exit(status)
+        logs.exit_with_error(f"dvd {command}", str(error), log_format)
 
 
 def _is_installed(name: str) -> bool:
@@ -107,7 +102,7 @@ def _up(arguments: Sequence[str]) -> None:
     log_format = logging_options(arguments).log_format
     missing = [package for package, _ in _PROCESSES.values() if not _is_installed(package)]
     if missing:
-        _fail("dvd up", f"not installed here: package {missing[0]}; dvd up runs all processes", log_format)
+        logs.exit_with_error("dvd up", f"not installed here: package {missing[0]}; dvd up runs all processes", log_format)
     from dvd.up import main as up  # here, not at import: it needs the packages of all processes
 
     _find_home("up", log_format)
@@ -125,9 +120,9 @@ def _describe(arguments: Sequence[str]) -> None:
         logs.configure(options.log_level, options.log_format)
         print(json.dumps(find_checkpoint(options.model).as_json(), indent=2))
     except ConfigError as error:
-        _fail("dvd describe", str(error), log_format, 2)
+        logs.exit_with_error("dvd describe", str(error), log_format, 2)
     except CheckpointError as error:
-        _fail("dvd describe", str(error), log_format)
+        logs.exit_with_error("dvd describe", str(error), log_format)
 
 
 def _plan(arguments: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ Every container image runs it, so it uses only gRPC and the standard library, wh
 import asyncio
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -14,9 +13,9 @@ import grpc
 
 from common import errors, logs, messages, rpc
 from common.addresses import is_unreachable_loopback, vllm_address
+from common.http_get import http_get
 from common.options import ConfigError, logging_options, read_options
 from dvd.config import HealthOptions
-from dvd.http_get import http_get
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2_grpc
 
@@ -28,13 +27,11 @@ def main(arguments: Sequence[str]) -> None:
     try:
         options = read_options(HealthOptions, arguments)
     except ConfigError as error:
-        logs.print_line("dvd health", str(error), logging_options(arguments).log_format, "error")
-        sys.exit(2)
+        logs.exit_with_error("dvd health", str(error), logging_options(arguments).log_format, 2)
     try:
         description = asyncio.run(check(options.address, options.timeout))
     except errors.DvdError as error:
-        logs.print_line("dvd health", f"{options.address}: {error}", options.log_format, "error")
-        sys.exit(1)
+        logs.exit_with_error("dvd health", f"{options.address}: {error}", options.log_format)
     print(f"{options.address}: {description}")
 
 

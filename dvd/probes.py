@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from common import errors, rpc
-from dvd.http_get import http_get
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2_grpc
 
@@ -13,7 +12,6 @@ Probe = Callable[[], Awaitable[bool]]
 
 _REDIS_TIMEOUT_SECONDS = 2.0
 _GRPC_TIMEOUT_SECONDS = 2.0
-_HTTP_TIMEOUT_SECONDS = 5.0
 
 
 async def redis_is_ready(socket: Path) -> bool:
@@ -48,12 +46,3 @@ async def _answers(describe: Callable[..., Awaitable[object]]) -> bool:
     except errors.DvdError:
         return False
     return True
-
-
-async def http_is_ok(address: str, path: str) -> bool:
-    """Return whether the HTTP server at `address` answers `GET path` with status 200."""
-    try:
-        status, _ = await http_get(address, path, _HTTP_TIMEOUT_SECONDS)
-    except errors.Unavailable:
-        return False
-    return status == 200

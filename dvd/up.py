@@ -1,11 +1,9 @@
 """`dvd up MODEL`: all processes of one machine, in the foreground."""
 
 import asyncio
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from common import logs, rpc
 from common.checkpoint import Checkpoint, CheckpointError
@@ -33,16 +31,11 @@ def main(arguments: Sequence[str]) -> None:
         _check_router(options, checkpoint)
         failure = _run_processes(options, vllm_flags, checkpoint)
     except ConfigError as error:
-        _fail(str(error), log_format, 2)
+        logs.exit_with_error("dvd up", str(error), log_format, 2)
     except (CheckpointError, OSError) as error:
-        _fail(str(error), log_format, 1)
+        logs.exit_with_error("dvd up", str(error), log_format, 1)
     if failure:
-        _fail(failure, log_format, 1)
-
-
-def _fail(reason: str, log_format: str, status: int) -> NoReturn:
-    logs.print_line("dvd up", reason, log_format, "error")
-    sys.exit(status)
+        logs.exit_with_error("dvd up", failure, log_format, 1)
 
 
 def _check_router(options: UpOptions, checkpoint: Checkpoint) -> None:

@@ -9,9 +9,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.http_get import http_is_ok
 from common.options import ConfigError, as_arguments
 from dvd.devices import Devices, assign
-from dvd.probes import Probe, http_is_ok, redis_is_ready, sink_is_ready, vision_is_ready
+from dvd.probes import Probe, redis_is_ready, sink_is_ready, vision_is_ready
 from dvd.up_config import UpOptions
 from lm_worker.config import LanguageOptions
 from server.config import GatewayOptions

@@ -9,12 +9,12 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from pydantic import ValidationError
 
 from common import logs, rpc
 from common.checkpoint import CheckpointError
+from common.http_get import http_is_ok
 from common.hub import find_checkpoint
 from common.options import ConfigError, logging_options, read_options
 from common.phases import Phases
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = read_options(LanguageOptions, own)
         vllm_flags = all_vllm_flags(options, flags)
     except ConfigError as error:
-        _fail(str(error), log_format, 2)
+        logs.exit_with_error("dvd language", str(error), log_format, 2)
     logs.configure(options.log_level, options.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_stopped)  # until vLLM's server installs its own handlers
@@ -66,16 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logs.print_line("dvd language", f"stopped by {stopped.signal_name} before it was ready", log_format)
         sys.exit(0)
     except ConfigError as error:
-        _fail(str(error), log_format, 2)
+        logs.exit_with_error("dvd language", str(error), log_format, 2)
     except (CheckpointError, OSError) as error:
-        _fail(str(error), log_format, 1)
+        logs.exit_with_error("dvd language", str(error), log_format, 1)
     except (RuntimeError, ValueError) as error:  # raised by vLLM at start; vLLM has logged the details already
-        _fail(f"vLLM could not start: {_first_reason(error)}", log_format, 1)
-
-
-def _fail(reason: str, log_format: str, status: int) -> NoReturn:
-    logs.print_line("dvd language", reason, log_format, "error")
-    sys.exit(status)
+        logs.exit_with_error("dvd language", f"vLLM could not start: {_first_reason(error)}", log_format, 1)
 
 
 def _first_reason(error: Exception) -> str:
@@ -142,25 +137,9 @@ async def _serve(options: LanguageOptions, model: Path, folder: Path, args: Name
 async def _announce_readiness(options: LanguageOptions, phases: Phases) -> None:
     """Log when vLLM's server answers: `build_and_serve` returns only when it stops."""
     with phases.phase("starting the HTTP server"):
-        while not await _is_healthy(options.http):
+        while not await http_is_ok(options.http, "/health"):
             await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
     log.info("ready on %s, vLLM on %s, after %s", options.listen, options.http, phases.summary())
-
-
-async def _is_healthy(address: str) -> bool:
-    """Return whether `GET /health` at an address of this machine is answered with status 200."""
-    host, _, port = address.rpartition(":")
-    try:
-        if address.startswith("unix:"):
-            reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
-        else:
-            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-        writer.write(b"GET /health HTTP/1.0\r\n\r\n")
-        status = await reader.readline()
-        writer.close()
-    except OSError:
-        return False
-    return status.split()[1:2] == [b"200"]
 
 
 def _sink_options(options: LanguageOptions, model: Path, folder: Path, dtype: str) -> SinkOptions:

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NoReturn
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -37,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = read_options(GatewayOptions, arguments)
     except ConfigError as error:
-        _fail(str(error), logging_options(arguments).log_format, 2)
+        logs.exit_with_error("dvd gateway", str(error), logging_options(arguments).log_format, 2)
     try:
         listener = _listen(options.host, options.port)
     except OSError as error:
-        address = f"{options.host}:{options.port}"
-        _fail(f"cannot listen on {address}: {error.strerror}; choose another --port", options.log_format, 1)
+        reason = f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port"
+        logs.exit_with_error("dvd gateway", reason, options.log_format)
     process_options = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
     config = uvicorn_config(
         functools.partial(create_worker_app, process_options),
@@ -63,11 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # prometheus-client aggregates processes through files here; it reads the variable when it is first imported
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = resources.enter_context(tempfile.TemporaryDirectory(prefix="dvd-metrics-"))
         Multiprocess(config, [listener]).run()
-
-
-def _fail(reason: str, log_format: str, status: int) -> NoReturn:
-    logs.print_line("dvd gateway", reason, log_format, "error")
-    sys.exit(status)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common import errors
-from dvd.http_get import http_get
+from common.http_get import http_get
 from tests.ports import free_port
 
 

@@ -7,6 +7,7 @@ import socket
 from common import errors
 
 _MAX_BODY_BYTES = 1 << 20
+_OK_TIMEOUT_SECONDS = 5.0
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -34,6 +35,15 @@ async def http_get(address: str, path: str, timeout: float) -> tuple[int, bytes]
         errors.Unavailable: nothing listens at the address, or the answer is not HTTP or too late.
     """
     return await asyncio.to_thread(_get, address, path, timeout)
+
+
+async def http_is_ok(address: str, path: str) -> bool:
+    """Return whether the HTTP server at `address` answers `GET path` with status 200."""
+    try:
+        status, _ = await http_get(address, path, _OK_TIMEOUT_SECONDS)
+    except errors.Unavailable:
+        return False
+    return status == 200
 
 
 def _get(address: str, path: str, timeout: float) -> tuple[int, bytes]:
