@@ -49,18 +49,22 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LanguageDescription(_message.Message):
-    __slots__ = ("checkpoint", "dtype", "http", "used_bytes", "budget_bytes")
+    __slots__ = ("checkpoint", "dtype", "http", "used_bytes", "budget_bytes", "draining", "language_fingerprint")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HTTP_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     checkpoint: CheckpointDescription
     dtype: Dtype
     http: str
     used_bytes: int
     budget_bytes: int
-    def __init__(self, checkpoint: _Optional[_Union[CheckpointDescription, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., http: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ...) -> None: ...
+    draining: bool
+    language_fingerprint: str
+    def __init__(self, checkpoint: _Optional[_Union[CheckpointDescription, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., http: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., language_fingerprint: _Optional[str] = ...) -> None: ...
 
 class HasRequest(_message.Message):
     __slots__ = ("keys",)

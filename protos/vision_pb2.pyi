@@ -9,14 +9,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class VisionDescription(_message.Message):
-    __slots__ = ("checkpoint", "device", "dtype")
+    __slots__ = ("checkpoint", "device", "dtype", "draining", "stalled", "batch_tiles")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TILES_FIELD_NUMBER: _ClassVar[int]
     checkpoint: _embeddings_pb2.CheckpointDescription
     device: str
     dtype: _embeddings_pb2.Dtype
-    def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ...) -> None: ...
+    draining: bool
+    stalled: str
+    batch_tiles: int
+    def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., draining: _Optional[bool] = ..., stalled: _Optional[str] = ..., batch_tiles: _Optional[int] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("key", "data")
@@ -53,13 +59,14 @@ class Router(_message.Message):
     def __init__(self, mode: _Optional[_Union[Router.Mode, str]] = ..., relative_threshold: _Optional[float] = ..., absolute_threshold: _Optional[float] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint", "dry_run")
+    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint", "caller", "dry_run")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     TILING_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DELIVER_TO_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[Image]
     tiling: Tiling
@@ -67,8 +74,9 @@ class EncodeRequest(_message.Message):
     dtype: _embeddings_pb2.Dtype
     deliver_to: str
     fingerprint: str
+    caller: str
     dry_run: bool
-    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ..., caller: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class EncodeReply(_message.Message):
     __slots__ = ("images", "timings", "cached")
