@@ -27,14 +27,15 @@ RESOLVE := $(BIN)/uv pip compile pyproject.toml --quiet --python $(BIN)/python -
 # compileall leaves current files alone; some packages ship files of another Python, whose errors do not matter.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: help install dev lock check fix test test-fast test-clients coverage serve train evaluate bench baseline load docs protos
+.PHONY: help install dev lock check fix test test-long test-fast test-clients coverage serve train evaluate bench baseline load docs protos
 
 help:
 	@echo "make serve      install, and serve MODEL=$(MODEL) on PORT=$(PORT)"
 	@echo "make install    install what the server needs into $(VENV), for DEVICE=$(DEVICE)"
 	@echo "make check      lint, formatting, types and package boundaries; changes no file"
 	@echo "make fix        repair what the linter can, and format"
-	@echo "make test       run all tests; ARGS=… goes to pytest"
+	@echo "make test       run the tests; ARGS=… goes to pytest"
+	@echo "make test-long  run the tests that take a minute or more each, which CI runs too"
 	@echo "make test-fast  run the tests that need no vLLM and are not slow: 100 s"
 	@echo "make test-clients  run client libraries (LangChain, LiteLLM, …) against a server: a few minutes"
 	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
@@ -110,7 +111,10 @@ test: dev
 .PHONY: test-vllm test-other
 # One process: its servers start side by side and are shared by all files. 5: ARGS select no test of this half
 test-vllm: dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m 'vllm and not clients' $(ARGS) || [ $$? = 5 ]
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m 'vllm and not long and not clients' $(ARGS) || [ $$? = 5 ]
+
+test-long: dev
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m long $(ARGS)
 
 test-other: dev
 	$(PYTEST) $(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
@@ -138,7 +142,7 @@ clients: .venv-clients/installed
 # Apart from `make test`: before Python 3.12 tracing branches costs more than a tenth of a run.
 coverage: dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m 'not vllm and not install' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(PARALLEL) -m 'not vllm and not install' $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -36,7 +36,10 @@ _CLIENTS = tuple(f"e2e/clients/test_{name}.py" for name in ("documentation", "fr
 """Files of `make test-clients`: they need the environment that `make clients` creates, or a server that writes compact JSON."""
 _HAS_CLIENTS = (_TESTS.parent / ".venv-clients/installed").exists()
 
-_MARKED = {"vllm": _NEED_VLLM, "slow": _SLOW, "clients": _CLIENTS}
+_LONG = ("e2e/test_hostile_fields.py", "e2e/test_real_shapes.py")
+"""Files of `make test-long`, which take a minute or more each."""
+
+_MARKED = {"vllm": _NEED_VLLM, "slow": _SLOW, "clients": _CLIENTS, "long": _LONG}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -57,7 +60,7 @@ def _is_one_of(path: Path, names: Iterable[str]) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of client libraries, those that need vLLM, and the slow ones."""
+    """Mark the tests of client libraries, those that need vLLM, the slow and the long ones."""
     for item in items:
         for marker, names in _MARKED.items():
             if any(item.path.is_relative_to(_TESTS / name) for name in names):

@@ -62,7 +62,7 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases) ->
 
 
 async def _warm_up(batcher: Batcher, what: str, compiles: bool, phases: Phases) -> None:
-    with phases.phase("compiling the preprocessing", "numba compiles it at each start"):
+    with phases.phase("compiling the preprocessing", "numba compiles it once for each machine"):
         await asyncio.to_thread(resampling.warm_up)
     name = f"compiling the tower and warming up with {what}" if compiles else f"warming up with {what}"
     with phases.phase(name, "each batch size is compiled once" if compiles else "the first batch allocates memory"):

@@ -1,5 +1,6 @@
 """The model that is trained: the vision worker's own InternVL modules and the Qwen3 of transformers."""
 
+import functools
 import time
 from typing import cast
 
@@ -144,6 +145,7 @@ def conversation_mask(rows: ConversationRows, prefix_length: int) -> Tensor:
     return torch.cat([own.new_ones(*own.shape[:2], prefix_length), own], dim=-1)
 
 
+@functools.cache  # measuring takes seconds
 def is_bfloat16_faster(device: torch.device) -> bool:
     """Measure whether bfloat16 products are clearly faster than float32.
 
@@ -153,11 +155,11 @@ def is_bfloat16_faster(device: torch.device) -> bool:
 
 
 def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the shortest of five times of a product of the size that training consists of."""
-    a = torch.ones(4096, LANGUAGE_WIDTH, device=device, dtype=dtype)
+    """Return the shortest of three times of a product like those that training consists of."""
+    a = torch.ones(1024, LANGUAGE_WIDTH, device=device, dtype=dtype)
     b = torch.ones(LANGUAGE_WIDTH, LANGUAGE_MLP_WIDTH, device=device, dtype=dtype)
     times = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         float((a @ b)[0, 0])  # waits for the device
         times.append(time.perf_counter() - start)

@@ -28,28 +28,36 @@ def field_bodies(
     for name, field in schema["properties"].items():
         for value in VALUES:
             yield f"{name}={value!r:.60}", {**base, name: value}
-        for where, value in _inner_values(schema, field, itertools.cycle(INNER_VALUES), 0):
+        for where, value in _inner_values(schema, field, itertools.cycle(INNER_VALUES), 0, set()):
             yield f"{name}{where}={value!r:.300}", {**base, name: value}
 
 
-def _inner_values(root: Schema, schema: Schema, hostile: Iterator[Any], depth: int) -> Iterator[tuple[str, Any]]:
-    """Yields values of a schema that are valid but for one hostile value somewhere inside."""
+def _inner_values(
+    root: Schema, schema: Schema, hostile: Iterator[Any], depth: int, seen: set[int]
+) -> Iterator[tuple[str, Any]]:
+    """Yields values of a schema that are valid but for one hostile value somewhere inside.
+
+    A definition that other ones refer to is walked once for each field of the request: `seen` has those that were.
+    """
     if depth > _MAX_DEPTH:
         return
     for option in _options(root, schema):
+        if id(option) in seen:
+            continue
+        seen.add(id(option))
         properties = option.get("properties", {})
         valid = {name: _valid(root, properties.get(name, {})) for name in option.get("required", [])}
         for name, field in properties.items():
             for value in itertools.islice(hostile, 1 if depth else 2):
                 yield f".{name}", {**valid, name: value}
-            for where, value in _inner_values(root, field, hostile, depth + 1):
+            for where, value in _inner_values(root, field, hostile, depth + 1, seen):
                 yield f".{name}{where}", {**valid, name: value}
         if properties:
             for name in valid:
                 yield f" without {name}", {other: value for other, value in valid.items() if other != name}
             yield "", valid
         if "items" in option:
-            for where, value in _inner_values(root, option["items"], hostile, depth + 1):
+            for where, value in _inner_values(root, option["items"], hostile, depth + 1, seen):
                 yield f"[0]{where}", [value]
 
 

@@ -152,8 +152,8 @@ async def test_several_images_of_a_request_are_routed_as_one_group(flash: Worker
 
 @pytest.mark.slow
 async def test_routes_do_not_depend_on_concurrent_calls(flash: Worker) -> None:
-    """All images at once, hence in mixed batches."""
-    cases = [case for case in FLASH if len(case.stems) == 1]
+    """Many images at once, hence in mixed batches."""
+    cases = [case for case in FLASH if len(case.stems) == 1][::2]
     replies = await asyncio.gather(*(flash.encode(case.fields["images"][0], name=case.id) for case in cases))
     assert [list(r.images[0].compressed) for r in replies] == [case.fields["compressed"][0] for case in cases]
 

@@ -7,7 +7,7 @@ so that the compiler vectorizes them. The loops run without the GIL.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,13 @@ _ROUNDING = 1 << (_WEIGHT_BITS - 1)
 _TRANSPOSE_BLOCK = 64
 """Side of the squares that are transposed at a time, so that source and target stay in the L1 cache."""
 
-_compiled: Any = numba.njit(nogil=True)
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function at its first call, or load what an earlier process of this machine compiled."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the home folder can be written
+        return numba.njit(nogil=True)(function)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def weights(size: int, target: int) -> Weights:
 
 
 def warm_up() -> None:
-    """Compile in advance, so that no image waits for it. Takes one to two seconds."""
+    """Compile in advance, so that no image waits for it. Takes two seconds where no earlier process has compiled."""
     resize(np.zeros((2, 2, 3), np.uint8), [(1, 1)])
 
 

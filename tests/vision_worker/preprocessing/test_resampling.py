@@ -1,6 +1,10 @@
 """Resampling equals Pillow's, bit for bit."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from PIL import Image
 from vision_worker.preprocessing.resampling import Bytes, resize, weights
 
 Size = tuple[int, int]
+ROOT = Path(__file__).parents[3]
 
 
 def random_image(size: Size, seed: int = 0) -> Bytes:
@@ -69,3 +74,21 @@ def test_weights_sum_to_one_and_stay_inside_the_line() -> None:
         assert by.first.min() >= 0
         assert (by.first + by.count).max() <= size
         assert np.abs(by.taps.sum(1) - 2**22).max() <= by.count.max()
+
+
+def _resize_in_a_new_process(**environment: str) -> int:
+    """Resizes an image in a new process, and returns how many functions it has loaded instead of compiling them."""
+    code = (
+        "import numpy as np; from vision_worker.preprocessing import resampling as r;"
+        "r.resize(np.zeros((9, 7, 3), np.uint8), [(3, 3)]); print(sum(r._filter.stats.cache_hits.values()))"
+    )
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    return int(subprocess.check_output([sys.executable, "-c", code], env={**variables, **environment}, cwd=ROOT, text=True))
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    assert [_resize_in_a_new_process(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)] == [0, 1]
+
+
+def test_a_process_without_a_folder_to_store_what_it_compiles_resizes_too() -> None:
+    assert _resize_in_a_new_process(NUMBA_CACHE_LOCATOR_CLASSES="UserProvidedCacheLocator") == 0
