@@ -54,7 +54,30 @@ class ServingOptions(ImageLimits, TraceOptions):
     max_image_bytes: int = Field(32 << 20, ge=1, description="maximum size of an image file in bytes")
     max_video_bytes: int = Field(64 << 20, ge=1, description="maximum size of a video file in bytes")
     max_body_bytes: int = Field(128 << 20, ge=1, description="maximum size of a request body in bytes")
-    max_in_flight: int = Field(512, ge=1, description="maximum number of concurrent requests; more are answered 429")
+    max_in_flight: int = Field(
+        512, ge=1, description="maximum number of concurrent requests with images, and of those without; more are answered 429"
+    )
+    max_bodies_bytes: int = Field(
+        1 << 30, ge=1, description="maximum size of all request bodies in flight in bytes; more are answered 429"
+    )
+    max_queue_seconds: float = Field(
+        4.0, gt=0, description="estimated wait for a vision or language worker above which requests are answered 429"
+    )
+    retry_share: float = Field(
+        0.2, ge=0, le=1, description="attempts that may be repeated on another worker, as a share of all requests"
+    )
+    hedge_share: float = Field(
+        0.0, ge=0, le=0.5, description="slow encodes that are also sent to a second worker, as a share of all; 0: none"
+    )
+    degrade_after: float | None = Field(
+        None,
+        gt=0,
+        description="estimated wait in seconds at which images are degraded by one more level each time; unset: never",
+    )
+    degrade_threshold: float = Field(
+        0.25, ge=0, le=1, description="lowest relative threshold of the router to which degradation goes"
+    )
+    degrade_tiles: int = Field(4, ge=1, le=MAX_TILES, description="lowest maximum number of tiles to which degradation goes")
     workers: int = Field(1, ge=1, le=64, description="gateway processes; they share the port and max_in_flight")
     fetch_timeout: float = Field(20.0, gt=0, description="timeout in seconds to fetch an image or video, and to decode a video")
     fetch_user_agent: str | None = Field(

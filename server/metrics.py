@@ -59,6 +59,18 @@ class Metrics:
         self.images = Counter("dvd_images", "Images in accepted requests", registry=registry)
         self.cache = cache_counter(registry)
         self.encodes = Counter("dvd_encodes", "Encode calls sent to vision workers", registry=registry)
+        self.waiting_tiles = Gauge(
+            "dvd_queue_tiles", "Tiles that wait in the gateway for a vision worker", registry=registry,
+            multiprocess_mode="livesum",
+        )  # fmt: skip
+        self.dropped_tiles = Counter("dvd_tiles_dropped", "Tiles whose deadline passed in the queue", registry=registry)
+        self.refused = Counter("dvd_requests_refused", "Requests refused for lack of capacity", ["resource"], registry=registry)
+        self.degradation_level = Gauge(
+            "dvd_degradation_level", "Level of degradation, 0 for none", registry=registry, multiprocess_mode="livemax"
+        )
+        self.degraded_images = Counter("dvd_degraded_images", "Images encoded with a degraded setting", registry=registry)
+        self.hedges = Counter("dvd_encodes_hedged", "Encode calls sent to a second vision worker", registry=registry)
+        self.retries = Counter("dvd_retries", "Attempts repeated on another worker, or refused", ["outcome"], registry=registry)
         self.joined = Counter("dvd_encodes_joined", "Images that shared an encode in flight", registry=registry)
         self.tiles = Counter("dvd_tiles", "Encoded tiles", ["resolution"], registry=registry)
         self.image_tiles = Histogram("dvd_image_tiles", "Tiles of an encoded image", registry=registry, buckets=_TILE_BUCKETS)

@@ -18,8 +18,9 @@ from server.media.loader import ImageFile, MediaLoader
 from server.metrics import Metrics, StreamTimer
 from server.placement import EmbeddingPlacer, EngineRequest
 from server.request_context import RequestContext
-from server.retry import with_retry
+from server.retry import RetryBudget, with_retry
 from server.token_counts import fewest_tokens, most_tokens, token_counts
+from server.vision_queue import VisionQueue
 from server.workers.probes import WorkerPools
 from server.workers.worker import LanguageWorker
 
@@ -36,7 +37,10 @@ class Pipeline:
         self, options: GatewayOptions, workers: WorkerPools, media: MediaLoader, metrics: Metrics, trace: Trace
     ) -> None:
         self._options, self._workers, self._media, self._metrics, self._trace = options, workers, media, metrics, trace
-        self._placer = EmbeddingPlacer(options, workers, metrics, trace)
+        self._budget = RetryBudget(options.retry_share, metrics)
+        queue = VisionQueue(workers.vision, options.max_queue_seconds, metrics)
+        workers.on_change(queue.dispatch)
+        self._placer = EmbeddingPlacer(options, workers, queue, self._budget, metrics, trace)
 
     async def answer(self, request: ParsedRequest, context: RequestContext) -> Response:
         """Return vLLM's response.
@@ -51,23 +55,33 @@ class Pipeline:
         request, files = await self._load_media(request, context)
         if limit is not None and files:
             await self._check_images_fit(request, files, context, limit)
+        self._check_language_wait(serving, context)
         exclude = [worker for worker in self._workers.language.workers if not worker.serves(request.model)]
+        failed: list[LanguageWorker] = []
+        attempts = 0
 
         async def attempt(is_last: bool) -> Response:
-            engine_request = await self._placer.place(request, files, context, exclude)
-            with engine_request.language.marking_down_if_gone():
-                async with engine_request.language.giving_up_if_hung():
+            nonlocal attempts
+            attempts += 1
+            engine_request = await self._placer.place(request, files, context, exclude, is_retry=attempts > 1)
+            language = engine_request.language
+            with language.marking_down_if_gone():
+                async with language.giving_up_if_hung():
                     response = await self._forward(engine_request, context)
             if response.status_code < 500:
+                language.record_served()
+                for worker in failed:  # only now: had all failed, the request would be to blame
+                    self._workers.language.record_failure(worker)
                 return response
             is_lost = await self._placer.lost_embedding(engine_request)
             if is_lost and not is_last:
                 raise errors.EmbeddingLost("An embedding was evicted before vLLM read it; retry later.")
-            exclude.append(engine_request.language)
+            exclude.append(language)
+            failed.append(language)
             if not is_last and any(worker not in exclude for worker in self._workers.language.available()):
                 raise errors.EngineFailed(vllm_response.ENGINE_ERROR_MESSAGE)
             if not is_lost and response.status_code == 500:
-                await _check_constraint(request, engine_request.language)
+                await _check_constraint(request, language)
             return response
 
         def may_retry(error: errors.DvdError) -> bool:
@@ -76,7 +90,22 @@ class Pipeline:
                 return True
             return isinstance(error, errors.Unavailable) and bool(self._workers.language.available())
 
-        return await with_retry(attempt, may_retry)
+        return await with_retry(attempt, may_retry, self._budget)
+
+    def _check_language_wait(self, serving: Sequence[LanguageWorker], context: RequestContext) -> None:
+        """Check that a request does not wait too long in vLLM. Raises `Overloaded`."""
+        wait = min(worker.wait_seconds for worker in serving)
+        left = context.deadline - time.monotonic()
+        bound = min(self._options.max_queue_seconds, left)
+        if wait <= bound:
+            return
+        self._metrics.refused.labels("language").inc()
+        retry_after = max(1.0, wait - max(bound, 0.0))
+        raise errors.Overloaded(
+            f"The language workers are at capacity: the request would wait for about {wait:.1f} s, but may for {bound:.1f} s. "
+            f"Retry after {retry_after:.0f} s.",
+            retry_after=retry_after,
+        )
 
     async def count_image_tokens(self, request: ParsedRequest, context: RequestContext) -> Response:
         """Return tiles and visual tokens of images. A vision worker is called only if the request asks for the routes."""
@@ -116,9 +145,9 @@ class Pipeline:
         """
         stats = context.stats
         stats.images, stats.error_code = vars(request.report) if request.keys else {}, None
-        report_header = {"X-DvD-Images": request.report.header()} if request.keys else {}
+        report_header = request.headers()
         async with AsyncExitStack() as resources:
-            resources.enter_context(request.language.track_in_flight())
+            resources.enter_context(request.language.generating())
             resources.enter_context(self._trace.span("answer", request=stats.request_id))
             # a second more than the request has left, since the request's own deadline must fire first
             timeout = context.deadline - time.monotonic() + 1

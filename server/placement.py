@@ -3,49 +3,44 @@
 The keys are computed, the sink is asked which of them it lacks, and vision workers encode and deliver those.
 """
 
-import re
-from collections import Counter, OrderedDict
+import asyncio
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from common import errors
-from common.tasks import SingleFlight, gather_or_cancel
+from common.tasks import gather_or_cancel
 from common.tracing import Trace
 from protos import vision_pb2 as pb
 from protos.embeddings_pb2 import CheckpointDescription, LanguageDescription
 from server.apis.request import ImagePart, ParsedRequest, format_path
 from server.config import GatewayOptions
+from server.degradation import Degradation, Degraded
+from server.encode_calls import EncodeCalls, EncodeGroup, KeyedImage
 from server.keys import EncodeSetting, digest, group_keys, image_keys
+from server.media.image_header import inspect_image
 from server.media.loader import ImageFile
 from server.metrics import Metrics
 from server.request_context import RequestContext
 from server.request_stats import RequestStats
-from server.retry import with_retry
+from server.retry import RetryBudget
+from server.token_counts import tile_count
+from server.vision_queue import VisionQueue
 from server.workers.probes import WorkerPools
-from server.workers.worker import LanguageWorker, VisionWorker
+from server.workers.worker import LanguageWorker
 
-_MAX_REMEMBERED_ROUTES = 20_000
 _LOOKUP_TIMEOUT_SECONDS = 5.0
 """Time that a sink may take to answer which embeddings it has."""
-_IMAGE_PARAM = re.compile(r"images\[(\d{1,9})\]")
-"""How a vision worker names the image of a call that is invalid."""
 
 
 @dataclass(frozen=True)
-class EncodeGroup:
-    """Images that one Encode call encodes: their keys, and the setting that they share."""
+class _Keys:
+    """A key for each image of a request, the Encode calls that produce all of them, and what degradation changed."""
 
-    keys: list[str]
-    setting: EncodeSetting
-
-
-@dataclass(frozen=True)
-class _KeyedImage:
-    """An image file, and where its first occurrence is in the request."""
-
-    data: bytes
-    location: str
+    by_image: list[str]
+    groups: list[EncodeGroup]
+    degraded: Degraded | None
 
 
 @dataclass
@@ -76,16 +71,32 @@ class EngineRequest:
     body: bytes
     keys: list[str] = field(default_factory=list)
     report: ImageReport = field(default_factory=ImageReport)
+    degraded: Degraded | None = None
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of the response that tell what happened to the images."""
+        if not self.keys:
+            return {}
+        degraded = {"X-DvD-Degraded": self.degraded.header()} if self.degraded else {}
+        return {"X-DvD-Images": self.report.header(), **degraded}
 
 
 class EmbeddingPlacer:
-    """Places embeddings. The only owner of the Encode calls in flight."""
+    """Places embeddings: computes their keys, looks them up, and has the missing ones encoded."""
 
-    def __init__(self, options: GatewayOptions, workers: WorkerPools, metrics: Metrics, trace: Trace) -> None:
-        self._options, self._workers, self._metrics, self._trace = options, workers, metrics, trace
+    def __init__(
+        self,
+        options: GatewayOptions,
+        workers: WorkerPools,
+        queue: VisionQueue,
+        budget: RetryBudget,
+        metrics: Metrics,
+        trace: Trace,
+    ) -> None:
+        self._options, self._workers, self._queue, self._metrics, self._trace = options, workers, queue, metrics, trace
         self._route_per_request = options.router_scope == "request"
-        self._encodes: SingleFlight[pb.EncodeReply] = SingleFlight()
-        self._routes: OrderedDict[str, pb.EncodedImage] = OrderedDict()  # the router's last decision by key, for reports only
+        self._encodes = EncodeCalls(options, workers.vision, queue, budget, metrics)
+        self._degradation = Degradation(options, metrics)
 
     async def place(
         self,
@@ -93,13 +104,23 @@ class EmbeddingPlacer:
         files: Sequence[ImageFile],
         context: RequestContext,
         exclude: Collection[LanguageWorker] = (),
+        *,
+        is_retry: bool = False,
     ) -> EngineRequest:
         """Choose a language worker, and deliver to its sink the embeddings that it lacks.
 
         The language worker stays in use until `context.resources` closes.
 
+        Args:
+            request: The request.
+            files: Its image files.
+            context: Its context.
+            exclude: Language workers that must not be chosen.
+            is_retry: Whether the request has been admitted by an earlier call.
+
         Raises:
             Unavailable: No worker can serve the request now.
+            Overloaded: The images would wait too long.
             DvdError: Encoding failed.
         """
         if not files:
@@ -108,19 +129,24 @@ class EmbeddingPlacer:
             return EngineRequest(language, request.with_embeddings([], []))
         language, description = self.choose_language(files, context, exclude)
         context.resources.enter_context(language.in_use())
-        embedding_keys, groups = self._keys(request.images, files, context, description)
+        keys = self._keys(request.images, files, context, description)
         with self._stage("lookup", context.stats):
-            stored_tokens = dict(zip(embedding_keys, await self._lookup(language, embedding_keys), strict=True))
-        missing = [group for group in groups if not all(stored_tokens[key] for key in group.keys)]
-        images_by_key = _images_by_key(embedding_keys, request.images, files)
-        replies = await self._encode_missing(missing, images_by_key, language, context.stats) if missing else []
+            stored_tokens = dict(zip(keys.by_image, await self._lookup(language, keys.by_image), strict=True))
+        missing = [group for group in keys.groups if not all(stored_tokens[key] for key in group.keys)]
+        images = _images_by_key(keys.by_image, request.images, files)
+        replies: list[pb.EncodeReply] = []
+        if missing:
+            tiles = await self._count_tiles(missing, images, description.checkpoint)
+            if not is_retry:
+                self._queue.admit(context.flow, sum(tiles), context.deadline)
+            replies = await self._encode_missing(missing, tiles, images, language, context)
         for reply in replies:
             context.stats.add_vision_timings(reply.timings)
         tokens_by_key = stored_tokens | {image.key: image.tokens for reply in replies for image in reply.images}
-        tokens = [tokens_by_key[key] for key in embedding_keys]
+        tokens = [tokens_by_key[key] for key in keys.by_image]
         cached = {image.key: reply.cached for reply in replies for image in reply.images}
-        report = self._report(embedding_keys, tokens, cached, description.checkpoint)
-        return EngineRequest(language, request.with_embeddings(embedding_keys, tokens), embedding_keys, report)
+        report = self._report(keys.by_image, tokens, cached, description.checkpoint)
+        return EngineRequest(language, request.with_embeddings(keys.by_image, tokens), keys.by_image, report, keys.degraded)
 
     async def lost_embedding(self, request: EngineRequest) -> bool:
         """Return whether the sink lacks an embedding of a placed request; False if the sink does not answer."""
@@ -134,24 +160,29 @@ class EmbeddingPlacer:
     async def route(self, request: ParsedRequest, files: Sequence[ImageFile], context: RequestContext) -> list[pb.EncodedImage]:
         """Return what the router decides for each image. Nothing is delivered, but vision workers cache the embeddings."""
         _, description = self.choose_language(files, context)
-        embedding_keys, groups = self._keys(request.images, files, context, description)
-        images_by_key = _images_by_key(embedding_keys, request.images, files)
-        routes = {key: self._routes[key] for key in embedding_keys if key in self._routes}
-        missing = [group for group in groups if not all(key in routes for key in group.keys)]
+        keys = self._keys(request.images, files, context, description)
+        images = _images_by_key(keys.by_image, request.images, files)
+        routes = {key: route for key in keys.by_image if (route := self._encodes.route(key))}
+        missing = [group for group in keys.groups if not all(key in routes for key in group.keys)]
+        tiles = await self._count_tiles(missing, images, description.checkpoint)
+        self._queue.admit(context.flow, sum(tiles), context.deadline)
         with self._stage("vision", context.stats):
-            replies = await gather_or_cancel(*(self._encode(group, images_by_key, "") for group in missing))
+            replies = await gather_or_cancel(
+                *(self._encodes.encode(group, images, description.checkpoint, count, "", context)
+                  for group, count in zip(missing, tiles, strict=True))
+            )  # fmt: skip
         routes |= {image.key: image for reply in replies for image in reply.images}
-        return [routes[key] for key in embedding_keys]
+        return [routes[key] for key in keys.by_image]
 
     def choose_language(
         self, files: Sequence[ImageFile], context: RequestContext, exclude: Collection[LanguageWorker] = ()
     ) -> tuple[LanguageWorker, LanguageDescription]:
         """Return the language worker for these images and its description. Raises `Unavailable`, `CheckpointMismatch`."""
         key = digest(context.caller, files[0].digest).hex() if files else None
-        language = self._workers.language.pick(key, exclude)
-        assert language.description is not None
         if mismatch := self._workers.mismatch():
             raise errors.CheckpointMismatch(mismatch.summary)
+        language = self._workers.language.pick(key, [*exclude, *self._workers.unpaired()])
+        assert language.description is not None
         return language, language.description
 
     def _keys(
@@ -160,21 +191,41 @@ class EmbeddingPlacer:
         files: Sequence[ImageFile],
         context: RequestContext,
         description: LanguageDescription,
-    ) -> tuple[list[str], list[EncodeGroup]]:
-        """Return a key for each image, and the Encode calls that produce the embeddings of all keys."""
+    ) -> _Keys:
+        """Return the keys of all images, and the Encode calls that produce their embeddings."""
+        self._degradation.update(self._queue.total_wait_seconds)
         checkpoint, dtype, max_tiles = description.checkpoint, description.dtype, self._options.max_tiles
-        settings = [
+        wanted = [
             EncodeSetting(checkpoint.fingerprint, image.options.tiling(checkpoint, max_tiles), image.options.router, dtype)
             for image in images
         ]
+        applied = [self._degradation.apply(setting, checkpoint) for setting in wanted]
+        settings = [setting for setting, _ in applied]
+        degraded = next((change for _, change in applied if change), None)
         digests = [file.digest for file in files]
         if not self._route_per_request or not images:
-            embedding_keys = image_keys(context.caller, settings, digests)
-            distinct = dict(zip(embedding_keys, settings, strict=True))
-            return embedding_keys, [EncodeGroup([key], setting) for key, setting in distinct.items()]
-        _check_equal_settings(images, settings)
-        embedding_keys = group_keys(context.caller, settings[0], digests)
-        return embedding_keys, [EncodeGroup(embedding_keys, settings[0])]
+            keys = image_keys(context.caller, settings, digests)
+            distinct = dict(zip(keys, settings, strict=True))
+            return _Keys(keys, [EncodeGroup([key], setting) for key, setting in distinct.items()], degraded)
+        _check_equal_settings(images, wanted)
+        keys = group_keys(context.caller, settings[0], digests)
+        return _Keys(keys, [EncodeGroup(keys, settings[0])], degraded)
+
+    async def _count_tiles(
+        self, groups: Sequence[EncodeGroup], images: Mapping[str, KeyedImage], checkpoint: CheckpointDescription
+    ) -> list[int]:
+        """Return the number of tiles of each group, from the headers of its image files."""
+
+        def tiles(image: KeyedImage, setting: EncodeSetting) -> int:
+            try:
+                return tile_count(inspect_image(image.data, self._options.max_image_pixels), setting.tiling, checkpoint)
+            except errors.InvalidRequest:
+                return 1  # the vision worker says what is wrong with it
+
+        def count() -> list[int]:
+            return [sum(tiles(images[key], group.setting) for key in group.keys) for group in groups]
+
+        return await asyncio.to_thread(count) if groups else []
 
     async def _lookup(self, language: LanguageWorker, embedding_keys: Sequence[str]) -> list[int]:
         """Return the number of visual tokens that the sink has under each key, 0 for none."""
@@ -188,69 +239,22 @@ class EmbeddingPlacer:
     async def _encode_missing(
         self,
         groups: Sequence[EncodeGroup],
-        images_by_key: Mapping[str, _KeyedImage],
+        tiles: Sequence[int],
+        images: Mapping[str, KeyedImage],
         language: LanguageWorker,
-        stats: RequestStats,
+        context: RequestContext,
     ) -> list[pb.EncodeReply]:
-        with self._stage("vision", stats):
+        assert language.description is not None
+        checkpoint = language.description.checkpoint
+        with self._stage("vision", context.stats):
             try:
-                return await gather_or_cancel(*(self._encode(group, images_by_key, language.address) for group in groups))
+                return await gather_or_cancel(
+                    *(self._encodes.encode(group, images, checkpoint, count, language.address, context)
+                      for group, count in zip(groups, tiles, strict=True))
+                )  # fmt: skip
             except errors.SinkUnavailable as error:
                 language.mark_down(f"a vision worker could not deliver to its sink: {error}")
                 raise
-
-    async def _encode(self, group: EncodeGroup, images_by_key: Mapping[str, _KeyedImage], deliver_to: str) -> pb.EncodeReply:
-        """Encode a group; a dry run if there is no address to deliver to. Equal calls in flight share one."""
-        setting = group.setting
-        flight = digest(deliver_to.encode(), *(key.encode() for key in group.keys)).hex()
-        self._metrics.joined.inc(len(group.keys) * self._encodes.in_flight(flight))
-        request = pb.EncodeRequest(
-            images=[pb.Image(key=key, data=images_by_key[key].data) for key in group.keys],
-            tiling=setting.tiling,
-            router=setting.router,
-            dtype=setting.dtype,  # type: ignore[arg-type]  # protobuf's enums are numbers
-            deliver_to=deliver_to,
-            fingerprint=setting.fingerprint,
-            dry_run=not deliver_to,
-        )
-        try:
-            return await self._encodes.run(flight, lambda: self._call_vision(group.keys[0], request))
-        except errors.InvalidRequest as error:
-            raise _with_location(error, [images_by_key[key].location for key in group.keys]) from None
-
-    async def _call_vision(self, key: str, request: pb.EncodeRequest) -> pb.EncodeReply:
-        """Call the key's vision worker, or another one if that is unavailable or fails."""
-        tried: list[VisionWorker] = []
-
-        async def attempt(is_last: bool) -> pb.EncodeReply:
-            worker = self._workers.vision.pick(key, exclude=tried)
-            tried.append(worker)
-            # only before a retry: one image on which every worker fails must not take all of them down
-            mark_down = nullcontext() if is_last else worker.marking_down_if_gone()
-            with worker.track_in_flight(), mark_down:
-                self._metrics.encodes.inc()
-                async with worker.giving_up_if_hung():
-                    return await worker.client.encode(request, self._options.request_timeout)
-
-        reply = await with_retry(attempt, self._may_encode_elsewhere)
-        self._record(reply)
-        return reply
-
-    def _may_encode_elsewhere(self, error: errors.DvdError) -> bool:
-        """Return whether another vision worker may succeed where one failed; a failure inside one needs another one."""
-        if isinstance(error, errors.InternalError):
-            return len(self._workers.vision.available()) > 1
-        return isinstance(error, errors.WorkerUnavailable)
-
-    def _record(self, reply: pb.EncodeReply) -> None:
-        for image in reply.images:
-            self._routes[image.key] = image
-            if not reply.cached:
-                self._metrics.image_tiles.observe(len(image.compressed))
-                self._metrics.tiles.labels("full").inc(len(image.compressed) - sum(image.compressed))
-                self._metrics.tiles.labels("compressed").inc(sum(image.compressed))
-        while len(self._routes) > _MAX_REMEMBERED_ROUTES:
-            self._routes.popitem(last=False)
 
     def _report(
         self,
@@ -260,7 +264,7 @@ class EmbeddingPlacer:
         checkpoint: CheckpointDescription,
     ) -> ImageReport:
         """Report a request's images. `cached` maps each key that the sink lacked to whether the vision worker had it."""
-        routes = [self._routes[key].compressed for key in embedding_keys if key in self._routes]
+        routes = [route.compressed for key in embedding_keys if (route := self._encodes.route(key))]
         outcomes, compressed = Counter(cached.get(key) for key in embedding_keys), sum(map(sum, routes))
         self._metrics.cache.labels("sink", "hits").inc(outcomes[None])
         self._metrics.cache.labels("sink", "misses").inc(len(embedding_keys) - outcomes[None])
@@ -284,21 +288,13 @@ class EmbeddingPlacer:
 
 def _images_by_key(
     embedding_keys: Sequence[str], images: Sequence[ImagePart], files: Sequence[ImageFile]
-) -> dict[str, _KeyedImage]:
-    result: dict[str, _KeyedImage] = {}
+) -> dict[str, KeyedImage]:
+    result: dict[str, KeyedImage] = {}
     locations: dict[bytes, str] = {}  # by digest: with --router-scope=request equal images have several keys
     for key, image, file in zip(embedding_keys, images, files, strict=True):
         location = locations.setdefault(file.digest, format_path(image.path))
-        result.setdefault(key, _KeyedImage(file.data, location))
+        result.setdefault(key, KeyedImage(file.data, location))
     return result
-
-
-def _with_location(error: errors.InvalidRequest, locations: Sequence[str]) -> errors.InvalidRequest:
-    """Return a vision worker's error about one image of a call with that image's place in the request."""
-    match = _IMAGE_PARAM.fullmatch(error.param or "")
-    if not match or int(match[1]) >= len(locations):
-        return error
-    return type(error)(str(error)).at(locations[int(match[1])])
 
 
 def _check_equal_settings(images: Sequence[ImagePart], settings: Sequence[EncodeSetting]) -> None:

@@ -59,6 +59,13 @@ def most_tokens(
     return sum(tiles) * checkpoint.tokens_per_tile
 
 
+def tile_count(size: tuple[int, int], bounds: pb.Tiling, checkpoint: embeddings_pb2.CheckpointDescription) -> int:
+    """Return the number of tiles of an image of this width and height, thumbnail included."""
+    tiling = Tiling(bounds.min_tiles, bounds.max_tiles, checkpoint.thumbnail, checkpoint.tile_size)
+    columns, rows = select_grid(*size, tiling)
+    return columns * rows + has_thumbnail(columns, rows, tiling)
+
+
 def _image_counts(
     size: tuple[int, int],
     options: ImageOptions,

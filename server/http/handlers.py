@@ -30,7 +30,7 @@ class ApiHandlers:
 
     def __init__(self, options: GatewayOptions, authenticator: Authenticator, pipeline: Pipeline, metrics: Metrics) -> None:
         self._options, self._authenticator, self._pipeline, self._metrics = options, authenticator, pipeline, metrics
-        self._admission = Admission(options.max_in_flight, metrics)
+        self._admission = Admission(options.max_in_flight, options.max_bodies_bytes, metrics)
         router = pb.Router(
             mode=options.vir.upper(),
             relative_threshold=options.vir_relative_threshold,
@@ -52,18 +52,29 @@ class ApiHandlers:
         stats: RequestStats = request.state.stats
         request.state.error_format, stats.generates_text = api.error_format, api.generates_text
         async with AsyncExitStack() as resources:
-            resources.enter_context(self._admission.permit())
+            permit = resources.enter_context(self._admission.permit())
             caller = self._authenticator.authenticate(request.headers)
             timeout = request_timeout(request.headers, self._options.request_timeout)
             deadline, fields = time.monotonic() + timeout, api.max_tokens_fields
-            context = RequestContext(caller, api.path, api.error_format, stats, deadline, resources, fields)
+            flow = _flow(request, caller)
+            context = RequestContext(caller, flow, api.path, api.error_format, stats, deadline, resources, fields)
             try:
                 async with asyncio.timeout(timeout):
                     with self._metrics.stage("receive", stats):
-                        parsed = api.parse(await read_body(request, self._options.max_body_bytes), self._policy)
+                        parsed = api.parse(await read_body(request, self._options.max_body_bytes, permit), self._policy)
+                    if parsed.images:
+                        permit.set_has_images()
                     response = await cancel_on_disconnect(request, api.respond(self._pipeline, parsed, context))
             except TimeoutError:
                 raise deadline_exceeded(timeout) from None
             if isinstance(response, StreamWithResources):
                 response.resources = resources.pop_all()
         return response
+
+
+def _flow(request: Request, caller: bytes) -> str:
+    """Return who shares capacity fairly with others: the caller's credentials, or its address if it has none."""
+    has_credentials = "authorization" in request.headers or "x-api-key" in request.headers
+    if has_credentials or request.client is None:
+        return caller.hex()[:32]
+    return request.client.host

@@ -71,6 +71,8 @@ class Operations:
         if mismatch := self._workers.mismatch():
             reasons.append(mismatch.details)
         body: dict[str, Any] = {"status": "not ready" if reasons else "ready", "reasons": reasons}
+        if warnings := [warning for warning in self._workers.warnings() if warning not in reasons]:
+            body["warnings"] = warnings
         return JSONResponse(body, status_code=503 if reasons else 200)
 
     async def metrics(self, _request: Request) -> Response:

@@ -24,6 +24,34 @@ class Mismatch:
     details: str
 
 
+def same_checkpoint(one: pb.CheckpointDescription, other: pb.CheckpointDescription) -> bool:
+    """Return whether two workers serve the same checkpoint."""
+    return all(getattr(one, name) == getattr(other, name) for name in _COMPARED)
+
+
+def can_pair(vision: VisionWorker, language: LanguageWorker) -> bool:
+    """Return whether the vision worker can encode for the language worker; False while one of them is down."""
+    if vision.description is None or language.description is None:
+        return False
+    return language.description.dtype in DELIVERED_DTYPES and same_checkpoint(
+        vision.description.checkpoint, language.description.checkpoint
+    )
+
+
+def find_mixed_weights(workers: Iterable[LanguageWorker]) -> str | None:
+    """Return which language workers of one checkpoint have different language weights, for the operator."""
+    by_checkpoint: dict[str, dict[str, list[str]]] = {}
+    for worker in workers:
+        if worker.description is not None and worker.description.language_fingerprint:
+            weights = by_checkpoint.setdefault(worker.description.checkpoint.fingerprint, {})
+            weights.setdefault(worker.description.language_fingerprint, []).append(worker.address)
+    mixed = next((weights for weights in by_checkpoint.values() if len(weights) > 1), None)
+    if mixed is None:
+        return None
+    groups = " and ".join(f"{weights[:12]} ({_join_names(addresses)})" for weights, addresses in mixed.items())
+    return f"Language workers have different language weights: {groups}; answers depend on the worker that gives them."
+
+
 def find_mismatch(workers: Iterable[VisionWorker | LanguageWorker]) -> Mismatch | None:
     """Return what the workers that are up disagree on; None if they agree or too few are up to tell."""
     descriptions = [

@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Generic, TypeVar
 
 from common import errors
@@ -14,6 +16,9 @@ WorkerT = TypeVar("WorkerT", VisionWorker, LanguageWorker)
 
 _LOAD_SLACK = 4
 """Requests that a worker may have beyond twice those of the least busy one before its keys go to another worker."""
+
+_SLOW_FACTOR = 5.0
+"""Times by which a worker may be slower than the median of the others."""
 
 
 class Pool(Generic[WorkerT]):
@@ -56,8 +61,19 @@ class Pool(Generic[WorkerT]):
             await worker.client.close()
 
     def available(self) -> list[WorkerT]:
-        """Return the workers that are up."""
-        return [worker for worker in self.workers if worker.is_up]
+        """Return the workers that may get requests: they are up, not draining, and admitted by their breakers."""
+        available, now = [worker for worker in self.workers if worker.is_available], time.monotonic()
+        # with every breaker open a request is worth a try
+        return [worker for worker in available if worker.breaker.admits(now, worker.outstanding)] or available
+
+    def candidates(self, exclude: Collection[WorkerT] = ()) -> list[WorkerT]:
+        """Return the workers that may get a request, apart from those in `exclude`. Raises `Unavailable` if there is none."""
+        candidates = [worker for worker in self.available() if worker not in exclude]
+        if not candidates:  # a worker that is on trial after its ejection is better than none
+            candidates = [worker for worker in self.workers if worker.is_available and worker not in exclude]
+        if not candidates:
+            raise errors.Unavailable(self._unavailable_message, retry_after=1)
+        return candidates
 
     def pick(self, key: str | None, exclude: Collection[WorkerT] = ()) -> WorkerT:
         """Return the worker for a key, or the least busy one if `key` is None.
@@ -66,16 +82,44 @@ class Pool(Generic[WorkerT]):
         that its caches are hit.
 
         Raises:
-            Unavailable: No worker is up, apart from those in `exclude`.
+            Unavailable: No worker may get a request, apart from those in `exclude`.
         """
-        candidates = [worker for worker in self.available() if worker not in exclude]
-        if not candidates:
-            raise errors.Unavailable(self._unavailable_message, retry_after=1)
-        least = min(candidates, key=lambda worker: worker.outstanding)
+        candidates, now = self.candidates(exclude), time.monotonic()
+        least = min(candidates, key=lambda worker: worker.outstanding / worker.breaker.share(now))
         if key is None:
             return least
-        ranked = sorted(candidates, key=lambda worker: _weight(worker.address, key), reverse=True)
-        return next(worker for worker in ranked if worker.outstanding <= 2 * least.outstanding + _LOAD_SLACK)
+        most = 2 * least.outstanding + _LOAD_SLACK
+        return next(
+            worker for worker in rank(candidates, key)
+            if worker is least or worker.outstanding <= most * worker.breaker.share(now)
+        )  # fmt: skip
+
+    def record_failure(self, worker: WorkerT) -> None:
+        """Record a request that a worker failed and another one served; eject it if it does so often."""
+        now = time.monotonic()
+        worker.breaker.record_failure(now)
+        if worker.breaker.is_suspect and not worker.breaker.is_ejected():
+            self._eject(worker, now, "it fails requests that others serve")
+
+    def check_speed(self, worker: WorkerT) -> None:
+        """Eject a worker that is far slower than the others."""
+        own = worker.throughput.per_second
+        rates = [rate for other in self.available() if other is not worker and (rate := other.throughput.per_second)]
+        if own and rates and _SLOW_FACTOR * own < statistics.median(rates) and not worker.breaker.is_ejected():
+            self._eject(worker, time.monotonic(), f"it is {statistics.median(rates) / own:.0f} times slower than the others")
+
+    def _eject(self, worker: WorkerT, now: float, reason: str) -> None:
+        """Eject a worker, unless fewer than half of those that are up would remain."""
+        up = [other for other in self.workers if other.is_available]
+        if 2 * (sum(other.breaker.is_ejected() for other in up) + 1) > len(up):
+            return
+        seconds = worker.breaker.eject(now)
+        log.warning("%s worker %s gets no requests for %.0f s: %s", self.kind, worker.address, seconds, reason)
+
+
+def rank(workers: Sequence[WorkerT], key: str) -> list[WorkerT]:
+    """Return workers in the order in which they are preferred for a key (rendezvous hashing)."""
+    return sorted(workers, key=lambda worker: _weight(worker.address, key), reverse=True)
 
 
 def _weight(address: str, key: str) -> bytes:

@@ -10,14 +10,15 @@ from common.tasks import SingleFlight
 from server.metrics import Metrics, WorkerStatus
 from server.workers import discovery
 from server.workers.clients import LanguageClient, VisionClient
-from server.workers.compatibility import DELIVERED_DTYPES, Mismatch, find_mismatch
+from server.workers.compatibility import DELIVERED_DTYPES, Mismatch, can_pair, find_mismatch, find_mixed_weights
 from server.workers.pool import Pool, WorkerT
 from server.workers.worker import LanguageWorker, VisionWorker
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL_SECONDS = 1.0
-PROBE_TIMEOUT_SECONDS = 2.0
+POLL_INTERVAL_SECONDS = 0.5
+PROBE_TIMEOUT_SECONDS = 1.75
+"""Two late probes and the pauses before them are 4.5 s: after this time a worker that hangs is down."""
 
 
 class WorkerPools:
@@ -46,9 +47,14 @@ class WorkerPools:
         self._addresses = vision, language
         self._resolve = resolve
         self._metrics = metrics
-        self._logged_mismatch: str | None = None
+        self._logged: list[str] = []
         self._probes: SingleFlight[tuple[bool, bool]] = SingleFlight()
         self._tasks: list[asyncio.Task[None]] = []
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call a listener after each round of probes, which may have found a worker up, down or draining."""
+        self._listeners.append(listener)
 
     async def __aenter__(self) -> "WorkerPools":
         vision, language = self._addresses
@@ -98,8 +104,23 @@ class WorkerPools:
         return any(vision), any(language)
 
     def mismatch(self) -> Mismatch | None:
-        """Return what the workers that are up disagree on."""
+        """Return why no image can be served although workers of both kinds are available; None if some pair can."""
+        language = self.language.available()
+        if not language or not self.vision.available() or len(self.unpaired()) < len(language):
+            return None
         return find_mismatch(self._all())
+
+    def unpaired(self) -> list[LanguageWorker]:
+        """Return the language workers that can take no image: no available vision worker serves their checkpoint."""
+        vision = self.vision.available()
+        return [
+            worker for worker in self.language.available() if vision and not any(can_pair(other, worker) for other in vision)
+        ]  # fmt: skip
+
+    def warnings(self) -> list[str]:
+        """Return what the operator should know of workers that disagree, although requests are served."""
+        mismatch, mixed = find_mismatch(self._all()), find_mixed_weights(self.language.available())
+        return [*([mismatch.details] if mismatch else []), *([mixed] if mixed else [])]
 
     async def serving(self, model: str | None) -> list[LanguageWorker]:
         """Return the language workers that serve a model, at least one; None stands for any model.
@@ -138,7 +159,9 @@ class WorkerPools:
         while True:
             try:
                 await self.probe()
-                self._log_mismatch(self.mismatch())
+                self._log_warnings()
+                for listener in self._listeners:
+                    listener()
                 await asyncio.gather(*map(self._read_load, self.language.workers))
                 await self.vision.prune()
                 await self.language.prune()
@@ -163,6 +186,9 @@ class WorkerPools:
         except errors.DvdError as error:
             worker.record_failed_probe(error)
             return False
+        if description.stalled:
+            worker.record_failed_probe(errors.WorkerUnavailable(f"it makes no progress: {description.stalled}"))
+            return False
         worker.mark_up(description)
         return True
 
@@ -184,11 +210,13 @@ class WorkerPools:
         worker.mark_up(description)
         return True
 
-    def _log_mismatch(self, mismatch: Mismatch | None) -> None:
-        details = mismatch.details if mismatch else None
-        if details and details != self._logged_mismatch:
-            log.error("%s", details)
-        self._logged_mismatch = details
+    def _log_warnings(self) -> None:
+        """Log each warning once, until it is another one."""
+        warnings = self.warnings()
+        for warning in warnings:
+            if warning not in self._logged:
+                log.error("%s", warning)
+        self._logged = warnings
 
 
 def _parse_models(response: object) -> tuple[list[str], int | None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Generic, TypeVar
@@ -9,7 +10,9 @@ from typing import Generic, TypeVar
 from common import errors
 from protos import embeddings_pb2, vision_pb2
 from server.metrics import EngineLoad
+from server.workers.breaker import Breaker
 from server.workers.clients import LanguageClient, VisionClient
+from server.workers.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,13 @@ _MAX_LATE_PROBES = 2
 
 _HUNG_PROBES = 3
 """Failed probes in a row after which the calls in flight at a worker are given up."""
+
+_PROOF_OF_LIFE_SECONDS = 2.0
+"""Time for which a served request outweighs a late probe."""
+
+_LEAST_WINDOW_TILES = 32
+_WINDOW_BATCHES = 4
+"""Tiles that a vision worker has at once, in batches: one computes, one is staged, and images are decoded for two more."""
 
 
 class Worker(Generic[ClientT, DescriptionT]):
@@ -35,6 +45,9 @@ class Worker(Generic[ClientT, DescriptionT]):
         self._calls: set[asyncio.Timeout] = set()
         self._outstanding = 0
         self._users = 0
+        self._served_at = -_PROOF_OF_LIFE_SECONDS
+        self.breaker = Breaker()
+        self.throughput = Throughput()
 
     @property
     def address(self) -> str:
@@ -43,8 +56,18 @@ class Worker(Generic[ClientT, DescriptionT]):
 
     @property
     def is_up(self) -> bool:
-        """Whether the worker may get requests."""
+        """Whether the worker answers probes."""
         return self._description is not None
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the worker is about to stop: it finishes its requests and gets no new ones."""
+        return self._description is not None and self._description.draining
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the worker may get requests, unless its pool has ejected it."""
+        return self.is_up and not self.is_draining
 
     @property
     def description(self) -> DescriptionT | None:
@@ -67,8 +90,15 @@ class Worker(Generic[ClientT, DescriptionT]):
         return self._users > 0
 
     def mark_up(self, description: DescriptionT) -> None:
-        """Record a successful probe: the worker may get requests."""
+        """Record a successful probe."""
+        if description.draining and not self.is_draining:
+            log.info("%s worker %s is draining: it gets no new requests", self.kind, self.address)
         self._description, self._failed_probes = description, 0
+
+    def record_served(self) -> None:
+        """Record a request that the worker has served: it makes progress."""
+        self._served_at = now = time.monotonic()
+        self.breaker.record_success(now)
 
     def mark_down(self, reason: str) -> None:
         """Record that the worker may get no requests until its next successful probe."""
@@ -79,8 +109,11 @@ class Worker(Generic[ClientT, DescriptionT]):
     def record_failed_probe(self, error: errors.DvdError) -> None:
         """Mark the worker down, unless the probe only timed out and it is the first one that did.
 
-        A worker that answers no probe for longer hangs: its calls in flight are given up.
+        A worker that answers no probe for longer hangs: its calls in flight are given up. One that has just served a request
+        is only too busy to answer a probe in time.
         """
+        if isinstance(error, errors.DeadlineExceeded) and time.monotonic() - self._served_at < _PROOF_OF_LIFE_SECONDS:
+            return
         self._failed_probes += 1
         if self._failed_probes >= _MAX_LATE_PROBES or not isinstance(error, errors.DeadlineExceeded):
             self.mark_down(str(error))
@@ -137,9 +170,41 @@ class Worker(Generic[ClientT, DescriptionT]):
 
 
 class VisionWorker(Worker[VisionClient, vision_pb2.VisionDescription]):
-    """A vision worker."""
+    """A vision worker, and the only owner of the number of tiles in flight at it."""
 
     kind = "vision"
+
+    def __init__(self, client: VisionClient) -> None:
+        super().__init__(client)
+        self._tiles = 0
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles in flight at the worker."""
+        return self._tiles
+
+    @property
+    def window(self) -> int:
+        """Number of tiles from which on the worker gets no more calls: more would wait there instead of in the gateway."""
+        batch_tiles = self._description.batch_tiles if self._description is not None else 0
+        return max(_LEAST_WINDOW_TILES, _WINDOW_BATCHES * batch_tiles)
+
+    def has_room(self, tiles: int) -> bool:
+        """Return whether a call of this many tiles may be sent now. A worker without any call has room for each."""
+        share = self.breaker.share(time.monotonic())
+        return not self._tiles or self._tiles + tiles <= self.window * share
+
+    def add_tiles(self, tiles: int) -> None:
+        """Record that a call of this many tiles is sent to the worker."""
+        self._change_tiles(tiles, 0)
+
+    def remove_tiles(self, tiles: int) -> None:
+        """Record that a call of this many tiles has ended."""
+        self._change_tiles(-tiles, tiles)
+
+    def _change_tiles(self, change: int, finished: int) -> None:
+        self._tiles += change
+        self.throughput.update(time.monotonic(), finished, is_saturated=2 * self._tiles > self.window)
 
 
 class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription]):
@@ -152,6 +217,7 @@ class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription])
         self._models: tuple[str, ...] = ()
         self._context_tokens: int | None = None
         self._load: EngineLoad | None = None
+        self._sent_since_load = 0
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -178,4 +244,35 @@ class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription])
 
     def update_load(self, load: EngineLoad | None) -> None:
         """Record the load that vLLM reports."""
-        self._load = load
+        self._load, self._sent_since_load = load, 0
+        self._record_finished(0)
+
+    @property
+    def waiting(self) -> float:
+        """Requests that wait in vLLM for their first step: those that it reported, and those that it got since."""
+        if self._load is None or not self._is_saturated:
+            return 0.0
+        return self._load.requests_waiting + self._sent_since_load
+
+    @property
+    def _is_saturated(self) -> bool:
+        return self._load is not None and self._load.requests_waiting > 0
+
+    @property
+    def wait_seconds(self) -> float:
+        """Estimated seconds until vLLM begins with a request that it gets now; 0 if nothing waits, or nothing is known."""
+        rate = self.throughput.per_second
+        return self.waiting / rate if rate else 0.0
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Count a request while vLLM answers it."""
+        self._sent_since_load += 1
+        try:
+            with self.track_in_flight():
+                yield
+        finally:
+            self._record_finished(1)
+
+    def _record_finished(self, requests: int) -> None:
+        self.throughput.update(time.monotonic(), requests, is_saturated=self._is_saturated)

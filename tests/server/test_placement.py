@@ -11,7 +11,7 @@ import pytest
 from common import errors
 from common.tracing import Trace
 from protos import vision_pb2 as pb
-from server import placement
+from server import encode_calls
 from server.apis.image_options import ImageOptions
 from server.apis.request import ImagePart, ParsedRequest
 from server.config import GatewayOptions
@@ -22,6 +22,8 @@ from server.metrics import Metrics
 from server.placement import EmbeddingPlacer, EngineRequest, ImageReport
 from server.request_context import RequestContext
 from server.request_stats import RequestStats
+from server.retry import RetryBudget
+from server.vision_queue import VisionQueue
 from server.workers.probes import WorkerPools
 from tests.server.fakes.language_worker import FakeLanguageWorker
 from tests.server.fakes.requests import image_file
@@ -39,10 +41,12 @@ class PlacerStack:
         self.workers, self.vision, self.language, self.metrics = workers, vision, language, Metrics()
         addresses: dict[str, Any] = {"vision_workers": [vision.address], "language_workers": [language.sink.address]}
         options = GatewayOptions(**addresses)
-        self.placer = EmbeddingPlacer(options, workers, self.metrics, Trace(None, "gateway"))
+        queue = VisionQueue(workers.vision, options.max_queue_seconds, self.metrics)
+        budget = RetryBudget(options.retry_share, self.metrics)
+        self.placer = EmbeddingPlacer(options, workers, queue, budget, self.metrics, Trace(None, "gateway"))
         self.stats = RequestStats("request")
         self.resources = AsyncExitStack()
-        self.context = RequestContext(b"caller", "/v1/x", OPENAI, self.stats, time.monotonic() + 60, self.resources)
+        self.context = RequestContext(b"caller", "flow", "/v1/x", OPENAI, self.stats, time.monotonic() + 60, self.resources)
 
     async def place(self, *files: ImageFile) -> EngineRequest:
         return await self.placer.place(self.request(*files), files, self.context)
@@ -113,7 +117,7 @@ async def test_an_embedding_is_lost_if_the_sink_has_evicted_it(stack: PlacerStac
 
 
 async def test_the_oldest_routes_are_forgotten(stack: PlacerStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "_MAX_REMEMBERED_ROUTES", 2)
+    monkeypatch.setattr(encode_calls, "_MAX_REMEMBERED_ROUTES", 2)
     for file in FILES:
         await stack.placer.route(stack.request(file), [file], stack.context)
     assert len(stack.vision.calls) == 3

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from common import errors
+from server.retry import MAX_ATTEMPTS
 from tests.server.fakes.handlers import error_response, event_stream, in_turn
 from tests.server.fakes.requests import image_file, image_part
 from tests.server.fakes.stack import Stack, start_stack
@@ -33,7 +34,7 @@ async def test_a_lost_embedding_is_encoded_again_once(stack: Stack) -> None:
     await stack.wait_until_idle()
 
 
-async def test_an_embedding_lost_twice_is_an_error(stack: Stack) -> None:
+async def test_an_embedding_lost_each_time_is_an_error(stack: Stack) -> None:
     async def lose(request: Any) -> Any:
         stack.sink.rows.clear()
         return await error_response(500)(request)
@@ -41,7 +42,7 @@ async def test_an_embedding_lost_twice_is_an_error(stack: Stack) -> None:
     stack.engine.respond = lose
     response = await stack.chat(image_part(A))
     assert (response.status, response.error["code"]) == (500, "engine_error")
-    assert len(stack.engine.requests) == 2
+    assert len(stack.engine.requests) == MAX_ATTEMPTS
     await stack.wait_until_idle()
 
 
@@ -129,7 +130,7 @@ async def test_an_image_on_which_all_vision_workers_fail_is_an_error(tmp_path: P
             worker.error = RuntimeError("a bug")
         response = await stack.chat(image_part(A))
         assert (response.status, response.error["code"]) == (500, "internal_error")
-        assert sum(len(worker.calls) for worker in stack.vision_workers) == 2
+        assert [len(worker.calls) for worker in stack.vision_workers] == [1, 1, 1]
         await stack.wait_until_idle()
 
 
@@ -153,7 +154,7 @@ async def test_a_request_on_which_all_engines_fail_is_an_error(tmp_path: Path) -
             engine.respond = error_response(500)
         response = await stack.chat("a")
         assert (response.status, response.error["code"]) == (500, "engine_error")
-        assert sum(len(engine.requests) for engine in engines) == 2
+        assert [len(engine.requests) for engine in engines] == [1, 1, 1]
         await stack.wait_until_idle()
 
 

@@ -105,3 +105,57 @@ async def test_prune_removes_workers_that_are_down_and_unlisted() -> None:
     await pool.prune()
     assert pool.workers == [listed_down, unlisted_up, listed_up]
     assert unlisted_down.client._channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+
+
+def fail(pool: Pool[VisionWorker], worker: VisionWorker, times: int = 5) -> None:
+    for _ in range(times):
+        pool.record_failure(worker)
+
+
+async def test_a_worker_that_fails_what_others_serve_gets_no_requests() -> None:
+    pool = make_pool(3)
+    bad = pool.workers[1]
+    fail(pool, bad, 4)
+    assert bad in pool.available()
+    fail(pool, bad, 1)
+    assert bad not in pool.available()
+    assert all(pool.pick(key) is not bad for key in KEYS)
+    assert bad.is_up
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 0), (2, 1), (3, 1), (4, 2)])
+async def test_at_least_half_of_the_workers_are_never_ejected(count: int, most: int) -> None:
+    pool = make_pool(count)
+    for worker in pool.workers:
+        fail(pool, worker)
+    assert len(pool.workers) - len(pool.available()) == most
+
+
+async def test_a_worker_that_is_ejected_is_better_than_none() -> None:
+    pool = make_pool(2)
+    bad, good = pool.workers
+    fail(pool, bad)
+    assert pool.pick("key") is good
+    assert pool.pick("key", exclude=[good]) is bad
+    good.mark_down("stopped")
+    assert pool.pick("key") is bad
+
+
+async def test_a_worker_far_slower_than_the_others_is_ejected() -> None:
+    pool = make_pool(3)
+    for worker, tiles in zip(pool.workers, (100, 100, 10), strict=True):
+        for second in range(20):
+            worker.throughput.update(second, tiles, is_saturated=True)
+    for worker in pool.workers:
+        pool.check_speed(worker)
+    assert pool.available() == pool.workers[:2]
+
+
+async def test_a_draining_worker_gets_no_requests() -> None:
+    pool = make_pool(2)
+    draining, other = pool.workers
+    draining.mark_up(vision_pb2.VisionDescription(draining=True))
+    assert draining.is_up
+    assert {pool.pick(key) for key in KEYS} == {other}
+    with pytest.raises(errors.Unavailable):
+        pool.pick("key", exclude=[other])

@@ -1,0 +1,214 @@
+"""The queue in front of the vision workers: which call is sent when and where, and whether a request may join.
+
+Callers take turns by tiles. A vision worker gets no more tiles than it needs to stay busy, so that the rest waits here, where
+its deadline and its caller are known, and where an image that waits is a file and not yet decoded.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from common import errors
+from protos.embeddings_pb2 import CheckpointDescription
+from server.fair_queue import FairQueue
+from server.metrics import Metrics
+from server.workers.compatibility import same_checkpoint
+from server.workers.pool import Pool, rank
+from server.workers.worker import VisionWorker
+
+_TILE_SLACK = 16
+"""Tiles that a worker may have beyond twice those of the least busy one before its keys go to another worker."""
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What the queue needs to know of a call.
+
+    Attributes:
+        key: Key of an embedding; equal keys prefer the same vision worker.
+        checkpoint: The checkpoint that the vision worker must serve.
+        caller: Who sent the request; callers take turns.
+        request_id: The request; requests of one caller take turns.
+        tiles: Number of tiles of the call.
+        deadline: Monotonic time at which the request expires.
+    """
+
+    key: str
+    checkpoint: CheckpointDescription
+    caller: str
+    request_id: str
+    tiles: int
+    deadline: float
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A call in the queue, and the worker that it is sent to when it is its turn."""
+
+    job: EncodeJob
+    exclude: Collection[VisionWorker]
+    turn: "asyncio.Future[VisionWorker]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def flow(self) -> tuple[str, str]:
+        """Where the call waits: callers take turns, and requests of one caller do."""
+        return self.job.caller, self.job.request_id
+
+
+class VisionQueue:
+    """The calls that wait for a vision worker. The only owner of their order.
+
+    Args:
+        pool: The vision workers.
+        max_wait_seconds: Estimated time in the queue from which on requests are refused.
+        metrics: Where waiting tiles and dropped calls are counted.
+        clock: Monotonic time in seconds.
+    """
+
+    def __init__(
+        self, pool: Pool[VisionWorker], max_wait_seconds: float, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._pool, self._max_wait, self._metrics, self._clock = pool, max_wait_seconds, metrics, clock
+        self._queue: FairQueue[_Ticket] = FairQueue()
+        self._tiles_by_caller: Counter[str] = Counter()  # waiting and in flight
+        self._waiting_tiles = 0
+
+    @property
+    def tiles_per_second(self) -> float | None:
+        """Tiles that all available vision workers encode in a second; None until one of them has been saturated."""
+        rates = [rate for worker in self._pool.available() if (rate := worker.throughput.per_second)]
+        return sum(rates) * len(self._pool.available()) / len(rates) if rates else None
+
+    @property
+    def waiting_tiles(self) -> int:
+        """Tiles that wait here."""
+        return self._waiting_tiles
+
+    @property
+    def total_wait_seconds(self) -> float:
+        """Estimated seconds that all tiles here and at the workers take; 0 if nothing is known yet."""
+        rate = self.tiles_per_second
+        return self._tiles_by_caller.total() / rate if rate else 0.0
+
+    def wait_seconds(self, caller: str, tiles: int) -> float:
+        """Return the estimated seconds until the tower begins with the last of these tiles; 0 if nothing is known yet.
+
+        All tiles that are queued or in flight come first, but of each other caller no more than of this one.
+        """
+        rate = self.tiles_per_second
+        if not rate:
+            return 0.0
+        others = len(self._tiles_by_caller.keys() - {caller})
+        own = self._tiles_by_caller[caller]
+        ahead = min(self._tiles_by_caller.total(), own + (own + tiles) * others)
+        return ahead / rate
+
+    def admit(self, caller: str, tiles: int, deadline: float) -> None:
+        """Check that a request may join the queue.
+
+        Args:
+            caller: Who sent the request.
+            tiles: Number of tiles that it would add.
+            deadline: Monotonic time at which it expires.
+
+        Raises:
+            Overloaded: Its wait would be longer than the bound, or than its deadline allows.
+        """
+        wait, rate = self.wait_seconds(caller, tiles), self.tiles_per_second
+        if not rate or not wait:
+            return
+        left = deadline - self._clock() - tiles / rate
+        bound = min(self._max_wait, left)
+        if wait <= bound:
+            return
+        retry_after = max(1.0, wait - max(bound, 0.0))
+        by_deadline = bound < self._max_wait
+        reason = f"its deadline leaves {left:.1f} s" if by_deadline else f"the queue is bounded to {self._max_wait:g} s"
+        self._metrics.refused.labels("vision").inc()
+        raise errors.Overloaded(
+            f"The vision workers are at capacity: the images would wait for about {wait:.1f} s, but {reason}. "
+            f"Retry after {retry_after:.0f} s, or send smaller images.",
+            retry_after=retry_after,
+        )
+
+    @asynccontextmanager
+    async def worker(self, job: EncodeJob, exclude: Collection[VisionWorker] = ()) -> AsyncIterator[VisionWorker]:
+        """Wait for the job's turn, and yield the vision worker that encodes it; its tiles count until the block ends.
+
+        Raises:
+            Unavailable: No vision worker can serve the job, apart from those in `exclude`.
+            DeadlineExceeded: The deadline cannot be met any more.
+        """
+        ticket = _Ticket(job, exclude)
+        self._tiles_by_caller[job.caller] += job.tiles
+        self._queue.push(ticket.flow, job.tiles, ticket)
+        self._add_waiting(job.tiles)
+        self.dispatch()
+        try:
+            worker = await ticket.turn
+            with worker.track_in_flight():
+                yield worker
+        finally:
+            self._release(ticket)
+            self.dispatch()
+
+    def dispatch(self) -> None:
+        """Send the calls whose turn it is, as long as a worker has room. Called whenever that may have changed."""
+        while self._queue:
+            ticket = self._queue.peek()
+            if ticket.turn.cancelled():  # its task has not run since
+                self._queue.pop()
+                continue
+            try:
+                worker = self._choose(ticket)
+            except errors.DvdError as error:
+                self._take()
+                ticket.turn.set_exception(error)
+                continue
+            if worker is None:
+                return
+            self._take()
+            worker.add_tiles(ticket.job.tiles)  # here, since the waiting task runs later
+            ticket.turn.set_result(worker)
+
+    def _choose(self, ticket: _Ticket) -> VisionWorker | None:
+        """Return the worker for a call, None if none has room. Raises `Unavailable`, `DeadlineExceeded`."""
+        job = ticket.job
+        candidates = [
+            worker for worker in self._pool.candidates(ticket.exclude)
+            if worker.description is not None and same_checkpoint(worker.description.checkpoint, job.checkpoint)
+        ]  # fmt: skip
+        if not candidates:
+            raise errors.Unavailable("No vision worker serves the language worker's checkpoint; retry later.", retry_after=1)
+        least = min(worker.tiles for worker in candidates)
+        worker = next(
+            (worker for worker in rank(candidates, job.key)
+             if worker.has_room(job.tiles) and worker.tiles <= 2 * least + _TILE_SLACK),
+            None,
+        )  # fmt: skip
+        if worker and (rate := worker.throughput.per_second) and self._clock() + job.tiles / rate > job.deadline:
+            self._metrics.dropped_tiles.inc(job.tiles)
+            raise errors.DeadlineExceeded("The deadline passed while the images waited for a vision worker.")
+        return worker
+
+    def _take(self) -> None:
+        self._add_waiting(-self._queue.pop().job.tiles)
+
+    def _release(self, ticket: _Ticket) -> None:
+        """Undo what a call has been counted for: its place in the queue, or its tiles at a worker."""
+        job = ticket.job
+        self._tiles_by_caller[job.caller] -= job.tiles
+        if not self._tiles_by_caller[job.caller]:
+            del self._tiles_by_caller[job.caller]
+        if ticket.turn.cancelled():  # while it waited
+            self._queue.discard(ticket.flow, lambda other: other is ticket)
+            self._add_waiting(-job.tiles)
+        elif ticket.turn.exception() is None:
+            ticket.turn.result().remove_tiles(job.tiles)
+
+    def _add_waiting(self, tiles: int) -> None:
+        self._waiting_tiles += tiles
+        self._metrics.waiting_tiles.set(self._waiting_tiles)
