@@ -16,6 +16,7 @@ MODULES = {
     "gateway": "benchmarks.gateway",
     "overlap": "benchmarks.overlap",
     "reuse": "benchmarks.reuse",
+    "overload": "benchmarks.overload",
     "interference": "benchmarks.interference",
     "equal-hardware": "benchmarks.equal_hardware",
     "plan": "benchmarks.plan",

@@ -148,13 +148,21 @@ async def run_open_loop(url: str, bodies: Sequence[bytes], rate: float, seed: in
 
     Raises `RuntimeError` if a request fails.
     """
-    rng = random.Random(seed)
     async with open_session() as session:
-        tasks = []
-        for body in bodies:
-            tasks.append(asyncio.create_task(send(session, url, body)))
-            await asyncio.sleep(rng.expovariate(rate))
-        return [require_success(timing) for timing in await asyncio.gather(*tasks)]
+        return [require_success(timing) for timing in await arrivals(session, url, bodies, rate, seed)]
+
+
+async def arrivals(
+    session: aiohttp.ClientSession, url: str, bodies: Sequence[bytes], rate: float, seed: int = 0
+) -> list[RequestTiming]:
+    """Send requests with Poisson arrivals, `rate` per second on average. Returns the failed ones too."""
+    rng, due = random.Random(seed), time.monotonic()
+    tasks = []
+    for body in bodies:
+        tasks.append(asyncio.create_task(send(session, url, body)))
+        due += rng.expovariate(rate)
+        await asyncio.sleep(max(0.0, due - time.monotonic()))  # late arrivals do not lower the rate
+    return await asyncio.gather(*tasks)
 
 
 def _start_senders(

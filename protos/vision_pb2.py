@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import embeddings_pb2 as protos_dot_embeddings__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/vision.proto\x12\x06\x64vd.v1\x1a\x17protos/embeddings.proto\"\xac\x01\n\x11VisionDescription\x12\x31\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1d.dvd.v1.CheckpointDescription\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.dvd.v1.Dtype\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0f\n\x07stalled\x18\x05 \x01(\t\x12\x13\n\x0b\x62\x61tch_tiles\x18\x06 \x01(\r\"\"\n\x05Image\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\".\n\x06Tiling\x12\x11\n\tmin_tiles\x18\x01 \x01(\r\x12\x11\n\tmax_tiles\x18\x02 \x01(\r\"\xbf\x01\n\x06Router\x12!\n\x04mode\x18\x01 \x01(\x0e\x32\x13.dvd.v1.Router.Mode\x12\x1f\n\x12relative_threshold\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x1f\n\x12\x61\x62solute_threshold\x18\x03 \x01(\x02H\x01\x88\x01\x01\"\"\n\x04Mode\x12\x08\n\x04\x41UTO\x10\x00\x12\x07\n\x03OFF\x10\x01\x12\x07\n\x03\x41LL\x10\x02\x42\x15\n\x13_relative_thresholdB\x15\n\x13_absolute_threshold\"\xd6\x01\n\rEncodeRequest\x12\x1d\n\x06images\x18\x01 \x03(\x0b\x32\r.dvd.v1.Image\x12\x1e\n\x06tiling\x18\x02 \x01(\x0b\x32\x0e.dvd.v1.Tiling\x12\x1e\n\x06router\x18\x03 \x01(\x0b\x32\x0e.dvd.v1.Router\x12\x1c\n\x05\x64type\x18\x04 \x01(\x0e\x32\r.dvd.v1.Dtype\x12\x12\n\ndeliver_to\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x08 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x07 \x01(\x08\"e\n\x0b\x45ncodeReply\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.dvd.v1.EncodedImage\x12 \n\x07timings\x18\x02 \x01(\x0b\x32\x0f.dvd.v1.Timings\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"n\n\x0c\x45ncodedImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\r\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x12\n\ncompressed\x18\x05 \x03(\x08\x12\x0e\n\x06scores\x18\x06 \x03(\x02\"t\n\x07Timings\x12\x0c\n\x04wait\x18\x01 \x01(\x02\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\x02\x12\x0c\n\x04tile\x18\x03 \x01(\x02\x12\r\n\x05queue\x18\x04 \x01(\x02\x12\x0e\n\x06\x65ncode\x18\x05 \x01(\x02\x12\r\n\x05route\x18\x06 \x01(\x02\x12\x0f\n\x07\x64\x65liver\x18\x07 \x01(\x02\x32~\n\x06Vision\x12>\n\x08\x44\x65scribe\x12\x17.dvd.v1.DescribeRequest\x1a\x19.dvd.v1.VisionDescription\x12\x34\n\x06\x45ncode\x12\x15.dvd.v1.EncodeRequest\x1a\x13.dvd.v1.EncodeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/vision.proto\x12\x06\x64vd.v1\x1a\x17protos/embeddings.proto\"\xc6\x01\n\x11VisionDescription\x12\x31\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1d.dvd.v1.CheckpointDescription\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.dvd.v1.Dtype\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0f\n\x07stalled\x18\x05 \x01(\t\x12\x13\n\x0b\x62\x61tch_tiles\x18\x06 \x01(\r\x12\x18\n\x10tiles_per_second\x18\x07 \x01(\x02\"\"\n\x05Image\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\".\n\x06Tiling\x12\x11\n\tmin_tiles\x18\x01 \x01(\r\x12\x11\n\tmax_tiles\x18\x02 \x01(\r\"\xbf\x01\n\x06Router\x12!\n\x04mode\x18\x01 \x01(\x0e\x32\x13.dvd.v1.Router.Mode\x12\x1f\n\x12relative_threshold\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x1f\n\x12\x61\x62solute_threshold\x18\x03 \x01(\x02H\x01\x88\x01\x01\"\"\n\x04Mode\x12\x08\n\x04\x41UTO\x10\x00\x12\x07\n\x03OFF\x10\x01\x12\x07\n\x03\x41LL\x10\x02\x42\x15\n\x13_relative_thresholdB\x15\n\x13_absolute_threshold\"\xd6\x01\n\rEncodeRequest\x12\x1d\n\x06images\x18\x01 \x03(\x0b\x32\r.dvd.v1.Image\x12\x1e\n\x06tiling\x18\x02 \x01(\x0b\x32\x0e.dvd.v1.Tiling\x12\x1e\n\x06router\x18\x03 \x01(\x0b\x32\x0e.dvd.v1.Router\x12\x1c\n\x05\x64type\x18\x04 \x01(\x0e\x32\r.dvd.v1.Dtype\x12\x12\n\ndeliver_to\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x08 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x07 \x01(\x08\"e\n\x0b\x45ncodeReply\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.dvd.v1.EncodedImage\x12 \n\x07timings\x18\x02 \x01(\x0b\x32\x0f.dvd.v1.Timings\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"n\n\x0c\x45ncodedImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\r\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x12\n\ncompressed\x18\x05 \x03(\x08\x12\x0e\n\x06scores\x18\x06 \x03(\x02\"t\n\x07Timings\x12\x0c\n\x04wait\x18\x01 \x01(\x02\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\x02\x12\x0c\n\x04tile\x18\x03 \x01(\x02\x12\r\n\x05queue\x18\x04 \x01(\x02\x12\x0e\n\x06\x65ncode\x18\x05 \x01(\x02\x12\r\n\x05route\x18\x06 \x01(\x02\x12\x0f\n\x07\x64\x65liver\x18\x07 \x01(\x02\x32~\n\x06Vision\x12>\n\x08\x44\x65scribe\x12\x17.dvd.v1.DescribeRequest\x1a\x19.dvd.v1.VisionDescription\x12\x34\n\x06\x45ncode\x12\x15.dvd.v1.EncodeRequest\x1a\x13.dvd.v1.EncodeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.vision_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_VISIONDESCRIPTION']._serialized_start=57
-  _globals['_VISIONDESCRIPTION']._serialized_end=229
-  _globals['_IMAGE']._serialized_start=231
-  _globals['_IMAGE']._serialized_end=265
-  _globals['_TILING']._serialized_start=267
-  _globals['_TILING']._serialized_end=313
-  _globals['_ROUTER']._serialized_start=316
-  _globals['_ROUTER']._serialized_end=507
-  _globals['_ROUTER_MODE']._serialized_start=427
-  _globals['_ROUTER_MODE']._serialized_end=461
-  _globals['_ENCODEREQUEST']._serialized_start=510
-  _globals['_ENCODEREQUEST']._serialized_end=724
-  _globals['_ENCODEREPLY']._serialized_start=726
-  _globals['_ENCODEREPLY']._serialized_end=827
-  _globals['_ENCODEDIMAGE']._serialized_start=829
-  _globals['_ENCODEDIMAGE']._serialized_end=939
-  _globals['_TIMINGS']._serialized_start=941
-  _globals['_TIMINGS']._serialized_end=1057
-  _globals['_VISION']._serialized_start=1059
-  _globals['_VISION']._serialized_end=1185
+  _globals['_VISIONDESCRIPTION']._serialized_end=255
+  _globals['_IMAGE']._serialized_start=257
+  _globals['_IMAGE']._serialized_end=291
+  _globals['_TILING']._serialized_start=293
+  _globals['_TILING']._serialized_end=339
+  _globals['_ROUTER']._serialized_start=342
+  _globals['_ROUTER']._serialized_end=533
+  _globals['_ROUTER_MODE']._serialized_start=453
+  _globals['_ROUTER_MODE']._serialized_end=487
+  _globals['_ENCODEREQUEST']._serialized_start=536
+  _globals['_ENCODEREQUEST']._serialized_end=750
+  _globals['_ENCODEREPLY']._serialized_start=752
+  _globals['_ENCODEREPLY']._serialized_end=853
+  _globals['_ENCODEDIMAGE']._serialized_start=855
+  _globals['_ENCODEDIMAGE']._serialized_end=965
+  _globals['_TIMINGS']._serialized_start=967
+  _globals['_TIMINGS']._serialized_end=1083
+  _globals['_VISION']._serialized_start=1085
+  _globals['_VISION']._serialized_end=1211
 # @@protoc_insertion_point(module_scope)

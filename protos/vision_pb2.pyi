@@ -9,20 +9,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class VisionDescription(_message.Message):
-    __slots__ = ("checkpoint", "device", "dtype", "draining", "stalled", "batch_tiles")
+    __slots__ = ("checkpoint", "device", "dtype", "draining", "stalled", "batch_tiles", "tiles_per_second")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     STALLED_FIELD_NUMBER: _ClassVar[int]
     BATCH_TILES_FIELD_NUMBER: _ClassVar[int]
+    TILES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     checkpoint: _embeddings_pb2.CheckpointDescription
     device: str
     dtype: _embeddings_pb2.Dtype
     draining: bool
     stalled: str
     batch_tiles: int
-    def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., draining: _Optional[bool] = ..., stalled: _Optional[str] = ..., batch_tiles: _Optional[int] = ...) -> None: ...
+    tiles_per_second: float
+    def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., draining: _Optional[bool] = ..., stalled: _Optional[str] = ..., batch_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("key", "data")

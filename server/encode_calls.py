@@ -3,8 +3,8 @@
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from common import errors
@@ -22,6 +22,7 @@ from server.workers.pool import Pool
 from server.workers.worker import VisionWorker
 
 _MAX_REMEMBERED_ROUTES = 20_000
+_DEADLINE_TOLERANCE_SECONDS = 0.1
 _IMAGE_PARAM = re.compile(r"images\[(\d{1,9})\]")
 """How a vision worker names the image of a call that is invalid."""
 
@@ -125,7 +126,7 @@ class EncodeCalls:
         # only before a retry: one image on which every worker fails must not take all of them down
         with nullcontext() if is_last else worker.marking_down_if_gone():
             self._metrics.encodes.inc()
-            async with worker.giving_up_if_hung():
+            async with worker.giving_up_if_hung(), _noting_deadline(job.deadline):
                 reply = await worker.client.encode(request, max(job.deadline - time.monotonic(), 0.001))
         worker.record_served()
         self._pool.check_speed(worker)
@@ -146,6 +147,17 @@ class EncodeCalls:
                 self._metrics.tiles.labels("compressed").inc(sum(image.compressed))
         while len(self._routes) > _MAX_REMEMBERED_ROUTES:
             self._routes.popitem(last=False)
+
+
+@asynccontextmanager
+async def _noting_deadline(deadline: float) -> AsyncIterator[None]:
+    """Raise `DeadlineExceeded` for a worker that seems unavailable at the deadline: gRPC may report a cancelled call then."""
+    try:
+        yield
+    except errors.WorkerUnavailable:
+        if time.monotonic() < deadline - _DEADLINE_TOLERANCE_SECONDS:
+            raise
+        raise errors.DeadlineExceeded("The deadline passed while the images were encoded.") from None
 
 
 def _encode_request(group: EncodeGroup, images: Mapping[str, KeyedImage], deliver_to: str, caller: str) -> pb.EncodeRequest:

@@ -79,7 +79,7 @@ class VisionQueue:
     @property
     def tiles_per_second(self) -> float | None:
         """Tiles that all available vision workers encode in a second; None until one of them has been saturated."""
-        rates = [rate for worker in self._pool.available() if (rate := worker.throughput.per_second)]
+        rates = [rate for worker in self._pool.available() if (rate := worker.tiles_per_second)]
         return sum(rates) * len(self._pool.available()) / len(rates) if rates else None
 
     @property
@@ -189,7 +189,7 @@ class VisionQueue:
              if worker.has_room(job.tiles) and worker.tiles <= 2 * least + _TILE_SLACK),
             None,
         )  # fmt: skip
-        if worker and (rate := worker.throughput.per_second) and self._clock() + job.tiles / rate > job.deadline:
+        if worker and (rate := worker.tiles_per_second) and self._clock() + job.tiles / rate > job.deadline:
             self._metrics.dropped_tiles.inc(job.tiles)
             raise errors.DeadlineExceeded("The deadline passed while the images waited for a vision worker.")
         return worker

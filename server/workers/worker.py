@@ -28,9 +28,12 @@ _HUNG_PROBES = 3
 _PROOF_OF_LIFE_SECONDS = 2.0
 """Time for which a served request outweighs a late probe."""
 
-_LEAST_WINDOW_TILES = 32
+_DEFAULT_BATCH_TILES = 8
+"""For a vision worker that does not report its batches."""
 _WINDOW_BATCHES = 4
-"""Tiles that a vision worker has at once, in batches: one computes, one is staged, and images are decoded for two more."""
+"""Most tiles that a vision worker has at once, in batches: one computes, one is staged, and images are decoded for two more."""
+_WINDOW_SECONDS = 1.0
+"""Work that a vision worker has at once: enough to stay busy, while what waits longer waits in the gateway."""
 
 
 class Worker(Generic[ClientT, DescriptionT]):
@@ -186,8 +189,16 @@ class VisionWorker(Worker[VisionClient, vision_pb2.VisionDescription]):
     @property
     def window(self) -> int:
         """Number of tiles from which on the worker gets no more calls: more would wait there instead of in the gateway."""
-        batch_tiles = self._description.batch_tiles if self._description is not None else 0
-        return max(_LEAST_WINDOW_TILES, _WINDOW_BATCHES * batch_tiles)
+        batch = (self._description.batch_tiles if self._description is not None else 0) or _DEFAULT_BATCH_TILES
+        rate = self.tiles_per_second
+        most = _WINDOW_BATCHES * batch
+        return most if rate is None else max(batch + 1, min(most, int(rate * _WINDOW_SECONDS)))
+
+    @property
+    def tiles_per_second(self) -> float | None:
+        """Tiles that the worker encodes in a second while it is saturated: as measured here, else as it reports."""
+        reported = self._description.tiles_per_second if self._description is not None else 0.0
+        return self.throughput.per_second or reported or None
 
     def has_room(self, tiles: int) -> bool:
         """Return whether a call of this many tiles may be sent now. A worker without any call has room for each."""

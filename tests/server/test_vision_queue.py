@@ -18,7 +18,7 @@ from server.workers.worker import VisionWorker
 from tests.server.fakes.vision_worker import checkpoint_description
 
 CHECKPOINT = checkpoint_description()
-DESCRIPTION = vision_pb2.VisionDescription(checkpoint=CHECKPOINT, batch_tiles=4)
+DESCRIPTION = vision_pb2.VisionDescription(checkpoint=CHECKPOINT, batch_tiles=8)
 WINDOW = 32
 
 
