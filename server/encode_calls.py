@@ -109,7 +109,12 @@ class EncodeCalls:
                     failed.append(worker)
                     raise
 
-        reply = await with_retry(attempt, self._may_encode_elsewhere, self._budget)
+        def may_retry(error: errors.DvdError) -> bool:
+            if isinstance(error, errors.InternalError):  # a failure inside a worker needs another one
+                return any(worker not in failed for worker in self._pool.available())
+            return isinstance(error, errors.WorkerUnavailable)
+
+        reply = await with_retry(attempt, may_retry, self._budget)
         for worker in failed:  # only now: had all failed, the request would be to blame
             self._pool.record_failure(worker)
         self._record(reply)
@@ -131,12 +136,6 @@ class EncodeCalls:
         worker.record_served()
         self._pool.check_speed(worker)
         return reply
-
-    def _may_encode_elsewhere(self, error: errors.DvdError) -> bool:
-        """Return whether another vision worker may succeed where one failed; a failure inside one needs another one."""
-        if isinstance(error, errors.InternalError):
-            return len(self._pool.available()) > 1
-        return isinstance(error, errors.WorkerUnavailable)
 
     def _record(self, reply: pb.EncodeReply) -> None:
         for image in reply.images:

@@ -33,6 +33,9 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
 
     Attributes:
         checkpoint: What Describe returns.
+        description: Further fields of what Describe returns.
+        delay: Seconds that a call takes, one after the other.
+        deadlines: Seconds that each call of Encode had left.
         calls: All requests of Encode, in order of arrival.
         cancelled: Number of Encode calls that the caller cancelled.
         error: Encode raises it unless it is None.
@@ -46,6 +49,10 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
     def __init__(self, address: str) -> None:
         self.address = address
         self.checkpoint = checkpoint_description()
+        self.description: dict[str, Any] = {}
+        self.delay = 0.0
+        self._tower = asyncio.Lock()
+        self.deadlines: list[float] = []
         self.calls: list[vision_pb2.EncodeRequest] = []
         self.cancelled = 0
         self.error: Exception | None = None
@@ -76,12 +83,16 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
             await self.responsive.wait()
         finally:
             self.waiting_probes -= 1
-        return vision_pb2.VisionDescription(checkpoint=self.checkpoint, device="cpu", dtype=pb.FLOAT32)
+        return vision_pb2.VisionDescription(checkpoint=self.checkpoint, device="cpu", dtype=pb.FLOAT32, **self.description)
 
     async def Encode(self, request: vision_pb2.EncodeRequest, context: Any) -> vision_pb2.EncodeReply:  # noqa: N802
         self.calls.append(request)
+        self.deadlines.append(context.time_remaining())
         try:
             await self.may_encode.wait()
+            if self.delay:
+                async with self._tower:
+                    await asyncio.sleep(self.delay)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
