@@ -1,11 +1,17 @@
-"""Decoding of compressed request bodies: gzip and deflate, within the limit of a body."""
+"""Decoding of compressed request bodies: gzip, deflate and zstd, within the limit of a body."""
 
+import sys
 import zlib
 from collections.abc import Iterator
 
 from common import errors
 
-SUPPORTED = ("gzip", "deflate")
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+SUPPORTED = ("gzip", "deflate", "zstd")
 _ALIASES = {"x-gzip": "gzip"}
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 """Formats as zlib numbers them."""
@@ -13,7 +19,10 @@ _INPUT_BYTES = 1 << 16
 """Compressed bytes handed to zlib at once. It copies what it leaves of them, so all at once would take quadratic time."""
 _OUTPUT_BYTES = 1 << 18
 _MAX_MEMBERS = 4096
-"""Maximum number of gzip members in a body. An empty one costs time and adds no byte, so the body's limit cannot bound them."""
+"""Maximum number of gzip members or zstd frames in a body. An empty one costs time and adds no byte, so the body's limit cannot
+bound them."""
+_MAX_WINDOW_LOG = 23
+"""Largest zstd window as a power of two: 8 MiB, the most that RFC 9659 allows for HTTP. The decoder allocates it at once."""
 
 
 def parse(headers: list[str]) -> str | None:
@@ -43,17 +52,43 @@ def decode(body: bytes, encoding: str, limit: int) -> bytes:
     """
     decoded = bytearray()
     try:
-        for piece in _pieces(body, _GZIP if encoding == "gzip" else _deflate_format(body)):
+        for piece in _decoded_pieces(body, encoding):
             decoded += piece
             if len(decoded) > limit:
                 raise errors.BodyTooLarge(
                     f"The body exceeds {limit} bytes once it is decoded: send fewer or smaller images, or their URLs."
                 )
-    except (zlib.error, EOFError) as error:
+    except (zlib.error, zstd.ZstdError, EOFError) as error:
         raise errors.InvalidRequest(
             f"The body ({len(body)} bytes) is not valid {encoding}, which its Content-Encoding names: {error}."
         ) from None
     return bytes(decoded)
+
+
+def _decoded_pieces(body: bytes, encoding: str) -> Iterator[bytes]:
+    if encoding == "zstd":
+        return _zstd_pieces(body)
+    return _pieces(body, _GZIP if encoding == "gzip" else _deflate_format(body))
+
+
+def _zstd_pieces(body: bytes) -> Iterator[bytes]:
+    """Yield the decoded body in pieces. Raises `ZstdError` or `EOFError` if it is damaged or truncated."""
+    stream, frames = _zstd_stream(), 1
+    for start in range(0, len(body), _INPUT_BYTES):
+        data = body[start : start + _INPUT_BYTES]
+        while data or not (stream.eof or stream.needs_input):
+            if stream.eof:
+                stream, frames = _zstd_stream(), frames + 1
+            if frames > _MAX_MEMBERS:
+                raise EOFError(f"it has more than {_MAX_MEMBERS} frames")
+            yield stream.decompress(data, _OUTPUT_BYTES)
+            data = stream.unused_data if stream.eof else b""
+    if not stream.eof:
+        raise EOFError("it is truncated")
+
+
+def _zstd_stream() -> "zstd.ZstdDecompressor":
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _MAX_WINDOW_LOG})
 
 
 def _pieces(body: bytes, stream_format: int) -> Iterator[bytes]:

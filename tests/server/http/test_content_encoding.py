@@ -6,6 +6,7 @@ import tracemalloc
 import zlib
 
 import pytest
+from backports import zstd
 
 from common import errors
 from server.http.content_encoding import decode, parse
@@ -13,6 +14,7 @@ from server.http.content_encoding import decode, parse
 TEXT = b'{"model": "a"}' * 20
 NOISE = random.Random(0).randbytes(1 << 20)
 LIMIT = 4 << 20
+LONG_WINDOW: dict[int, int] = {zstd.CompressionParameter.window_log: 27, zstd.CompressionParameter.content_size_flag: 0}
 
 
 def raw_deflate(data: bytes) -> bytes:
@@ -31,9 +33,9 @@ def test_the_supported_encodings_are_recognised(headers: list[str], encoding: st
     assert parse(headers) == encoding
 
 
-@pytest.mark.parametrize("headers", [["br"], ["zstd"], ["gzip, gzip"], ["gzip", "deflate"], ["aes128gcm"], ["é"], ["x" * 9000]])
+@pytest.mark.parametrize("headers", [["br"], ["gzip, gzip"], ["gzip", "deflate"], ["aes128gcm"], ["é"], ["x" * 9000]])
 def test_other_encodings_are_rejected_with_the_supported_ones(headers: list[str]) -> None:
-    with pytest.raises(errors.UnsupportedEncoding, match="gzip, deflate") as error_info:
+    with pytest.raises(errors.UnsupportedEncoding, match="gzip, deflate, zstd") as error_info:
         parse(headers)
     assert len(str(error_info.value)) < 300
 
@@ -45,12 +47,14 @@ def test_every_format_is_decoded(data: bytes) -> None:
     assert decode(gzip.compress(data[:half]) + gzip.compress(data[half:]) + bytes(9), "gzip", LIMIT) == data
     assert decode(zlib.compress(data), "deflate", LIMIT) == data
     assert decode(raw_deflate(data), "deflate", LIMIT) == data
+    assert decode(zstd.compress(data), "zstd", LIMIT) == data
+    assert decode(zstd.compress(data[:half]) + zstd.compress(data[half:]), "zstd", LIMIT) == data
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "zstd"])
 @pytest.mark.parametrize("keep", [0, 1, 5, 0.5, -9, -1])
 def test_a_truncated_body_is_rejected(encoding: str, keep: float) -> None:
-    whole = gzip.compress(NOISE) if encoding == "gzip" else zlib.compress(NOISE)
+    whole = {"gzip": gzip, "deflate": zlib, "zstd": zstd}[encoding].compress(NOISE)
     cut = whole[: int(len(whole) * keep) if 0 < keep < 1 else int(keep)]
     with pytest.raises(errors.InvalidRequest, match=f"not valid {encoding}"):
         decode(cut, encoding, LIMIT)
@@ -63,6 +67,10 @@ DAMAGED = {
     "wrong checksum": (gzip.compress(TEXT)[:-8] + bytes(8), "gzip"),
     "garbage behind gzip": (gzip.compress(TEXT) + b"garbage", "gzip"),
     "garbage behind deflate": (zlib.compress(TEXT) + b"garbage", "deflate"),
+    "plain zstd": (TEXT, "zstd"),
+    "garbage behind zstd": (zstd.compress(TEXT) + b"garbage", "zstd"),
+    "endless empty frames": (zstd.compress(b"") * 5000, "zstd"),
+    "window of 128 MiB": (zstd.compress(NOISE * 12, options=LONG_WINDOW), "zstd"),
     "endless empty members": (gzip.compress(b"") * 5000, "gzip"),
 }
 
@@ -73,10 +81,10 @@ def test_a_damaged_body_is_rejected(body: bytes, encoding: str) -> None:
         decode(body, encoding, LIMIT)
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "zstd"])
 def test_a_bomb_is_rejected_before_it_expands(encoding: str) -> None:
     expanded = bytes(64 << 20)
-    bomb = gzip.compress(expanded) if encoding == "gzip" else zlib.compress(expanded)
+    bomb = {"gzip": gzip, "deflate": zlib, "zstd": zstd}[encoding].compress(expanded)
     tracemalloc.start()
     try:
         with pytest.raises(errors.BodyTooLarge, match="exceeds 1000 bytes"):
