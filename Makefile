@@ -2,10 +2,12 @@
 #
 # PYTHON  the interpreter that .venv is created with        DEVICE  cpu or cuda; cuda where there is an NVIDIA device
 # MODEL, PORT, ARGS  for serve, train, evaluate and load     NAME    the benchmark that `make bench` runs
+# MINUTES  for soak
 PYTHON ?= python3
 DEVICE ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 MODEL ?= demo/checkpoint
 PORT ?= 8000
+MINUTES ?= 30
 ARGS ?=
 
 UV_VERSION := 0.13.9
@@ -27,7 +29,7 @@ RESOLVE := $(BIN)/uv pip compile pyproject.toml --quiet --python $(BIN)/python -
 # compileall leaves current files alone; some packages ship files of another Python, whose errors do not matter.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: help install dev lock check fix test test-long test-fast test-clients coverage serve train evaluate bench baseline load docs protos
+.PHONY: help install dev lock check fix test test-long test-fast test-clients coverage serve train evaluate bench soak baseline load docs protos
 
 help:
 	@echo "make serve      install, and serve MODEL=$(MODEL) on PORT=$(PORT)"
@@ -45,6 +47,7 @@ help:
 	@echo "make train      train the bundled checkpoint from scratch (hours; can be stopped and resumed)"
 	@echo "make evaluate   measure the accuracy of the model served on PORT=$(PORT)"
 	@echo "make load       load-test the server on PORT=$(PORT), up to saturation"
+	@echo "make soak       run a fleet under load and random faults for MINUTES=$(MINUTES)"
 	@echo "make bench      run the benchmarks of the documentation, or only NAME=…"
 
 install: $(INSTALLED)
@@ -162,6 +165,10 @@ bench: dev baseline
 	@$(BIN)/python -m benchmarks $(NAME) --baseline .venv-baseline/bin/python $(ARGS)
 
 # What the benchmarks compare with: stock vLLM and the torchvision that its InternVL needs, in an environment of its own.
+# Every request is accounted for; exits with 1 where one is lost or wrong, or where memory grows.
+soak: dev
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
+
 baseline: .venv-baseline/installed
 
 .venv-baseline/installed: | $(BIN)/uv
