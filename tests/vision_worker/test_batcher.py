@@ -130,9 +130,9 @@ async def test_waiting_tiles_are_counted_until_a_batch_takes_them_or_the_call_is
         first = asyncio.create_task(encode(batcher, image_of(0)))
         await wait_for_first_batch(encoder)
         staying = asyncio.create_task(encode(batcher, image_of(1, 2, 3, 4, 5)))
-        leaving = asyncio.create_task(encode(batcher, image_of(6, 7, 8, 8)))
+        leaving = asyncio.create_task(encode(batcher, image_of(*range(20, 26), 25)))
         async with asyncio.timeout(10):
-            while metrics.registry.get_sample_value(waiting) != 3 + 3:  # two are in the staged batch; equal tiles count once
+            while metrics.registry.get_sample_value(waiting) != 3 + 6:  # two are in the staged batch; equal tiles count once
                 await asyncio.sleep(0.01)
         leaving.cancel()
         encoder.open.set()

@@ -1,11 +1,11 @@
 """The service over a real socket, delivering to a small sink."""
 
 import asyncio
+import functools
 import logging
 import math
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,8 @@ from vision_worker.cache.embedding_cache import EmbeddingCache
 from vision_worker.cache.memory import MemoryCache
 from vision_worker.delivery import SinkChannels
 from vision_worker.metrics import Metrics
+from vision_worker.prepare_threads import PrepareThreads
+from vision_worker.process import watch_threads
 from vision_worker.service import Service
 
 STAGES = ("decode", "tile", "encode", "route", "deliver")
@@ -60,7 +62,8 @@ class Worker:
     fingerprint: str
     batcher: Batcher
     metrics: Metrics
-    threads: ThreadPoolExecutor
+    threads: PrepareThreads
+    draining: asyncio.Event
 
     async def encode(
         self, *images: str | bytes, seconds: float | None = None, name: str = "key", metadata: Any = (), **fields: Any
@@ -96,23 +99,24 @@ async def serve(name: str, folder: Path, cache: Cache | None = None) -> AsyncIte
     sink, sink_address, address = Sink(), f"unix:{folder}/sink", f"unix:{folder}/vision"
     sink_server, server = rpc.create_server(sink_address), rpc.create_server(address)
     embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, sink_server)
-    encoder, metrics, threads = golden.encoder(name), Metrics(), ThreadPoolExecutor(2)
+    encoder, metrics, threads, draining = golden.encoder(name), Metrics(), PrepareThreads(2), asyncio.Event()
     async with (
         Batcher(encoder, 16, metrics) as batcher,
         EmbeddingCache(cache) as embeddings,
         SinkChannels() as sinks,
+        watch_threads(batcher, threads, "cpu", 60) as liveness,
         rpc.open_channel(address) as channel,
     ):
         metrics.watch(embeddings)
         service = Service(
             encoder=encoder, batcher=batcher, sinks=sinks, cache=embeddings, prepare_threads=threads,
-            max_pixels=3_000_000, metrics=metrics, trace=Trace(None, "vision"),
+            liveness=liveness, draining=draining, max_pixels=3_000_000, metrics=metrics, trace=Trace(None, "vision"),
         )  # fmt: skip
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)
         await sink_server.start()
         await server.start()
         stub = vision_pb2_grpc.VisionStub(channel)
-        yield Worker(stub, sink, sink_address, encoder.checkpoint.fingerprint, batcher, metrics, threads)
+        yield Worker(stub, sink, sink_address, encoder.checkpoint.fingerprint, batcher, metrics, threads, draining)
         await server.stop(0)
         await sink_server.stop(0)
 
@@ -316,7 +320,7 @@ async def test_errors_are_counted_by_code_and_gauges_return_to_zero(flash: Worke
 
 async def test_a_call_cancelled_before_a_thread_is_free_no_longer_waits(flash: Worker) -> None:
     release = threading.Event()
-    busy = [flash.threads.submit(release.wait, 60) for _ in range(2)]
+    busy = [asyncio.create_task(flash.threads.run("", functools.partial(release.wait, 60))) for _ in range(2)]
     call = asyncio.create_task(flash.encode("square.png"))
     async with asyncio.timeout(20):
         while flash.sample("waiting_images") != 1:
@@ -326,7 +330,7 @@ async def test_a_call_cancelled_before_a_thread_is_free_no_longer_waits(flash: W
             await asyncio.sleep(0.01)
         assert flash.sample("waiting_images") == 0
         release.set()
-        await asyncio.gather(*map(asyncio.wrap_future, busy))
+        await asyncio.gather(*busy)
     assert flash.count("errors", code="cancelled") == 1
     await flash.encode("square.png")
     assert flash.sample("waiting_images") == 0
