@@ -2,7 +2,8 @@
 
 Every caller has a start tag, the virtual time at which its next unit is due. The caller with the smallest tag is served, and
 its tag grows by one over its weight. A caller that joins starts at the current virtual time: it neither waits for the backlog
-of the others, nor is it compensated for the time before. docs/decisions/0030-turns-of-callers.md explains the choices.
+of the others, nor is it compensated for the time before. Virtual time passes with every unit, even if each one is the first of
+a new caller: those that wait are served in the end. docs/decisions/0030-turns-of-callers.md explains the choices.
 
 The items of one caller are served in the order in which they would finish if they shared the caller's turns equally. So a
 small item overtakes a large one, equal items keep their order of arrival, and no item finishes later than with equal shares.
@@ -57,6 +58,7 @@ class _Caller(Generic[T]):
     """
 
     name: str
+    weight: float
     start: float
     time: float = 0.0
     items: _Heap[T] = field(default_factory=_Heap)
@@ -83,7 +85,8 @@ class FairQueue(Generic[T]):
         self._by_name: dict[str, _Caller[T]] = {}
         self._items: dict[T, _Waiting[T]] = {}
         self._finish_tags: dict[str, float] = {}  # of callers that have left, while ahead of `_time`; in ascending order
-        self._time = 0.0  # start tag of the unit that was taken last
+        self._time = 0.0  # about the start tag of the unit that was taken last
+        self._total_weight = 0.0  # of the callers that wait
         self._units = 0
 
     def __len__(self) -> int:
@@ -95,8 +98,9 @@ class FairQueue(Generic[T]):
         if account is None:
             # a caller that left a moment ago is not served again at once, as if it were new
             start = max(self._time, self._finish_tags.pop(caller, 0.0))
-            account = self._by_name[caller] = _Caller(caller, start)
+            account = self._by_name[caller] = _Caller(caller, self._weights.get(caller, 1.0), start)
             self._callers.push(account, start)
+            self._total_weight += account.weight
         account.items.push(item, account.time + units)
         self._items[item] = _Waiting(account, units)
         self._units += units
@@ -109,8 +113,8 @@ class FairQueue(Generic[T]):
         """Take the next unit and return its item, which leaves with its last unit. Raises: IndexError if the queue is empty."""
         caller = self._callers.first()
         item = caller.items.first()
-        self._time = caller.start
-        caller.start += 1 / self._weights.get(caller.name, 1.0)
+        self._time = max(self._time + 1 / self._total_weight, caller.start)
+        caller.start += 1 / caller.weight
         caller.time += 1 / len(caller.items)
         self._callers.push(caller, caller.start)
         waiting = self._items[item]
@@ -135,6 +139,7 @@ class FairQueue(Generic[T]):
         if not caller.items:
             self._callers.remove(caller)
             del self._by_name[caller.name]
+            self._total_weight -= caller.weight
             self._finish_tags[caller.name] = caller.start
         self._forget_finish_tags()
 
@@ -142,6 +147,6 @@ class FairQueue(Generic[T]):
         """Forget the callers that have no advantage left, all of them once nobody waits."""
         if not self._units:
             self._finish_tags.clear()
-            self._time = 0.0
+            self._time = self._total_weight = 0.0
         while self._finish_tags and self._finish_tags[name := next(iter(self._finish_tags))] <= self._time:
             del self._finish_tags[name]

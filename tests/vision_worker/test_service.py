@@ -15,17 +15,21 @@ import pytest
 import torch
 
 from common import embedding_stream, errors, logs, rpc
+from common.tiling import Tiling
 from common.tracing import Trace
 from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from tests.vision_worker import golden
-from vision_worker.batcher import Batcher
+from vision_worker.batcher import Batcher, EncodedGroup
 from vision_worker.cache.base import Cache
 from vision_worker.cache.embedding_cache import EmbeddingCache
 from vision_worker.cache.memory import MemoryCache
+from vision_worker.deadline import Deadline
 from vision_worker.delivery import SinkChannels
 from vision_worker.metrics import Metrics
+from vision_worker.models.internvl import InternVL
 from vision_worker.prepare_threads import PrepareThreads
+from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.process import watch_threads
 from vision_worker.service import Service
 
@@ -138,6 +142,17 @@ async def test_describe_returns_checkpoint_device_and_dtype(flash: Worker) -> No
     assert description.checkpoint.fingerprint == flash.fingerprint
     assert (description.checkpoint.width, description.checkpoint.compressed_tokens_per_tile) == (128, 64)
     assert (description.device, description.dtype) == ("cpu", embeddings_pb2.FLOAT32)
+
+
+async def test_describe_returns_the_state_of_the_worker(flash: Worker) -> None:
+    before = await flash.stub.Describe(embeddings_pb2.DescribeRequest())
+    flash.draining.set()
+    after = await flash.stub.Describe(embeddings_pb2.DescribeRequest())
+    assert [(state.draining, state.stalled, state.batch_tiles) for state in (before, after)] == [
+        (False, "", 16),
+        (True, "", 16),
+    ]
+    assert (await flash.encode("square.png")).images[0].tokens == 256, "a draining worker still accepts calls"
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FLASH if len(case.stems) > 1])
@@ -286,6 +301,82 @@ async def test_cancellation_and_deadline_reach_the_batcher(flash: Worker, monkey
             await flash.encode("square.png", seconds=2)
         await asyncio.wait_for(cancelled.get(), 60)
     assert (await flash.encode("square.png")).images[0].tokens == 256
+
+
+async def test_a_call_that_joins_extends_the_deadline_of_the_group(flash: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines, may_end = list[Deadline](), asyncio.Event()
+    encode = flash.batcher.encode
+
+    async def encode_later(*arguments: Any) -> EncodedGroup:
+        deadlines.append(arguments[-1])
+        assert arguments[-2] == "first"
+        await may_end.wait()
+        return await encode(*arguments)
+
+    monkeypatch.setattr(flash.batcher, "encode", encode_later)
+    first = asyncio.create_task(flash.encode("square.png", seconds=60, caller="first"))
+    while not deadlines:
+        await asyncio.sleep(0.01)
+    assert deadlines[0].passes_within(61)
+    second = asyncio.create_task(flash.encode("square.png", seconds=600, caller="second"))
+    async with asyncio.timeout(20):
+        while deadlines[0].passes_within(61):
+            await asyncio.sleep(0.01)
+    third = asyncio.create_task(flash.encode("square.png"))
+    async with asyncio.timeout(20):
+        while deadlines[0].passes_within(1e9):
+            await asyncio.sleep(0.01)
+    may_end.set()
+    await asyncio.gather(first, second, third)
+    assert flash.outcomes() == (1, 0, 2)
+
+
+async def test_a_call_does_not_join_a_group_that_was_dropped(flash: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has more time; the task of the dropped group has not ended yet."""
+    encode, deadlines, may_fail = flash.batcher.encode, list[Deadline](), asyncio.Event()
+
+    async def drop_the_first(*arguments: Any) -> EncodedGroup:
+        deadlines.append(arguments[-1])
+        if len(deadlines) > 1:
+            return await encode(*arguments)
+        deadlines[0].missed = True
+        await may_fail.wait()
+        raise errors.DeadlineExceeded("dropped")
+
+    monkeypatch.setattr(flash.batcher, "encode", drop_the_first)
+    first = asyncio.create_task(flash.encode("square.png", seconds=60))
+    async with asyncio.timeout(20):
+        while not deadlines:
+            await asyncio.sleep(0.01)
+    assert (await flash.encode("square.png", seconds=600)).images[0].tokens == 256
+    may_fail.set()
+    with pytest.raises(errors.DeadlineExceeded, match="dropped"):
+        await first
+    assert flash.outcomes() == (1, 0, 0)
+
+
+async def test_an_image_whose_deadline_has_passed_is_not_decoded(flash: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, decoded = threading.Event(), list[bytes]()
+    prepare = InternVL.prepare
+
+    def record(encoder: InternVL, data: bytes, options: Tiling) -> Tiles:
+        decoded.append(data)
+        return prepare(encoder, data, options)
+
+    monkeypatch.setattr(InternVL, "prepare", record)
+    busy = [asyncio.create_task(flash.threads.run("", functools.partial(release.wait, 60))) for _ in range(2)]
+    with pytest.raises(errors.DeadlineExceeded):
+        await flash.encode("square.png", seconds=1)
+    monkeypatch.setattr(Deadline, "passes_within", lambda _self, seconds: seconds == 0)
+    late = asyncio.create_task(flash.encode("square.png", seconds=60))
+    async with asyncio.timeout(20):
+        while flash.sample("waiting_images") != 1:
+            await asyncio.sleep(0.01)
+    release.set()
+    with pytest.raises(errors.DeadlineExceeded, match=r"before images\[0\] was decoded"):
+        await late
+    await asyncio.gather(*busy)
+    assert decoded == []
 
 
 # Metrics and logs
