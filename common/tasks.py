@@ -58,6 +58,10 @@ class SingleFlight(Generic[T]):
                 self._remove(key, shared.task)
                 shared.task.cancel()
 
+    def forget(self, key: str) -> None:
+        """Let the next caller with this key start a task of its own. The running one goes on for those that wait for it."""
+        self._tasks.pop(key, None)
+
     def _remove(self, key: str, task: "asyncio.Task[T]") -> None:
         """Remove the task unless a newer one has its key."""
         shared = self._tasks.get(key)

@@ -1,7 +1,7 @@
 """Forms forward batches from the tiles of all calls, and owns the one thread that drives the device.
 
-A batch contains tiles of any calls, up to a maximum number. Routing is decided over a whole group, after all its tiles have
-features, so neither batch boundaries nor other calls change an embedding.
+A batch contains tiles of any calls, up to a maximum number; callers take turns (`fair_queue.py`). Routing is decided over a
+whole group, after all its tiles have features, so neither batch boundaries nor other calls change an embedding.
 
 Three threads overlap: the event loop forms batch k+1, the stager thread copies it to the device, and the device thread
 computes batch k.
@@ -12,9 +12,9 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,11 @@ from torch import Tensor
 
 from common import errors
 from common.tracing import Trace
+from vision_worker.batch_times import BatchTimes
+from vision_worker.deadline import Deadline
 from vision_worker.encoder import Encoder
+from vision_worker.fair_queue import FairQueue
+from vision_worker.liveness import CpuClock, Progress
 from vision_worker.metrics import Metrics
 from vision_worker.models.vir import Fixed, Policy
 from vision_worker.preprocessing.tiling import Tiles
@@ -58,48 +62,53 @@ class EncodedGroup:
     route_seconds: float
 
 
-@dataclass(eq=False)
 class _Group:
     """One call's images. Equal tiles (blank margins, a repeated image) are computed once.
 
     That also keeps scores of equal tiles equal: the features of equal pixels may differ by rounding between batches.
 
     Attributes:
-        tiles: the distinct tiles.
-        index: for each tile of the group, its index in `tiles`.
+        tiles: the distinct tiles that no batch has taken yet. Their pixels are released with the batch.
+        distinct: number of distinct tiles.
+        index: for each tile of the group, its index among the distinct tiles.
+        tiles_by_image: number of tiles of each image.
     """
 
-    images: Sequence[Tiles]
-    policy: Policy
-    dtype: torch.dtype
-    future: "asyncio.Future[EncodedGroup]"
-    arrived: float = field(default_factory=time.monotonic)
-    started: float = 0.0
-    taken: int = 0  # tiles that batches have taken
-    features: list[Tensor] = field(default_factory=list)  # device thread only
-    routing_seconds: float = 0.0  # device thread only
-
-    def __post_init__(self) -> None:
-        hashes = [value for image in self.images for value in image.hashes]
-        distinct: dict[int, npt.NDArray[np.uint8]] = {}
-        for value, pixels in zip(hashes, (tile for image in self.images for tile in image.pixels), strict=True):
-            distinct.setdefault(value, pixels)
-        places = {value: place for place, value in enumerate(distinct)}
-        self.tiles = list(distinct.values())
-        self.index = [places[value] for value in hashes]
-
-    def take(self, max_tiles: int) -> list[npt.NDArray[np.uint8]]:
-        """The next tiles for a batch."""
-        self.started = self.started or time.monotonic()
-        tiles = self.tiles[self.taken : self.taken + max_tiles]
-        self.taken += len(tiles)
-        return tiles
+    def __init__(self, images: Iterable[Tiles], policy: Policy, dtype: torch.dtype, deadline: Deadline) -> None:
+        self.policy, self.dtype, self.deadline = policy, dtype, deadline
+        self.future: asyncio.Future[EncodedGroup] = asyncio.get_running_loop().create_future()
+        self.arrived, self.started = time.monotonic(), 0.0
+        self.features: list[Tensor] = []  # device thread only
+        self.routing_seconds = 0.0  # device thread only
+        self.tiles_by_image: list[int] = []
+        self.index: list[int] = []
+        self.tiles: deque[npt.NDArray[np.uint8]] = deque()
+        places: dict[int, int] = {}
+        for image in images:
+            self.tiles_by_image.append(len(image))
+            for value, pixels in zip(image.hashes, image.pixels, strict=True):
+                if value not in places:
+                    places[value] = len(places)
+                    self.tiles.append(pixels)
+                self.index.append(places[value])
+        self.distinct = len(places)
 
 
 _Batch = list[tuple[_Group, int]]
 """Groups, and how many tiles each has in the batch."""
 
-_Results = list[tuple[_Group, list[ImageEmbedding] | errors.DvdError]]
+
+@dataclass(frozen=True)
+class _Computed:
+    """What the device thread returns for a batch: results of the groups that it completes or fails.
+
+    Attributes:
+        results: the groups, and their embeddings or their error.
+        forward_seconds: time on the device until all features were there; 0 if the batch failed.
+    """
+
+    results: list[tuple[_Group, list[ImageEmbedding] | errors.DvdError]]
+    forward_seconds: float = 0.0
 
 
 class Batcher:
@@ -112,17 +121,22 @@ class Batcher:
         trace: where batches are recorded.
 
     Attributes:
+        max_tiles: as above.
+        times: how long batches take.
         device_lost: set when the device can no longer compute anything; the process must then be restarted.
     """
 
     def __init__(self, encoder: Encoder, max_tiles: int, metrics: Metrics | None = None, trace: Trace | None = None) -> None:
         self._encoder, self._metrics, self._trace = encoder, metrics or Metrics(), trace or Trace(None, "vision")
-        self._max_tiles = max_tiles
-        self._waiting: deque[_Group] = deque()
+        self.max_tiles, self.times = max_tiles, BatchTimes(max_tiles)
+        self._queue: FairQueue[_Group] = FairQueue()
+        self._metrics.waiting_tiles.set_function(lambda: len(self._queue))
         self._has_waiting, self.device_lost = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(_MAX_BATCHES_IN_FLIGHT)
-        self._stager_thread = ThreadPoolExecutor(1, "stager")
-        self._device_thread = ThreadPoolExecutor(1, "device")
+        self._clock = CpuClock()
+        self._stager_thread = ThreadPoolExecutor(1, "stager", initializer=self._clock.register)
+        self._device_thread = ThreadPoolExecutor(1, "device", initializer=self._clock.register)
+        self._in_flight = self._completed = 0  # batches and self-tests
 
     async def __aenter__(self) -> "Batcher":
         self._loop_task = asyncio.create_task(self._run())
@@ -133,78 +147,168 @@ class Batcher:
         for executor in (self._stager_thread, self._device_thread):
             executor.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def progress(self) -> Progress:
+        """Progress of the stager and the device thread, which are busy while a tile waits or a batch is in flight."""
+        return Progress(self._in_flight > 0 or len(self._queue) > 0, self._completed, self._clock.seconds())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the device has nothing to do."""
+        return self._in_flight == 0
+
     async def warm_up(self) -> None:
         """Run blank batches of the encoder's warm-up sizes on the device thread."""
         description = self._encoder.checkpoint.description
-        side = description.tower.image_size
-        blank = np.zeros((side, side, 3), dtype=np.uint8)
         policies = [Fixed(False), *([Fixed(True)] if description.thresholds else [])]
 
-        def run() -> None:
-            for size in self._encoder.warmup_batch_sizes(self._max_tiles):
-                features = self._encoder.forward(self._encoder.stage([blank] * size))
+        def run() -> float:
+            for size in self._encoder.warmup_batch_sizes(self.max_tiles):
+                started = time.monotonic()
+                features = self._encoder.forward(self._encoder.stage([self._blank_tile()] * size))
             for policy in policies:
                 self._encoder.project(features, range(len(features)), policy)
+            return time.monotonic() - started
 
-        await asyncio.get_running_loop().run_in_executor(self._device_thread, run)
+        seconds = await asyncio.get_running_loop().run_in_executor(self._device_thread, run)
+        if not self._encoder.placement.compile_for:
+            self.times.seconds_per_batch = seconds
 
-    async def encode(self, images: Sequence[Tiles], policy: Policy, dtype: torch.dtype) -> EncodedGroup:
+    async def self_test(self) -> None:
+        """Compute one blank tile on the device, as a batch that nobody waits for."""
+
+        def compute(staged: "Future[Tensor]") -> _Computed:
+            tested = self._result_or_error(lambda: self._encoder.forward(staged.result()).cpu())
+            if isinstance(tested, errors.WorkerUnavailable):
+                loop.call_soon_threadsafe(self.device_lost.set)
+            return _Computed([])
+
+        loop = asyncio.get_running_loop()
+        await asyncio.wait([self._submit([self._blank_tile()], compute)])
+
+    def _blank_tile(self) -> npt.NDArray[np.uint8]:
+        side = self._encoder.checkpoint.description.tower.image_size
+        return np.zeros((side, side, 3), dtype=np.uint8)
+
+    def encode(
+        self, images: Iterable[Tiles], policy: Policy, dtype: torch.dtype, caller: str = "", deadline: Deadline | None = None
+    ) -> "asyncio.Future[EncodedGroup]":
         """Encode the images of one group; `policy` routes all their tiles together.
 
-        If the caller is cancelled, its tiles leave the queue.
-        Raises: InternalError where the batch failed; WorkerUnavailable where the device is lost.
+        The images are not referenced any longer than until their tiles are on the device. If the future is cancelled, the
+        tiles leave the queue.
+
+        Args:
+            images: the tiles of each image.
+            policy: decides which tiles are compressed.
+            dtype: dtype of the embeddings.
+            caller: opaque id of the caller, whose turn the tiles wait for.
+            deadline: time until which the result is useful; None: no deadline.
+
+        Raises (through the future):
+            DeadlineExceeded: the deadline passed, or could not be met any more, before a batch took the group's tiles.
+            InternalError: the batch failed.
+            WorkerUnavailable: the device is lost.
         """
-        group = _Group(images, policy, dtype, asyncio.get_running_loop().create_future())
-        self._waiting.append(group)
-        self._metrics.waiting_tiles.inc(len(group.tiles))
+        group = _Group(images, policy, dtype, deadline or Deadline())
+        self._queue.add(group, caller, group.distinct)
         self._has_waiting.set()
-        return await group.future
+        group.future.add_done_callback(lambda _: self._remove(group))
+        return group.future
 
     async def _run(self) -> None:
         """Form batches and submit them until the batcher is closed."""
-        loop = asyncio.get_running_loop()
         while True:
             await self._slots.acquire()
             batch, tiles = await self._next_batch()
-            staged = self._stager_thread.submit(self._encoder.stage, tiles)
-            results = loop.run_in_executor(self._device_thread, self._compute, batch, staged)
-            results.add_done_callback(self._set_results)
+            count, compute = len(tiles), functools.partial(self._compute, batch)
+            self._submit(tiles, compute).add_done_callback(functools.partial(self._set_results, count))
+            del batch, tiles, compute  # while this waits for the next batch, the pixels and results of this one can go
+
+    def _submit(
+        self, tiles: list[npt.NDArray[np.uint8]], compute: "Callable[[Future[Tensor]], _Computed]"
+    ) -> "asyncio.Future[_Computed]":
+        """Stage tiles, and run `compute` with them on the device thread after everything that was submitted before."""
+        self._in_flight += 1
+        staged = self._stager_thread.submit(self._encoder.stage, tiles)
+        computed = asyncio.get_running_loop().run_in_executor(self._device_thread, compute, staged)
+        computed.add_done_callback(self._count_completed)
+        return computed
+
+    def _count_completed(self, _computed: "asyncio.Future[_Computed]") -> None:
+        self._in_flight -= 1
+        self._completed += 1
 
     async def _next_batch(self) -> tuple[_Batch, list[npt.NDArray[np.uint8]]]:
-        """Wait for tiles, then take all that are waiting, up to the maximum."""
-        batch: _Batch = []
-        tiles: list[npt.NDArray[np.uint8]] = []
-        while not tiles:
+        """Wait for tiles, then take all that are waiting, up to the maximum. Tiles of a group are next to each other."""
+        parts: dict[_Group, list[npt.NDArray[np.uint8]]] = {}
+        while not parts:
             await self._has_waiting.wait()
-            while self._waiting and len(tiles) < self._max_tiles:
-                group = self._waiting[0]
-                if not group.future.done():  # done: its caller has disconnected, or an earlier batch of it failed
-                    part = group.take(self._max_tiles - len(tiles))
-                    batch.append((group, len(part)))
-                    tiles += part
-                    self._metrics.waiting_tiles.dec(len(part))
-                if group.future.done() or group.taken == len(group.tiles):
-                    self._waiting.popleft()
-                    self._metrics.waiting_tiles.dec(len(group.tiles) - group.taken)
-            if not self._waiting:
-                self._has_waiting.clear()
+            for _ in range(self.max_tiles):
+                self._drop_unwanted()
+                if not self._queue:
+                    self._has_waiting.clear()
+                    break
+                group = self._queue.take()
+                group.started = group.started or time.monotonic()
+                parts.setdefault(group, []).append(group.tiles.popleft())
+        batch = [(group, len(part)) for group, part in parts.items()]
+        tiles = [tile for part in parts.values() for tile in part]
         self._metrics.batch_tiles.observe(len(tiles))
         return batch, tiles
 
-    def _compute(self, batch: _Batch, staged: "Future[Tensor]") -> _Results:
-        """Compute one batch on the device thread; the results are those of the groups that it completes or fails."""
-        with self._trace.span("encode", tiles=sum(count for _, count in batch), calls=len(batch)):
-            features = self._result_or_error(lambda: self._encoder.forward(staged.result()))
-            if isinstance(features, errors.DvdError):
-                return [(group, features) for group, _ in batch]
-            results: _Results = []
-            for (group, _), part in zip(batch, torch.split(features, [count for _, count in batch]), strict=True):
+    def _drop_unwanted(self) -> None:
+        """Remove groups from the front of the queue until the first one's result is still wanted and can be in time."""
+        while self._queue:
+            group = self._queue.first()
+            if not group.future.done():  # done: its caller has disconnected, or an earlier batch of it failed
+                if not self._is_late(group):
+                    return
+                group.deadline.missed = True
+                message = f"Deadline exceeded: the {group.distinct} tiles of the call cannot be computed in time; retry later."
+                group.future.set_exception(errors.DeadlineExceeded(message))
+            self._remove(group)
+
+    def _is_late(self, group: _Group) -> bool:
+        """Whether the deadline of a group has passed, or comes before its tiles can be computed.
+
+        The latter is an estimate, which must not waste what is computed already: a group that has begun may go on.
+        """
+        seconds = 0.0 if group.started else group.distinct * (self.times.seconds_per_tile or 0.0)
+        return group.deadline.passes_within(seconds)
+
+    def _remove(self, group: _Group) -> None:
+        """Remove a group from the queue, if it is still there: its caller has its result, its error, or has disconnected."""
+        waiting = self._queue.remove(group)
+        group.tiles.clear()
+        if group.deadline.missed or group.deadline.passes_within(0):
+            self._metrics.dropped_tiles.inc(waiting)
+
+    def _compute(self, batch: _Batch, staged: "Future[Tensor]") -> _Computed:
+        """Compute one batch on the device thread."""
+        count = sum(tiles for _, tiles in batch)
+        with self._trace.span("encode", tiles=count, calls=len(batch)):
+            computed = self._result_or_error(lambda: self._forward(staged.result()))
+            if isinstance(computed, errors.DvdError):
+                return _Computed([(group, computed) for group, _ in batch])
+            features, seconds = computed
+            results: list[tuple[_Group, list[ImageEmbedding] | errors.DvdError]] = []
+            for (group, _), part in zip(batch, torch.split(features, [tiles for _, tiles in batch]), strict=True):
                 group.features.append(part)
                 if group.future.done():
                     group.features.clear()
-                elif sum(map(len, group.features)) == len(group.tiles):
+                elif sum(map(len, group.features)) == group.distinct:
                     results.append((group, self._result_or_error(functools.partial(self._project, group))))
-            return results
+            return _Computed(results, seconds)
+
+    def _forward(self, pixels: Tensor) -> tuple[Tensor, float]:
+        """Features of staged tiles, and the seconds until they are there."""
+        started = time.monotonic()
+        features = self._encoder.forward(pixels)
+        if features.is_cuda:
+            # a GPU computes behind the thread's back: unlimited batches would be in flight, and none could be measured
+            torch.cuda.current_stream(features.device).synchronize()
+        return features, time.monotonic() - started
 
     def _project(self, group: _Group) -> list[ImageEmbedding]:
         embedding = self._encoder.project(torch.cat(group.features), group.index, group.policy)
@@ -216,7 +320,7 @@ class Batcher:
                 f"the vision tower computed infinite or undefined values in {tokens.dtype}; run it in bfloat16 or float32"
             )
         rows = [len(block) for block in embedding.blocks]
-        return _split_by_image(group.images, tokens.cpu(), rows, embedding.compressed, embedding.scores)
+        return _split_by_image(group.tiles_by_image, tokens.cpu(), rows, embedding.compressed, embedding.scores)
 
     def _result_or_error(self, compute: Callable[[], Any]) -> Any:
         """Run `compute` and return its result, or the error for its callers: nothing may end the device thread.
@@ -235,12 +339,14 @@ class Batcher:
                 return errors.InternalError("the vision worker failed on this batch; see its log")
             return errors.WorkerUnavailable(f"device {device} of the vision worker is no longer usable; see its log")
 
-    def _set_results(self, computed: "asyncio.Future[_Results]") -> None:
+    def _set_results(self, tiles: int, computed: "asyncio.Future[_Computed]") -> None:
         """Hand a batch's results to the callers, on the event loop."""
         self._slots.release()
         if computed.cancelled():
             return
-        for group, result in computed.result():
+        if seconds := computed.result().forward_seconds:
+            self.times.record(tiles, seconds)
+        for group, result in computed.result().results:
             if isinstance(result, errors.WorkerUnavailable):
                 self.device_lost.set()
             if group.future.done():
@@ -265,15 +371,15 @@ def _is_usable(device: torch.device) -> bool:
 
 
 def _split_by_image(
-    images: Sequence[Tiles], tokens: Tensor, rows: list[int], compressed: list[bool], scores: list[float]
+    tiles_by_image: Sequence[int], tokens: Tensor, rows: list[int], compressed: list[bool], scores: list[float]
 ) -> list[ImageEmbedding]:
     """Split a group's tokens [all rows, width] by image; `rows`, `compressed` and `scores` have an item per tile."""
     values = tokens.contiguous()
     result, first_tile, first_row = [], 0, 0
-    for image in images:
-        tiles = slice(first_tile, first_tile + len(image))
+    for tile_count in tiles_by_image:
+        tiles = slice(first_tile, first_tile + tile_count)
         count = sum(rows[tiles])
         data = values[first_row : first_row + count].view(torch.uint8).numpy().data.cast("B")
         result.append(ImageEmbedding(data, count, compressed[tiles], scores[tiles]))
-        first_tile, first_row = first_tile + len(image), first_row + count
+        first_tile, first_row = first_tile + tile_count, first_row + count
     return result

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from common.options import Address, CheckpointOptions, ImageLimits, MetricsOptions, TraceOptions
+from common.options import Address, CheckpointOptions, ImageLimits, MetricsOptions, ShutdownOptions, TraceOptions
 
 CacheUrl = Annotated[str, Field(pattern=r"^(none|memory://(\?bytes=[1-9]\d*)?|rediss?://.+|unix:///.+)$")]
 
@@ -26,7 +26,7 @@ class EncodingOptions(ImageLimits, TraceOptions):
     prepare_threads: int = Field(0, ge=0, description="threads that decode and tile images; 0: one per core")
 
 
-class VisionOptions(CheckpointOptions, EncodingOptions, MetricsOptions):
+class VisionOptions(CheckpointOptions, EncodingOptions, MetricsOptions, ShutdownOptions):
     """Options of one vision worker, `dvd vision MODEL`."""
 
     command: ClassVar[str] = "vision"
@@ -37,3 +37,6 @@ class VisionOptions(CheckpointOptions, EncodingOptions, MetricsOptions):
     )
     listen: Address = Field("127.0.0.1:50051", description="address of the gRPC server")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto: a GPU if there is one")
+    progress_timeout: float = Field(
+        60.0, ge=0, description="seconds after which a batch that is not done counts as stalled; 0: never"
+    )

@@ -22,6 +22,8 @@ class ParsedRequest:
     dtype: str
     deliver_to: str
     """Address of the sink; empty for a dry run."""
+    caller: str
+    """Opaque id of the caller; callers that send none share the empty one."""
 
     @property
     def group_key(self) -> str:
@@ -49,6 +51,7 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
         policy=_parse_router(request.router, checkpoint.description.thresholds),
         dtype=messages.dtype_from_proto(request.dtype),
         deliver_to=request.deliver_to,
+        caller=request.caller,
     )
 
 

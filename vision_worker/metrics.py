@@ -23,6 +23,9 @@ class Metrics:
         self.calls = Gauge("dvd_vision_calls_in_flight", "Encode calls in flight", registry=registry)
         self.waiting_images = Gauge("dvd_vision_waiting_images", "Images waiting for a thread to decode in", registry=registry)
         self.waiting_tiles = Gauge("dvd_vision_waiting_tiles", "Tiles waiting for a batch", registry=registry)
+        self.dropped_tiles = Counter(
+            "dvd_vision_dropped_tiles", "Tiles not computed because of the deadline of their call", registry=registry
+        )
         self.batch_tiles = Histogram("dvd_vision_batch_tiles", "Tiles per batch", registry=registry, buckets=_BATCH_BUCKETS)
         self._waits = Histogram(
             "dvd_vision_wait_seconds", "Seconds waited before a stage", ["stage"], registry=registry, buckets=STAGE_BUCKETS

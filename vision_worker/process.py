@@ -1,12 +1,15 @@
 """A vision worker's parts and their wiring, from reading the weights to the stop."""
 
 import asyncio
+import contextlib
 import logging
+import math
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import grpc.aio
 
 from common import rpc
 from common.checkpoint import Checkpoint
@@ -20,18 +23,32 @@ from vision_worker.cache.base import open_cache
 from vision_worker.cache.embedding_cache import EmbeddingCache
 from vision_worker.config import VisionOptions
 from vision_worker.delivery import SinkChannels
+from vision_worker.liveness import IDLE_CPU_SECONDS, PREPARE_IDLE_CPU_SECONDS, Liveness, Watch
 from vision_worker.metrics import Metrics
+from vision_worker.prepare_threads import PrepareThreads
 from vision_worker.preprocessing import resampling
 from vision_worker.service import Service
 
 log = logging.getLogger("dvd.vision")
 
-_GRACE_SECONDS = 10.0
-"""Time for calls in flight to finish after a signal."""
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_NOTICE_SECONDS = 3.0
+"""Time after a signal in which new calls are accepted: gateways probe each second, and must not meet a closed door."""
+
+_LOST_DEVICE_GRACE_SECONDS = 10.0
+"""Time for calls in flight to finish once the device is lost: they deliver what was computed before, or fail."""
+
+_TIME_LIMIT_BATCHES = 10
+"""A batch is not stalled before it has taken this many times as long as those before, whatever `--progress-timeout` is: on a
+CPU, a batch of a large tower may take minutes."""
 
 
 async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases) -> str | None:
     """Read the weights, warm up, serve until a signal or until the device is lost, and stop.
+
+    After a signal, `Describe` reports that the worker is draining; calls are still accepted for a moment, and finished within
+    `--shutdown-grace`. A second signal ends the process at once.
 
     Returns: the device if it was lost; the process must then be restarted.
     """
@@ -45,20 +62,46 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases) ->
     async with AsyncExitStack() as stack:
         batcher = await stack.enter_async_context(Batcher(encoder, max_tiles, metrics, trace))
         await _warm_up(batcher, f"{max_tiles} tiles on {placement.device}", options.vision_compile, phases)
-        prepare_threads = stack.enter_context(_thread_pool(options.prepare_threads or os.cpu_count() or 1))
+        prepare_threads = stack.enter_context(PrepareThreads(options.prepare_threads or os.cpu_count() or 1))
         stack.callback(trace.flush)
         cache = await stack.enter_async_context(EmbeddingCache(open_cache(options.cache)))
         metrics.watch(cache)
         sinks = await stack.enter_async_context(SinkChannels())
+        liveness = await stack.enter_async_context(
+            watch_threads(batcher, prepare_threads, str(placement.device), options.progress_timeout)
+        )
+        draining = asyncio.Event()
         service = Service(
-            encoder=encoder, batcher=batcher, sinks=sinks, cache=cache, prepare_threads=prepare_threads,
-            max_pixels=options.max_image_pixels, metrics=metrics, trace=trace,
+            encoder=encoder, batcher=batcher, sinks=sinks, cache=cache, prepare_threads=prepare_threads, liveness=liveness,
+            draining=draining, max_pixels=options.max_image_pixels, metrics=metrics, trace=trace,
         )  # fmt: skip
-        stop = _stop_signal()
-        await stack.enter_async_context(_serve(service, options, metrics))
+        _set_on_signal(draining)
+        server = await stack.enter_async_context(_serve(service, options, metrics))
         log.info("ready on %s after %s", options.listen, phases.summary())
-        await _wait_for_any(stop, batcher.device_lost)
-    return str(placement.device) if batcher.device_lost.is_set() else None
+        grace_seconds = await _wait_for_end(draining, batcher.device_lost, options.shutdown_grace)
+        log.info("stopping: %.0f s for calls in flight", grace_seconds)
+        await server.stop(grace_seconds)
+    if batcher.device_lost.is_set():
+        return str(placement.device)
+    if not (batcher.is_idle and prepare_threads.is_idle):
+        # the interpreter would wait for these threads, for ever if they hang
+        log.warning("ending although a thread is still busy; nobody waits for its result")
+        logging.shutdown()
+        os._exit(0)
+    return None
+
+
+def watch_threads(batcher: Batcher, prepare_threads: PrepareThreads, device: str, progress_timeout: float) -> Liveness:
+    """Return the watch over all threads of a worker, not started. `progress_timeout` in seconds; 0: no limit for a batch."""
+
+    def time_limit() -> float:
+        return max(progress_timeout, _TIME_LIMIT_BATCHES * batcher.times.seconds_per_batch) if progress_timeout else math.inf
+
+    return Liveness(
+        Watch(f"a batch on {device}", lambda: batcher.progress, IDLE_CPU_SECONDS, time_limit),
+        [Watch("decoding", lambda: prepare_threads.progress, PREPARE_IDLE_CPU_SECONDS, lambda: math.inf)],
+        batcher.self_test,
+    )
 
 
 async def _warm_up(batcher: Batcher, what: str, compiles: bool, phases: Phases) -> None:
@@ -70,8 +113,8 @@ async def _warm_up(batcher: Batcher, what: str, compiles: bool, phases: Phases) 
 
 
 @asynccontextmanager
-async def _serve(service: Service, options: VisionOptions, metrics: Metrics) -> AsyncIterator[None]:
-    """Serve gRPC and metrics; on leaving, accept no new calls and let those in flight end."""
+async def _serve(service: Service, options: VisionOptions, metrics: Metrics) -> AsyncIterator[grpc.aio.Server]:
+    """Serve gRPC and metrics. On leaving, calls in flight are cancelled."""
     server = rpc.create_server(options.listen)
     vision_pb2_grpc.add_VisionServicer_to_server(service, server)
     if options.metrics_port:
@@ -79,21 +122,22 @@ async def _serve(service: Service, options: VisionOptions, metrics: Metrics) -> 
     lag_task = asyncio.create_task(metrics.common.measure_loop_lag())
     await server.start()
     try:
-        yield
+        yield server
     finally:
         lag_task.cancel()
-        log.info("stopping: %.0f s for calls in flight", _GRACE_SECONDS)
-        await server.stop(_GRACE_SECONDS)
+        await server.stop(0)
 
 
-@contextmanager
-def _thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that decode and tile images. On leaving, images that wait for a thread are dropped."""
-    executor = ThreadPoolExecutor(threads, "prepare")
-    try:
-        yield executor
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+async def _wait_for_end(draining: asyncio.Event, device_lost: asyncio.Event, shutdown_grace: float) -> float:
+    """Wait until the worker shall accept no more calls. Returns: the seconds in which those in flight must finish."""
+    await _wait_for_any(draining, device_lost)
+    if device_lost.is_set():
+        return _LOST_DEVICE_GRACE_SECONDS
+    notice = min(_NOTICE_SECONDS, shutdown_grace)
+    log.info("draining: calls are accepted for %.0f s more", notice)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(device_lost.wait(), notice)
+    return shutdown_grace - notice
 
 
 async def _wait_for_any(*events: asyncio.Event) -> None:
@@ -103,9 +147,15 @@ async def _wait_for_any(*events: asyncio.Event) -> None:
         task.cancel()
 
 
-def _stop_signal() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
+def _set_on_signal(event: asyncio.Event) -> None:
+    """Set `event` on the first SIGTERM or SIGINT. The second one has its default action, which ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        for number in _STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)  # for SIGINT, Python's default would only raise KeyboardInterrupt
+        event.set()
+
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, on_signal)

@@ -6,8 +6,8 @@ import asyncio
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 from common import errors, logs, messages
 from common.embedding import Header
 from common.tasks import SingleFlight, gather_or_cancel
-from common.tiling import Tiling
 from common.tracing import Trace
 from protos import embeddings_pb2, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from vision_worker.batcher import Batcher, EncodedGroup, ImageEmbedding
 from vision_worker.cache.embedding_cache import EmbeddingCache
+from vision_worker.deadline import Deadline
 from vision_worker.delivery import SinkChannels
 from vision_worker.encode_request import ParsedRequest, parse_request
 from vision_worker.encoder import Encoder
+from vision_worker.liveness import Liveness
 from vision_worker.metrics import Metrics
+from vision_worker.prepare_threads import PrepareThreads
 from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.weights import DTYPES
 
@@ -53,6 +55,8 @@ class Service(vision_pb2_grpc.VisionServicer):
         sinks: delivers embeddings.
         cache: embeddings of earlier calls.
         prepare_threads: threads that decode and tile images.
+        liveness: whether the threads make progress.
+        draining: set when the worker is about to stop.
         max_pixels: largest image accepted, in pixels.
         metrics: counters and histograms to update.
         trace: where stages are recorded.
@@ -65,23 +69,34 @@ class Service(vision_pb2_grpc.VisionServicer):
         batcher: Batcher,
         sinks: SinkChannels,
         cache: EmbeddingCache,
-        prepare_threads: ThreadPoolExecutor,
+        prepare_threads: PrepareThreads,
+        liveness: Liveness,
+        draining: asyncio.Event,
         max_pixels: int,
         metrics: Metrics,
         trace: Trace,
     ) -> None:
         self._encoder, self._batcher, self._sinks, self._cache = encoder, batcher, sinks, cache
         self._prepare_threads, self._max_pixels, self._metrics, self._trace = prepare_threads, max_pixels, metrics, trace
+        self._liveness, self._draining = liveness, draining
+        metrics.waiting_images.set_function(lambda: prepare_threads.waiting)
         self._in_flight: SingleFlight[_Embeddings] = SingleFlight()
+        # of the groups in flight, by their key; each is referenced by the task that embeds its group, and goes with it
+        self._deadlines: weakref.WeakValueDictionary[str, Deadline] = weakref.WeakValueDictionary()
         self._checkpoint = messages.checkpoint_message(encoder.checkpoint)
 
     async def Describe(  # noqa: N802
         self, request: embeddings_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.VisionDescription:
-        """Describe the checkpoint and the device."""
+        """Describe the checkpoint, the device and the state of the worker. It waits for no thread."""
         placement = self._encoder.placement
         return pb.VisionDescription(
-            checkpoint=self._checkpoint, device=str(placement.device), dtype=messages.dtype_to_proto(placement.dtype_name)
+            checkpoint=self._checkpoint,
+            device=str(placement.device),
+            dtype=messages.dtype_to_proto(placement.dtype_name),
+            draining=self._draining.is_set(),
+            stalled=self._liveness.stalled,
+            batch_tiles=self._batcher.max_tiles,
         )
 
     async def Encode(  # noqa: N802
@@ -94,10 +109,10 @@ class Service(vision_pb2_grpc.VisionServicer):
         logs.adopt_request_id(context)
         with self._observe_call(len(request.images)) as log_fields:
             parsed = parse_request(request, self._encoder.checkpoint, self._max_pixels)
-            joined = self._in_flight.in_flight(parsed.group_key)
+            joined, deadline = self._join(parsed.group_key, context.time_remaining())
             if joined:
                 self._metrics.images.labels("joined").inc(len(parsed.images))
-            result = await self._in_flight.run(parsed.group_key, lambda: self._embed(parsed))
+            result = await self._in_flight.run(parsed.group_key, lambda: self._embed(parsed, deadline))
             log_fields["outcome"] = "joined" if joined else "cached" if result.from_cache else "encoded"
             log_fields["tiles"] = sum(len(image.compressed) for image in result.images)
             log_fields["tokens"] = sum(image.tokens for image in result.images)
@@ -106,6 +121,16 @@ class Service(vision_pb2_grpc.VisionServicer):
             if parsed.deliver_to:
                 timings.deliver = await self._deliver(result, parsed, context.time_remaining())
             return pb.EncodeReply(images=result.images, timings=timings, cached=result.from_cache)
+
+    def _join(self, group_key: str, seconds: float | None) -> tuple[bool, Deadline]:
+        """Return whether a call shares a group in flight, and the group's deadline, which then covers the call's own."""
+        deadline = self._deadlines.get(group_key) if self._in_flight.in_flight(group_key) else None
+        if deadline is not None and not deadline.missed:
+            deadline.extend(seconds)
+            return True, deadline
+        self._in_flight.forget(group_key)  # a group that has just been dropped: its deadline was earlier than this call's
+        self._deadlines[group_key] = deadline = Deadline(seconds)
+        return False, deadline
 
     @contextmanager
     def _observe_call(self, images: int) -> Iterator[dict[str, Any]]:
@@ -135,9 +160,9 @@ class Service(vision_pb2_grpc.VisionServicer):
         self._metrics.observe_delivery(elapsed, size)
         return elapsed
 
-    async def _embed(self, request: ParsedRequest) -> _Embeddings:
+    async def _embed(self, request: ParsedRequest, deadline: Deadline) -> _Embeddings:
         """The group's embeddings, from the cache or from the tower."""
-        return await self._look_up(request) or await self._compute(request)
+        return await self._look_up(request) or await self._compute(request, deadline)
 
     async def _look_up(self, request: ParsedRequest) -> _Embeddings | None:
         """The group's embeddings from the cache. None unless all are cached, because a group is routed as a whole."""
@@ -149,45 +174,47 @@ class Service(vision_pb2_grpc.VisionServicer):
         self._metrics.images.labels("cached").inc(len(hits))
         return _Embeddings([image for image, _ in hits], [values for _, values in hits], pb.Timings(), from_cache=True)
 
-    async def _compute(self, request: ParsedRequest) -> _Embeddings:
+    async def _compute(self, request: ParsedRequest, deadline: Deadline) -> _Embeddings:
         """Prepare and encode the group, and store its embeddings in the cache."""
         with self._trace.span("prepare", images=len(request.images)):
-            prepared = await gather_or_cancel(
-                *(self._prepare(i, image.data, request.tiling) for i, image in enumerate(request.images))
-            )
-        tiles = [image_tiles for _, image_tiles in prepared]
-        group = await self._batcher.encode(tiles, request.policy, DTYPES[request.dtype])
+            prepared = await gather_or_cancel(*(self._prepare(request, i, deadline) for i in range(len(request.images))))
+        wait_seconds, tiles = max(waited for waited, _ in prepared), [image.without_pixels() for _, image in prepared]
+        encoding = self._batcher.encode(
+            [image for _, image in prepared], request.policy, DTYPES[request.dtype], request.caller, deadline
+        )
+        del prepared  # the batcher releases the pixels tile by tile
+        group = await encoding
         self._metrics.images.labels("encoded").inc(len(tiles))
         self._metrics.tiles.inc(sum(map(len, tiles)))
         keys = [image.key for image in request.images]
         images = list(map(_image_message, keys, tiles, group.images))
         for image, embedding in zip(images, group.images, strict=True):
             self._cache.put(self._header(image.key, request.dtype, image.tokens), image, embedding.data)
-        timings = _timings(max(waited for waited, _ in prepared), tiles, group)
+        timings = _timings(wait_seconds, tiles, group)
         self._metrics.observe_encode(timings)
         return _Embeddings(images, [embedding.data for embedding in group.images], timings)
 
-    async def _prepare(self, index: int, data: bytes, tiling: Tiling) -> tuple[float, Tiles]:
+    async def _prepare(self, request: ParsedRequest, index: int, deadline: Deadline) -> tuple[float, Tiles]:
         """Decode and tile an image in a thread. An error names the image by its index in the call.
 
         Returns: the seconds it waited for a thread, and its tiles.
         """
-        submitted, waiting_images = time.monotonic(), self._metrics.waiting_images
+        submitted, image = time.monotonic(), request.images[index]
 
         def prepare() -> tuple[float, Tiles]:
-            waiting_images.dec()
             waited = time.monotonic() - submitted
-            return waited, self._encoder.prepare(data, tiling)
+            # a message makes a copy of its bytes for each use: not before the thread needs them
+            return waited, self._encoder.prepare(image.data, request.tiling)
 
-        waiting_images.inc()
-        future = self._prepare_threads.submit(prepare)
+        def check() -> None:
+            if deadline.passes_within(0):
+                deadline.missed = True
+                raise errors.DeadlineExceeded(f"Deadline exceeded before images[{index}] was decoded; retry later.")
+
         try:
-            return await asyncio.wrap_future(future)
+            return await self._prepare_threads.run(request.caller, prepare, check)
         except errors.InvalidRequest as error:
             raise type(error)(str(error), param=f"images[{index}]") from None
-        finally:
-            if future.cancel():  # the caller disconnected before a thread was free
-                waiting_images.dec()
 
     def _header(self, key: str, dtype: str, rows: int) -> Header:
         return Header(key, self._checkpoint.fingerprint, dtype, rows, self._checkpoint.width)

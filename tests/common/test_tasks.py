@@ -43,6 +43,19 @@ async def test_concurrent_callers_share_one_task() -> None:
     assert await single_flight.run("k", work) == 2, "results are not cached"
 
 
+async def test_a_forgotten_task_goes_on_for_its_callers_and_gets_no_new_ones() -> None:
+    single_flight, work = SingleFlight[int](), Work()
+    first = await start_callers(single_flight, work, 2)
+    single_flight.forget("k")
+    single_flight.forget("unknown")
+    assert not single_flight.in_flight("k")
+    second = await start_callers(single_flight, work, 2)
+    first[0].cancel()
+    work.may_end.set()
+    assert await asyncio.gather(first[1], *second) == [1, 2, 2]
+    assert not single_flight.in_flight("k")
+
+
 async def test_keys_are_independent() -> None:
     single_flight, work = SingleFlight[int](), Work()
     tasks = await start_callers(single_flight, work, 1, "a") + await start_callers(single_flight, work, 1, "b")

@@ -32,7 +32,7 @@ from tests.deploy.files import (
     services,
 )
 from tests.option_classes import COMMANDS
-from vision_worker import process as vision
+from vision_worker.config import VisionOptions
 
 EVERY_CONFIGURATION = pytest.mark.parametrize("files", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 EXAMPLE = DEPLOY / ".env.example"
@@ -179,7 +179,11 @@ def test_every_service_scales_restarts_and_rotates_its_log(files: tuple[Path, ..
 @EVERY_CONFIGURATION
 @pytest.mark.parametrize(
     ("service", "drain"),
-    [("gateway", gateway._SHUTDOWN_TIMEOUT_SECONDS), ("vision", vision._GRACE_SECONDS), ("language", sink._STOP_GRACE_SECONDS)],
+    [
+        ("gateway", gateway._SHUTDOWN_TIMEOUT_SECONDS),
+        ("vision", VisionOptions.model_fields["shutdown_grace"].default),
+        ("language", sink._STOP_GRACE_SECONDS),
+    ],
 )
 def test_the_stop_grace_period_covers_the_drain(files: tuple[Path, ...], service: str, drain: float) -> None:
     assert seconds(services(files)[service]["stop_grace_period"]) >= drain + CLOSE_SECONDS

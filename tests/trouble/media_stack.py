@@ -3,9 +3,9 @@
 The tower is `vision_worker/models/fake.py`: its embeddings are hashes of the tiles, so pixels matter and no weights are read.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from vision_worker.delivery import SinkChannels
 from vision_worker.encoder import Placement
 from vision_worker.metrics import Metrics
 from vision_worker.models.fake import Fake
+from vision_worker.prepare_threads import PrepareThreads
 from vision_worker.preprocessing.tiling import Tiles
+from vision_worker.process import watch_threads
 from vision_worker.service import Service
 
 DATA = Path(__file__).parents[1] / "data"
@@ -60,12 +62,16 @@ class DecodingVisionWorker(FakeVisionWorker):
     async def start(self) -> None:
         """Listens at the worker's address."""
         metrics, enter = Metrics(), self._resources.enter_async_context
+        batcher = await enter(Batcher(self.encoder, 16, metrics))
+        threads = self._resources.enter_context(PrepareThreads(2))
         service = Service(
             encoder=self.encoder,
-            batcher=await enter(Batcher(self.encoder, 16, metrics)),
+            batcher=batcher,
             sinks=await enter(SinkChannels()),
             cache=await enter(EmbeddingCache(None)),
-            prepare_threads=self._resources.enter_context(ThreadPoolExecutor(2)),
+            prepare_threads=threads,
+            liveness=watch_threads(batcher, threads, "cpu", 0),
+            draining=asyncio.Event(),
             max_pixels=64_000_000,
             metrics=metrics,
             trace=Trace(None, "vision"),

@@ -1,7 +1,9 @@
 """Batches of tiles: how they are formed, which calls are dropped, and which calls a failure affects."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from itertools import chain
 
 import numpy as np
@@ -13,6 +15,7 @@ from common import errors
 from common.checkpoint import open_checkpoint
 from tests.vision_worker import golden
 from vision_worker.batcher import Batcher, EncodedGroup
+from vision_worker.deadline import Deadline
 from vision_worker.encoder import Placement
 from vision_worker.metrics import Metrics
 from vision_worker.models import vir
@@ -51,8 +54,16 @@ def image_of(*values: int) -> Tiles:
     return Tiles(pixels, len(values), 1, tuple(values))
 
 
-async def encode(batcher: Batcher, *images: Tiles, policy: vir.Policy = KEEP) -> EncodedGroup:
-    return await batcher.encode(images, policy, torch.float32)
+async def encode(
+    batcher: Batcher, *images: Tiles, policy: vir.Policy = KEEP, caller: str = "", deadline: Deadline | None = None
+) -> EncodedGroup:
+    return await batcher.encode(images, policy, torch.float32, caller, deadline)
+
+
+async def wait_for_waiting_tiles(batcher: Batcher, tiles: int) -> None:
+    async with asyncio.timeout(10):
+        while len(batcher._queue) != tiles:
+            await asyncio.sleep(0.005)
 
 
 async def wait_for_first_batch(encoder: RecordingEncoder) -> None:
@@ -130,9 +141,9 @@ async def test_waiting_tiles_are_counted_until_a_batch_takes_them_or_the_call_is
         first = asyncio.create_task(encode(batcher, image_of(0)))
         await wait_for_first_batch(encoder)
         staying = asyncio.create_task(encode(batcher, image_of(1, 2, 3, 4, 5)))
-        leaving = asyncio.create_task(encode(batcher, image_of(6, 7, 8, 8)))
+        leaving = asyncio.create_task(encode(batcher, image_of(*range(20, 26), 25)))
         async with asyncio.timeout(10):
-            while metrics.registry.get_sample_value(waiting) != 3 + 3:  # two are in the staged batch; equal tiles count once
+            while metrics.registry.get_sample_value(waiting) != 3 + 6:  # two are in the staged batch; equal tiles count once
                 await asyncio.sleep(0.01)
         leaving.cancel()
         encoder.open.set()
@@ -140,6 +151,146 @@ async def test_waiting_tiles_are_counted_until_a_batch_takes_them_or_the_call_is
         await encode(batcher, image_of(9))
     assert metrics.registry.get_sample_value(waiting) == 0
     assert metrics.registry.get_sample_value(batches) == sum(map(len, encoder.batches)) == 1 + 5 + 1
+
+
+async def test_callers_take_turns() -> None:
+    """Nine tenths of the tiles are A's; B's are computed among the first, although they came last."""
+    encoder = RecordingEncoder()
+    encoder.open.clear()
+    async with Batcher(encoder, 2) as batcher:
+        calls = [asyncio.create_task(encode(batcher, image_of(n, n + 1, n + 2), caller="A")) for n in range(0, 54, 3)]
+        await wait_for_first_batch(encoder)
+        await wait_for_waiting_tiles(batcher, 50)  # four are in batches
+        calls += [asyncio.create_task(encode(batcher, image_of(100, 101, 102), caller="B")) for _ in range(2)]
+        await wait_for_waiting_tiles(batcher, 56)
+        encoder.open.set()
+        await asyncio.gather(*calls)
+    computed = list(chain(*encoder.batches))
+    assert computed.index(102) < 4 + 2 * 6
+    assert [value for value in computed if value < 100] == list(range(54)), "equal groups of a caller keep their order"
+
+
+async def test_a_small_group_overtakes_a_large_one_of_the_same_caller() -> None:
+    encoder = RecordingEncoder()
+    encoder.open.clear()
+    async with Batcher(encoder, 1) as batcher:
+        large = asyncio.create_task(encode(batcher, image_of(*range(39))))
+        await wait_for_first_batch(encoder)
+        await wait_for_waiting_tiles(batcher, 37)
+        small = asyncio.create_task(encode(batcher, image_of(100)))
+        await wait_for_waiting_tiles(batcher, 38)
+        encoder.open.set()
+        await small
+        assert not large.done()
+        await large
+    assert list(chain(*encoder.batches)).index(100) == 2
+
+
+async def test_embeddings_do_not_depend_on_turns() -> None:
+    async with Batcher(RecordingEncoder(), 4) as batcher:
+        values = [tuple(range(n, n + 1 + n % 7)) for n in range(0, 200, 9)]
+        alone = [await encode(batcher, image_of(*numbers)) for numbers in values]
+        mixed = await asyncio.gather(*(encode(batcher, image_of(*v), caller=str(v[0] % 3)) for v in values))
+    assert [bytes(group.images[0].data) for group in mixed] == [bytes(group.images[0].data) for group in alone]
+
+
+async def test_pixels_are_released_once_their_batch_is_on_the_device() -> None:
+    encoder = RecordingEncoder()
+    encoder.open.clear()
+    async with Batcher(encoder, 1) as batcher:
+        first = asyncio.create_task(encode(batcher, image_of(0)))
+        await wait_for_first_batch(encoder)
+        image, cancelled = image_of(1, 2), image_of(7, 8)
+        pixels = [weakref.ref(tiles.pixels) for tiles in (image, cancelled)]
+        call, leaving = (batcher.encode([tiles], KEEP, torch.float32) for tiles in (image, cancelled))
+        del image, cancelled
+        leaving.cancel()
+        await asyncio.sleep(0)
+        encoder.open.set()
+        await asyncio.gather(first, call)
+        gc.collect()
+        assert [reference() for reference in pixels] == [None, None]
+
+
+# Deadlines
+
+
+async def test_a_group_whose_deadline_has_passed_is_not_computed() -> None:
+    encoder, metrics = RecordingEncoder(), Metrics()
+    encoder.open.clear()
+    async with Batcher(encoder, 1, metrics) as batcher:
+        first = asyncio.create_task(encode(batcher, image_of(0)))
+        await wait_for_first_batch(encoder)
+        ready = asyncio.create_task(encode(batcher, image_of(1)))
+        await wait_for_waiting_tiles(batcher, 0)
+        deadline = Deadline(0)
+        late = asyncio.create_task(encode(batcher, image_of(5, 6, 7), deadline=deadline))
+        in_time = asyncio.create_task(encode(batcher, image_of(8), deadline=Deadline(3600)))
+        await wait_for_waiting_tiles(batcher, 4)
+        encoder.open.set()
+        with pytest.raises(errors.DeadlineExceeded, match="3 tiles of the call cannot be computed in time"):
+            await late
+        await asyncio.gather(first, ready, in_time)
+    assert encoder.batches == [[0], [1], [8]]
+    assert deadline.missed
+    assert metrics.registry.get_sample_value("dvd_vision_dropped_tiles_total") == 3
+    assert metrics.registry.get_sample_value("dvd_vision_waiting_tiles") == 0
+
+
+async def test_a_group_that_cannot_be_in_time_is_not_computed() -> None:
+    encoder, metrics = RecordingEncoder(), Metrics()
+    async with Batcher(encoder, 2, metrics) as batcher:
+        await encode(batcher, image_of(0), deadline=Deadline(3600))
+        batcher.times.record(2, 200.0)
+        with pytest.raises(errors.DeadlineExceeded):
+            await encode(batcher, image_of(1, 2, 3), deadline=Deadline(250))
+        await encode(batcher, image_of(4, 5), deadline=Deadline(250))
+    assert list(chain(*encoder.batches)) == [0, 4, 5]
+    assert metrics.registry.get_sample_value("dvd_vision_dropped_tiles_total") == 3
+
+
+async def test_an_estimate_does_not_drop_a_group_that_has_begun() -> None:
+    encoder = RecordingEncoder()
+    encoder.open.clear()
+    async with Batcher(encoder, 1) as batcher:
+        call = asyncio.create_task(encode(batcher, image_of(1, 2, 3, 4), deadline=Deadline(3600)))
+        await wait_for_first_batch(encoder)
+        batcher.times.record(1, 1e6)
+        encoder.open.set()
+        await call
+    assert list(chain(*encoder.batches)) == [1, 2, 3, 4]
+
+
+async def test_a_later_deadline_of_a_call_that_joins_counts() -> None:
+    encoder = RecordingEncoder()
+    encoder.open.clear()
+    async with Batcher(encoder, 1) as batcher:
+        first = asyncio.create_task(encode(batcher, image_of(0)))
+        await wait_for_first_batch(encoder)
+        ready = asyncio.create_task(encode(batcher, image_of(1)))
+        await wait_for_waiting_tiles(batcher, 0)
+        deadline = Deadline(0)
+        joined = asyncio.create_task(encode(batcher, image_of(2), deadline=deadline))
+        await wait_for_waiting_tiles(batcher, 1)
+        deadline.extend(None)
+        deadline.extend(1)
+        encoder.open.set()
+        await asyncio.gather(first, ready, joined)
+    assert list(chain(*encoder.batches)) == [0, 1, 2]
+
+
+async def test_batches_are_measured() -> None:
+    async with Batcher(RecordingEncoder(), 2) as batcher:
+        await batcher.warm_up()
+        assert batcher.times.seconds_per_batch > 0
+        assert batcher.times.seconds_per_tile is None
+        await encode(batcher, image_of(1, 2))
+        async with asyncio.timeout(10):
+            while batcher.times.seconds_per_tile is None:
+                await asyncio.sleep(0.005)
+
+
+# Failures
 
 
 async def test_a_failing_batch_fails_its_calls_and_no_others() -> None:
@@ -174,6 +325,18 @@ async def test_a_device_that_is_out_of_memory_is_not_lost(monkeypatch: pytest.Mo
             await encode(batcher, image_of(255))
         await encode(batcher, image_of(7))
         assert not batcher.device_lost.is_set()
+
+
+async def test_a_self_test_finds_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = RecordingEncoder()
+    async with Batcher(encoder, 2) as batcher:
+        await batcher.self_test()
+        assert (encoder.batches, batcher.progress.completed, batcher.is_idle) == ([[0]], 1, True)
+        assert not batcher.device_lost.is_set()
+        monkeypatch.setattr("vision_worker.batcher._is_usable", lambda _: False)
+        encoder.POISON = 0
+        await batcher.self_test()
+        await asyncio.wait_for(batcher.device_lost.wait(), 10)
 
 
 async def test_infinite_values_are_an_error() -> None:

@@ -1,11 +1,11 @@
 """The service over a real socket, delivering to a small sink."""
 
 import asyncio
+import functools
 import logging
 import math
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,16 +15,22 @@ import pytest
 import torch
 
 from common import embedding_stream, errors, logs, rpc
+from common.tiling import Tiling
 from common.tracing import Trace
 from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from tests.vision_worker import golden
-from vision_worker.batcher import Batcher
+from vision_worker.batcher import Batcher, EncodedGroup
 from vision_worker.cache.base import Cache
 from vision_worker.cache.embedding_cache import EmbeddingCache
 from vision_worker.cache.memory import MemoryCache
+from vision_worker.deadline import Deadline
 from vision_worker.delivery import SinkChannels
 from vision_worker.metrics import Metrics
+from vision_worker.models.internvl import InternVL
+from vision_worker.prepare_threads import PrepareThreads
+from vision_worker.preprocessing.tiling import Tiles
+from vision_worker.process import watch_threads
 from vision_worker.service import Service
 
 STAGES = ("decode", "tile", "encode", "route", "deliver")
@@ -60,7 +66,8 @@ class Worker:
     fingerprint: str
     batcher: Batcher
     metrics: Metrics
-    threads: ThreadPoolExecutor
+    threads: PrepareThreads
+    draining: asyncio.Event
 
     async def encode(
         self, *images: str | bytes, seconds: float | None = None, name: str = "key", metadata: Any = (), **fields: Any
@@ -96,23 +103,24 @@ async def serve(name: str, folder: Path, cache: Cache | None = None) -> AsyncIte
     sink, sink_address, address = Sink(), f"unix:{folder}/sink", f"unix:{folder}/vision"
     sink_server, server = rpc.create_server(sink_address), rpc.create_server(address)
     embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, sink_server)
-    encoder, metrics, threads = golden.encoder(name), Metrics(), ThreadPoolExecutor(2)
+    encoder, metrics, threads, draining = golden.encoder(name), Metrics(), PrepareThreads(2), asyncio.Event()
     async with (
         Batcher(encoder, 16, metrics) as batcher,
         EmbeddingCache(cache) as embeddings,
         SinkChannels() as sinks,
+        watch_threads(batcher, threads, "cpu", 60) as liveness,
         rpc.open_channel(address) as channel,
     ):
         metrics.watch(embeddings)
         service = Service(
             encoder=encoder, batcher=batcher, sinks=sinks, cache=embeddings, prepare_threads=threads,
-            max_pixels=3_000_000, metrics=metrics, trace=Trace(None, "vision"),
+            liveness=liveness, draining=draining, max_pixels=3_000_000, metrics=metrics, trace=Trace(None, "vision"),
         )  # fmt: skip
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)
         await sink_server.start()
         await server.start()
         stub = vision_pb2_grpc.VisionStub(channel)
-        yield Worker(stub, sink, sink_address, encoder.checkpoint.fingerprint, batcher, metrics, threads)
+        yield Worker(stub, sink, sink_address, encoder.checkpoint.fingerprint, batcher, metrics, threads, draining)
         await server.stop(0)
         await sink_server.stop(0)
 
@@ -134,6 +142,17 @@ async def test_describe_returns_checkpoint_device_and_dtype(flash: Worker) -> No
     assert description.checkpoint.fingerprint == flash.fingerprint
     assert (description.checkpoint.width, description.checkpoint.compressed_tokens_per_tile) == (128, 64)
     assert (description.device, description.dtype) == ("cpu", embeddings_pb2.FLOAT32)
+
+
+async def test_describe_returns_the_state_of_the_worker(flash: Worker) -> None:
+    before = await flash.stub.Describe(embeddings_pb2.DescribeRequest())
+    flash.draining.set()
+    after = await flash.stub.Describe(embeddings_pb2.DescribeRequest())
+    assert [(state.draining, state.stalled, state.batch_tiles) for state in (before, after)] == [
+        (False, "", 16),
+        (True, "", 16),
+    ]
+    assert (await flash.encode("square.png")).images[0].tokens == 256, "a draining worker still accepts calls"
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FLASH if len(case.stems) > 1])
@@ -284,6 +303,82 @@ async def test_cancellation_and_deadline_reach_the_batcher(flash: Worker, monkey
     assert (await flash.encode("square.png")).images[0].tokens == 256
 
 
+async def test_a_call_that_joins_extends_the_deadline_of_the_group(flash: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines, may_end = list[Deadline](), asyncio.Event()
+    encode = flash.batcher.encode
+
+    async def encode_later(*arguments: Any) -> EncodedGroup:
+        deadlines.append(arguments[-1])
+        assert arguments[-2] == "first"
+        await may_end.wait()
+        return await encode(*arguments)
+
+    monkeypatch.setattr(flash.batcher, "encode", encode_later)
+    first = asyncio.create_task(flash.encode("square.png", seconds=60, caller="first"))
+    while not deadlines:
+        await asyncio.sleep(0.01)
+    assert deadlines[0].passes_within(61)
+    second = asyncio.create_task(flash.encode("square.png", seconds=600, caller="second"))
+    async with asyncio.timeout(20):
+        while deadlines[0].passes_within(61):
+            await asyncio.sleep(0.01)
+    third = asyncio.create_task(flash.encode("square.png"))
+    async with asyncio.timeout(20):
+        while deadlines[0].passes_within(1e9):
+            await asyncio.sleep(0.01)
+    may_end.set()
+    await asyncio.gather(first, second, third)
+    assert flash.outcomes() == (1, 0, 2)
+
+
+async def test_a_call_does_not_join_a_group_that_was_dropped(flash: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has more time; the task of the dropped group has not ended yet."""
+    encode, deadlines, may_fail = flash.batcher.encode, list[Deadline](), asyncio.Event()
+
+    async def drop_the_first(*arguments: Any) -> EncodedGroup:
+        deadlines.append(arguments[-1])
+        if len(deadlines) > 1:
+            return await encode(*arguments)
+        deadlines[0].missed = True
+        await may_fail.wait()
+        raise errors.DeadlineExceeded("dropped")
+
+    monkeypatch.setattr(flash.batcher, "encode", drop_the_first)
+    first = asyncio.create_task(flash.encode("square.png", seconds=60))
+    async with asyncio.timeout(20):
+        while not deadlines:
+            await asyncio.sleep(0.01)
+    assert (await flash.encode("square.png", seconds=600)).images[0].tokens == 256
+    may_fail.set()
+    with pytest.raises(errors.DeadlineExceeded, match="dropped"):
+        await first
+    assert flash.outcomes() == (1, 0, 0)
+
+
+async def test_an_image_whose_deadline_has_passed_is_not_decoded(flash: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, decoded = threading.Event(), list[bytes]()
+    prepare = InternVL.prepare
+
+    def record(encoder: InternVL, data: bytes, options: Tiling) -> Tiles:
+        decoded.append(data)
+        return prepare(encoder, data, options)
+
+    monkeypatch.setattr(InternVL, "prepare", record)
+    busy = [asyncio.create_task(flash.threads.run("", functools.partial(release.wait, 60))) for _ in range(2)]
+    with pytest.raises(errors.DeadlineExceeded):
+        await flash.encode("square.png", seconds=1)
+    monkeypatch.setattr(Deadline, "passes_within", lambda _self, seconds: seconds == 0)
+    late = asyncio.create_task(flash.encode("square.png", seconds=60))
+    async with asyncio.timeout(20):
+        while flash.sample("waiting_images") != 1:
+            await asyncio.sleep(0.01)
+    release.set()
+    with pytest.raises(errors.DeadlineExceeded, match=r"before images\[0\] was decoded"):
+        await late
+    await asyncio.gather(*busy)
+    assert decoded == []
+
+
 # Metrics and logs
 
 
@@ -316,7 +411,7 @@ async def test_errors_are_counted_by_code_and_gauges_return_to_zero(flash: Worke
 
 async def test_a_call_cancelled_before_a_thread_is_free_no_longer_waits(flash: Worker) -> None:
     release = threading.Event()
-    busy = [flash.threads.submit(release.wait, 60) for _ in range(2)]
+    busy = [asyncio.create_task(flash.threads.run("", functools.partial(release.wait, 60))) for _ in range(2)]
     call = asyncio.create_task(flash.encode("square.png"))
     async with asyncio.timeout(20):
         while flash.sample("waiting_images") != 1:
@@ -326,7 +421,7 @@ async def test_a_call_cancelled_before_a_thread_is_free_no_longer_waits(flash: W
             await asyncio.sleep(0.01)
         assert flash.sample("waiting_images") == 0
         release.set()
-        await asyncio.gather(*map(asyncio.wrap_future, busy))
+        await asyncio.gather(*busy)
     assert flash.count("errors", code="cancelled") == 1
     await flash.encode("square.png")
     assert flash.sample("waiting_images") == 0
