@@ -82,7 +82,7 @@ class EncodeCalls:
         """
         flight = digest(deliver_to.encode(), *(key.encode() for key in group.keys)).hex()
         request = _encode_request(group, images, deliver_to, context.flow)
-        job = EncodeJob(group.keys[0], checkpoint, context.flow, context.stats.request_id, tiles, context.deadline)
+        job = EncodeJob(group.keys[0], checkpoint, context.flow, tiles, context.deadline)
         while True:
             joined = self._flights.in_flight(flight)
             self._metrics.joined.inc(len(group.keys) * joined)

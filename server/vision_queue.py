@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from common import errors
+from common.fair_queue import FairQueue
 from protos.embeddings_pb2 import CheckpointDescription
-from server.fair_queue import FairQueue
 from server.metrics import Metrics
 from server.workers.compatibility import same_checkpoint
 from server.workers.pool import Pool, rank
@@ -31,7 +31,6 @@ class EncodeJob:
         key: Key of an embedding; equal keys prefer the same vision worker.
         checkpoint: The checkpoint that the vision worker must serve.
         caller: Who sent the request; callers take turns.
-        request_id: The request; requests of one caller take turns.
         tiles: Number of tiles of the call.
         deadline: Monotonic time at which the request expires.
     """
@@ -39,7 +38,6 @@ class EncodeJob:
     key: str
     checkpoint: CheckpointDescription
     caller: str
-    request_id: str
     tiles: int
     deadline: float
 
@@ -51,11 +49,6 @@ class _Ticket:
     job: EncodeJob
     exclude: Collection[VisionWorker]
     turn: "asyncio.Future[VisionWorker]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-    @property
-    def flow(self) -> tuple[str, str]:
-        """Where the call waits: callers take turns, and requests of one caller do."""
-        return self.job.caller, self.job.request_id
 
 
 class VisionQueue:
@@ -74,7 +67,6 @@ class VisionQueue:
         self._pool, self._max_wait, self._metrics, self._clock = pool, max_wait_seconds, metrics, clock
         self._queue: FairQueue[_Ticket] = FairQueue()
         self._tiles_by_caller: Counter[str] = Counter()  # waiting and in flight
-        self._waiting_tiles = 0
 
     @property
     def tiles_per_second(self) -> float | None:
@@ -85,7 +77,7 @@ class VisionQueue:
     @property
     def waiting_tiles(self) -> int:
         """Tiles that wait here."""
-        return self._waiting_tiles
+        return len(self._queue)
 
     @property
     def total_wait_seconds(self) -> float:
@@ -144,8 +136,8 @@ class VisionQueue:
         """
         ticket = _Ticket(job, exclude)
         self._tiles_by_caller[job.caller] += job.tiles
-        self._queue.push(ticket.flow, job.tiles, ticket)
-        self._add_waiting(job.tiles)
+        self._queue.add(ticket, job.caller, job.tiles)
+        self._export()
         self.dispatch()
         try:
             worker = await ticket.turn
@@ -158,9 +150,10 @@ class VisionQueue:
     def dispatch(self) -> None:
         """Send the calls whose turn it is, as long as a worker has room. Called whenever that may have changed."""
         while self._queue:
-            ticket = self._queue.peek()
+            ticket = self._queue.first()
             if ticket.turn.cancelled():  # its task has not run since
-                self._queue.pop()
+                self._queue.remove(ticket)
+                self._export()
                 continue
             try:
                 worker = self._choose(ticket)
@@ -195,7 +188,8 @@ class VisionQueue:
         return worker
 
     def _take(self) -> None:
-        self._add_waiting(-self._queue.pop().job.tiles)
+        self._queue.take_item()
+        self._export()
 
     def _release(self, ticket: _Ticket) -> None:
         """Undo what a call has been counted for: its place in the queue, or its tiles at a worker."""
@@ -204,11 +198,10 @@ class VisionQueue:
         if not self._tiles_by_caller[job.caller]:
             del self._tiles_by_caller[job.caller]
         if ticket.turn.cancelled():  # while it waited
-            self._queue.discard(ticket.flow, lambda other: other is ticket)
-            self._add_waiting(-job.tiles)
+            self._queue.remove(ticket)
+            self._export()
         elif ticket.turn.exception() is None:
             ticket.turn.result().remove_tiles(job.tiles)
 
-    def _add_waiting(self, tiles: int) -> None:
-        self._waiting_tiles += tiles
-        self._metrics.waiting_tiles.set(self._waiting_tiles)
+    def _export(self) -> None:
+        self._metrics.waiting_tiles.set(len(self._queue))

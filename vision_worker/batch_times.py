@@ -41,6 +41,11 @@ class BatchTimes:
         self._measured = time.monotonic()
 
     @property
+    def tiles_per_second(self) -> float:
+        """Tiles per second in full batches, however long ago that was measured; 0 until then."""
+        return 1 / self._seconds_per_tile if self._seconds_per_tile else 0.0
+
+    @property
     def seconds_per_tile(self) -> float | None:
         """Seconds per tile in full batches. None until measured, and where the measurement is old."""
         return self._seconds_per_tile if time.monotonic() - self._measured < _VALID_SECONDS else None

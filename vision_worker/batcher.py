@@ -23,17 +23,20 @@ import torch
 from torch import Tensor
 
 from common import errors
+from common.fair_queue import FairQueue
 from common.tracing import Trace
 from vision_worker.batch_times import BatchTimes
 from vision_worker.deadline import Deadline
 from vision_worker.encoder import Encoder
-from vision_worker.fair_queue import FairQueue
 from vision_worker.liveness import CpuClock, Progress
 from vision_worker.metrics import Metrics
 from vision_worker.models.vir import Fixed, Policy
 from vision_worker.preprocessing.tiling import Tiles
 
 log = logging.getLogger(__name__)
+
+_MAX_MEASURED_WARM_UP_SECONDS = 5.0
+"""A warm-up that takes longer is not repeated for a measurement: it would delay readiness."""
 
 _MAX_BATCHES_IN_FLIGHT = 2
 """One on the device and the next one staged. With more, batches would contain tiles of callers that have disconnected."""
@@ -162,17 +165,21 @@ class Batcher:
         description = self._encoder.checkpoint.description
         policies = [Fixed(False), *([Fixed(True)] if description.thresholds else [])]
 
-        def run() -> float:
-            for size in self._encoder.warmup_batch_sizes(self.max_tiles):
-                started = time.monotonic()
-                features = self._encoder.forward(self._encoder.stage([self._blank_tile()] * size))
+        def compute(size: int) -> float:
+            started = time.monotonic()
+            features = self._encoder.forward(self._encoder.stage([self._blank_tile()] * size))
             for policy in policies:
                 self._encoder.project(features, range(len(features)), policy)
             return time.monotonic() - started
 
+        def run() -> float:
+            for size in self._encoder.warmup_batch_sizes(self.max_tiles):
+                seconds = compute(size)
+            # the first batch allocates memory, so that only the second one tells how fast the device is
+            return compute(size) if seconds < _MAX_MEASURED_WARM_UP_SECONDS else seconds
+
         seconds = await asyncio.get_running_loop().run_in_executor(self._device_thread, run)
-        if not self._encoder.placement.compile_for:
-            self.times.seconds_per_batch = seconds
+        self.times.record(self.max_tiles, seconds)
 
     async def self_test(self) -> None:
         """Compute one blank tile on the device, as a batch that nobody waits for."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from vision_worker.fair_queue import FairQueue
+from common.fair_queue import FairQueue
 from vision_worker.liveness import CpuClock, Progress
 
 T = TypeVar("T")

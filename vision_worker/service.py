@@ -97,6 +97,7 @@ class Service(vision_pb2_grpc.VisionServicer):
             draining=self._draining.is_set(),
             stalled=self._liveness.stalled,
             batch_tiles=self._batcher.max_tiles,
+            tiles_per_second=self._batcher.times.tiles_per_second,
         )
 
     async def Encode(  # noqa: N802

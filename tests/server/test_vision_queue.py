@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from itertools import count
 
 import pytest
 
@@ -33,12 +32,11 @@ class Bench:
         self.queue = VisionQueue(self.pool, max_wait, self.metrics, lambda: self.now)
         self.sent: list[str] = []
         self._end: dict[str, asyncio.Event] = {}
-        self._numbers = count()
 
     async def call(self, name: str, tiles: int, caller: str = "caller", deadline: float = 100.0) -> VisionWorker:
         """Wait for a turn, and take it until `end` is called."""
         end = self._end[name] = asyncio.Event()
-        job = EncodeJob(name, CHECKPOINT, caller, f"request {next(self._numbers)}", tiles, deadline)
+        job = EncodeJob(name, CHECKPOINT, caller, tiles, deadline)
         async with self.queue.worker(job) as worker:
             self.sent.append(name)
             await end.wait()

@@ -1,9 +1,9 @@
-"""A queue whose callers take turns: one unit of work at a time, by start-time fair queueing.
+"""A queue whose callers take turns by units of work: start-time fair queueing. Units are taken one by one, or all of an item.
 
 Every caller has a start tag, the virtual time at which its next unit is due. The caller with the smallest tag is served, and
-its tag grows by one over its weight. A caller that joins starts at the current virtual time: it neither waits for the backlog
-of the others, nor is it compensated for the time before. Virtual time passes with every unit, even if each one is the first of
-a new caller: those that wait are served in the end. docs/decisions/0030-turns-of-callers.md explains the choices.
+its tag grows by one over its weight for each unit. A caller that joins starts at the current virtual time: it neither waits for
+the backlog of the others, nor is it compensated for the time before. Virtual time passes with every unit, even if each one is
+the first of a new caller: those that wait are served in the end. docs/decisions/0030-turns-of-callers.md explains the choices.
 
 The items of one caller are served in the order in which they would finish if they shared the caller's turns equally. So a
 small item overtakes a large one, equal items keep their order of arrival, and no item finishes later than with equal shares.
@@ -73,7 +73,7 @@ class _Waiting(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Items of one or more units each, taken unit by unit. Its length is the number of waiting units.
+    """Items of one or more units each. Its length is the number of waiting units.
 
     Args:
         weights: shares of callers relative to each other; 1 for those that are not listed.
@@ -111,15 +111,22 @@ class FairQueue(Generic[T]):
 
     def take(self) -> T:
         """Take the next unit and return its item, which leaves with its last unit. Raises: IndexError if the queue is empty."""
+        return self._take(1)
+
+    def take_item(self) -> T:
+        """Take all units of the next item and return it. Raises: IndexError if the queue is empty."""
+        return self._take(self._items[self.first()].units)
+
+    def _take(self, units: int) -> T:
         caller = self._callers.first()
         item = caller.items.first()
-        self._time = max(self._time + 1 / self._total_weight, caller.start)
-        caller.start += 1 / caller.weight
-        caller.time += 1 / len(caller.items)
+        self._time = max(self._time + units / self._total_weight, caller.start)
+        caller.start += units / caller.weight
+        caller.time += units / len(caller.items)
         self._callers.push(caller, caller.start)
         waiting = self._items[item]
-        waiting.units -= 1
-        self._units -= 1
+        waiting.units -= units
+        self._units -= units
         if not waiting.units:
             self._leave(item)
         return item

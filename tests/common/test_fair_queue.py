@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from vision_worker.fair_queue import FairQueue
+from common.fair_queue import FairQueue
 
 
 def take(queue: FairQueue[str], units: int) -> str:
@@ -159,3 +159,22 @@ def test_removed_items_are_forgotten() -> None:
         queue.remove(f"item {number}")
         queue.remove(f"other {number}")
     assert len(queue._callers._heap) + len(queue._callers.first().items._heap) + len(queue._finish_tags) < 500
+
+
+def test_an_item_can_be_taken_whole_and_its_caller_pays_for_all_units() -> None:
+    queue = FairQueue[str]()
+    for number in range(3):
+        queue.add(f"large {number}", "large", 13)
+    for number in range(30):
+        queue.add(f"small {number}", "small", 1)
+    taken = [queue.take_item().split()[0] for _ in range(28)]
+    assert taken.count("large") == 2, "26 units"
+    assert taken.count("small") == 26
+    assert len(queue) == 13 + 4
+
+
+def test_whole_items_of_one_caller_are_taken_small_ones_first() -> None:
+    queue = FairQueue[str]()
+    queue.add("large", "caller", 39)
+    queue.add("small", "caller", 1)
+    assert [queue.take_item(), queue.take_item()] == ["small", "large"]
