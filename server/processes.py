@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -126,7 +127,13 @@ class _Child:
     def __init__(self, options: GatewayOptions, listener: socket.socket) -> None:
         self._pipe, pipe_of_child = _spawn.Pipe()
         self.process = _spawn.Process(target=_serve_child, args=(options, listener, pipe_of_child))
-        self.process.start()  # in the main thread: die_with_parent is about the thread that starts it
+        resource_tracker.ensure_running()  # else its start, inside that of the first child, would unblock the signals
+        # inherited: a signal to a child that is still importing waits until it can drain, and Ctrl-C is for the parent alone
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            self.process.start()  # in the main thread: die_with_parent is about the thread that starts it
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         pipe_of_child.close()
 
     def send(self, command: str) -> None:
@@ -176,7 +183,6 @@ def _serve_child(options: GatewayOptions, listener: socket.socket, pipe: "Connec
     """Serve in a process of several, until its parent tells it to drain. SIGTERM, to this process alone, drains it too."""
     logs.configure(options.log_level, options.log_format)
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = create_server(options)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         threading.Thread(target=_obey, args=(pipe, runner.get_loop(), server), daemon=True).start()
@@ -185,6 +191,7 @@ def _serve_child(options: GatewayOptions, listener: socket.socket, pipe: "Connec
 
 async def _serve_until_drained(server: GracefulServer, listener: socket.socket) -> None:
     with _signal_handler(server.drain, (signal.SIGTERM,)):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
         await server.serve(sockets=[listener])
 
 
