@@ -70,6 +70,7 @@ class _Server(socketserver.ThreadingTCPServer):
     # not http.server's: it resolves the name of its address, which can take long, and cannot listen on a path
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 128
     drain: Callable[[], object]
     status: Callable[[], dict[str, Any]]
     is_draining = False

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.server.fakes.gateway import Gateway, start_gateway
+from tests.server.fakes.gateway import Gateway, is_refused, start_gateway
 from tests.server.fakes.handlers import Handler, event_stream, hang
 from tests.server.fakes.requests import chat
 from tests.server.fakes.stack import Response, start_stack
@@ -29,16 +29,6 @@ async def gateway(tmp_path: Path, processes: int, flags: list[str]) -> AsyncIter
     async with start_stack(tmp_path) as stack, start_gateway(stack, f"--workers={processes}", *flags) as running:
         await wait_until(lambda: len(running.serving_pids()) == (processes if processes > 1 else 0), "all processes run")
         yield running
-
-
-async def is_refused(gateway: Gateway) -> bool:
-    try:
-        await gateway.get("/health/live")
-    except aiohttp.ClientConnectorError:
-        return True
-    except aiohttp.ClientError:  # it was in the queue of the socket
-        return False
-    return False
 
 
 async def ends_without_a_trace(gateway: Gateway, pids: list[int]) -> str:

@@ -63,3 +63,14 @@ async def start_gateway(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+async def is_refused(gateway: Gateway) -> bool:
+    """Return whether the gateway accepts no new connection."""
+    try:
+        await gateway.get("/health/live")
+    except aiohttp.ClientConnectorError:
+        return True
+    except aiohttp.ClientError:  # it was in the queue of the socket
+        return False
+    return False
