@@ -13,7 +13,7 @@ from dvd.config import HealthOptions
 from lm_worker import sink
 from lm_worker.config import reject_own_flags, split_arguments
 from lm_worker.vllm_flags import first_unknown
-from server import __main__ as gateway
+from server.config import GatewayOptions
 from server.workers.discovery import parse_name
 from tests.deploy.files import (
     BASE,
@@ -179,8 +179,11 @@ def test_every_service_scales_restarts_and_rotates_its_log(files: tuple[Path, ..
 @EVERY_CONFIGURATION
 @pytest.mark.parametrize(
     ("service", "drain"),
-    [("gateway", gateway._SHUTDOWN_TIMEOUT_SECONDS), ("vision", vision._GRACE_SECONDS), ("language", sink._STOP_GRACE_SECONDS)],
-)
+    [
+        ("gateway", GatewayOptions.model_fields["shutdown_grace"].default), ("vision", vision._GRACE_SECONDS),
+        ("language", sink._STOP_GRACE_SECONDS),
+    ],
+)  # fmt: skip
 def test_the_stop_grace_period_covers_the_drain(files: tuple[Path, ...], service: str, drain: float) -> None:
     assert seconds(services(files)[service]["stop_grace_period"]) >= drain + CLOSE_SECONDS
 
