@@ -67,9 +67,9 @@ async def test_while_it_drains_it_serves_but_is_not_ready(gateway: Gateway) -> N
     await ends_without_a_trace(gateway, pids)
 
 
-@PROCESSES
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
 @pytest.mark.parametrize("flags", [["--shutdown-delay=0", "--shutdown-grace=600"]])
-async def test_running_requests_end_within_the_grace(gateway: Gateway, processes: int) -> None:
+async def test_running_requests_end_within_the_grace(gateway: Gateway, number: signal.Signals) -> None:
     may_end = asyncio.Event()
 
     async def rest(request: web.Request) -> web.StreamResponse:
@@ -83,7 +83,7 @@ async def test_running_requests_end_within_the_grace(gateway: Gateway, processes
     await wait_until(lambda: len(gateway.engine.requests) == 10, "the engine has all requests")
     pids = gateway.serving_pids()
     for pid in (gateway.process.pid, *pids):  # as systemd does, and Ctrl-C: every process of the group gets it
-        os.kill(pid, signal.SIGINT if processes == 1 else signal.SIGTERM)
+        os.kill(pid, number)
     await wait_until(lambda: is_refused(gateway), "no connection is accepted")
     may_end.set()
     bodies = {(response.status, response.body) for response in await asyncio.gather(*requests)}
