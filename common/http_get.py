@@ -1,4 +1,4 @@
-"""HTTP GET over TCP or a Unix socket, with the standard library alone: every container image has it."""
+"""HTTP requests without a body over TCP or a Unix socket, with the standard library alone: every container image has it."""
 
 import asyncio
 import http.client
@@ -34,7 +34,7 @@ async def http_get(address: str, path: str, timeout: float) -> tuple[int, bytes]
     Raises:
         errors.Unavailable: nothing listens at the address, or the answer is not HTTP or too late.
     """
-    return await asyncio.to_thread(_get, address, path, timeout)
+    return await asyncio.to_thread(http_request, "GET", address, path, timeout)
 
 
 async def http_is_ok(address: str, path: str) -> bool:
@@ -46,14 +46,15 @@ async def http_is_ok(address: str, path: str) -> bool:
     return status == 200
 
 
-def _get(address: str, path: str, timeout: float) -> tuple[int, bytes]:
+def http_request(method: str, address: str, path: str, timeout: float) -> tuple[int, bytes]:
+    """Send a request without a body; otherwise like `http_get`, but blocking."""
     connection: http.client.HTTPConnection | None = None
     try:
         if address.startswith("unix:"):
             connection = _UnixConnection(address.removeprefix("unix:"), timeout)
         else:
             connection = http.client.HTTPConnection(address, timeout=timeout)
-        connection.request("GET", path)
+        connection.request(method, path)
         response = connection.getresponse()
         return response.status, response.read(_MAX_BODY_BYTES)
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a host name that cannot be encoded

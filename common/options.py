@@ -45,13 +45,14 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Supported image formats, by Pillow's names. The gateway and the vision worker accept the same."""
 
 KNOWN_NAMES = frozenset({
-    "address", "allow_private_images", "allow_vir", "api_key", "cache", "cors_origins", "device", "docs", "fetch_timeout",
-    "fetch_user_agent", "host", "http", "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format",
-    "log_level", "max_batch_tiles", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight",
-    "max_tiles", "max_video_bytes", "metrics_port", "model", "port", "prepare_threads", "progress_timeout", "request_timeout",
-    "router_scope", "shutdown_grace", "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "trace", "vir",
-    "vir_absolute_threshold", "vir_relative_threshold", "vision_backend", "vision_compile", "vision_dtype", "vision_workers",
-    "vllm", "wait_for_embeddings", "workers",
+    "address", "admin", "allow_private_images", "allow_vir", "api_key", "cache", "cors_origins", "degrade_after",
+    "degrade_threshold", "degrade_tiles", "device", "docs", "fetch_timeout", "fetch_user_agent", "hedge_share", "host", "http",
+    "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format", "log_level", "max_batch_tiles",
+    "max_bodies_bytes", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight",
+    "max_queue_seconds", "max_tiles", "max_video_bytes", "metrics_port", "model", "port", "prepare_threads",
+    "progress_timeout", "request_timeout", "retry_share", "router_scope", "shutdown_delay", "shutdown_grace", "sink_bytes",
+    "sink_lease", "stream_keep_alive", "timeout", "trace", "vir", "vir_absolute_threshold", "vir_relative_threshold",
+    "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "vllm", "wait", "wait_for_embeddings", "workers",
 })  # fmt: skip
 """Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""
 
@@ -84,16 +85,26 @@ class MetricsOptions(Options):
     metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus endpoint; 0: no endpoint")
 
 
-class ShutdownOptions(Options):
-    """Options of a process that finishes its requests before it stops."""
-
-    shutdown_grace: float = Field(30.0, ge=0, description="seconds for requests in flight to finish after SIGTERM")
-
-
 class TraceOptions(Options):
     """Options of a process that records a trace."""
 
     trace: Path | None = Field(None, description="folder for trace events in Perfetto's format; unset: no trace")
+
+
+class ShutdownOptions(Options):
+    """Options of a process that lets running requests end before it exits."""
+
+    shutdown_grace: float = Field(
+        30.0, ge=0, description="seconds that running requests have to end after SIGTERM; the rest ends with an error"
+    )
+
+
+class AdminOptions(Options):
+    """Options of a process that can be drained through a listener of its own."""
+
+    admin: Address | None = Field(
+        None, description="address for dvd drain, HOST:PORT or unix:/PATH; it needs no key: keep it private; unset: none"
+    )
 
 
 class CheckpointOptions(Options):

@@ -26,6 +26,7 @@ processes
 tools
   describe MODEL  print the description of a checkpoint as JSON
   health ADDRESS  check whether a worker or a gateway can do its work, by exit status
+  drain ADDRESS   let a process finish its requests and exit
   plan FILE       compute how many workers a load needs, from measured costs
   --version       print the version
 
@@ -137,4 +138,16 @@ def _health(arguments: Sequence[str]) -> None:
     health(arguments)
 
 
-_TOOLS: dict[str, Callable[[Sequence[str]], None]] = {"up": _up, "describe": _describe, "plan": _plan, "health": _health}
+def _drain(arguments: Sequence[str]) -> None:
+    from dvd.drain import main as drain
+
+    drain(arguments)
+
+
+_TOOLS: dict[str, Callable[[Sequence[str]], None]] = {
+    "up": _up,
+    "describe": _describe,
+    "plan": _plan,
+    "health": _health,
+    "drain": _drain,
+}

@@ -1,4 +1,4 @@
-"""Options of the commands that are not a process of their own: `up`, `describe`, `health`."""
+"""Options of the commands that are not a process of their own: `up`, `describe`, `health`, `drain`."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from common.options import ADDRESS_PATTERN, MODEL_DESCRIPTION, Options
+from common.options import ADDRESS_PATTERN, MODEL_DESCRIPTION, Address, Options
 
 
 def _health_address(text: str) -> str:
@@ -33,3 +33,12 @@ class HealthOptions(Options):
         description="a worker (HOST:PORT, unix:/PATH), or a gateway's http://HOST:PORT/health/ready or /health/live"
     )
     timeout: float = Field(5.0, gt=0, description="probe timeout in seconds")
+
+
+class DrainOptions(Options):
+    """`dvd drain ADDRESS`: let the process with the admin listener at ADDRESS finish its requests and exit."""
+
+    command: ClassVar[str] = "drain"
+
+    address: Address = Field(description="the process' --admin: HOST:PORT or unix:/PATH")
+    wait: float | None = Field(None, gt=0, description="seconds to wait until the process has ended; unset: do not wait")

@@ -18,7 +18,6 @@ from common.processes import die_with_parent
 from dvd.output import print_child_line, print_status
 from dvd.up_processes import ProcessSpec
 
-_STOP_GRACE_SECONDS = 20.0
 _MAX_LINE_BYTES = 1 << 20
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -28,8 +27,21 @@ class _Child:
     """A running process and the task that forwards its output and returns how it ended."""
 
     name: str
+    stop_timeout: float
     process: asyncio.subprocess.Process
     watcher: asyncio.Task[str]
+
+    def terminate(self) -> None:
+        """Send SIGTERM, unless the process has ended."""
+        if self.process.returncode is None:
+            self.process.terminate()
+
+    async def wait_or_kill(self) -> None:
+        """Wait for the end of the process, and kill it if that takes too long."""
+        try:
+            await asyncio.wait_for(self.process.wait(), self.stop_timeout)
+        except TimeoutError:
+            self.process.kill()
 
 
 class Supervisor:
@@ -42,7 +54,7 @@ class Supervisor:
 
     async def __aenter__(self) -> Self:
         for number in _STOP_SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, self._stop_requested.set)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         try:
             for spec in self._specs:
                 self._children.append(await self._start(spec))
@@ -78,7 +90,7 @@ class Supervisor:
             start_new_session=True, preexec_fn=die_with_parent, limit=_MAX_LINE_BYTES,
         )  # fmt: skip
         print_status(f"{spec.name}: starting", self._options.log_format)
-        return _Child(spec.name, process, asyncio.create_task(self._watch(spec.name, process)))
+        return _Child(spec.name, spec.stop_timeout, process, asyncio.create_task(self._watch(spec.name, process)))
 
     async def _watch(self, name: str, process: asyncio.subprocess.Process) -> str:
         """Print the output of a process until it ends. Returns how it ended."""
@@ -87,22 +99,21 @@ class Supervisor:
             print_child_line(name, line.decode(errors="replace").rstrip(), self._options)
         return f"{name} ended with {await process.wait()}; see its last lines above"
 
+    def _on_signal(self) -> None:
+        """Stop in order at the first signal. Pass a further one on: it ends what still runs."""
+        if self._stop_requested.is_set():
+            for child in self._children:
+                child.terminate()
+        self._stop_requested.set()
+
     async def _stop(self) -> None:
         """Send SIGTERM to each process, to the gateway first so that requests in flight end, then kill what is left."""
+        self._stop_requested.set()
         for child in reversed(self._children):
-            if child.process.returncode is not None:
-                continue
-            child.process.terminate()
+            child.terminate()
             if child.name == "gateway":
-                await _wait_or_kill(child.process)
-        await asyncio.gather(*(_wait_or_kill(child.process) for child in self._children))
+                await child.wait_or_kill()
+        await asyncio.gather(*(child.wait_or_kill() for child in self._children))
         for child in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
-
-
-async def _wait_or_kill(process: asyncio.subprocess.Process) -> None:
-    try:
-        await asyncio.wait_for(process.wait(), _STOP_GRACE_SECONDS)
-    except TimeoutError:
-        process.kill()

@@ -19,6 +19,8 @@ from server.config import GatewayOptions
 from vision_worker.config import VisionOptions
 
 _REDIS_BYTES = 1 << 30
+_EXIT_SECONDS = 10.0
+"""Time for a process to exit after its --shutdown-grace."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class ProcessSpec:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables in addition to those of `dvd up`, whose `DVD_*` variables a child does not inherit."""
     program: str = sys.executable
+    stop_timeout: float = 20.0
+    """Seconds from SIGTERM until the process is killed."""
 
 
 def process_specs(options: UpOptions, vllm_flags: list[str], folder: Path) -> list[ProcessSpec]:
@@ -84,6 +88,7 @@ def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devic
         ["-P", "-m", "vision_worker", *arguments],
         functools.partial(vision_is_ready, listen),
         devices.environment(devices.vision[number]),
+        stop_timeout=_stop_timeout(options),
     )
 
 
@@ -97,6 +102,7 @@ def _language_worker(options: UpOptions, number: int, folder: Path, devices: Dev
         ["-P", "-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
         functools.partial(sink_is_ready, listen),
         devices.environment(devices.language[number]),
+        stop_timeout=_stop_timeout(options),
     )
 
 
@@ -109,7 +115,7 @@ def _gateway(options: UpOptions, folder: Path) -> ProcessSpec:
     )
     secret = {"DVD_API_KEY": options.api_key.get_secret_value()} if options.api_key else {}
     is_live = functools.partial(http_is_ok, gateway_address(options), "/health/live")
-    return ProcessSpec("gateway", ["-P", "-m", "server", *arguments], is_live, secret)
+    return ProcessSpec("gateway", ["-P", "-m", "server", *arguments], is_live, secret, stop_timeout=_stop_timeout(options))
 
 
 def _vision_address(folder: Path, number: int) -> str:
@@ -127,3 +133,7 @@ def _redis_socket(folder: Path) -> Path:
 def _metrics_port(options: UpOptions, number: int) -> int:
     """Return the metrics port of the worker with this number, vision workers first; 0 for none."""
     return options.metrics_port + number if options.metrics_port else 0
+
+
+def _stop_timeout(options: UpOptions) -> float:
+    return options.shutdown_grace + _EXIT_SECONDS

@@ -1,34 +1,26 @@
 """`python -m server`: the gateway."""
 
-import functools
+import asyncio
+import contextlib
 import logging
 import os
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
-
-import uvicorn
-from uvicorn.supervisors import Multiprocess
+from collections.abc import Iterator, Sequence
 
 from common import logs
+from common.admin import AdminServer
 from common.options import ConfigError, logging_options, read_options
-from server.app import create_worker_app
 from server.config import GatewayOptions
-from server.http.protocol import uvicorn_config
+from server.http.server import GracefulServer
+from server.processes import GatewayProcesses, create_server, serve
 
 log = logging.getLogger("dvd.gateway")
 
-_SHUTDOWN_TIMEOUT_SECONDS = 15
-"""Time for responses in flight to end after a signal."""
-
-_PROCESS_START_SECONDS = 30
-"""Time for one of several processes to answer its parent, which replaces it otherwise: importing takes seconds."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the gateway until a signal.
+    """Run the gateway until a signal, or until it is drained.
 
     Exits with status 2 on an invalid option and with 1 if it cannot listen, each with one line that gives the reason.
     """
@@ -42,26 +34,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         reason = f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port"
         logs.exit_with_error("dvd gateway", reason, options.log_format)
-    process_options = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
-    config = uvicorn_config(
-        functools.partial(create_worker_app, process_options),
-        _SHUTDOWN_TIMEOUT_SECONDS,
-        factory=True,
-        workers=options.workers,
-        timeout_keep_alive=options.keep_alive_timeout,
-        timeout_worker_healthcheck=_PROCESS_START_SECONDS,
-    )
     logs.configure(options.log_level, options.log_format)
     log.info("listening on http://%s:%d", options.host, listener.getsockname()[1])
     if options.workers == 1:
-        uvicorn.Server(config).run(sockets=[listener])
-        return
-    if options.log_level == "info":
-        logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # at this level it logs that a process has died
-    with ExitStack() as resources:
+        _run_one(options, listener)
+    elif not _run_several(options, listener):
+        logs.exit_with_error("dvd gateway", "a process cannot start; see its last lines above", options.log_format)
+
+
+def _run_one(options: GatewayOptions, listener: socket.socket) -> None:
+    server = create_server(options)
+    runner = asyncio.Runner(loop_factory=server.config.get_loop_factory())
+    with runner, _admin_server(options, runner.get_loop(), server):
+        runner.run(serve(server, listener))
+
+
+def _run_several(options: GatewayOptions, listener: socket.socket) -> bool:
+    """Returns False if a process could not start."""
+    share = options.model_copy(update={"max_in_flight": -(-options.max_in_flight // options.workers)})
+    processes = GatewayProcesses(share, options.workers, listener)
+    with tempfile.TemporaryDirectory(prefix="dvd-metrics-") as folder, asyncio.Runner() as runner:
         # prometheus-client aggregates processes through files here; it reads the variable when it is first imported
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = resources.enter_context(tempfile.TemporaryDirectory(prefix="dvd-metrics-"))
-        Multiprocess(config, [listener]).run()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        with _admin_server(options, runner.get_loop(), processes):
+            return runner.run(processes.run())
+
+
+@contextlib.contextmanager
+def _admin_server(
+    options: GatewayOptions, loop: asyncio.AbstractEventLoop, serving: GracefulServer | GatewayProcesses
+) -> Iterator[None]:
+    """Serve `--admin` during the block, if it is set. Exits with status 1 if that address cannot be bound."""
+    if options.admin is None:
+        yield
+        return
+    try:
+        admin = AdminServer(options.admin, lambda: loop.call_soon_threadsafe(serving.drain), serving.status)
+    except OSError as error:
+        logs.exit_with_error("dvd gateway", f"{error}; choose another --admin", options.log_format)
+    with admin:
+        log.info("admin listener on %s", options.admin)
+        yield
 
 
 def _listen(host: str, port: int) -> socket.socket:

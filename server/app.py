@@ -10,8 +10,6 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from common import logs
-from common.processes import die_with_parent
 from common.tracing import Trace
 from server.apis.base import Api
 from server.apis.registry import APIS
@@ -25,6 +23,7 @@ from server.media.fetch import MediaFetcher
 from server.media.loader import MediaLoader
 from server.metrics import Metrics
 from server.pipeline import Pipeline
+from server.shutdown import Shutdown
 from server.workers.probes import WorkerPools
 
 _EXPOSED_HEADERS = ("X-Request-Id", "X-DvD-Images", "Server-Timing", "Retry-After", "X-Should-Retry")
@@ -33,9 +32,15 @@ _PREFLIGHT_MAX_AGE_SECONDS = 7200
 """Time for which a browser remembers a preflight's answer: Chrome's maximum."""
 
 
-def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS) -> FastAPI:
-    """Return the ASGI application. Its workers are probed once before it serves requests."""
-    metrics = Metrics()
+def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS, shutdown: Shutdown | None = None) -> FastAPI:
+    """Return the ASGI application. Its workers are probed once before it serves requests.
+
+    Args:
+        options: Options of the gateway.
+        apis: The APIs to serve.
+        shutdown: State of the process; None: it never drains.
+    """
+    metrics, shutdown = Metrics(), shutdown or Shutdown()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +54,7 @@ def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS) -> FastAPI
             pipeline = Pipeline(options, workers, media, metrics, trace)
             authenticator = Authenticator(options.api_key)
             _add_apis(app, ApiHandlers(options, authenticator, pipeline, metrics), apis)
-            _add_operations(app, Operations(options, authenticator, workers, metrics))
+            _add_operations(app, Operations(options, authenticator, workers, metrics, shutdown))
             await workers.probe()
             yield
             trace.flush()
@@ -62,7 +67,7 @@ def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS) -> FastAPI
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.add_middleware(RequestStatsMiddleware, metrics=metrics)
+    app.add_middleware(RequestStatsMiddleware, metrics=metrics, shutdown=shutdown)
     if options.cors_origins:  # added last, and so outermost: every error gets the headers too
         app.add_middleware(
             CORSMiddleware,
@@ -74,14 +79,6 @@ def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS) -> FastAPI
         )
     add_exception_handlers(app)
     return app
-
-
-def create_worker_app(options: GatewayOptions) -> FastAPI:
-    """Return the application for a process that may be one of several behind one port."""
-    logs.configure(options.log_level, options.log_format)
-    if options.workers > 1:
-        die_with_parent()
-    return create_app(options)
 
 
 def _add_apis(app: FastAPI, handlers: ApiHandlers, apis: tuple[Api, ...]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from common.options import ADDRESS_PATTERN, ImageLimits, TraceOptions
+from common.options import ADDRESS_PATTERN, AdminOptions, ImageLimits, ShutdownOptions, TraceOptions
 from common.tiling import MAX_TILES
 
 _NAME = re.compile(r"dns:[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?:\d+")
@@ -37,7 +37,7 @@ Origin = Annotated[str, AfterValidator(_origin)]
 WorkerAddress = Annotated[str, AfterValidator(_worker_address)]
 
 
-class ServingOptions(ImageLimits, TraceOptions):
+class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     """Options of the gateway that `dvd up` has too: HTTP, limits and the router's defaults."""
 
     host: str = Field("127.0.0.1", description="address the gateway listens on")
@@ -90,6 +90,9 @@ class ServingOptions(ImageLimits, TraceOptions):
     keep_alive_timeout: int = Field(
         620, ge=1, description="seconds until an idle connection is closed: more than the load balancer's own timeout"
     )
+    shutdown_delay: float = Field(
+        2.0, ge=0, description="seconds of --shutdown-grace in which the gateway still accepts connections, but is not ready"
+    )
     stream_keep_alive: float = Field(
         15.0, ge=0, description="seconds without an event until a stream sends a keep-alive comment; 0: never"
     )
@@ -136,7 +139,7 @@ class ServingOptions(ImageLimits, TraceOptions):
         return value
 
 
-class GatewayOptions(ServingOptions):
+class GatewayOptions(ServingOptions, AdminOptions):
     """`dvd gateway`: the OpenAI-compatible HTTP server in front of workers that run elsewhere."""
 
     command: ClassVar[str] = "gateway"

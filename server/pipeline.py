@@ -178,7 +178,8 @@ class Pipeline:
             resources.enter_context(self._metrics.stage("stream", stats))
             # moved to the request here: the deadline may pass before the handler gets the response
             context.resources.push_async_exit(resources.pop_all())
-            return StreamWithResources(stream.events(), media_type=content_type, headers={**STREAM_HEADERS, **report_header})
+            stream_headers = {**STREAM_HEADERS, **report_header}
+            return StreamWithResources(stream.events(), stream.stop, media_type=content_type, headers=stream_headers)
 
 
 async def _check_constraint(request: ParsedRequest, language: LanguageWorker) -> None:

@@ -12,6 +12,7 @@ import aiohttp
 from common import errors
 from server.http.error_format import OPENAI, ErrorBody, ErrorFormat
 from server.metrics import StreamTimer
+from server.shutdown import shutting_down
 
 _KEEP_ALIVE = b": keep-alive\n\n"
 _ERROR_EVENTS = (b'data: {"error"', b"event: error\n")
@@ -168,6 +169,8 @@ class EventStream:
         self._content, self._timer, self._error_format = response.content, timer, error_format
         self._image_tokens, self._keep_alive = image_tokens, keep_alive or None
         self._first_events = self._incomplete_event = b""
+        self._is_stopped = False
+        self._reading: asyncio.Timeout | None = None
 
     async def start(self) -> Failure | None:
         """Wait until an event decides the status. Returns the failure if that is an error.
@@ -197,26 +200,38 @@ class EventStream:
         return await (self._read_or_time_out() if self._first_events else self._read_events())
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Yield all events. If the connection breaks or the deadline passes, the last one is an error event."""
+        """Yield all events. After a broken connection, a passed deadline or `stop`, the last one is an error event."""
         yield self._with_image_tokens(self._first_events)
         try:
             while (events := await self._read_or_time_out()) != b"":
+                if events is None and self._is_stopped:
+                    yield self._final_error(shutting_down())
+                    return
                 yield _KEEP_ALIVE if events is None else self._with_image_tokens(self._convert_errors(events))
         except TimeoutError:
             yield self._final_error(errors.DeadlineExceeded("Deadline exceeded (X-Request-Timeout / --request-timeout)."))
         except aiohttp.ClientError:
             yield self._final_error(errors.WorkerUnavailable("The language worker went away during its response."))
 
+    def stop(self) -> None:
+        """End `events` with an error event after the events that have arrived."""
+        self._is_stopped = True
+        if self._reading is not None and not self._reading.expired():
+            self._reading.reschedule(0)
+
     async def _read_or_time_out(self) -> bytes | None:
-        """Like `_read_events`, but returns None after `keep_alive` seconds without an event."""
-        waiting = asyncio.timeout(self._keep_alive)
+        """Like `_read_events`, but returns None after `keep_alive` seconds without an event, or at once after `stop`."""
+        waiting = asyncio.timeout(0 if self._is_stopped else self._keep_alive)
         try:
             async with waiting:
+                self._reading = waiting
                 return await self._read_events()
         except TimeoutError:
             if waiting.expired():
                 return None
             raise  # the deadline of the request
+        finally:
+            self._reading = None
 
     async def _read_events(self) -> bytes:
         """Return the next complete events, or what is left at the end; empty after that. Cancellation loses no bytes."""

@@ -24,6 +24,7 @@ _SLOW = (
     "docs/test_site.py",
     "dvd/test_cli.py",
     "server/test_main.py",
+    "server/test_processes.py",
     "test_entry_points.py",
     "vision_worker/models/test_compiled.py",
     "vision_worker/models/test_intern_vit.py",

@@ -11,6 +11,7 @@ from common import errors
 from server.config import GatewayOptions
 from server.http.authentication import Authenticator
 from server.metrics import Metrics
+from server.shutdown import Shutdown
 from server.workers.probes import WorkerPools
 from server.workers.worker import LanguageWorker
 
@@ -23,8 +24,16 @@ _PROMETHEUS_TEXT = "text/plain; version=0.0.4"
 class Operations:
     """Answers the requests of operators and of clients' start-up, with no work on images."""
 
-    def __init__(self, options: GatewayOptions, authenticator: Authenticator, workers: WorkerPools, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        options: GatewayOptions,
+        authenticator: Authenticator,
+        workers: WorkerPools,
+        metrics: Metrics,
+        shutdown: Shutdown,
+    ) -> None:
         self._options, self._authenticator, self._workers, self._metrics = options, authenticator, workers, metrics
+        self._shutdown = shutdown
 
     async def models(self, request: Request) -> Response:
         """List the models and adapters of a language worker (OpenAI)."""
@@ -66,6 +75,8 @@ class Operations:
 
         The last probes decide: a new round would take its whole timeout wherever one worker hangs.
         """
+        if self._shutdown.is_draining:
+            return JSONResponse({"status": "draining", "reasons": ["the gateway is shutting down"]}, status_code=503)
         pools = (self._workers.vision, self._workers.language)
         reasons = [f"no {pool.kind} worker answers" for pool in pools if not pool.available()]
         if mismatch := self._workers.mismatch():

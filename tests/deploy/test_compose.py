@@ -13,7 +13,7 @@ from dvd.config import HealthOptions
 from lm_worker import sink
 from lm_worker.config import reject_own_flags, split_arguments
 from lm_worker.vllm_flags import first_unknown
-from server import __main__ as gateway
+from server.config import GatewayOptions
 from server.workers.discovery import parse_name
 from tests.deploy.files import (
     BASE,
@@ -180,7 +180,7 @@ def test_every_service_scales_restarts_and_rotates_its_log(files: tuple[Path, ..
 @pytest.mark.parametrize(
     ("service", "drain"),
     [
-        ("gateway", gateway._SHUTDOWN_TIMEOUT_SECONDS),
+        ("gateway", GatewayOptions.model_fields["shutdown_grace"].default),
         ("vision", VisionOptions.model_fields["shutdown_grace"].default),
         ("language", sink._STOP_GRACE_SECONDS),
     ],

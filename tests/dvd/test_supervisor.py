@@ -18,11 +18,11 @@ FOREVER = "import time; print('started', flush=True); time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {FOREVER}"
 
 
-def spec(name: str, script: str, **environment: str) -> ProcessSpec:
+def spec(name: str, script: str, stop_timeout: float = 20.0, **environment: str) -> ProcessSpec:
     async def is_ready() -> bool:
         return True
 
-    return ProcessSpec(name, ["-c", script], is_ready, environment)
+    return ProcessSpec(name, ["-c", script], is_ready, environment, stop_timeout=stop_timeout)
 
 
 def record_pid(file: Path, script: str) -> str:
@@ -64,16 +64,49 @@ async def test_a_signal_is_no_failure(number: signal.Signals, capfd: pytest.Capt
         assert await waiting is None
 
 
-async def test_a_process_that_ignores_sigterm_is_killed(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dvd.supervisor._STOP_GRACE_SECONDS", 0.2)
+async def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pid_file = tmp_path / "pid"
-    async with Supervisor([spec("vision-0", record_pid(pid_file, STUBBORN))], TEXT):
+    async with Supervisor([spec("vision-0", record_pid(pid_file, STUBBORN), stop_timeout=0.2)], TEXT):
         await until_output(capfd, "vision-0 | started")
     async with asyncio.timeout(30):  # the event loop reaps it a moment later
         while is_running(int(pid_file.read_text())):
             await asyncio.sleep(0.02)
+
+
+async def test_the_gateway_stops_first_and_a_second_signal_is_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    gateway, worker = (
+        f"""
+import signal, sys, time
+count = 0
+def stop(number, frame):
+    global count
+    count += 1
+    print("{name}: signal", count, flush=True)
+    if count == {last}:
+        sys.exit()
+signal.signal(signal.SIGTERM, stop)
+{FOREVER}
+"""
+        for name, last in (("gateway", 2), ("worker", 2))
+    )
+    specs = [spec("vision-0", worker, stop_timeout=600), spec("gateway", gateway, stop_timeout=600)]
+    started = asyncio.Event()
+
+    async def run() -> None:
+        async with Supervisor(specs, TEXT) as supervisor:
+            started.set()
+            assert await supervisor.wait() is None
+
+    running = asyncio.create_task(run())
+    await started.wait()
+    await until_output(capfd, "vision-0 | started", "gateway | started")
+    os.kill(os.getpid(), signal.SIGTERM)
+    output = await until_output(capfd, "gateway: signal 1")
+    assert "worker: signal" not in output, "the gateway still serves"
+    assert not running.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    output = await until_output(capfd, "gateway: signal 2", "worker: signal 2")
+    await asyncio.wait_for(running, 30)
 
 
 async def test_a_program_that_cannot_start_stops_those_that_did(tmp_path: Path) -> None:

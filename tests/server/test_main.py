@@ -7,62 +7,17 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from tests.server.fakes.gateway import Gateway, start_gateway
 from tests.server.fakes.handlers import hang
 from tests.server.fakes.requests import chat, image_file, image_part
-from tests.server.fakes.stack import Response, Stack, start_stack
+from tests.server.fakes.stack import Response, start_stack
 from tests.server.fakes.vllm import COMPLETION
 from tests.server.fakes.waiting import wait_until
-
-
-class Gateway(Stack):
-    """A gateway in processes of its own, in front of the workers of a stack."""
-
-    process: asyncio.subprocess.Process
-
-    def serving_pids(self) -> list[int]:
-        """Return the ids of the processes that serve requests."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"spawn_main" in _command_line(pid)]
-
-
-def _command_line(pid: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:  # it has ended since it was listed
-        return b""
-
-
-@asynccontextmanager
-async def start_gateway(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
-    addresses = {
-        "vision-workers": ",".join(worker.address for worker in stack.vision_workers),
-        "language-workers": ",".join(worker.sink.address for worker in stack.language_workers),
-    }
-    command = ["-m", "server", "--port=0", *(f"--{name}={value}" for name, value in addresses.items()), *flags]
-    process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
-    assert process.stderr is not None
-    try:
-        match = re.search(rb"listening on http://127.0.0.1:(\d+)", await process.stderr.readline())
-        assert match
-        draining = asyncio.create_task(process.stderr.read())
-        # a connection for each request, so that they spread over the processes
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=60)) as session:
-            gateway = Gateway(stack.vision_workers, stack.language_workers, session, int(match[1]))
-            gateway.process = process
-            await gateway.wait_until_ready()
-            yield gateway
-        draining.cancel()
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 @pytest.fixture

@@ -324,3 +324,47 @@ async def test_a_preamble_that_nothing_follows_starts_the_stream_after_the_keep_
     later.set()
     rest = [event async for event in events if event != b": keep-alive\n\n"]
     assert b"".join(rest) == EVENT_1 + DONE
+
+
+SHUTTING_DOWN = b"The gateway is shutting down; retry."
+
+
+async def test_a_stopped_stream_ends_with_an_error_event() -> None:
+    never = asyncio.Event()
+    for keep_alive in (0, 60):
+        stream = make_stream(EVENT_1, EVENT_2[:5], never, keep_alive=keep_alive)
+        assert await stream.start() is None
+        events = stream.events()
+        assert await anext(events) == EVENT_1
+        last = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            stream.stop()
+        event, end, rest = (await asyncio.wait_for(last, 20)).partition(b"\n\n")
+        assert json.loads(event.removeprefix(b"data: "))["error"]["message"] == SHUTTING_DOWN.decode()
+        assert end + rest == b"\n\n" + DONE
+        assert [event async for event in events] == []
+
+
+async def test_a_stopped_stream_sends_what_has_arrived() -> None:
+    never = asyncio.Event()
+    stream = make_stream(EVENT_1, EVENT_2, DONE)
+    assert await stream.start() is None
+    stream.stop()
+    assert await read_events(stream) == EVENT_1 + EVENT_2 + DONE, "it is complete, and so without an error"
+    stream = make_stream(EVENT_1, EVENT_2, never)
+    assert await stream.start() is None
+    stream.stop()
+    data = await read_events(stream)
+    assert data.startswith(EVENT_1 + EVENT_2 + b"data: {")
+    assert SHUTTING_DOWN in data
+
+
+async def test_a_stop_while_a_keep_alive_comment_is_due_is_no_error() -> None:
+    never = asyncio.Event()
+    stream = make_stream(EVENT_1, never, keep_alive=0.01)
+    assert await stream.start() is None
+    stopping = asyncio.get_running_loop().call_later(0.01, stream.stop)
+    data = await asyncio.wait_for(read_events(stream), 20)
+    assert data.replace(b": keep-alive\n\n", b"").startswith(EVENT_1 + b"data: {")
+    stopping.cancel()

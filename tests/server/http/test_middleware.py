@@ -1,5 +1,6 @@
 """The outermost layer: unexpected errors, and what is recorded of requests without a complete response."""
 
+import asyncio
 import logging
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
+from server.http.error_format import ANTHROPIC
 from server.http.middleware import RequestStatsMiddleware
 from server.metrics import Metrics
+from server.shutdown import Shutdown
 from tests.server.http.helpers import AppResponse, call_app
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
@@ -79,3 +82,50 @@ async def test_health_probes_are_logged_at_level_debug_only(caplog: pytest.LogCa
     await serve(PlainTextResponse("a"), Metrics())
     levels = [record.levelno for record in caplog.records if record.name == "dvd.access"]
     assert levels == [logging.DEBUG, logging.INFO]
+
+
+async def test_a_request_that_waits_at_the_end_of_the_grace_is_answered_503() -> None:
+    shutdown, metrics = Shutdown(), Metrics()
+    cancelled = asyncio.Event()
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["error_format"] = ANTHROPIC
+        asyncio.get_running_loop().call_soon(shutdown.end_grace)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    response = await call_app(RequestStatsMiddleware(wait, metrics, shutdown))
+    assert cancelled.is_set()
+    assert (response.status, response.headers["retry-after"], response.headers["connection"]) == (503, "1", "close")
+    assert (response.json["type"], response.json["error"]["type"]) == ("error", "overloaded_error")
+    assert metrics.registry.get_sample_value("dvd_errors_total", {"code": "unavailable"}) == 1
+    assert metrics.registry.get_sample_value("dvd_requests_total", {"route": "other", "code": "503"}) == 1
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+
+
+async def test_a_response_that_has_started_at_the_end_of_the_grace_is_not_cut_off() -> None:
+    shutdown = Shutdown()
+
+    async def respond(scope: Any, receive: Any, send: Any) -> None:
+        await send({**START})
+        shutdown.end_grace()
+        await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    response = await call_app(RequestStatsMiddleware(respond, Metrics(), shutdown))
+    assert (response.status, response.body) == (200, b"whole")
+
+
+async def test_a_cancellation_by_others_is_passed_on() -> None:
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(call_app(RequestStatsMiddleware(wait, Metrics(), Shutdown())))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -9,9 +9,13 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from server.http.streaming import StreamWithResources, cancel_on_disconnect
+from server.shutdown import Shutdown
 from tests.server.http.helpers import body_messages, make_request, receive_messages
 
-SCOPE: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "GET", "headers": []}
+SCOPE: dict[str, Any] = {
+    "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "GET", "headers": [],
+    "state": {"shutdown": Shutdown()},
+}  # fmt: skip
 
 
 async def wait_for_ever() -> dict[str, Any]:

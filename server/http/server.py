@@ -1,0 +1,93 @@
+"""The HTTP server of one process, and how it stops.
+
+Draining begins with `drain`. For the delay the process is not ready, but still accepts connections, until load balancers have
+noticed. Then it accepts none, and closes idle ones. When the grace is over, what still runs ends with an error, and
+connections whose callers do not read it are cut.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from server.shutdown import Shutdown
+
+log = logging.getLogger(__name__)
+
+_ERROR_DELIVERY_SECONDS = 1.0
+"""Time for errors at the end of the grace to reach their callers."""
+_ABORT_SECONDS = 2.0
+"""Time for requests to end after their connections were cut; then uvicorn cancels their tasks."""
+
+
+class GracefulServer(uvicorn.Server):
+    """Drains when a method is called. Its process handles signals: uvicorn's server would end by the signal that it got."""
+
+    def __init__(self, config: uvicorn.Config, shutdown: Shutdown, delay: float, grace: float) -> None:
+        super().__init__(config)
+        self._shutdown, self._delay, self._grace = shutdown, min(delay, grace), grace
+        self._grace_over = asyncio.Event()
+        self._deadline = 0.0
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the server is on its way to its end."""
+        return self._shutdown.is_draining
+
+    def status(self) -> dict[str, Any]:
+        """Return what the admin listener answers. Any thread may call it."""
+        return {"status": "draining" if self.is_draining else "serving", "processes": [os.getpid()]}
+
+    def drain(self) -> None:
+        """Start to drain. Further calls have no effect."""
+        if self.is_draining:
+            return
+        log.info("draining: running requests have %g s to end", self._grace)
+        self._shutdown.start_draining()
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + self._grace
+        loop.call_later(self._delay, self._stop_accepting)
+        loop.call_later(self._grace, self._end_grace)
+
+    def end_now(self) -> None:
+        """Drain without waiting any longer: running requests end with an error."""
+        self.drain()
+        self._deadline = asyncio.get_running_loop().time()
+        self._stop_accepting()
+        self._end_grace()
+
+    def _stop_accepting(self) -> None:
+        self.should_exit = True  # uvicorn's main loop looks at it every 0.1 s, and calls shutdown
+
+    def _end_grace(self) -> None:
+        if not self._grace_over.is_set():
+            self._grace_over.set()
+            if self.server_state.tasks:
+                log.warning("the grace is over: %d running requests end with an error", len(self.server_state.tasks))
+            self._shutdown.end_grace()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the process. uvicorn calls this method."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, and wait for running requests. uvicorn calls this method at the end of its main loop."""
+        self.drain()
+        remaining = max(0.0, self._deadline - asyncio.get_running_loop().time())
+        limit: Any = remaining + _ERROR_DELIVERY_SECONDS + _ABORT_SECONDS
+        self.config.timeout_graceful_shutdown = limit
+        aborting = asyncio.create_task(self._abort_after_grace())
+        await super().shutdown(sockets)
+        aborting.cancel()
+
+    async def _abort_after_grace(self) -> None:
+        await self._grace_over.wait()
+        await asyncio.sleep(_ERROR_DELIVERY_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
