@@ -158,13 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _read_request(connection: socket.socket) -> bytes:
-    """Return a whole request. Raises `TimeoutError` or `_TooLargeError`."""
+    """Return a whole request, or nothing if the client leaves. Raises `TimeoutError` or `_TooLargeError`."""
     deadline, data = time.monotonic() + _REQUEST_SECONDS, b""
     while len(data) < _length(data):
         connection.settimeout(max(deadline - time.monotonic(), 1e-3))
         chunk = connection.recv(4096)
         if not chunk:
-            break
+            return b""  # the client has left: a part of a request must not drain anything
         data += chunk
         if len(data) > _MAX_REQUEST_BYTES or (b"\r\n\r\n" in data and _length(data) > _MAX_REQUEST_BYTES):
             raise _TooLargeError

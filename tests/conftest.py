@@ -23,6 +23,7 @@ _SLOW = (
     "deploy/test_request_id.py",
     "docs/test_site.py",
     "dvd/test_cli.py",
+    "dvd/test_drain.py",
     "server/test_main.py",
     "server/test_processes.py",
     "test_entry_points.py",

@@ -123,6 +123,18 @@ def test_a_body_is_read_and_ignored(address: str) -> None:
         assert process.drains == 1
 
 
+@pytest.mark.parametrize(
+    "data", [b"", b"POST /admin/drain HTTP/1.1\r\n", b"POST /admin/drain HTTP/1.1\r\nContent-Length: 9\r\n\r\n"]
+)
+def test_a_client_that_leaves_early_drains_nothing(address: str, data: bytes) -> None:
+    with admin_server(address) as process:
+        with connect(address) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(4096) == b""
+        assert process.drains == 0
+
+
 def test_slow_clients_hold_up_nobody_and_are_disconnected(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.admin._REQUEST_SECONDS", 2.0)
     with admin_server(address) as process, contextlib.ExitStack() as connections:
