@@ -4,6 +4,8 @@ It runs in threads of its own, so it answers while the event loop is busy, and i
 arrives at once: its size and its time are bounded.
 """
 
+import asyncio
+import contextlib
 import http
 import json
 import logging
@@ -14,6 +16,7 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from types import TracebackType
@@ -31,6 +34,32 @@ _REQUEST_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*\r\n", re.I)
 _METHODS = {DRAIN_PATH: "POST", STATUS_PATH: "GET"}
+
+
+def admin_of_worker(
+    address: str | None, drain: Callable[[], object], is_draining: Callable[[], bool]
+) -> AbstractContextManager[object]:
+    """Return the admin listener of a worker of one process, as a context manager that needs a running event loop.
+
+    Args:
+        address: `--admin`; None: no listener.
+        drain: Starts the orderly end, in the event loop; further calls have no effect.
+        is_draining: Whether the worker is on its way to its end.
+
+    Raises:
+        OSError: The address cannot be bound; the message names it and the option.
+    """
+    if address is None:
+        return contextlib.nullcontext()
+    loop = asyncio.get_running_loop()
+
+    def status() -> dict[str, Any]:
+        return {"status": "draining" if is_draining() else "serving", "processes": [os.getpid()]}
+
+    try:
+        return AdminServer(address, lambda: loop.call_soon_threadsafe(drain), status)
+    except OSError as error:
+        raise OSError(f"{error}; choose another --admin") from None
 
 
 class AdminServer:

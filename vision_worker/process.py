@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc.aio
 
 from common import rpc
+from common.admin import admin_of_worker
 from common.checkpoint import Checkpoint
 from common.metrics import serve_metrics
 from common.phases import Phases
@@ -76,6 +77,7 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases) ->
             draining=draining, max_pixels=options.max_image_pixels, metrics=metrics, trace=trace,
         )  # fmt: skip
         _set_on_signal(draining)
+        stack.enter_context(admin_of_worker(options.admin, draining.set, draining.is_set))
         server = await stack.enter_async_context(_serve(service, options, metrics))
         log.info("ready on %s after %s", options.listen, phases.summary())
         grace_seconds = await _wait_for_end(draining, batcher.device_lost, options.shutdown_grace)
