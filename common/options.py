@@ -48,10 +48,10 @@ KNOWN_NAMES = frozenset({
     "address", "allow_private_images", "allow_vir", "api_key", "cache", "cors_origins", "device", "docs", "fetch_timeout",
     "fetch_user_agent", "host", "http", "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format",
     "log_level", "max_batch_tiles", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight",
-    "max_tiles", "max_video_bytes", "metrics_port", "model", "port", "prepare_threads", "request_timeout", "router_scope",
-    "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "trace", "vir", "vir_absolute_threshold",
-    "vir_relative_threshold", "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "vllm",
-    "wait_for_embeddings", "workers",
+    "max_tiles", "max_video_bytes", "metrics_port", "model", "port", "prepare_threads", "progress_timeout", "request_timeout",
+    "router_scope", "shutdown_grace", "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "trace", "vir",
+    "vir_absolute_threshold", "vir_relative_threshold", "vision_backend", "vision_compile", "vision_dtype", "vision_workers",
+    "vllm", "wait_for_embeddings", "workers",
 })  # fmt: skip
 """Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""
 
@@ -88,6 +88,14 @@ class TraceOptions(Options):
     """Options of a process that records a trace."""
 
     trace: Path | None = Field(None, description="folder for trace events in Perfetto's format; unset: no trace")
+
+
+class ShutdownOptions(Options):
+    """Options of a process that finishes its requests before it stops."""
+
+    shutdown_grace: float = Field(
+        30.0, ge=0, description="seconds that requests in flight have to finish after the first SIGTERM or SIGINT"
+    )
 
 
 class CheckpointOptions(Options):

@@ -63,7 +63,7 @@ def _run_processes(options: UpOptions, vllm_flags: list[str], checkpoint: Checkp
 
 
 async def _supervise(specs: Sequence[ProcessSpec], options: UpOptions) -> str | None:
-    async with Supervisor(specs, options) as supervisor:
+    async with Supervisor(specs, options, options.shutdown_grace) as supervisor:
         announcing = asyncio.create_task(announce_readiness(specs, options))
         try:
             return await supervisor.wait()
