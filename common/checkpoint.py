@@ -23,6 +23,7 @@ _COMMIT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})$")
 """Folder of a snapshot in the cache of Hugging Face's hub, which is named after its commit."""
 
 _SAMPLE_BYTES = 4096
+_MAX_SAMPLED_TENSORS = 2048
 _MAX_HEADER_BYTES = 100 << 20
 
 
@@ -61,13 +62,7 @@ class Checkpoint:
         Only the files that hold such a tensor are opened; others may be missing. Raises: `CheckpointError` if one of them is
         missing or damaged.
         """
-        prefixes = self.layout.vision_prefixes
-        return {
-            name: tensor
-            for file in self._present_files(self.vision_files)
-            for name, tensor in read_header(file).items()
-            if name.startswith(prefixes)
-        }
+        return self._tensors(self.vision_files, is_vision=True)
 
     @functools.cached_property
     def commit(self) -> str | None:
@@ -88,12 +83,38 @@ class Checkpoint:
             digest.update(self.commit.encode())
             return digest.hexdigest()
         for name, tensor in sorted(self.vision_tensors.items()):
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            with tensor.file.open("rb") as file:
-                for offset in (0, max(0, tensor.length - _SAMPLE_BYTES)):
-                    file.seek(tensor.offset + offset)
-                    digest.update(file.read(min(_SAMPLE_BYTES, tensor.length)))
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode() + _sample(tensor))
         return digest.hexdigest()
+
+    def language_fingerprint(self, *, weights: bool = True) -> str:
+        """Return the SHA-256, in hex, of the inputs that determine what the language model generates.
+
+        It covers the description, and name, dtype and shape of every language tensor. The first and last 4 KiB are read of
+        each tensor, or of 2048 that are spread over all: a large mixture of experts has tens of thousands.
+
+        Args:
+            weights: Whether the tensors count; with random weights only the description does.
+
+        Raises:
+            CheckpointError: A file with a language tensor is missing or damaged.
+        """
+        digest = hashlib.sha256(json.dumps(asdict(self.description), sort_keys=True).encode())
+        tensors = sorted(self._tensors(self.language_files, is_vision=False).items()) if weights else []
+        step = -(-len(tensors) // _MAX_SAMPLED_TENSORS)
+        for index, (name, tensor) in enumerate(tensors):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            if index % step == 0:
+                digest.update(_sample(tensor))
+        return digest.hexdigest()
+
+    def _tensors(self, files: list[str], *, is_vision: bool) -> dict[str, TensorSlice]:
+        prefixes = self.layout.vision_prefixes
+        return {
+            name: tensor
+            for file in self._present_files(files)
+            for name, tensor in read_header(file).items()
+            if name.startswith(prefixes) == is_vision
+        }
 
     @property
     def vision_files(self) -> list[str]:
@@ -158,6 +179,16 @@ class Checkpoint:
             "thresholds": asdict(description.thresholds) if description.thresholds else None,
             "fingerprint": self.fingerprint,
         }
+
+
+def _sample(tensor: TensorSlice) -> bytes:
+    """Return the first and the last bytes of a tensor."""
+    with tensor.file.open("rb") as file:
+        samples = []
+        for offset in (0, max(0, tensor.length - _SAMPLE_BYTES)):
+            file.seek(tensor.offset + offset)
+            samples.append(file.read(min(_SAMPLE_BYTES, tensor.length)))
+    return b"".join(samples)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

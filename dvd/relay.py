@@ -5,6 +5,7 @@ what is none, and drops the noise of libraries. Signals are passed on, and the e
 """
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -52,8 +53,8 @@ def run(command: Sequence[str], options: Options) -> NoReturn:
     signals = _Signals()
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        # a session of its own: Ctrl-C reaches it once, through this process
-        start_new_session=True, preexec_fn=die_with_parent,
+        # a session of its own: Ctrl-C reaches it once, through this process. SIGKILL: even if it hangs
+        start_new_session=True, preexec_fn=functools.partial(die_with_parent, signal.SIGKILL, os.getpid()),
     )  # fmt: skip
     signals.send_to(process)
     reader = threading.Thread(target=_print_lines, args=(process, options), daemon=True)

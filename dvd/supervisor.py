@@ -1,11 +1,12 @@
 """Starts the processes of `dvd up`, forwards their output, and stops all of them when one ends.
 
-The children always end with this process: an orderly stop sends them SIGTERM, and if this process is killed the kernel does
-(`die_with_parent`).
+The children always end with this process: an orderly stop sends them SIGTERM, and if this process is killed the kernel kills
+them (`die_with_parent`).
 """
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Sequence
@@ -18,29 +19,41 @@ from common.processes import die_with_parent
 from dvd.output import print_child_line, print_status
 from dvd.up_processes import ProcessSpec
 
+_LAST_LINES_SECONDS = 5.0
+"""Time for the last lines after a process has ended: descendants may still have its output open."""
+
+_REAP_INTERVAL_SECONDS = 0.01
 _MAX_LINE_BYTES = 1 << 20
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
 class _Child:
-    """A running process and the task that forwards its output and returns how it ended."""
+    """A running process.
+
+    Attributes:
+        name: Name in the output.
+        stop_timeout: Seconds after SIGTERM until it is killed.
+        process: The process.
+        exited: Task that returns its exit status.
+        watcher: Task that forwards its output and returns how it ended.
+    """
 
     name: str
     stop_timeout: float
     process: asyncio.subprocess.Process
+    exited: asyncio.Task[int]
     watcher: asyncio.Task[str]
 
     def terminate(self) -> None:
         """Send SIGTERM, unless the process has ended."""
-        if self.process.returncode is None:
+        if not self.exited.done():
             self.process.terminate()
 
     async def wait_or_kill(self) -> None:
         """Wait for the end of the process, and kill it if that takes too long."""
-        try:
-            await asyncio.wait_for(self.process.wait(), self.stop_timeout)
-        except TimeoutError:
+        await asyncio.wait([self.exited], timeout=self.stop_timeout)
+        if not self.exited.done():
             self.process.kill()
 
 
@@ -87,17 +100,28 @@ class Supervisor:
             env={**environment, **spec.environment},
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             # a session of its own: Ctrl-C reaches only this process, and descendants can be killed as a process group
-            start_new_session=True, preexec_fn=die_with_parent, limit=_MAX_LINE_BYTES,
+            start_new_session=True, preexec_fn=functools.partial(die_with_parent, signal.SIGKILL, os.getpid()),
+            limit=_MAX_LINE_BYTES,
         )  # fmt: skip
         print_status(f"{spec.name}: starting", self._options.log_format)
-        return _Child(spec.name, spec.stop_timeout, process, asyncio.create_task(self._watch(spec.name, process)))
+        exited = asyncio.create_task(_exit_status(process))
+        watcher = asyncio.create_task(self._watch(spec.name, process, exited))
+        return _Child(spec.name, spec.stop_timeout, process, exited, watcher)
 
-    async def _watch(self, name: str, process: asyncio.subprocess.Process) -> str:
+    async def _watch(self, name: str, process: asyncio.subprocess.Process, exited: asyncio.Task[int]) -> str:
         """Print the output of a process until it ends. Returns how it ended."""
+        printing = asyncio.create_task(self._print_lines(name, process))
+        try:
+            status = await asyncio.shield(exited)
+            await asyncio.wait([printing], timeout=_LAST_LINES_SECONDS)
+        finally:
+            printing.cancel()
+        return f"{name} ended with {status}; see its last lines above"
+
+    async def _print_lines(self, name: str, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         async for line in process.stdout:
             print_child_line(name, line.decode(errors="replace").rstrip(), self._options)
-        return f"{name} ended with {await process.wait()}; see its last lines above"
 
     def _on_signal(self) -> None:
         """Stop in order at the first signal. Pass a further one on: it ends what still runs."""
@@ -117,3 +141,22 @@ class Supervisor:
         for child in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
+
+
+async def _exit_status(process: asyncio.subprocess.Process) -> int:
+    """Wait until a process has ended. `process.wait()` also waits for its output, which a descendant may keep open."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except OSError:  # it has ended already, or a container's runtime forbids the call
+        descriptor = None
+    if descriptor is not None:
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+    while process.returncode is None:  # asyncio reads the status in a thread of its own
+        await asyncio.sleep(_REAP_INTERVAL_SECONDS)
+    return process.returncode

@@ -4,13 +4,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from common.options import CheckpointOptions
-from lm_worker.config import SinkStoreOptions, VllmOptions
+from common.options import CheckpointOptions, ShutdownOptions
+from lm_worker.config import ProgressOptions, SinkStoreOptions, VllmOptions
 from server.config import ServingOptions
 from vision_worker.config import CacheUrl, EncodingOptions
 
 
-class UpOptions(CheckpointOptions, ServingOptions, EncodingOptions, SinkStoreOptions, VllmOptions):
+class UpOptions(
+    CheckpointOptions, ServingOptions, EncodingOptions, SinkStoreOptions, ProgressOptions, ShutdownOptions, VllmOptions
+):
     """`dvd up MODEL [-- vllm serve flags]`: all processes of one machine."""
 
     command: ClassVar[str] = "up"

@@ -19,6 +19,8 @@ from server.config import GatewayOptions
 from vision_worker.config import VisionOptions
 
 _REDIS_BYTES = 1 << 30
+_WORKER_GRACE_SECONDS = 0.0
+"""Workers get their signal once the gateway has ended, and so have no requests any more."""
 _EXIT_SECONDS = 10.0
 """Time for a process to exit after its --shutdown-grace."""
 
@@ -82,13 +84,14 @@ def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devic
     listen = _vision_address(folder, number)
     cache = f"unix://{_redis_socket(folder)}" if options.cache == "redis" else options.cache
     port = _metrics_port(options, number)
-    arguments = as_arguments(options, VisionOptions, listen=listen, cache=cache, metrics_port=port)
+    arguments = as_arguments(
+        options, VisionOptions, listen=listen, cache=cache, metrics_port=port, shutdown_grace=_WORKER_GRACE_SECONDS
+    )
     return ProcessSpec(
         f"vision-{number}",
         ["-P", "-m", "vision_worker", *arguments],
         functools.partial(vision_is_ready, listen),
         devices.environment(devices.vision[number]),
-        stop_timeout=_stop_timeout(options),
     )
 
 
@@ -96,13 +99,14 @@ def _language_worker(options: UpOptions, number: int, folder: Path, devices: Dev
     listen, http = _sink_address(folder, number), f"unix:{folder}/vllm-{number}"
     port = _metrics_port(options, options.vision_workers + number)
     # vllm_flags contain those of options.vllm
-    arguments = as_arguments(options, LanguageOptions, listen=listen, http=http, metrics_port=port, vllm=None)
+    arguments = as_arguments(
+        options, LanguageOptions, listen=listen, http=http, metrics_port=port, vllm=None, shutdown_grace=_WORKER_GRACE_SECONDS
+    )
     return ProcessSpec(
         f"language-{number}",
         ["-P", "-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
         functools.partial(sink_is_ready, listen),
         devices.environment(devices.language[number]),
-        stop_timeout=_stop_timeout(options),
     )
 
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common import logs, rpc
-from common.checkpoint import CheckpointError
+from common.checkpoint import Checkpoint, CheckpointError
 from common.http_get import http_is_ok
 from common.hub import find_checkpoint
 from common.options import ConfigError, logging_options, read_options
 from common.phases import Phases
 from lm_worker import plugin, shared_memory
 from lm_worker.config import LanguageOptions, all_vllm_flags, split_arguments
+from lm_worker.drain import Drain
+from lm_worker.errors import EngineDiedError
 from lm_worker.sink import SinkOptions
 from lm_worker.sink_process import SinkProcess
 
@@ -33,7 +35,7 @@ _WHY_ENGINE_IS_SLOW = (
 
 
 class _Stopped(SystemExit):
-    """A signal arrived before vLLM's server had installed its own handlers.
+    """A signal arrived before the worker was ready.
 
     It is not a `KeyboardInterrupt`, because vLLM catches that while its engine loads (`zmq_socket_ctx`) and continues.
     """
@@ -44,10 +46,10 @@ class _Stopped(SystemExit):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a language worker until a signal arrives.
+    """Run a language worker until a signal arrives, and then until its requests have ended.
 
-    Exits with 0 after a signal, 1 if the worker cannot run and 2 if an option is invalid. Except after a
-    signal to a started worker, it prints one line with the reason.
+    Exits with 0 after a signal, 1 if the worker cannot run or its engine dies, and 2 if an option is invalid. Except after
+    a signal to a started worker, it prints one line with the reason.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     own, flags = split_arguments(arguments)
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logs.exit_with_error("dvd language", str(error), log_format, 2)
     logs.configure(options.log_level, options.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _raise_stopped)  # until vLLM's server installs its own handlers
+        signal.signal(number, _raise_stopped)  # until `serving.py` installs its own handlers
     try:
         _run(options, vllm_flags)
     except _Stopped as stopped:
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except ConfigError as error:
         logs.exit_with_error("dvd language", str(error), log_format, 2)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, EngineDiedError, OSError) as error:
         logs.exit_with_error("dvd language", str(error), log_format, 1)
     except (RuntimeError, ValueError) as error:  # raised by vLLM at start; vLLM has logged the details already
         logs.exit_with_error("dvd language", f"vLLM could not start: {_first_reason(error)}", log_format, 1)
@@ -109,28 +111,32 @@ def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
             require_device(options.device)
             fork = may_fork()  # before vLLM chooses a start method in the environment
             args = vllm_arguments(options, checkpoint.path, folder, vllm_flags)
-        uvloop.run(_serve(options, checkpoint.path, folder, args, fork, phases))
+        uvloop.run(_serve(options, checkpoint, folder, args, fork, phases))
     finally:
         shared_memory.remove_folder(folder)
 
 
-async def _serve(options: LanguageOptions, model: Path, folder: Path, args: Namespace, fork: bool, phases: Phases) -> None:
+async def _serve(
+    options: LanguageOptions, checkpoint: Checkpoint, folder: Path, args: Namespace, fork: bool, phases: Phases
+) -> None:
     """Run vLLM's server, and start the sink when the engine is up: a sink that answers implies a working language worker."""
-    from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.entrypoints.launchers.launcher import setup_server
 
     from lm_worker.engine import start_engine
+    from lm_worker.serving import serve
+    from lm_worker.watchdog import Watchdog
 
     address, listening = setup_server(args, reuse_port=False)
     async with contextlib.AsyncExitStack() as stack:
         with phases.phase("starting the engine", _WHY_ENGINE_IS_SLOW):
             engine = await stack.enter_async_context(start_engine(args, listening, fork=fork))
         dtype = str(engine.model_config.dtype).removeprefix("torch.")
-        await stack.enter_async_context(SinkProcess(_sink_options(options, model, folder, dtype)))
-        announcing = asyncio.create_task(_announce_readiness(options, phases))
-        stack.callback(announcing.cancel)
-        stopped = await build_and_serve(engine, address, listening, args, log_config=None)  # uvicorn's records go to ours
-        await stopped
+        sink = await stack.enter_async_context(SinkProcess(_sink_options(options, checkpoint, folder, dtype)))
+        await stack.enter_async_context(Watchdog(engine, options.progress_timeout))
+        drain = Drain(options.shutdown_grace, engine.get_num_unfinished_requests, sink.drain)
+        await serve(engine, address, listening, args, drain, _announce_readiness(options, phases))
+        if sink.exit_status is not None:
+            sys.exit(1)  # it has ended unexpectedly; `SinkProcess` has printed so
     listening.close()
 
 
@@ -142,15 +148,17 @@ async def _announce_readiness(options: LanguageOptions, phases: Phases) -> None:
     log.info("ready on %s, vLLM on %s, after %s", options.listen, options.http, phases.summary())
 
 
-def _sink_options(options: LanguageOptions, model: Path, folder: Path, dtype: str) -> SinkOptions:
+def _sink_options(options: LanguageOptions, checkpoint: Checkpoint, folder: Path, dtype: str) -> SinkOptions:
     return SinkOptions(
-        model=str(model),
+        model=str(checkpoint.path),
         listen=options.listen,
         http=options.http,
         dtype=dtype,
         folder=str(folder),
         budget=options.sink_bytes,
         lease=options.sink_lease,
+        # now that the engine is up, what it reads is in the page cache
+        language_fingerprint=checkpoint.language_fingerprint(weights=options.load_format == "auto"),
         metrics_port=options.metrics_port,
         log_level=options.log_level,
         log_format=options.log_format,

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from common.options import Address, CheckpointOptions, ConfigError, MetricsOptions, Options
+from common.options import Address, CheckpointOptions, ConfigError, MetricsOptions, Options, ShutdownOptions
 from lm_worker import vllm_flags
 
 _OWN_FLAGS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--enable-mm-embeds", "--limit-mm-per-prompt")
@@ -56,7 +56,15 @@ class SinkStoreOptions(Options):
     )
 
 
-class LanguageOptions(CheckpointOptions, SinkStoreOptions, VllmOptions, MetricsOptions):
+class ProgressOptions(Options):
+    """Options of a language worker that `dvd up` has too: when an engine that makes no progress counts as unhealthy."""
+
+    progress_timeout: float = Field(
+        60.0, ge=0, description="seconds without a token, although requests run, until vLLM counts as unhealthy; 0: never"
+    )
+
+
+class LanguageOptions(CheckpointOptions, SinkStoreOptions, ProgressOptions, ShutdownOptions, VllmOptions, MetricsOptions):
     """`dvd language MODEL [-- vllm serve flags]`: one language worker: vLLM's server and the sink."""
 
     command: ClassVar[str] = "language"
@@ -96,6 +104,8 @@ def reject_own_flags(flags: Sequence[str]) -> None:
         name = flag.split("=")[0]
         if (normal := vllm_flags.normalize(flag)) in _OWN_FLAGS:
             raise ConfigError(f"{name} after -- is set by the language worker itself; remove it.")
+        if normal == "--shutdown-timeout":
+            raise ConfigError(f"{name} after -- is replaced by --shutdown-grace, which goes before --")
         if normal in ("-h", "--help"):
             raise ConfigError(f"{name} after --: vllm serve --help=all lists vLLM's flags")
         if normal in _LOGGING_FLAGS:

@@ -5,7 +5,9 @@ does nothing unless the language worker has set an environment variable, which v
 """
 
 import logging
+import multiprocessing
 import os
+import signal
 
 _ENABLED = "DVD_LANGUAGE_WORKER"
 _LOGGING = "DVD_LANGUAGE_WORKER_LOG"
@@ -45,7 +47,11 @@ def _set_level_of_vllm() -> None:
 
 
 def register() -> None:
-    """Register the model class, the configurations, the renderer and the media connector with vLLM. May run several times."""
+    """Register the model class, the configurations, the renderer and the media connector with vLLM. May run several times.
+
+    A process that vLLM has started ends with its parent from then on. A forked engine core comes here no more, since vLLM
+    loads plugins once; `engine.py` does the same for it.
+    """
     if _ENABLED not in os.environ:
         return
     from vllm import ModelRegistry
@@ -53,10 +59,13 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
 
     from common import logs
+    from common.processes import die_with_parent
     from lm_worker.configuration import register_configurations
     from lm_worker.media import RefuseMedia
     from lm_worker.models.internvl import InternVLLanguageModel
 
+    if multiprocessing.parent_process() is not None:  # not in the API server, which may outlive the shell that started it
+        die_with_parent(signal.SIGKILL)
     level, log_format = os.environ.get(_LOGGING, "info text").split()
     logs.configure(level, log_format)
     _set_level_of_vllm()

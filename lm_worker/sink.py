@@ -1,17 +1,20 @@
 """The sink: a gRPC service that receives embeddings into shared memory.
 
-It is a separate process, so that large deliveries do not share an interpreter with vLLM's HTTP server. It ends when its
-standard input is closed, that is when its language worker has ended.
+It is a separate process, so that large deliveries do not share an interpreter with vLLM's HTTP server. Its standard input
+comes from its language worker: the line `drain` makes `Describe` report that the worker is about to stop, and the end of the
+input, that is of the worker, ends the sink.
 """
 
 import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +25,7 @@ from common.checkpoint import open_checkpoint
 from common.embedding import Header
 from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
+from common.processes import die_with_parent
 from lm_worker.metrics import Metrics
 from lm_worker.shared_memory import default_budget, remove_folder, validate_key
 from lm_worker.store import Store
@@ -30,7 +34,12 @@ from protos import embeddings_pb2_grpc
 
 log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 
+DRAIN_LINE = b"drain\n"
+"""What a language worker writes to the sink's standard input when it begins to stop."""
+
 _STOP_GRACE_SECONDS = 5.0
+_HANG_SECONDS = 5.0
+"""Time after the grace period until a sink that hangs is ended."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class SinkOptions:
         metrics_port: Port of `/metrics`; 0: none.
         log_level: Level of the process' log.
         log_format: `text` or `json`.
+        language_fingerprint: Fingerprint of the language weights, which `Describe` returns.
     """
 
     model: str
@@ -60,6 +70,7 @@ class SinkOptions:
     metrics_port: int = 0
     log_level: str = "info"
     log_format: str = "text"
+    language_fingerprint: str = ""
 
     def arguments(self) -> list[str]:
         """Arguments for Python that start this sink."""
@@ -67,10 +78,15 @@ class SinkOptions:
 
 
 class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
-    """Implements the gRPC service `EmbeddingSink` of `protos/embeddings.proto`."""
+    """Implements the gRPC service `EmbeddingSink` of `protos/embeddings.proto`.
+
+    Attributes:
+        draining: Whether `Describe` reports that the language worker is about to stop.
+    """
 
     def __init__(self, options: SinkOptions, store: Store, metrics: Metrics) -> None:
         checkpoint = open_checkpoint(options.model)
+        self.draining = False
         self._store, self._metrics = store, metrics
         metrics.common.set_model(checkpoint.fingerprint, checkpoint.description.family, options.dtype)
         self._dtype = options.dtype
@@ -78,15 +94,17 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._fingerprint = checkpoint.fingerprint
         self._context = checkpoint.description.context
         self._http = options.http
+        self._language_fingerprint = options.language_fingerprint
         self._senders_are_local = options.listen.startswith("unix:")
         self._checkpoint = checkpoint_message(checkpoint)
         self._in_flight: dict[str, asyncio.Future[None]] = {}
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.LanguageDescription:  # noqa: N802
-        """The checkpoint, the dtype, vLLM's address and the use of shared memory."""
+        """The checkpoint, the dtype, vLLM's address, the use of shared memory, and whether the language worker is draining."""
         return pb.LanguageDescription(
             checkpoint=self._checkpoint, dtype=dtype_to_proto(self._dtype), http=self._http,
-            used_bytes=self._store.used, budget_bytes=self._store.budget,
+            used_bytes=self._store.used, budget_bytes=self._store.budget, draining=self.draining,
+            language_fingerprint=self._language_fingerprint,
         )  # fmt: skip
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
@@ -197,13 +215,18 @@ class SinkServer:
         self._measuring: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        embedding_stream.add_sink_to_server(Sink(self._options, self._store, self._metrics), self._server)
+        self._sink = Sink(self._options, self._store, self._metrics)
+        embedding_stream.add_sink_to_server(self._sink, self._server)
         if self._options.metrics_port:
             serve_metrics(self._metrics.registry, self._options.metrics_port)
         self._measuring = asyncio.create_task(self._metrics.common.measure_loop_lag())
         await self._server.start()
         log.info("sink ready on %s, %.1f GiB", self._options.listen, self._store.budget / 2**30)
         return self
+
+    def drain(self) -> None:
+        """Report from now on that the language worker is about to stop."""
+        self._sink.draining = True
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -216,22 +239,36 @@ class SinkServer:
 
 async def _run(options: SinkOptions) -> None:
     """Serve until standard input ends or SIGTERM arrives."""
-    async with SinkServer(options):
-        await _stop_requested()
+    async with SinkServer(options) as server:
+        await _stop_requested(server.drain, Path(options.folder))
 
 
-async def _stop_requested() -> None:
+async def _stop_requested(drain: Callable[[], None], folder: Path) -> None:
     loop = asyncio.get_running_loop()
     # Ctrl-C in a terminal reaches every process of the group, but the sink ends with the language worker only
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_reader(sys.stdin, stop.set)
+
+    def follow_language_worker() -> None:
+        # os.read, since an interpreter cannot end while a thread holds the lock of sys.stdin
+        while line := os.read(0, len(DRAIN_LINE)):
+            if line == DRAIN_LINE:
+                loop.call_soon_threadsafe(drain)
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(stop.set)
+        time.sleep(_STOP_GRACE_SECONDS + _HANG_SECONDS)
+        remove_folder(folder)  # the event loop hangs: nobody else would return the memory
+        os._exit(1)
+
+    threading.Thread(target=follow_language_worker, daemon=True).start()
     await stop.wait()
 
 
 def main() -> None:
     """Run a sink. The only argument is `SinkOptions` as JSON. Exits with 1 and one line if it cannot serve."""
+    # SIGCONT, not SIGKILL: it wakes a sink that is stopped, which then reads the end of its input and removes its memory
+    die_with_parent(signal.SIGCONT)
     options = SinkOptions(**json.loads(sys.argv[1]))
     logs.configure(options.log_level, options.log_format)
     with contextlib.suppress(KeyboardInterrupt):

@@ -8,7 +8,10 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from lm_worker.sink import SinkOptions
+from lm_worker.sink import DRAIN_LINE, SinkOptions
+
+_STOP_SECONDS = 15.0
+"""Time that the sink has to end: it finishes its deliveries."""
 
 
 class SinkProcess:
@@ -43,7 +46,16 @@ class SinkProcess:
             await self._watching
         assert self._process.stdin is not None
         self._process.stdin.close()  # the sink ends when its standard input is closed
-        await self._process.wait()
+        try:
+            await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
+        except TimeoutError:  # it hangs or is stopped
+            self._process.kill()
+            await self._process.wait()
+
+    def drain(self) -> None:
+        """Let the sink report from now on that the language worker is draining."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(DRAIN_LINE)
 
     async def _stop_this_process_with_the_sink(self) -> None:
         status = await self._process.wait()

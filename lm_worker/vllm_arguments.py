@@ -59,6 +59,7 @@ def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: S
         '--limit-mm-per-prompt={"image":0}',
         f"--ec-transfer-config={json.dumps(connector)}",
         *_http_flags(options.http),
+        "--shutdown-timeout=0",  # `drain.py` waits for requests
     ])  # fmt: skip
     validate_parsed_serve_args(args)
     return args

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint import CheckpointError, open_checkpoint
+from common.checkpoint import CheckpointError, TensorSlice, open_checkpoint, read_header
 from common.layouts.base import Thresholds
+from tests.hub import VISION, split_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"
 
@@ -53,6 +54,57 @@ def test_the_fingerprint_depends_on_what_determines_an_embedding(copy: Path) -> 
     data[tensor.offset] ^= 1
     file.write_bytes(data)
     assert open_checkpoint(copy).fingerprint != original
+
+
+def flip_first_byte(folder: Path, name: str) -> None:
+    file = next(folder.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[read_header(file)[name].offset] ^= 1
+    file.write_bytes(data)
+
+
+def test_the_language_fingerprint_depends_on_each_language_tensor(copy: Path) -> None:
+    original = open_checkpoint(GOLDEN / "flash-qwen3/checkpoint").language_fingerprint()
+    assert open_checkpoint(copy).language_fingerprint() == original, "the folder does not matter"
+    flip_first_byte(copy, "mlp1.3.weight")
+    assert open_checkpoint(copy).language_fingerprint() == original, "vision tensors do not matter"
+    names = [name for name in read_header(copy / "model.safetensors") if name.startswith("language_model.")]
+    for name in names:
+        flip_first_byte(copy, name)
+        assert open_checkpoint(copy).language_fingerprint() != original
+        flip_first_byte(copy, name)
+    assert open_checkpoint(copy).language_fingerprint() == original
+
+
+def test_the_language_fingerprint_does_not_depend_on_shards_nor_on_files_of_the_vision_part(tmp_path: Path) -> None:
+    source = GOLDEN / "flash-qwen3/checkpoint"
+    shards = split_checkpoint(source, tmp_path / "shards")
+    (shards / VISION).unlink()
+    assert open_checkpoint(shards).language_fingerprint() == open_checkpoint(source).language_fingerprint()
+
+
+def test_random_weights_have_the_fingerprint_of_their_configuration(copy: Path) -> None:
+    with_weights = open_checkpoint(copy).language_fingerprint(weights=False)
+    (copy / "model.safetensors").unlink()
+    assert open_checkpoint(copy).language_fingerprint(weights=False) == with_weights
+    config = json.loads((copy / "config.json").read_text())
+    config["llm_config"]["num_hidden_layers"] += 1
+    change(copy, **config)
+    assert open_checkpoint(copy).language_fingerprint(weights=False) != with_weights
+
+
+def test_of_many_tensors_only_some_are_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [name for name in read_header(copy / "model.safetensors") if name.startswith("language_model.")]
+    sampled = []
+
+    def sample(tensor: TensorSlice) -> bytes:
+        sampled.append(tensor)
+        return b""
+
+    monkeypatch.setattr("common.checkpoint._MAX_SAMPLED_TENSORS", len(names) // 3)
+    monkeypatch.setattr("common.checkpoint._sample", sample)
+    open_checkpoint(copy).language_fingerprint()
+    assert len(names) // 4 <= len(sampled) <= len(names) // 3
 
 
 def test_only_vision_tensors_are_listed() -> None:

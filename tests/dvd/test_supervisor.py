@@ -4,6 +4,9 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +110,60 @@ signal.signal(signal.SIGTERM, stop)
     os.kill(os.getpid(), signal.SIGTERM)
     output = await until_output(capfd, "gateway: signal 2", "worker: signal 2")
     await asyncio.wait_for(running, 30)
+
+
+async def test_a_process_has_its_grace_period_before_it_is_killed(capfd: pytest.CaptureFixture[str]) -> None:
+    finish = "lambda *_: (time.sleep(1), print('finished'), sys.exit())"
+    script = f"import signal, sys, time; signal.signal(signal.SIGTERM, {finish})\n{FOREVER}"
+    async with Supervisor([spec("vision-0", script, stop_timeout=600)], TEXT):
+        await until_output(capfd, "vision-0 | started")
+    assert "vision-0 | finished" in capfd.readouterr().err
+
+
+async def test_the_end_of_a_process_is_seen_although_a_descendant_keeps_its_output_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dvd.supervisor._LAST_LINES_SECONDS", 0.2)
+    pid_file = tmp_path / "pid"
+    child = record_pid(pid_file, "import time; time.sleep(600)")
+    wait_for_file = f"import os, time\nwhile not os.path.exists({str(pid_file)!r}): time.sleep(0.02)"
+    start_child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    script = f"{start_child}\n{wait_for_file}\nprint('last line'); sys.exit(3)"
+    async with asyncio.timeout(60):
+        async with Supervisor([spec("language-0", script)], TEXT) as supervisor:
+            assert await supervisor.wait() == "language-0 ended with 3; see its last lines above"
+    assert "language-0 | last line" in capfd.readouterr().err
+    async with asyncio.timeout(30):
+        while is_running(int(pid_file.read_text())):
+            await asyncio.sleep(0.02)
+
+
+SUPERVISOR = """
+import asyncio, sys
+from common.options import Options
+from tests.dvd.test_supervisor import spec, Supervisor
+
+async def main():
+    async with Supervisor([spec("vision-0", sys.argv[1])], Options()) as supervisor:
+        await supervisor.wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("script", [FOREVER, f"import os, signal; os.kill(os.getpid(), signal.SIGSTOP); {FOREVER}"])
+def test_a_process_ends_with_a_killed_supervisor_also_if_it_is_stopped(tmp_path: Path, script: str) -> None:
+    pid_file = tmp_path / "pid"
+    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISOR, record_pid(pid_file, script)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    supervisor.kill()
+    supervisor.wait()
+    while is_running(int(pid_file.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 async def test_a_program_that_cannot_start_stops_those_that_did(tmp_path: Path) -> None:

@@ -173,6 +173,21 @@ def gone(mark: str, within: float) -> list[str]:
     return remaining
 
 
+def pid_of(mark: str, title: str) -> int:
+    """Returns the id of the only process with this mark whose command line contains `title`."""
+    (pid,) = [int(entry.name) for entry in processes(mark) if title in (entry / "cmdline").read_bytes().decode()]
+    return pid
+
+
+def mapped_shared_memory(mark: str) -> set[Path]:
+    """Returns the files in shared memory that processes with this mark have mapped."""
+    files = set()
+    for entry in processes(mark):
+        with contextlib.suppress(OSError):
+            files |= {line.split()[5] for line in (entry / "maps").read_text().splitlines() if "/dev/shm/" in line}
+    return {Path(file) for file in files}
+
+
 def stop(served: Served) -> None:
     """Ends a command and all processes that it started."""
     if served.process.poll() is None:

@@ -30,6 +30,12 @@ def test_flags_that_the_worker_sets_itself_are_rejected(flag: str) -> None:
         reject_own_flags(["--dtype=float32", flag])
 
 
+@pytest.mark.parametrize("flag", ["--shutdown-timeout", "--shutdown_timeout=5"])
+def test_vllms_own_time_to_stop_is_replaced(flag: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{flag.split('=')[0]} after -- is replaced by --shutdown-grace"):
+        reject_own_flags([flag])
+
+
 def test_other_flags_of_vllm_are_accepted() -> None:
     reject_own_flags(["--dtype=float32", "--max-model-len", "4096"])
 
