@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common import logs, rpc
+from common.admin import admin_of_worker
 from common.checkpoint import Checkpoint, CheckpointError
 from common.http_get import http_is_ok
 from common.hub import find_checkpoint
@@ -134,6 +136,8 @@ async def _serve(
         sink = await stack.enter_async_context(SinkProcess(_sink_options(options, checkpoint, folder, dtype)))
         await stack.enter_async_context(Watchdog(engine, options.progress_timeout))
         drain = Drain(options.shutdown_grace, engine.get_num_unfinished_requests, sink.drain)
+        begin = functools.partial(drain.start, "dvd drain")
+        stack.enter_context(admin_of_worker(options.admin, begin, lambda: drain.is_draining))
         await serve(engine, address, listening, args, drain, _announce_readiness(options, phases))
         if sink.exit_status is not None:
             sys.exit(1)  # it has ended unexpectedly; `SinkProcess` has printed so

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from common.options import Address, CheckpointOptions, ConfigError, MetricsOptions, Options, ShutdownOptions
+from common.options import Address, AdminOptions, CheckpointOptions, ConfigError, MetricsOptions, Options, ShutdownOptions
 from lm_worker import vllm_flags
 
 _OWN_FLAGS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--enable-mm-embeds", "--limit-mm-per-prompt")
@@ -64,7 +64,9 @@ class ProgressOptions(Options):
     )
 
 
-class LanguageOptions(CheckpointOptions, SinkStoreOptions, ProgressOptions, ShutdownOptions, VllmOptions, MetricsOptions):
+class LanguageOptions(
+    CheckpointOptions, SinkStoreOptions, ProgressOptions, ShutdownOptions, AdminOptions, VllmOptions, MetricsOptions
+):
     """`dvd language MODEL [-- vllm serve flags]`: one language worker: vLLM's server and the sink."""
 
     command: ClassVar[str] = "language"
