@@ -1,4 +1,4 @@
-"""Assignment of one machine's GPUs to its workers."""
+"""Assignment of one machine's GPUs, or of its cores, to its workers."""
 
 import os
 import re
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _DEVICE_FOLDER = Path("/dev")
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,17 @@ class Devices:
     def environment(self, gpus: list[str]) -> dict[str, str]:
         """Return the variables of a worker with these GPUs."""
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+
+    def language_environment(self, number: int) -> dict[str, str]:
+        """Return the variables of a language worker: its GPUs, or without any its share of the cores.
+
+        vLLM binds its threads on a CPU to all cores but one. Two that are bound to the same cores starve each other.
+        """
+        count, cores = len(self.language), sorted(os.sched_getaffinity(0))
+        if self.language[number] or count == 1 or len(cores) < count or _BINDING in os.environ:
+            return self.environment(self.language[number])
+        share = cores[number * len(cores) // count : (number + 1) * len(cores) // count]
+        return {_BINDING: ",".join(map(str, share))}
 
     def vllm_flags(self) -> list[str]:
         """Return vLLM flags that leave memory for a vision tower on the same GPU. Later flags of the user override them."""

@@ -106,7 +106,7 @@ def _language_worker(options: UpOptions, number: int, folder: Path, devices: Dev
         f"language-{number}",
         ["-P", "-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
         functools.partial(sink_is_ready, listen),
-        devices.environment(devices.language[number]),
+        devices.language_environment(number),
     )
 
 

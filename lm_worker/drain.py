@@ -46,8 +46,8 @@ class Drain:
         if self._started.is_set():
             return
         log.info("%s: stopping after %d requests in flight, within %g s", reason, self._in_flight(), self._grace)
-        self._announce()
         self._started.set()
+        self._announce()
 
     def cut_short(self) -> None:
         """Let `finished` return at once."""

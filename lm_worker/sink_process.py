@@ -53,9 +53,10 @@ class SinkProcess:
             await self._process.wait()
 
     def drain(self) -> None:
-        """Let the sink report from now on that the language worker is draining."""
+        """Let the sink report from now on that the language worker is draining. Does nothing if the sink has ended."""
         assert self._process.stdin is not None
-        self._process.stdin.write(DRAIN_LINE)
+        with contextlib.suppress(OSError, RuntimeError):  # uvloop raises RuntimeError once the pipe is closed
+            self._process.stdin.write(DRAIN_LINE)
 
     async def _stop_this_process_with_the_sink(self) -> None:
         status = await self._process.wait()

@@ -12,7 +12,7 @@ from typing import Self
 
 import aiohttp
 
-from benchmarks.processes import returns_ok
+from benchmarks.processes import available_cores, returns_ok
 from common.processes import die_with_parent
 from tests.ports import free_port
 
@@ -26,9 +26,11 @@ _RESTART_SECONDS = 0.5
 class Member:
     """One process of the fleet. It is restarted whenever it ends, until `close`."""
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
-        self.name = name
+    def __init__(self, name: str, command: Sequence[str], folder: Path, address: str = "", core: int | None = None) -> None:
+        self.name, self.address = name, address
         self.starts = 0
+        # two engines that vLLM binds to the same cores starve each other
+        self._environment = {} if core is None else {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
         self._command, self._log = command, folder / f"{name}.log"
         self._process: asyncio.subprocess.Process | None = None
         self._is_closing = False
@@ -75,7 +77,7 @@ class Member:
             with self._log.open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True, preexec_fn=die_with_parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    start_new_session=True, preexec_fn=die_with_parent, env={**os.environ, "OMP_NUM_THREADS": "1", **self._environment},
                 )  # fmt: skip
             self.starts += 1
             await self._process.wait()
@@ -87,16 +89,16 @@ class Fleet:
 
     def __init__(self, folder: Path) -> None:
         vision, language, vllm = ([f"127.0.0.1:{free_port()}" for _ in range(2)] for _ in range(3))
-        redis, port = folder / "redis", free_port()
+        redis, port, cores = folder / "redis", free_port(), available_cores()
         self.url = f"http://127.0.0.1:{port}"
         self.vision = [
             Member(f"vision-{i}", [sys.executable, "-m", "vision_worker", str(CHECKPOINT), f"--listen={address}",
-                                   f"--cache=unix://{redis}", "--vision-dtype=float32"], folder)
+                                   f"--cache=unix://{redis}", "--vision-dtype=float32"], folder, address)
             for i, address in enumerate(vision)
         ]  # fmt: skip
         self.language = [
             Member(f"language-{i}", [sys.executable, "-m", "lm_worker", str(CHECKPOINT), f"--listen={address}",
-                                     f"--http={http}", "--", *_VLLM_FLAGS], folder)
+                                     f"--http={http}", "--", *_VLLM_FLAGS], folder, address, cores[i % len(cores)])
             for i, (address, http) in enumerate(zip(language, vllm, strict=True))
         ]  # fmt: skip
         self.redis = Member("redis", _redis_command(redis, folder), folder)
@@ -132,14 +134,18 @@ class Fleet:
         """Return whether the gateway is ready, and all workers are up."""
         if not await asyncio.to_thread(returns_ok, f"{self.url}/health/ready"):
             return False
-        return await self.metric("dvd_worker_up") == len(self.vision) + len(self.language)
+        return len(await self.up()) == len(self.vision) + len(self.language)
+
+    async def up(self) -> list[Member]:
+        """Return the workers that the gateway counts as up."""
+        workers = [*self.vision, *self.language]
+        return [w for w in workers if await self.metric(f'dvd_worker_up{{address="{w.address}"')]
 
     async def metric(self, name: str) -> float:
         """Return the sum of the samples of a metric of the gateway, whose lines begin with `name`."""
-
         async with aiohttp.ClientSession() as session, session.get(f"{self.url}/metrics") as response:
             lines = (await response.text()).splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{", f"{name},")))
 
     async def _close(self) -> None:
         for member in reversed(self.members):  # the gateway first

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Generic, TypeVar
 
@@ -17,6 +18,8 @@ WorkerT = TypeVar("WorkerT", VisionWorker, LanguageWorker)
 _LOAD_SLACK = 4
 """Requests that a worker may have beyond twice those of the least busy one before its keys go to another worker."""
 
+_UNLISTED_LOOKUPS = 3
+"""Lookups in a row without a worker's address after which it gets no new requests."""
 _SLOW_FACTOR = 5.0
 """Times by which a worker may be slower than the median of the others."""
 
@@ -24,8 +27,9 @@ _SLOW_FACTOR = 5.0
 class Pool(Generic[WorkerT]):
     """The workers of one kind. The only owner of its members and of their clients.
 
-    A source (the operator's list, or a DNS name) lists addresses. A worker that no source lists any more stays while it answers
-    probes: a resolver may omit some of many addresses, and a worker that shuts down may still finish requests.
+    A source (the operator's list, or a DNS name) lists addresses. A worker that no source has listed for several lookups gets
+    no new requests: it is about to shut down. It stays while it answers probes, to finish those that it has. A single lookup
+    decides nothing, because a resolver may omit some of many addresses.
     """
 
     def __init__(self, kind: str, create_worker: Callable[[str], WorkerT], unavailable_message: str) -> None:
@@ -34,15 +38,27 @@ class Pool(Generic[WorkerT]):
         self._create_worker: Callable[[str], WorkerT] = create_worker
         self._unavailable_message = unavailable_message
         self._addresses: dict[str, Collection[str]] = {}
+        self._unlisted: Counter[str] = Counter()  # lookups in a row without an address
         self._removed: list[WorkerT] = []
 
     def set_members(self, source: str, addresses: Collection[str]) -> list[WorkerT]:
         """Replace the addresses that a source lists. Returns the workers that are new."""
         self._addresses[source] = addresses
+        self._count_unlisted()
         known = {worker.address for worker in self.workers}
         new = [self._create_worker(address) for address in dict.fromkeys(addresses) if address not in known]
         self.workers += new
         return new
+
+    def _count_unlisted(self) -> None:
+        listed = {address for addresses in self._addresses.values() for address in addresses}
+        for worker in self.workers:
+            if worker.address in listed:
+                del self._unlisted[worker.address]
+                continue
+            self._unlisted[worker.address] += 1
+            if self._unlisted[worker.address] == _UNLISTED_LOOKUPS:
+                log.info("%s worker %s is no longer listed: it gets no new requests", self.kind, worker.address)
 
     async def prune(self) -> None:
         """Remove the workers that are down and that no source lists; close clients that are no longer in use."""
@@ -51,6 +67,7 @@ class Pool(Generic[WorkerT]):
             log.info("%s worker %s removed: it does not answer and is no longer listed", self.kind, worker.address)
             self.workers.remove(worker)
             self._removed.append(worker)
+            del self._unlisted[worker.address]
         for worker in [worker for worker in self._removed if not worker.is_in_use]:
             self._removed.remove(worker)
             await worker.client.close()
@@ -62,7 +79,9 @@ class Pool(Generic[WorkerT]):
 
     def available(self) -> list[WorkerT]:
         """Return the workers that may get requests: they are up, not draining, and admitted by their breakers."""
-        available, now = [worker for worker in self.workers if worker.is_available], time.monotonic()
+        up = [worker for worker in self.workers if worker.is_available]
+        available = [worker for worker in up if self._unlisted[worker.address] < _UNLISTED_LOOKUPS] or up
+        now = time.monotonic()
         # with every breaker open a request is worth a try
         return [worker for worker in available if worker.breaker.admits(now, worker.outstanding)] or available
 

@@ -10,8 +10,7 @@ import pytest
 
 from common.options import read_options
 from dvd.config import HealthOptions
-from lm_worker import sink
-from lm_worker.config import reject_own_flags, split_arguments
+from lm_worker.config import LanguageOptions, reject_own_flags, split_arguments
 from lm_worker.vllm_flags import first_unknown
 from server.config import GatewayOptions
 from server.workers.discovery import parse_name
@@ -182,7 +181,7 @@ def test_every_service_scales_restarts_and_rotates_its_log(files: tuple[Path, ..
     [
         ("gateway", GatewayOptions.model_fields["shutdown_grace"].default),
         ("vision", VisionOptions.model_fields["shutdown_grace"].default),
-        ("language", sink._STOP_GRACE_SECONDS),
+        ("language", LanguageOptions.model_fields["shutdown_grace"].default),
     ],
 )
 def test_the_stop_grace_period_covers_the_drain(files: tuple[Path, ...], service: str, drain: float) -> None:

@@ -49,6 +49,22 @@ def test_variables_and_flags_of_workers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("cores", "count", "shares"),
+    [(8, 1, [None]), (2, 2, ["0", "1"]), (8, 2, ["0,1,2,3", "4,5,6,7"]), (5, 2, ["0,1", "2,3,4"]), (2, 3, [None, None, None])],
+)
+def test_language_workers_without_gpus_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, count: int, shares: list[str | None]
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    devices = assign(1, count, [])
+    environments = [devices.language_environment(number) for number in range(count)]
+    assert [environment.get("VLLM_CPU_OMP_THREADS_BIND") for environment in environments] == shares
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    assert [devices.language_environment(number) for number in range(count)] == [{}] * count, "the operator has chosen"
+
+
+@pytest.mark.parametrize(
     ("variable", "gpus"), [("", []), ("-1", []), ("0", ["0"]), (" 2, 1 ,", ["2", "1"]), ("GPU-a,MIG-b", ["GPU-a", "MIG-b"])]
 )
 def test_cuda_visible_devices_limits_the_gpus(monkeypatch: pytest.MonkeyPatch, variable: str, gpus: list[str]) -> None:

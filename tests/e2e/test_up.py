@@ -1,6 +1,7 @@
 """`dvd up` and the other commands as an operator uses them: output, exit codes, and no processes left behind."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,7 +12,20 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Golden
-from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, alive, gone, processes, run, start, stop
+from tests.e2e.serving import (
+    GOLDEN,
+    QUICK,
+    START_TIMEOUT,
+    Served,
+    alive,
+    gone,
+    mapped_shared_memory,
+    pid_of,
+    processes,
+    run,
+    start,
+    stop,
+)
 from tests.hub import BOTH, ID, LANGUAGE, VISION, fill_cache, split_checkpoint
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
@@ -48,6 +62,17 @@ def test_two_processes_of_a_language_worker_import_vllm_on_a_cpu(golden: Golden)
 
 
 @pytest.mark.ends_servers
+def test_a_language_worker_whose_engine_is_killed_ends_with_a_line(golden: Golden) -> None:
+    served = golden.language
+    memory = mapped_shared_memory(served.mark)
+    os.kill(pid_of(served.mark, "EngineCore"), signal.SIGKILL)
+    assert served.process.wait(60) == 1
+    assert "dvd language: vLLM's process EngineCore has ended unexpectedly; see its last lines above" in served.lines
+    assert gone(served.mark, 45) == []
+    assert [file for file in memory if file.exists()] == []
+
+
+@pytest.mark.ends_servers
 @pytest.mark.parametrize(
     ("name", "sent"),
     [
@@ -57,13 +82,15 @@ def test_two_processes_of_a_language_worker_import_vllm_on_a_cpu(golden: Golden)
 )
 def test_no_process_is_left_after_a_signal(golden: Golden, name: str, sent: signal.Signals) -> None:
     served = golden[name]
-    before = shared_memory()
+    before, mapped = shared_memory(), mapped_shared_memory(served.mark)
+    assert mapped, "vLLM's processes share memory"
     assert len(alive(served.mark)) >= 7, "dvd up, gateway, two vision workers, vLLM's three, the sink"
     served.process.send_signal(sent)
     code = served.process.wait(60)
     assert code == (0 if sent is signal.SIGTERM else -signal.SIGKILL)
     assert gone(served.mark, 45) == []
     assert len(before - shared_memory()) == 1
+    assert [file for file in mapped if file.exists()] == []
 
 
 def test_a_worker_that_ends_is_named_and_ends_the_others() -> None:

@@ -1,5 +1,6 @@
 """A language worker as a process: how it starts, and how it stops before it is ready."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lm_worker.shared_memory import folder_of
-from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, gone, start, stop
+from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, alive, gone, pid_of, start, stop
 from tests.ports import free_port
 
 
@@ -48,6 +49,17 @@ def test_sigterm_while_the_engine_loads_ends_the_worker_with_one_line(starting: 
     starting.process.send_signal(signal.SIGTERM)
 
     _assert_stopped(starting, address, "SIGTERM")
+
+
+def test_sigkill_while_the_engine_loads_leaves_no_process_and_no_file(starting: Served, address: str) -> None:
+    """The process that computes is still importing then."""
+    _wait_until(lambda: any("multiprocessing.spawn" in line for line in alive(starting.mark)), starting)
+
+    os.kill(pid_of(starting.mark, "-m\0lm_worker\0"), signal.SIGKILL)
+
+    assert starting.process.wait(START_TIMEOUT) == -signal.SIGKILL, starting.lines
+    assert gone(starting.mark, 60) == []
+    assert [path for path in folder_of(address).rglob("*") if path.is_file()] == []
 
 
 def test_ctrl_c_before_vllm_is_imported_ends_the_worker_with_one_line(starting: Served, address: str) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.e2e.serving import gone, pid_of
 from tests.lm_worker.workers import Worker, language_worker, wait_ready
 
 _MAX_SECONDS = 60.0
@@ -72,3 +73,12 @@ def test_what_it_asks_the_engine_appears_in_no_metric(worker: Worker) -> None:
     before = [worker.served.metric(name) for name in names]
     time.sleep(5)
     assert [worker.served.metric(name) for name in names] == before
+
+
+def test_a_worker_whose_sink_is_killed_ends_with_a_line(worker: Worker) -> None:
+    """It is not about progress, but needs a worker that no other test needs any more."""
+    os.kill(pid_of(worker.served.mark, "lm_worker.sink"), signal.SIGKILL)
+    assert worker.served.process.wait(_MAX_SECONDS) == 1, worker.lines
+    assert "dvd language: the sink ended with exit status -9; stopping" in worker.lines
+    assert "Traceback" not in worker.lines
+    assert gone(worker.served.mark, 30) == []

@@ -159,3 +159,22 @@ async def test_a_draining_worker_gets_no_requests() -> None:
     assert {pool.pick(key) for key in KEYS} == {other}
     with pytest.raises(errors.Unavailable):
         pool.pick("key", exclude=[other])
+
+
+async def test_a_worker_that_is_no_longer_listed_gets_no_requests_after_a_few_lookups() -> None:
+    pool = make_pool(0)
+    pool.set_members("dns:vision:1", ["unix:/nowhere/0", "unix:/nowhere/1"])
+    removed, kept = pool.workers
+    for worker in pool.workers:
+        worker.mark_up(vision_pb2.VisionDescription())
+    for _ in range(2):
+        pool.set_members("dns:vision:1", [kept.address])
+        assert removed in pool.available(), "a resolver may omit an address"
+    pool.set_members("dns:vision:1", [kept.address])
+    assert pool.available() == [kept]
+    assert removed in pool.workers, "it may still finish requests"
+    pool.set_members("dns:vision:1", [kept.address, removed.address])
+    assert removed in pool.available()
+    for _ in range(3):
+        pool.set_members("dns:vision:1", [])
+    assert pool.available() == [removed, kept], "an empty answer must not become an outage"
