@@ -77,7 +77,8 @@ class Member:
             with self._log.open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True, preexec_fn=die_with_parent, env={**os.environ, "OMP_NUM_THREADS": "1", **self._environment},
+                    start_new_session=True, preexec_fn=die_with_parent,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **self._environment},
                 )  # fmt: skip
             self.starts += 1
             await self._process.wait()
