@@ -85,8 +85,19 @@ def _first_reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+_signals: list[str] = []
+"""Names of the signals that arrived before `serving.py` installed its handlers."""
+
+
 def _raise_stopped(number: int, _frame: object) -> None:
-    raise _Stopped(signal.Signals(number).name)
+    _signals.append(signal.Signals(number).name)
+    raise _Stopped(_signals[0])
+
+
+def _raise_if_signalled() -> None:
+    """Raise `_Stopped` once more if a signal has arrived: a destructor or a library may have swallowed the first one."""
+    if _signals:
+        raise _Stopped(_signals[0])
 
 
 def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
@@ -113,6 +124,7 @@ def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
             require_device(options.device)
             fork = may_fork()  # before vLLM chooses a start method in the environment
             args = vllm_arguments(options, checkpoint.path, folder, vllm_flags)
+        _raise_if_signalled()
         uvloop.run(_serve(options, checkpoint, folder, args, fork, phases))
     finally:
         shared_memory.remove_folder(folder)
@@ -132,6 +144,7 @@ async def _serve(
     async with contextlib.AsyncExitStack() as stack:
         with phases.phase("starting the engine", _WHY_ENGINE_IS_SLOW):
             engine = await stack.enter_async_context(start_engine(args, listening, fork=fork))
+        _raise_if_signalled()
         dtype = str(engine.model_config.dtype).removeprefix("torch.")
         sink = await stack.enter_async_context(SinkProcess(_sink_options(options, checkpoint, folder, dtype)))
         await stack.enter_async_context(Watchdog(engine, options.progress_timeout))
