@@ -7,10 +7,12 @@ grow. Writes what happened to `benchmarks/results/soak/soak.json`, as it goes, a
 import argparse
 import asyncio
 import json
+import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from benchmarks.soak.requests import FAULTS, OUTCOMES, Load, Outcome
 
 SENDERS = 6
 _SAMPLE_SECONDS = 5.0
+_AFTER_SECONDS = 20.0
+"""Time after a fault for which requests are counted as affected by it."""
 _OUT = result.FOLDER / "soak" / "soak.json"
 _MAX_GROWTH = {"memory_mib": 60.0, "descriptors": 40, "threads": 16}
 """How much the gateway may grow once it is warm."""
@@ -53,12 +57,35 @@ class Record:
             "seconds": round(time.monotonic() - self.started_at),
             "requests": self.counts(),
             "faults": dict(Counter(name for name, _ in self.faults)),
+            "after faults": after_faults(self.outcomes, self.faults),
             "growth": {name: resources.growth(self.samples, name) for name in sorted({s.name for s in self.samples})},
             "problems": problems,
             "environment": result.environment(),
             "bad": [asdict(outcome) for outcome in self.outcomes if outcome.name in FAULTS][:50],
         }
         path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def after_faults(outcomes: Sequence[Outcome], events: Sequence[tuple[str, float]]) -> dict[str, dict[str, float]]:
+    """Return for each kind of fault what happened to the requests that ended in the time after it.
+
+    `longest` is the longest time to a right answer in seconds; `recovery` are the seconds from the fault to the end of the last
+    request that was refused, or that took three times as long as most do.
+    """
+    usual = statistics.median([o.seconds for o in outcomes if o.name == "right"] or [0.0])
+    kinds: dict[str, dict[str, float]] = {}
+    for number, (name, at) in enumerate(events):
+        following = events[number + 1][1] if number + 1 < len(events) else at + _AFTER_SECONDS
+        own = [o for o in outcomes if at <= o.at < min(following, at + _AFTER_SECONDS)]
+        slow = [o.at - at for o in own if o.name == "refused" or (o.name == "right" and o.seconds > 3 * usual)]
+        nothing = {"times": 0, "longest": 0.0, "recovery": 0.0, "refused": 0, "lost": 0}
+        kind = kinds.setdefault(name.rpartition("-")[0] or name, nothing)
+        kind["times"] += 1
+        kind["longest"] = round(max([kind["longest"], *(o.seconds for o in own if o.name == "right")]), 2)
+        kind["recovery"] = round(max([kind["recovery"], *slow]), 2)
+        kind["refused"] += sum(o.name == "refused" for o in own)
+        kind["lost"] += sum(o.name in FAULTS for o in own)
+    return kinds
 
 
 async def soak(minutes: float, seed: int, folder: Path, path: Path) -> list[str]:
