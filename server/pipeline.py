@@ -88,7 +88,9 @@ class Pipeline:
             # a worker that does not answer has been marked down, so a retry needs another one
             if isinstance(error, errors.EmbeddingLost | errors.EngineFailed):
                 return True
-            return isinstance(error, errors.Unavailable) and bool(self._workers.language.available())
+            return isinstance(error, errors.Unavailable) and any(
+                worker not in exclude for worker in self._workers.language.available()
+            )
 
         return await with_retry(attempt, may_retry, self._budget)
 

@@ -103,7 +103,7 @@ class EmbeddingPlacer:
         request: ParsedRequest,
         files: Sequence[ImageFile],
         context: RequestContext,
-        exclude: Collection[LanguageWorker] = (),
+        exclude: list[LanguageWorker],
         *,
         is_retry: bool = False,
     ) -> EngineRequest:
@@ -115,7 +115,7 @@ class EmbeddingPlacer:
             request: The request.
             files: Its image files.
             context: Its context.
-            exclude: Language workers that must not be chosen.
+            exclude: Language workers that must not be chosen; one whose sink is full is added.
             is_retry: Whether the request has been admitted by an earlier call.
 
         Raises:
@@ -139,7 +139,11 @@ class EmbeddingPlacer:
             tiles = await self._count_tiles(missing, images, description.checkpoint)
             if not is_retry:
                 self._queue.admit(context.flow, sum(tiles), context.deadline)
-            replies = await self._encode_missing(missing, tiles, images, language, context)
+            try:
+                replies = await self._encode_missing(missing, tiles, images, language, context)
+            except errors.SinkFull:
+                exclude.append(language)
+                raise
         for reply in replies:
             context.stats.add_vision_timings(reply.timings)
         tokens_by_key = stored_tokens | {image.key: image.tokens for reply in replies for image in reply.images}

@@ -49,7 +49,7 @@ class PlacerStack:
         self.context = RequestContext(b"caller", "flow", "/v1/x", OPENAI, self.stats, time.monotonic() + 60, self.resources)
 
     async def place(self, *files: ImageFile) -> EngineRequest:
-        return await self.placer.place(self.request(*files), files, self.context)
+        return await self.placer.place(self.request(*files), files, self.context, [])
 
     def request(self, *files: ImageFile) -> ParsedRequest:
         images = [ImagePart(("images", i), "", OPTIONS) for i in range(len(files))]

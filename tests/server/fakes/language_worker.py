@@ -23,6 +23,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         rows: Number of rows by key of the embedding. A test removes a key to lose an embedding.
         dtype: The language model's dtype that Describe returns.
         responsive: Describe waits for this event; it is set at first.
+        error: Deliver raises it unless it is None.
     """
 
     def __init__(self, address: str, http: str) -> None:
@@ -32,6 +33,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self.dtype: int = pb.FLOAT32
         self.responsive = asyncio.Event()
         self.responsive.set()
+        self.error: Exception | None = None
         self._server: Any = None
 
     async def start(self) -> None:
@@ -54,6 +56,8 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         return pb.HasReply(tokens=[self.rows.get(key, 0) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[pb.DeliverChunk], context: Any) -> pb.DeliverReply:  # noqa: N802
+        if self.error is not None:
+            raise self.error
         chunks = [chunk async for chunk in request]
         header, data = chunks[0].header, b"".join(chunk.data for chunk in chunks[1:])
         if len(data) != header.length:

@@ -165,3 +165,16 @@ async def test_a_callers_mistake_is_not_sent_to_another_engine(tmp_path: Path) -
             engine.respond = error_response(400)
         assert (await stack.chat("a")).status == 400
         assert sum(len(engine.requests) for engine in engines) == 1
+
+
+async def test_a_request_whose_sink_is_full_goes_to_another_language_worker(tmp_path: Path) -> None:
+    async with start_stack(tmp_path, language=2) as stack:
+        full, other = stack.language_workers
+        full.sink.error = errors.SinkFull("no room")
+        for i in range(10):
+            assert (await stack.chat(image_part(image_file(i)))).status == 200
+        assert not full.engine.requests
+        assert len(other.engine.requests) == 10
+        other.sink.error = errors.SinkFull("no room")
+        response = await stack.chat(image_part(image_file(20)))
+        assert (response.status, response.error["code"]) == (503, "sink_full")
