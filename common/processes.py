@@ -18,7 +18,13 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM, parent: int | None 
         parent: Process id of the parent; None: that of `multiprocessing`, if this is one of its processes.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if parent is None and (process := multiprocessing.parent_process()) is not None:
-        parent = process.pid
-    if parent is not None and os.getppid() != parent:  # the parent ended before the kernel knew of our wish
+    if _has_ended(parent):  # before the kernel knew that we wanted a signal
         os.kill(os.getpid(), number)
+
+
+def _has_ended(parent: int | None) -> bool:
+    if parent is not None:
+        return os.getppid() != parent
+    # not by its process id: below a fork server of `multiprocessing`, the kernel has another parent
+    process = multiprocessing.parent_process()
+    return process is not None and not process.is_alive()

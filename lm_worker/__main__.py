@@ -20,12 +20,17 @@ from common.http_get import http_is_ok
 from common.hub import find_checkpoint
 from common.options import ConfigError, logging_options, read_options
 from common.phases import Phases
+from common.processes import die_with_parent
 from lm_worker import plugin, shared_memory
 from lm_worker.config import LanguageOptions, all_vllm_flags, split_arguments
 from lm_worker.drain import Drain
 from lm_worker.errors import EngineDiedError
 from lm_worker.sink import SinkOptions
 from lm_worker.sink_process import SinkProcess
+
+if __name__ == "__mp_main__":
+    # A process that vLLM spawns imports this module first, and vLLM for many seconds afterwards; see also `plugin.py`
+    die_with_parent(signal.SIGKILL)
 
 log = logging.getLogger("dvd.language")
 

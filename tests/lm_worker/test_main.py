@@ -4,11 +4,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from lm_worker.shared_memory import folder_of
-from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, alive, gone, pid_of, start, stop
+from tests.e2e.serving import GOLDEN, QUICK, START_TIMEOUT, Served, gone, pid_of, processes, start, stop
 from tests.ports import free_port
 
 
@@ -34,6 +35,14 @@ def _wait_until(condition: Callable[[], bool], worker: Served) -> None:
         time.sleep(0.05)
 
 
+def _is_spawned_and_imports(process: Path) -> bool:
+    """Whether `multiprocessing` has started a process, which has got as far as loading torch."""
+    try:
+        return b"multiprocessing.spawn" in (process / "cmdline").read_bytes() and "libtorch" in (process / "maps").read_text()
+    except OSError:
+        return False
+
+
 def _assert_stopped(worker: Served, address: str, signal_name: str) -> None:
     assert worker.process.wait(START_TIMEOUT) == 0, worker.lines
     assert f"dvd language: stopped by {signal_name} before it was ready" in worker.lines
@@ -53,7 +62,7 @@ def test_sigterm_while_the_engine_loads_ends_the_worker_with_one_line(starting: 
 
 def test_sigkill_while_the_engine_loads_leaves_no_process_and_no_file(starting: Served, address: str) -> None:
     """The process that computes is still importing then."""
-    _wait_until(lambda: any("multiprocessing.spawn" in line for line in alive(starting.mark)), starting)
+    _wait_until(lambda: any(_is_spawned_and_imports(path) for path in processes(starting.mark)), starting)
 
     os.kill(pid_of(starting.mark, "-m\0lm_worker\0"), signal.SIGKILL)
 
