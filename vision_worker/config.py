@@ -18,7 +18,7 @@ class EncodingOptions(ImageLimits, TraceOptions):
     vision_backend: Literal["internvl", "fake"] = Field(  # the names of `encoder.FAMILIES`
         "internvl", description="fake: embeddings derived from a hash of the image, to measure everything but the tower"
     )
-    max_batch_tiles: int = Field(0, ge=0, description="maximum number of tiles in a forward pass; 0: 4 on a CPU, 32 on a GPU")
+    max_batch_tiles: int = Field(0, ge=0, description="maximum number of tiles in a forward pass; 0: 1 on a CPU, 32 on a GPU")
     vision_compile: bool = Field(
         False,
         description="compile the tower, on a GPU into CUDA graphs (slower on a CPU); needs a C++ compiler and a longer start",

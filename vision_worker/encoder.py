@@ -36,8 +36,9 @@ from vision_worker.weights import DTYPES
 FAMILIES = {"internvl": "vision_worker.models.internvl", "fake": "vision_worker.models.fake"}
 """Modules of the families, by their name in `--vision-backend`."""
 
-_DEFAULT_BATCH_TILES = {"cpu": 4}
-"""By type of device. Larger batches are no faster on a CPU, and delay readiness, since one runs before it."""
+_DEFAULT_BATCH_TILES = {"cpu": 1}
+"""By type of device. Larger batches are no faster on a CPU: a tile is a product of a thousand rows. They would only let callers
+wait for each other, and delay readiness, since one runs before it."""
 
 
 @dataclass(frozen=True)

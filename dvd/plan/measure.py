@@ -29,7 +29,7 @@ _MIN_SERVED_REQUESTS = 50
 
 _NOTES = {
     "vision.cores": "Not measured: the cores of a vision worker's machine",
-    "vision.batch_tiles": "Not measured: 32 on a GPU, 4 on a CPU",
+    "vision.batch_tiles": "Not measured: 32 on a GPU, 1 on a CPU",
     "language.step_tokens": "Not measured",
     "language.sequences": "Not measured",
     "compressed_tokens_per_tile": "A quarter",
