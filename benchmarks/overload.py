@@ -77,6 +77,7 @@ async def _measure(url: str, model: str, options: Options) -> Result:
     peak = statistics.median(peaks)
     idle = await _text(url, model, seconds / 2)
     figures: dict[str, Any] = {"peak, requests/s": round(peak, 2), "text p99 without images, ms": _p99_ms(idle)}
+    figures["a caller beside one with 90 % of the traffic"] = await _fairness(url, bodies, seconds / 2)
     ratios = []
     for name, headers in (("with deadlines", {"X-Request-Timeout": str(DEADLINE_SECONDS)}), ("without deadlines", {})):
         images, text = await _overload(url, model, bodies, OVERLOAD * peak, seconds, headers)
@@ -135,6 +136,38 @@ async def _open_loop(url: str, bodies: Sequence[bytes], rate: float, headers: di
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
         return await load.arrivals(session, url, bodies, rate)
+
+
+async def _fairness(url: str, bodies: Iterator[bytes], seconds: float) -> dict[str, float]:
+    """Median latency in seconds of a caller with one request at a time: alone, and beside one with many."""
+    alone = await _one_at_a_time(url, bodies, seconds)
+    crowd = asyncio.create_task(_many_at_a_time(url, bodies, seconds + 2))
+    await asyncio.sleep(2)
+    beside = await _one_at_a_time(url, bodies, seconds)
+    await crowd
+    return {"alone": round(alone, 2), "beside": round(beside, 2), "ratio": round(beside / alone, 2)}
+
+
+async def _one_at_a_time(url: str, bodies: Iterator[bytes], seconds: float) -> float:
+    durations, end = [], time.monotonic() + seconds
+    async with aiohttp.ClientSession(headers={"Authorization": "Bearer one"}) as session:
+        while time.monotonic() < end:
+            durations.append(load.require_success(await load.send(session, url, next(bodies))).duration)
+    return statistics.median(durations)
+
+
+async def _many_at_a_time(url: str, bodies: Iterator[bytes], seconds: float) -> None:
+    """Requests of another caller, some of which are refused."""
+    end = time.monotonic() + seconds
+
+    async def sender(session: aiohttp.ClientSession) -> None:
+        while time.monotonic() < end:
+            if (await load.send(session, url, next(bodies))).error:
+                await asyncio.sleep(0.5)
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(headers={"Authorization": "Bearer many"}, connector=connector) as session:
+        await asyncio.gather(*(sender(session) for _ in range(2 * IN_FLIGHT)))
 
 
 async def _text(url: str, model: str, seconds: float) -> list[load.RequestTiming]:
