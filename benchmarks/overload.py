@@ -24,9 +24,11 @@ from dvd.plan.simulation import percentile
 from tests.ports import free_port
 
 OVERLOAD = 10
-IN_FLIGHT = 16
+IN_FLIGHT = 6
 """Requests at once that saturate the vision worker."""
 TEXT_PER_SECOND = 5.0
+MAX_QUEUE_SECONDS = 4.0
+"""The gateway's default."""
 DEADLINE_SECONDS = 10
 TOKENS = 4
 IMAGE_SIZE = (448, 448)
@@ -66,7 +68,7 @@ def run(options: Options) -> Result:
         model = checkpoint.write_checkpoint(folder / "medium")
         servers.enter_context(processes.vision_worker(folder, model, cores[:1], "--cache=none"))
         servers.enter_context(processes.fake_language_worker(folder, model, cores[-1:], free_port(), "float32", 0.005))
-        gateway = servers.enter_context(processes.gateway(folder, cores[-1:]))
+        gateway = servers.enter_context(processes.gateway(folder, cores[-1:], f"--max-queue-seconds={MAX_QUEUE_SECONDS:g}"))
         return asyncio.run(_measure(gateway.url, model.name, options))
 
 
@@ -167,7 +169,7 @@ async def _many_at_a_time(url: str, bodies: Iterator[bytes], seconds: float) -> 
 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(headers={"Authorization": "Bearer many"}, connector=connector) as session:
-        await asyncio.gather(*(sender(session) for _ in range(2 * IN_FLIGHT)))
+        await asyncio.gather(*(sender(session) for _ in range(5 * IN_FLIGHT)))
 
 
 async def _text(url: str, model: str, seconds: float) -> list[load.RequestTiming]:

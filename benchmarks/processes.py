@@ -147,12 +147,12 @@ def _vllm_environment(cores: Sequence[int]) -> dict[str, str]:
 
 
 def gateway(folder: Path, cores: Sequence[int], *flags: str, vision_names: Sequence[str] = ("vision",)) -> Server:
-    """A gateway in front of the workers of a folder."""
+    """A gateway in front of the workers of a folder, whose queue is not bounded unless a flag says so."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     addresses = ",".join(f"unix:{folder / name}" for name in vision_names)
     command = [
         sys.executable, "-m", "server", f"--port={port}", f"--vision-workers={addresses}",
-        f"--language-workers=unix:{folder / 'language'}", *flags,
+        f"--language-workers=unix:{folder / 'language'}", "--max-queue-seconds=3600", *flags,
     ]  # fmt: skip
     return Server("gateway", command, cores, folder, lambda: returns_ok(f"{url}/health/ready"), url=url)
 
