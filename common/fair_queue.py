@@ -85,7 +85,8 @@ class FairQueue(Generic[T]):
         self._by_name: dict[str, _Caller[T]] = {}
         self._items: dict[T, _Waiting[T]] = {}
         self._finish_tags: dict[str, float] = {}  # of callers that have left, while ahead of `_time`; in ascending order
-        self._time = 0.0  # about the start tag of the unit that was taken last
+        self._time = 0.0  # about the start tag of what was taken last
+        self._unfinished = 0.0  # by which the time passes with what was taken last: who joins meanwhile is not behind it
         self._total_weight = 0.0  # of the callers that wait
         self._units = 0
 
@@ -120,7 +121,8 @@ class FairQueue(Generic[T]):
     def _take(self, units: int) -> T:
         caller = self._callers.first()
         item = caller.items.first()
-        self._time = max(self._time + units / self._total_weight, caller.start)
+        self._time = max(self._time + self._unfinished, caller.start)
+        self._unfinished = units / self._total_weight
         caller.start += units / caller.weight
         caller.time += units / len(caller.items)
         self._callers.push(caller, caller.start)
@@ -154,6 +156,6 @@ class FairQueue(Generic[T]):
         """Forget the callers that have no advantage left, all of them once nobody waits."""
         if not self._units:
             self._finish_tags.clear()
-            self._time = self._total_weight = 0.0
+            self._time = self._total_weight = self._unfinished = 0.0
         while self._finish_tags and self._finish_tags[name := next(iter(self._finish_tags))] <= self._time:
             del self._finish_tags[name]

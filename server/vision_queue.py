@@ -67,6 +67,7 @@ class VisionQueue:
         self._pool, self._max_wait, self._metrics, self._clock = pool, max_wait_seconds, metrics, clock
         self._queue: FairQueue[_Ticket] = FairQueue()
         self._tiles_by_caller: Counter[str] = Counter()  # waiting and in flight
+        self._sent: Counter[str] = Counter()  # tiles in flight at vision workers, by caller
 
     @property
     def tiles_per_second(self) -> float | None:
@@ -136,9 +137,11 @@ class VisionQueue:
         """
         ticket = _Ticket(job, exclude)
         self._tiles_by_caller[job.caller] += job.tiles
-        self._queue.add(ticket, job.caller, job.tiles)
-        self._export()
-        self.dispatch()
+        is_only_one = self._tiles_by_caller[job.caller] == job.tiles
+        if not (is_only_one and self._send(ticket)):  # the only call of a caller need not wait behind those that have no room
+            self._queue.add(ticket, job.caller, job.tiles)
+            self._export()
+            self.dispatch()
         try:
             worker = await ticket.turn
             with worker.track_in_flight():
@@ -155,17 +158,24 @@ class VisionQueue:
                 self._queue.remove(ticket)
                 self._export()
                 continue
-            try:
-                worker = self._choose(ticket)
-            except errors.DvdError as error:
-                self._take()
-                ticket.turn.set_exception(error)
-                continue
-            if worker is None:
+            if not self._send(ticket):
                 return
-            self._take()
-            worker.add_tiles(ticket.job.tiles)  # here, since the waiting task runs later
-            ticket.turn.set_result(worker)
+            self._queue.take_item()
+            self._export()
+
+    def _send(self, ticket: _Ticket) -> bool:
+        """Decide about a call: its worker, or its error. Returns False if it has to wait."""
+        try:
+            worker = self._choose(ticket)
+        except errors.DvdError as error:
+            ticket.turn.set_exception(error)
+            return True
+        if worker is None:
+            return False
+        worker.add_tiles(ticket.job.tiles)  # here, since the waiting task runs later
+        self._sent[ticket.job.caller] += ticket.job.tiles
+        ticket.turn.set_result(worker)
+        return True
 
     def _choose(self, ticket: _Ticket) -> VisionWorker | None:
         """Return the worker for a call, None if none has room. Raises `Unavailable`, `DeadlineExceeded`."""
@@ -179,7 +189,7 @@ class VisionQueue:
         least = min(worker.tiles for worker in candidates)
         worker = next(
             (worker for worker in rank(candidates, job.key)
-             if worker.has_room(job.tiles) and worker.tiles <= 2 * least + _TILE_SLACK),
+             if worker.has_room(job.tiles, is_first=not self._sent[job.caller]) and worker.tiles <= 2 * least + _TILE_SLACK),
             None,
         )  # fmt: skip
         if worker and (rate := worker.tiles_per_second) and self._clock() + job.tiles / rate > job.deadline:
@@ -187,21 +197,23 @@ class VisionQueue:
             raise errors.DeadlineExceeded("The deadline passed while the images waited for a vision worker.")
         return worker
 
-    def _take(self) -> None:
-        self._queue.take_item()
-        self._export()
-
     def _release(self, ticket: _Ticket) -> None:
         """Undo what a call has been counted for: its place in the queue, or its tiles at a worker."""
         job = ticket.job
-        self._tiles_by_caller[job.caller] -= job.tiles
-        if not self._tiles_by_caller[job.caller]:
-            del self._tiles_by_caller[job.caller]
+        _subtract(self._tiles_by_caller, job.caller, job.tiles)
         if ticket.turn.cancelled():  # while it waited
             self._queue.remove(ticket)
             self._export()
         elif ticket.turn.exception() is None:
             ticket.turn.result().remove_tiles(job.tiles)
+            _subtract(self._sent, job.caller, job.tiles)
 
     def _export(self) -> None:
         self._metrics.waiting_tiles.set(len(self._queue))
+
+
+def _subtract(counter: Counter[str], name: str, count: int) -> None:
+    """Subtract from a counter that keeps no zeros: there may be any number of callers."""
+    counter[name] -= count
+    if not counter[name]:
+        del counter[name]

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 _MAX_MEASURED_WARM_UP_SECONDS = 5.0
 """A warm-up that takes longer is not repeated for a measurement: it would delay readiness."""
 
+_SLOW_BATCH_SECONDS = 0.1
+"""Duration of a batch from which on a CPU stages none in advance: the milliseconds that it would save do not matter then."""
+
 _MAX_BATCHES_IN_FLIGHT = 2
 """One on the device and the next one staged. With more, batches would contain tiles of callers that have disconnected."""
 
@@ -135,7 +138,7 @@ class Batcher:
         self._queue: FairQueue[_Group] = FairQueue()
         self._metrics.waiting_tiles.set_function(lambda: len(self._queue))
         self._has_waiting, self.device_lost = asyncio.Event(), asyncio.Event()
-        self._slots = asyncio.Semaphore(_MAX_BATCHES_IN_FLIGHT)
+        self._batch_ended = asyncio.Event()
         self._clock = CpuClock()
         self._stager_thread = ThreadPoolExecutor(1, "stager", initializer=self._clock.register)
         self._device_thread = ThreadPoolExecutor(1, "device", initializer=self._clock.register)
@@ -226,11 +229,18 @@ class Batcher:
     async def _run(self) -> None:
         """Form batches and submit them until the batcher is closed."""
         while True:
-            await self._slots.acquire()
+            while self._in_flight >= self._max_in_flight():
+                self._batch_ended.clear()
+                await self._batch_ended.wait()
             batch, tiles = await self._next_batch()
             count, compute = len(tiles), functools.partial(self._compute, batch)
             self._submit(tiles, compute).add_done_callback(functools.partial(self._set_results, count))
             del batch, tiles, compute  # while this waits for the next batch, the pixels and results of this one can go
+
+    def _max_in_flight(self) -> int:
+        """Return the number of batches that may be submitted: a staged one delays every call that arrives after it."""
+        is_slow = self.times.seconds_per_batch >= _SLOW_BATCH_SECONDS
+        return 1 if is_slow and self._encoder.placement.device.type == "cpu" else _MAX_BATCHES_IN_FLIGHT
 
     def _submit(
         self, tiles: list[npt.NDArray[np.uint8]], compute: "Callable[[Future[Tensor]], _Computed]"
@@ -245,6 +255,7 @@ class Batcher:
     def _count_completed(self, _computed: "asyncio.Future[_Computed]") -> None:
         self._in_flight -= 1
         self._completed += 1
+        self._batch_ended.set()
 
     async def _next_batch(self) -> tuple[_Batch, list[npt.NDArray[np.uint8]]]:
         """Wait for tiles, then take all that are waiting, up to the maximum. Tiles of a group are next to each other."""
@@ -348,7 +359,6 @@ class Batcher:
 
     def _set_results(self, tiles: int, computed: "asyncio.Future[_Computed]") -> None:
         """Hand a batch's results to the callers, on the event loop."""
-        self._slots.release()
         if computed.cancelled():
             return
         if seconds := computed.result().forward_seconds:

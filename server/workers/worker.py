@@ -200,10 +200,16 @@ class VisionWorker(Worker[VisionClient, vision_pb2.VisionDescription]):
         reported = self._description.tiles_per_second if self._description is not None else 0.0
         return self.throughput.per_second or reported or None
 
-    def has_room(self, tiles: int) -> bool:
-        """Return whether a call of this many tiles may be sent now. A worker without any call has room for each."""
-        share = self.breaker.share(time.monotonic())
-        return not self._tiles or self._tiles + tiles <= self.window * share
+    def has_room(self, tiles: int, *, is_first: bool) -> bool:
+        """Return whether a call may be sent now. A worker without any call has room for each.
+
+        Args:
+            tiles: Tiles of the call.
+            is_first: Whether its caller has no other call in flight. Such a call may exceed the window, up to twice its size:
+                at the worker its tiles are next, while here it would wait for those that are ahead there.
+        """
+        window = self.window * self.breaker.share(time.monotonic())
+        return not self._tiles or self._tiles + tiles <= (2 * window if is_first else window)
 
     def add_tiles(self, tiles: int) -> None:
         """Record that a call of this many tiles is sent to the worker."""
