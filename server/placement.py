@@ -237,7 +237,8 @@ class EmbeddingPlacer:
             return await language.client.has(embedding_keys, _LOOKUP_TIMEOUT_SECONDS)
         except (errors.Unavailable, errors.DeadlineExceeded) as error:
             self._metrics.cache.labels("sink", "errors").inc()
-            language.mark_down(f"its sink did not answer a lookup: {error}")
+            if isinstance(error, errors.Unavailable):  # a late one may only be busy: the probes decide
+                language.mark_down(f"its sink did not answer a lookup: {error}")
             raise errors.WorkerUnavailable("The language worker does not answer; retry later.", retry_after=1) from None
 
     async def _encode_missing(

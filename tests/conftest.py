@@ -38,7 +38,12 @@ _CLIENTS = tuple(f"e2e/clients/test_{name}.py" for name in ("documentation", "fr
 """Files of `make test-clients`: they need the environment that `make clients` creates, or a server that writes compact JSON."""
 _HAS_CLIENTS = (_TESTS.parent / ".venv-clients/installed").exists()
 
-_LONG = ("e2e/test_hostile_fields.py", "e2e/test_real_shapes.py")
+_LONG = (
+    "e2e/test_hostile_fields.py",
+    "e2e/test_real_shapes.py",
+    "lm_worker/test_serving.py",
+    "lm_worker/test_watchdog.py",
+)
 """Files of `make test-long`, which take a minute or more each."""
 
 _MARKED = {"vllm": _NEED_VLLM, "slow": _SLOW, "clients": _CLIENTS, "long": _LONG}

@@ -23,10 +23,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages: dict[str, str] = config.extra["pages"]
     for page, source in pages.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for image in ROOT.glob("*/*/*.png"):
+    for image in (*ROOT.glob("benchmarks/results/**/*.png"), *ROOT.glob("demo/images/*.png")):
         source = image.relative_to(ROOT).as_posix()
-        if source.startswith(("benchmarks/results/", "demo/images/")):
-            files.append(File.generated(config, source, abs_src_path=str(image)))
+        files.append(File.generated(config, source, abs_src_path=str(image)))
     return files
 
 

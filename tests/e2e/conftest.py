@@ -140,7 +140,9 @@ def _family_run(config: pytest.Config) -> FamilyRun:
 
 def _demo(config: pytest.Config) -> Served:
     if _DEMO not in config.stash:
-        config.stash[_DEMO] = start_up(DEMO_CHECKPOINT)
+        config.stash[_DEMO] = start_up(
+            DEMO_CHECKPOINT, "--max-queue-seconds=600"
+        )  # its tests ask more at once than two cores answer in 4 s
     return config.stash[_DEMO]
 
 

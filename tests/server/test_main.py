@@ -16,7 +16,7 @@ from tests.server.fakes.gateway import Gateway, start_gateway
 from tests.server.fakes.handlers import hang
 from tests.server.fakes.requests import chat, image_file, image_part
 from tests.server.fakes.stack import Response, start_stack
-from tests.server.fakes.vllm import COMPLETION
+from tests.server.fakes.vllm import COMPLETION, METRICS
 from tests.server.fakes.waiting import wait_until
 
 
@@ -43,6 +43,7 @@ async def test_two_processes_share_a_port_and_their_metrics(gateway: Gateway) ->
     assert await gateway.metric('dvd_stage_seconds_count{stage="engine"') == 40
     assert await gateway.metric('dvd_request_seconds_count{route="/v1/chat/completions"') == 40
     assert await gateway.metric("dvd_stage_requests") == 0
+    gateway.engine.metrics = METRICS
     await wait_until(lambda: _metric_is(gateway, "dvd_engine_requests_waiting", 8), "the load of the engine is counted once")
     await gateway.vision.stop()
     line = 'dvd_worker_up{{address="{}",kind="{}"}} {}.0'

@@ -32,6 +32,9 @@ vllm:prompt_tokens_total{engine="0",model_name="internvl"} 11.0
 """
 """The metrics of a vLLM with two engines (data parallelism)."""
 
+IDLE_METRICS = METRICS.replace("} 7.0", "} 0.0").replace('model_name="internvl"} 1.0', 'model_name="internvl"} 0.0')
+"""The same, but no request waits."""
+
 
 @dataclass
 class ReceivedRequest:
@@ -61,7 +64,7 @@ class FakeVLLM:
         requests: All POST requests, in order of arrival.
         respond: The handler of POST requests, on whatever path.
         models: What GET /v1/models returns.
-        metrics: What GET /metrics returns.
+        metrics: What GET /metrics returns; at first, no request waits.
         responsive: GET /health waits for this event; it is set at first.
         disconnects: Number of POST requests whose caller left before the response was complete.
     """
@@ -71,7 +74,7 @@ class FakeVLLM:
         self.requests: list[ReceivedRequest] = []
         self.respond: Handler = default_response
         self.models: Any = {"object": "list", "data": [{"id": MODEL, "root": "/secret/folder"}]}
-        self.metrics = METRICS
+        self.metrics = IDLE_METRICS
         self.responsive = asyncio.Event()
         self.responsive.set()
         self.disconnects = 0

@@ -54,6 +54,7 @@ async def test_requests_are_counted_in_metrics(stack: Stack) -> None:
 
 
 async def test_vllm_metrics_are_forwarded_and_summarised(stack: Stack) -> None:
+    stack.engine.metrics = METRICS
     whole = await stack.get("/metrics/engine/0")
     assert (whole.status, whole.body.decode()) == (200, METRICS)
     assert whole.headers["Content-Type"].startswith("text/plain")
