@@ -140,9 +140,8 @@ def _family_run(config: pytest.Config) -> FamilyRun:
 
 def _demo(config: pytest.Config) -> Served:
     if _DEMO not in config.stash:
-        config.stash[_DEMO] = start_up(
-            DEMO_CHECKPOINT, "--max-queue-seconds=600"
-        )  # its tests ask more at once than two cores answer in 4 s
+        # its tests send more images at once than two cores encode in the usual 4 s
+        config.stash[_DEMO] = start_up(DEMO_CHECKPOINT, "--max-queue-seconds=600")
     return config.stash[_DEMO]
 
 
