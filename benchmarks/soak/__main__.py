@@ -7,7 +7,6 @@ grow. Writes what happened to `benchmarks/results/soak/soak.json`, as it goes, a
 import argparse
 import asyncio
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -69,20 +68,16 @@ class Record:
 def after_faults(outcomes: Sequence[Outcome], events: Sequence[tuple[str, float]]) -> dict[str, dict[str, float]]:
     """Return for each kind of fault what happened to the requests that ended in the time after it.
 
-    `longest` is the longest time to a right answer in seconds; `recovery` are the seconds from the fault to the end of the last
-    request that was refused, or that took three times as long as most do.
+    `longest` is the longest time to a right answer in seconds.
     """
-    usual = statistics.median([o.seconds for o in outcomes if o.name == "right"] or [0.0])
     kinds: dict[str, dict[str, float]] = {}
     for number, (name, at) in enumerate(events):
         following = events[number + 1][1] if number + 1 < len(events) else at + _AFTER_SECONDS
         own = [o for o in outcomes if at <= o.at < min(following, at + _AFTER_SECONDS)]
-        slow = [o.at - at for o in own if o.name == "refused" or (o.name == "right" and o.seconds > 3 * usual)]
-        nothing = {"times": 0, "longest": 0.0, "recovery": 0.0, "refused": 0, "lost": 0}
+        nothing = {"times": 0, "longest": 0.0, "refused": 0, "lost": 0}
         kind = kinds.setdefault(name.rpartition("-")[0] or name, nothing)
         kind["times"] += 1
         kind["longest"] = round(max([kind["longest"], *(o.seconds for o in own if o.name == "right")]), 2)
-        kind["recovery"] = round(max([kind["recovery"], *slow]), 2)
         kind["refused"] += sum(o.name == "refused" for o in own)
         kind["lost"] += sum(o.name in FAULTS for o in own)
     return kinds
