@@ -118,8 +118,10 @@ class VisionQueue:
         if wait <= bound:
             return
         retry_after = max(1.0, wait - max(bound, 0.0))
-        by_deadline = bound < self._max_wait
-        reason = f"its deadline leaves {max(left, 0.0):.1f} s" if by_deadline else f"the queue is bounded to {self._max_wait:g} s"
+        if bound < self._max_wait:
+            reason = f"its deadline leaves {max(left, 0.0):.1f} s"
+        else:
+            reason = f"the queue is bounded to {self._max_wait:g} s"
         self._metrics.refused.labels("vision").inc()
         raise errors.Overloaded(
             f"The vision workers are at capacity: the images would wait for about {wait:.1f} s, but {reason}. "
