@@ -19,7 +19,7 @@ from tests.ports import free_port
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests/data/golden/flash-qwen3/checkpoint"
 _VLLM_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes=268435456", "--max-num-seqs=32", "--dtype=float32")
-_START_TIMEOUT_SECONDS = 300.0
+_START_TIMEOUT_SECONDS = 900.0
 _RESTART_SECONDS = 0.5
 
 
