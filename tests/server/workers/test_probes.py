@@ -97,6 +97,7 @@ async def test_a_vllm_that_does_not_report_its_load_is_up(
 ) -> None:
     async with start_pools(tmp_path, monkeypatch) as (workers, _, language):
         client = workers.language.workers[0].client
+        language.engine.metrics = METRICS
         assert await client.load(20) == (8, 5, 0.5), "requests of both engines, and the fullest KV cache"
         language.engine.metrics = metrics
         assert await client.load(20) is None
