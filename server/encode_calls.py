@@ -44,7 +44,7 @@ class EncodeGroup:
 
 
 class EncodeCalls:
-    """The only owner of the Encode calls in flight, and of what they told about the router's decisions."""
+    """The only owner of the Encode calls in flight, and of the router's decisions in their replies."""
 
     def __init__(
         self, options: GatewayOptions, pool: Pool[VisionWorker], queue: VisionQueue, budget: RetryBudget, metrics: Metrics
@@ -98,11 +98,11 @@ class EncodeCalls:
         """Call the key's vision worker, or another one if that is unavailable or fails."""
         failed: list[VisionWorker] = []
 
-        async def attempt(is_last: bool) -> pb.EncodeReply:
+        async def attempt(_is_last: bool) -> pb.EncodeReply:
             async with self._queue.worker(job, exclude=failed) as worker:
                 try:
                     return await self._hedging.run(
-                        lambda: self._call_worker(worker, job, request, is_last),
+                        lambda: self._call_worker(worker, job, request, is_first=not failed),
                         lambda: self._call_another(worker, job, request),
                     )
                 except errors.DvdError:
@@ -123,13 +123,13 @@ class EncodeCalls:
     async def _call_another(self, worker: VisionWorker, job: EncodeJob, request: pb.EncodeRequest) -> pb.EncodeReply:
         """Call a second worker, since the first one takes long."""
         async with self._queue.worker(job, exclude=[worker]) as other:
-            return await self._call_worker(other, job, request, is_last=True)
+            return await self._call_worker(other, job, request, is_first=False)
 
     async def _call_worker(
-        self, worker: VisionWorker, job: EncodeJob, request: pb.EncodeRequest, is_last: bool
+        self, worker: VisionWorker, job: EncodeJob, request: pb.EncodeRequest, *, is_first: bool
     ) -> pb.EncodeReply:
-        # only before a retry: one image on which every worker fails must not take all of them down
-        with nullcontext() if is_last else worker.marking_down_if_gone():
+        # only the first one: an image on which every worker fails must not take all of them down
+        with worker.marking_down_if_gone() if is_first else nullcontext():
             self._metrics.encodes.inc()
             async with worker.giving_up_if_hung(), _noting_deadline(job.deadline):
                 reply = await worker.client.encode(request, max(job.deadline - time.monotonic(), 0.001))
