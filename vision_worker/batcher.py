@@ -178,8 +178,9 @@ class Batcher:
         def run() -> float:
             for size in self._encoder.warmup_batch_sizes(self.max_tiles):
                 seconds = compute(size)
-            # the first batch allocates memory, so that only the second one tells how fast the device is
-            return compute(size) if seconds < _MAX_MEASURED_WARM_UP_SECONDS else seconds
+            # the first batch allocates memory or compiles, so that only the second one tells how fast the device is
+            is_fast = self._encoder.placement.compile_for or seconds < _MAX_MEASURED_WARM_UP_SECONDS
+            return compute(size) if is_fast else seconds
 
         seconds = await asyncio.get_running_loop().run_in_executor(self._device_thread, run)
         self.times.record(self.max_tiles, seconds)
