@@ -1,4 +1,4 @@
-"""What a server does with ten times the images that it can encode: goodput, refusals, text beside them, and recovery.
+"""Overload: ten times the images that the server can encode. Goodput, refusals, latency of text requests, and recovery.
 
 A real vision worker with a core of its own; the language worker's engine is a fake with a fixed pace, so that images are the
 bottleneck. Requests arrive at random times, whether or not the server keeps up, once with a deadline and once without.
@@ -33,8 +33,9 @@ DEADLINE_SECONDS = 10
 TOKENS = 4
 IMAGE_SIZE = (448, 448)
 IMAGES = 200
-"""Different images, each asked for with different options, so that no embedding is reused."""
+"""Number of different images. Each request with one has options of its own, so that no embedding is reused."""
 _TIME_TO_SATURATE = 5.0
+_PAUSE_SECONDS = 0.5
 
 
 @dataclass
@@ -102,29 +103,43 @@ def _bodies(model: str) -> Iterator[bytes]:
     """Requests with an image each, none of them equal."""
     images = [load.image_url(seed, *IMAGE_SIZE) for seed in range(IMAGES)]
     for number in itertools.count():
-        # another caller's salt is not possible from here, so the router's threshold makes the embedding another one
+        # another threshold is another embedding
         router = {"mode": "auto", "relative_threshold": round(0.2 + number // IMAGES * 1e-4, 6)}
         yield load.chat_body(model, f"What is shown? {number}", [images[number % IMAGES]], TOKENS, vir=router)
 
 
 async def _peak(url: str, bodies: Iterator[bytes], seconds: float) -> float:
     """Requests per second of a closed loop that keeps the vision worker busy."""
+    timings = await _closed_loop(url, bodies, seconds, IN_FLIGHT, "peak")
+    return load.throughput([load.require_success(timing) for timing in timings])
+
+
+async def _closed_loop(
+    url: str, bodies: Iterator[bytes], seconds: float, in_flight: int, caller: str
+) -> list[load.RequestTiming]:
+    """Keep requests of one caller in flight for a time. After a refused one there is a pause."""
     timings: list[load.RequestTiming] = []
     end = time.monotonic() + seconds
 
     async def sender(session: aiohttp.ClientSession) -> None:
         while time.monotonic() < end:
-            timings.append(load.require_success(await load.send(session, url, next(bodies))))
+            timings.append(await load.send(session, url, next(bodies)))
+            if timings[-1].error:
+                await asyncio.sleep(_PAUSE_SECONDS)
 
-    async with load.open_session() as session:
-        await asyncio.gather(*(sender(session) for _ in range(IN_FLIGHT)))
-    return load.throughput(timings)
+    async with _session({"Authorization": f"Bearer {caller}"}) as session:
+        await asyncio.gather(*(sender(session) for _ in range(in_flight)))
+    return timings
+
+
+def _session(headers: dict[str, str]) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers)
 
 
 async def _overload(
     url: str, model: str, bodies: Iterator[bytes], rate: float, seconds: float, headers: dict[str, str]
 ) -> tuple[_Phase, _Phase]:
-    """Send images at `rate` and text beside them. Returns both."""
+    """Send requests with images at `rate`, and requests without at the same time. Returns both kinds."""
     ready = list(itertools.islice(bodies, int(rate * seconds)))  # made before, so that the generator keeps up
     started = time.monotonic()
     texts = asyncio.create_task(_text(url, model, seconds))
@@ -135,41 +150,23 @@ async def _overload(
 
 async def _open_loop(url: str, bodies: Sequence[bytes], rate: float, headers: dict[str, str]) -> list[load.RequestTiming]:
     """Send requests with Poisson arrivals; refused ones are part of the result."""
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+    async with _session(headers) as session:
         return await load.arrivals(session, url, bodies, rate)
 
 
 async def _fairness(url: str, bodies: Iterator[bytes], seconds: float) -> dict[str, float]:
-    """Median latency in seconds of a caller with one request at a time: alone, and beside one with many."""
-    alone = await _one_at_a_time(url, bodies, seconds)
-    crowd = asyncio.create_task(_many_at_a_time(url, bodies, seconds + 2))
+    """Median latency in seconds of a caller with one request at a time: on an idle server, and next to a caller with many."""
+    alone = await _median_latency(url, bodies, seconds)
+    crowd = asyncio.create_task(_closed_loop(url, bodies, seconds + 2, 5 * IN_FLIGHT, "many"))
     await asyncio.sleep(2)
-    beside = await _one_at_a_time(url, bodies, seconds)
+    crowded = await _median_latency(url, bodies, seconds)
     await crowd
-    return {"alone": round(alone, 2), "beside": round(beside, 2), "ratio": round(beside / alone, 2)}
+    return {"alone": round(alone, 2), "beside": round(crowded, 2), "ratio": round(crowded / alone, 2)}
 
 
-async def _one_at_a_time(url: str, bodies: Iterator[bytes], seconds: float) -> float:
-    durations, end = [], time.monotonic() + seconds
-    async with aiohttp.ClientSession(headers={"Authorization": "Bearer one"}) as session:
-        while time.monotonic() < end:
-            durations.append(load.require_success(await load.send(session, url, next(bodies))).duration)
-    return statistics.median(durations)
-
-
-async def _many_at_a_time(url: str, bodies: Iterator[bytes], seconds: float) -> None:
-    """Requests of another caller, some of which are refused."""
-    end = time.monotonic() + seconds
-
-    async def sender(session: aiohttp.ClientSession) -> None:
-        while time.monotonic() < end:
-            if (await load.send(session, url, next(bodies))).error:
-                await asyncio.sleep(0.5)
-
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(headers={"Authorization": "Bearer many"}, connector=connector) as session:
-        await asyncio.gather(*(sender(session) for _ in range(5 * IN_FLIGHT)))
+async def _median_latency(url: str, bodies: Iterator[bytes], seconds: float) -> float:
+    timings = await _closed_loop(url, bodies, seconds, 1, "one")
+    return statistics.median(load.require_success(timing).duration for timing in timings)
 
 
 async def _text(url: str, model: str, seconds: float) -> list[load.RequestTiming]:

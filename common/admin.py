@@ -47,7 +47,7 @@ def admin_of_worker(
         is_draining: Whether the worker is on its way to its end.
 
     Raises:
-        OSError: The address cannot be bound; the message names it and the option.
+        OSError: The address cannot be bound.
     """
     if address is None:
         return contextlib.nullcontext()
@@ -56,10 +56,7 @@ def admin_of_worker(
     def status() -> dict[str, Any]:
         return {"status": "draining" if is_draining() else "serving", "processes": [os.getpid()]}
 
-    try:
-        return AdminServer(address, lambda: loop.call_soon_threadsafe(drain), status)
-    except OSError as error:
-        raise OSError(f"{error}; choose another --admin") from None
+    return AdminServer(address, lambda: loop.call_soon_threadsafe(drain), status)
 
 
 class AdminServer:
@@ -72,7 +69,7 @@ class AdminServer:
         status: Returns a JSON object with at least `status`, `serving` or `draining`. It is called in a thread.
 
     Raises:
-        OSError: The address cannot be bound; the message names it.
+        OSError: The address cannot be bound; the message names it and the option.
     """
 
     def __init__(self, address: str, drain: Callable[[], object], status: Callable[[], dict[str, Any]]) -> None:
@@ -81,7 +78,8 @@ class AdminServer:
         try:
             self._server = _create_server(address, drain, status)
         except OSError as error:
-            raise OSError(f"cannot listen on {address}: {error.strerror or error}") from None
+            reason = f"cannot listen on {address}: {error.strerror or error}; choose another --admin"
+            raise OSError(reason) from None
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_SECONDS,), daemon=True)
 
     def __enter__(self) -> Self:

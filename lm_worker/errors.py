@@ -2,4 +2,4 @@
 
 
 class EngineDiedError(Exception):
-    """The engine has ended although nobody has asked it to. The message is one line for the operator."""
+    """The engine has ended without a request to stop. The message is one line for the operator."""

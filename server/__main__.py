@@ -72,7 +72,7 @@ def _admin_server(
     try:
         admin = AdminServer(options.admin, lambda: loop.call_soon_threadsafe(serving.drain), serving.status)
     except OSError as error:
-        logs.exit_with_error("dvd gateway", f"{error}; choose another --admin", options.log_format)
+        logs.exit_with_error("dvd gateway", str(error), options.log_format)
     with admin:
         log.info("admin listener on %s", options.admin)
         yield

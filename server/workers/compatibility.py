@@ -1,6 +1,6 @@
 """Whether the workers serve the same checkpoint, and in dtypes that they can exchange."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from common import messages
@@ -24,17 +24,18 @@ class Mismatch:
     details: str
 
 
-def same_checkpoint(one: pb.CheckpointDescription, other: pb.CheckpointDescription) -> bool:
-    """Return whether two workers serve the same checkpoint."""
-    return all(getattr(one, name) == getattr(other, name) for name in _COMPARED)
+def checkpoint_key(checkpoint: pb.CheckpointDescription) -> tuple[object, ...]:
+    """Return what workers must agree on to work together. Workers of one checkpoint have equal keys."""
+    return tuple(getattr(checkpoint, name) for name in _COMPARED)
 
 
-def can_pair(vision: VisionWorker, language: LanguageWorker) -> bool:
-    """Return whether the vision worker can encode for the language worker; False while one of them is down."""
-    if vision.description is None or language.description is None:
-        return False
-    return language.description.dtype in DELIVERED_DTYPES and same_checkpoint(
-        vision.description.checkpoint, language.description.checkpoint
+def takes_images(language: LanguageWorker, vision_keys: Collection[tuple[object, ...]]) -> bool:
+    """Return whether vision workers with these checkpoint keys can encode for a language worker; False while it is down."""
+    description = language.description
+    return (
+        description is not None
+        and description.dtype in DELIVERED_DTYPES
+        and checkpoint_key(description.checkpoint) in vision_keys
     )
 
 

@@ -50,8 +50,11 @@ class Pool(Generic[WorkerT]):
         self.workers += new
         return new
 
+    def _listed(self) -> set[str]:
+        return {address for addresses in self._addresses.values() for address in addresses}
+
     def _count_unlisted(self) -> None:
-        listed = {address for addresses in self._addresses.values() for address in addresses}
+        listed = self._listed()
         for worker in self.workers:
             if worker.address in listed:
                 del self._unlisted[worker.address]
@@ -62,7 +65,7 @@ class Pool(Generic[WorkerT]):
 
     async def prune(self) -> None:
         """Remove the workers that are down and that no source lists; close clients that are no longer in use."""
-        listed = {address for addresses in self._addresses.values() for address in addresses}
+        listed = self._listed()
         for worker in [worker for worker in self.workers if not worker.is_up and worker.address not in listed]:
             log.info("%s worker %s removed: it does not answer and is no longer listed", self.kind, worker.address)
             self.workers.remove(worker)

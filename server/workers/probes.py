@@ -10,7 +10,14 @@ from common.tasks import SingleFlight
 from server.metrics import Metrics, WorkerStatus
 from server.workers import discovery
 from server.workers.clients import LanguageClient, VisionClient
-from server.workers.compatibility import DELIVERED_DTYPES, Mismatch, can_pair, find_mismatch, find_mixed_weights
+from server.workers.compatibility import (
+    DELIVERED_DTYPES,
+    Mismatch,
+    checkpoint_key,
+    find_mismatch,
+    find_mixed_weights,
+    takes_images,
+)
 from server.workers.pool import Pool, WorkerT
 from server.workers.worker import LanguageWorker, VisionWorker
 
@@ -112,10 +119,8 @@ class WorkerPools:
 
     def unpaired(self) -> list[LanguageWorker]:
         """Return the language workers that can take no image: no available vision worker serves their checkpoint."""
-        vision = self.vision.available()
-        return [
-            worker for worker in self.language.available() if vision and not any(can_pair(other, worker) for other in vision)
-        ]  # fmt: skip
+        vision = {checkpoint_key(w.description.checkpoint) for w in self.vision.available() if w.description is not None}
+        return [worker for worker in self.language.available() if vision and not takes_images(worker, vision)]
 
     def warnings(self) -> list[str]:
         """Return what the operator should know of workers that disagree, although requests are served."""

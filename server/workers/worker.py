@@ -265,21 +265,15 @@ class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription])
         self._record_finished(0)
 
     @property
-    def waiting(self) -> float:
-        """Requests that wait in vLLM for their first step: those that it reported, and those that it got since."""
-        if self._load is None or not self._is_saturated:
-            return 0.0
-        return self._load.requests_waiting + self._sent_since_load
-
-    @property
-    def _is_saturated(self) -> bool:
-        return self._load is not None and self._load.requests_waiting > 0
-
-    @property
     def wait_seconds(self) -> float:
         """Estimated seconds until vLLM begins with a request that it gets now; 0 if nothing waits, or nothing is known."""
         rate = self.throughput.per_second
-        return self.waiting / rate if rate else 0.0
+        # those that it reported to wait for their first step, and those that it got since
+        return (self._waiting + self._sent_since_load) / rate if rate and self._waiting else 0.0
+
+    @property
+    def _waiting(self) -> float:
+        return self._load.requests_waiting if self._load is not None else 0.0
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -292,4 +286,4 @@ class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription])
             self._record_finished(1)
 
     def _record_finished(self, requests: int) -> None:
-        self.throughput.update(time.monotonic(), requests, is_saturated=self._is_saturated)
+        self.throughput.update(time.monotonic(), requests, is_saturated=self._waiting > 0)

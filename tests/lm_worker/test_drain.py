@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from lm_worker.drain import Drain
 
 
@@ -41,20 +43,14 @@ async def test_an_idle_worker_serves_until_gateways_have_noticed() -> None:
     assert asyncio.get_running_loop().time() - started >= 2.5
 
 
-async def test_requests_that_outlast_the_grace_period_are_counted() -> None:
+@pytest.mark.parametrize(("grace", "in_flight"), [(0.3, 3), (0, 1)])
+async def test_requests_that_outlast_the_grace_period_are_counted(grace: float, in_flight: int) -> None:
+    """Without a grace period it stops at once."""
     worker = Worker()
-    worker.in_flight = 3
-    drain = worker.drain(0.3)
+    worker.in_flight = in_flight
+    drain = worker.drain(grace)
     drain.start("SIGTERM")
-    assert await asyncio.wait_for(drain.finished(), 30) == 3
-
-
-async def test_without_a_grace_period_it_stops_at_once() -> None:
-    worker = Worker()
-    worker.in_flight = 1
-    drain = worker.drain(0)
-    drain.start("SIGTERM")
-    assert await asyncio.wait_for(drain.finished(), 30) == 1
+    assert await asyncio.wait_for(drain.finished(), 30) == in_flight
 
 
 async def test_it_is_announced_once_and_at_once() -> None:

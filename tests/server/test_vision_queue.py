@@ -53,6 +53,13 @@ class Bench:
             for second in range(100):
                 worker.throughput.update(now - 100 + second, tiles_per_second, is_saturated=second < 99)
 
+    async def occupy(self, tasks: asyncio.TaskGroup, calls: int, caller: str = "caller") -> None:
+        """Let the workers encode 10 tiles a second, and a caller send calls of 30 tiles, `call 0` and so on."""
+        self.set_speed(10)
+        for number in range(calls):
+            tasks.create_task(self.call(f"call {number}", 30, caller))
+        await settle()
+
 
 async def settle() -> None:
     for _ in range(10):
@@ -198,10 +205,7 @@ async def test_everything_is_admitted_while_the_speed_is_unknown(tasks: asyncio.
 
 async def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_wait(tasks: asyncio.TaskGroup) -> None:
     bench = Bench(max_wait=4.0)
-    bench.set_speed(10)
-    for number in range(2):
-        tasks.create_task(bench.call(f"call {number}", 30))
-    await settle()
+    await bench.occupy(tasks, calls=2)
     with pytest.raises(errors.Overloaded, match=r"wait for about 6\.0 s, but the queue is bounded to 4 s") as error_info:
         bench.queue.admit("caller", 10, 100.0)
     assert error_info.value.retry_after == pytest.approx(2.0, rel=0.01)
@@ -211,10 +215,7 @@ async def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_wa
 
 async def test_another_caller_is_admitted_beside_one_that_fills_the_queue(tasks: asyncio.TaskGroup) -> None:
     bench = Bench(max_wait=4.0)
-    bench.set_speed(10)
-    for number in range(3):
-        tasks.create_task(bench.call(f"call {number}", 30, "many"))
-    await settle()
+    await bench.occupy(tasks, calls=3, caller="many")
     with pytest.raises(errors.Overloaded):
         bench.queue.admit("many", 5, 100.0)
     bench.queue.admit("one", 5, 100.0)
@@ -222,10 +223,7 @@ async def test_another_caller_is_admitted_beside_one_that_fills_the_queue(tasks:
 
 async def test_a_request_whose_deadline_is_nearer_than_its_turn_is_refused(tasks: asyncio.TaskGroup) -> None:
     bench = Bench(max_wait=60.0)
-    bench.set_speed(10)
-    for number in range(2):
-        tasks.create_task(bench.call(f"call {number}", 30))
-    await settle()
+    await bench.occupy(tasks, calls=2)
     bench.queue.admit("caller", 10, 7.5)
     with pytest.raises(errors.Overloaded, match=r"its deadline leaves 5\.0 s") as error_info:
         bench.queue.admit("caller", 10, 6.0)
