@@ -145,7 +145,7 @@ clients: .venv-clients/installed
 # Apart from `make test`: before Python 3.12 tracing branches costs more than a tenth of a run.
 coverage: dev
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(PARALLEL) -m 'not vllm and not install' $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(PARALLEL) -m 'not vllm and not install' $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
