@@ -29,7 +29,7 @@ RESOLVE := $(BIN)/uv pip compile pyproject.toml --quiet --python $(BIN)/python -
 # compileall leaves current files alone; some packages ship files of another Python, whose errors do not matter.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: help install dev lock check fix test test-long test-fast test-clients coverage serve train evaluate bench soak baseline load docs protos
+.PHONY: help install dev lock check fix test test-long test-fast test-clients coverage serve train evaluate bench bench-gpu soak baseline load docs protos
 
 help:
 	@echo "make serve      install, and serve MODEL=$(MODEL) on PORT=$(PORT)"
@@ -49,6 +49,7 @@ help:
 	@echo "make load       load-test the server on PORT=$(PORT), up to saturation"
 	@echo "make soak       run a fleet under load and random faults for MINUTES=$(MINUTES)"
 	@echo "make bench      run the benchmarks of the documentation, or only NAME=…"
+	@echo "make bench-gpu  measure in eight minutes what only a GPU shows; ARGS=--dry tries it on the CPU"
 
 install: $(INSTALLED)
 
@@ -164,11 +165,16 @@ evaluate: dev
 bench: dev baseline
 	@$(BIN)/python -m benchmarks $(NAME) --baseline .venv-baseline/bin/python $(ARGS)
 
-# What the benchmarks compare with: stock vLLM and the torchvision that its InternVL needs, in an environment of its own.
+# Needs torch, safetensors, numpy, numba and Pillow alone: GPU_PYTHON may be any Python that has them.
+GPU_PYTHON ?= $(BIN)/python
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
 # Every request is accounted for; exits with 1 where one is lost or wrong, or where memory grows.
 soak: dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
 
+# What the benchmarks compare with: stock vLLM and the torchvision that its InternVL needs, in an environment of its own.
 baseline: .venv-baseline/installed
 
 .venv-baseline/installed: | $(BIN)/uv

@@ -1,7 +1,7 @@
 """Tiles/s of InternViT at its published shape with random weights: ours against transformers' eager tower and vLLM's.
 
-All towers run in one process, on the same tiles, with the same dtype, one after another in each repeat. On a GPU the share of
-the card's dense bf16 peak is measured too. Only the tower is measured, without image decoding and projector.
+All towers run in one process, on the same tiles, with the same dtype, one after another in each repeat. Only the tower is
+measured, without image decoding and projector. `python -m benchmarks.gpu` has the larger tower and the share of a card's peak.
 """
 
 import os
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.shapes import INTERN_VIT_300M, PUBLISHED
 from benchmarks.options import Options
 from benchmarks.result import Result, median_ratio
 from common.layouts.base import Tower
@@ -20,11 +21,6 @@ from vision_worker.models import onednn
 from vision_worker.models.compiled import CompiledTower
 from vision_worker.models.intern_vit import InternViT
 
-INTERN_VIT_300M = Tower(1024, 4096, 24, 16, 448, 14, "layer_norm", 1e-6, "gelu", True, False)
-INTERN_VIT_6B = Tower(3200, 12800, 45, 25, 448, 14, "rms_norm", 1e-6, "gelu", False, True)
-TFLOP_PER_TILE = {"300M": 0.724, "6B": 11.94}
-PEAK_TFLOPS = {"NVIDIA H200": 790.0}
-"""Dense bf16 TFLOP/s that are reachable in practice, by prefix of the card's name."""
 _VLLM_GROUP = "tcp://127.0.0.1:29511"
 
 TowerFunction = Callable[[Tensor], Any]
@@ -53,8 +49,7 @@ def run(options: Options) -> Result:
         "tiles/s": {name: round(value, 3) for name, value in medians.items()},
         "over vllm's": round(median_ratio(rates["ours"], rates["vllm"])[0], 3),
         "tiles in a batch": tiles, "device": device, "dtype": str(dtype),
-        "TFLOP/s": round(medians["ours"] * TFLOP_PER_TILE["300M"], 2),
-        **({"gpu": _measure_on_gpu(options)} if cuda else {}),
+        "TFLOP/s": round(medians["ours"] * PUBLISHED[0].flop_per_tile / 1e12, 2),
     }  # fmt: skip
     return Result("encoder", ratio, 1.1, spread, figures)
 
@@ -134,23 +129,3 @@ def _vllm_tower(device: str, dtype: torch.dtype) -> nn.Module:
                 return features
 
     return WithVllmConfig()
-
-
-def _measure_on_gpu(options: Options) -> dict[str, Any]:
-    """Tiles/s, TFLOP/s and share of the card's peak of both towers in bf16 at several batch sizes."""
-    peak = next((value for name, value in PEAK_TFLOPS.items() if torch.cuda.get_device_name().startswith(name)), None)
-    figures: dict[str, Any] = {}
-    for name, tower in (("300M", INTERN_VIT_300M), ("6B", INTERN_VIT_6B)):
-        model = _our_tower(tower, "cuda", torch.bfloat16)
-        for count in (8, 32, 128):
-            pixels = torch.randn(count, 3, 448, 448, device="cuda", dtype=torch.bfloat16)
-            compiled = CompiledTower(model, count, torch.device("cuda"))
-            variants: dict[str, TowerFunction] = {name: model, f"{name}, compiled": compiled}
-            for variant, rates in _measure_rates(variants, pixels, options.repeats(5)).items():
-                rate = statistics.median(rates)
-                tflops = rate * TFLOP_PER_TILE[name]
-                share = {"share of the peak": round(tflops / peak, 3)} if peak else {}
-                figures[f"{variant}, {count} tiles"] = {"tiles/s": round(rate, 1), "TFLOP/s": round(tflops, 1), **share}
-        del model, variants, compiled
-        torch.cuda.empty_cache()
-    return figures

@@ -26,12 +26,25 @@ DvdError
 """
 
 import asyncio
+import enum
 from http import HTTPStatus
 from typing import Any, ClassVar, Self
 
-import grpc
 
-_Grpc = grpc.StatusCode
+class GrpcCode(enum.Enum):
+    """The gRPC statuses of errors, by the names of `grpc.StatusCode`: what only decodes or computes needs no grpcio."""
+
+    INVALID_ARGUMENT = enum.auto()
+    UNAUTHENTICATED = enum.auto()
+    NOT_FOUND = enum.auto()
+    RESOURCE_EXHAUSTED = enum.auto()
+    DEADLINE_EXCEEDED = enum.auto()
+    UNAVAILABLE = enum.auto()
+    FAILED_PRECONDITION = enum.auto()
+    INTERNAL = enum.auto()
+
+
+_Grpc = GrpcCode
 
 
 class DvdError(Exception):
@@ -47,7 +60,7 @@ class DvdError(Exception):
     """
 
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
-    grpc_code: ClassVar[grpc.StatusCode] = _Grpc.INTERNAL
+    grpc_code: ClassVar[GrpcCode] = _Grpc.INTERNAL
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
 

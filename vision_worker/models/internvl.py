@@ -35,18 +35,20 @@ class Model(nn.Module):
         super().__init__()
         features, width = description.tower.hidden_size, description.width
         self.vision_model = InternViT(description.tower, positions)
-        self.mlp1 = _projector(round(features / description.downsample_ratio**2), width)
+        self.mlp1 = build_projector(round(features / description.downsample_ratio**2), width)
         if description.thresholds:
-            self.mlp2 = _compressing_projector(round(4 * features / description.downsample_ratio**2), width)
+            self.mlp2 = build_compressing_projector(round(4 * features / description.downsample_ratio**2), width)
             self.pooling_before_gating = Pooling(features)
             self.gating = Gating(features)
 
 
-def _projector(features: int, width: int) -> nn.Sequential:
+def build_projector(features: int, width: int) -> nn.Sequential:
+    """The projector of tiles that are kept, `mlp1`: from gathered features to the language model's width."""
     return nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
 
 
-def _compressing_projector(features: int, width: int) -> nn.Sequential:
+def build_compressing_projector(features: int, width: int) -> nn.Sequential:
+    """The projector of compressed tiles, `mlp2` of a Flash checkpoint: from gathered features to the language model's width."""
     # nn.Identity stands where training had dropout, so that the layers keep the checkpoint's numbers
     return nn.Sequential(
         nn.LayerNorm(features),

@@ -5,6 +5,7 @@ InternVL3.5-Flash checkpoints (`pooling_before_gating`, `gating`). Each tile is 
 features; a policy then decides for all tiles of one group.
 """
 
+import enum
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.layouts.base import Thresholds
-from protos import vision_pb2 as pb
 
 _HEADS = 16
 
@@ -94,6 +94,14 @@ def _block(width: int) -> nn.Sequential:
     )  # fmt: skip
 
 
+class Mode(enum.IntEnum):
+    """What a request wants of the router, with the values of `Router.Mode` in protos/vision.proto."""
+
+    AUTO = 0
+    OFF = 1
+    ALL = 2
+
+
 class Policy(Protocol):
     """Decides which tiles of one group are compressed.
 
@@ -139,12 +147,12 @@ class Fixed:
 
 
 def select_policy(mode: int, thresholds: Thresholds | None) -> Policy:
-    """The policy for a request's `Router.mode`. `thresholds` None: no router, so nothing is compressed."""
+    """The policy for a request's `Router.mode`, a value of `Mode`. `thresholds` None: no router, so nothing is compressed."""
     if thresholds is None:
         return Fixed(False)
     policies: dict[int, Policy] = {
-        pb.Router.AUTO: Learned(thresholds.relative, thresholds.absolute),
-        pb.Router.OFF: Fixed(False),
-        pb.Router.ALL: Fixed(True),
+        Mode.AUTO: Learned(thresholds.relative, thresholds.absolute),
+        Mode.OFF: Fixed(False),
+        Mode.ALL: Fixed(True),
     }
     return policies[mode]

@@ -38,6 +38,10 @@ def test_fixed_policies_need_no_scores(mode: pb.Router.Mode, expected: bool) -> 
     assert policy.route(torch.zeros(3)).tolist() == [expected] * 3
 
 
+def test_modes_have_the_values_of_the_contract() -> None:
+    assert {mode.name: mode.value for mode in vir.Mode} == dict(pb.Router.Mode.items())
+
+
 def test_without_a_router_nothing_is_compressed() -> None:
     assert not vir.select_policy(pb.Router.AUTO, None).route(torch.ones(4)).any()
 
