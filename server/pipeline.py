@@ -50,11 +50,12 @@ class Pipeline:
         another one.
         """
         serving = await self._workers.serving(request.model)
-        limit = _context_tokens(serving) if context.max_tokens_fields else None
+        limit = _context_tokens(serving)
+        context_length.check_texts(request, limit, self._options.max_prompt_characters)
         if limit is not None:
             context_length.check_max_tokens(request.body, context.max_tokens_fields, limit)
         request, files = await self._load_media(request, context)
-        if limit is not None and files:
+        if limit is not None and files and context.max_tokens_fields:
             await self._check_images_fit(request, files, context, limit)
         self._check_language_wait(serving, context)
         exclude = [worker for worker in self._workers.language.workers if not worker.serves(request.model)]
@@ -140,7 +141,7 @@ class Pipeline:
         stats.images, stats.error_code = vars(request.report) if request.keys else {}, None
         report_header = request.headers()
         async with AsyncExitStack() as resources:
-            resources.enter_context(request.language.generating())
+            resources.enter_context(request.language.generating(request.sequences))
             resources.enter_context(self._trace.span("answer", request=stats.request_id))
             # a second more than the request has left, since the request's own deadline must fire first
             timeout = context.deadline - time.monotonic() + 1
