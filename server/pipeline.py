@@ -69,7 +69,7 @@ class Pipeline:
             language = engine_request.language
             with language.marking_down_if_gone():
                 async with language.giving_up_if_hung():
-                    response = await self._forward(engine_request, context)
+                    response = await self._forward(engine_request, request, context)
             if response.status_code < 500:
                 language.record_served()
                 for worker in failed:  # only now: had all failed, the request would be to blame
@@ -130,8 +130,13 @@ class Pipeline:
         self._metrics.images.inc(len(files))
         return request, files
 
-    async def _forward(self, request: EngineRequest, context: RequestContext) -> Response:
+    async def _forward(self, request: EngineRequest, parsed: ParsedRequest, context: RequestContext) -> Response:
         """Send a request to vLLM and return its response, a stream from its first event with content on.
+
+        Args:
+            request: The request as vLLM gets it.
+            parsed: The same as the caller has sent it.
+            context: Its context.
 
         Raises:
             WorkerUnavailable: vLLM went away before it answered.
@@ -141,7 +146,7 @@ class Pipeline:
         stats.images, stats.error_code = vars(request.report) if request.keys else {}, None
         report_header = request.headers()
         async with AsyncExitStack() as resources:
-            resources.enter_context(request.language.generating(request.sequences))
+            resources.enter_context(request.language.generating(parsed.sequences))
             resources.enter_context(self._trace.span("answer", request=stats.request_id))
             # a second more than the request has left, since the request's own deadline must fire first
             timeout = context.deadline - time.monotonic() + 1
@@ -153,8 +158,8 @@ class Pipeline:
                 )
                 content_type = response.headers.get("Content-Type", "application/json")
                 if response.status != 200:
-                    failure = vllm_response.Failure.parse(response.status, await vllm_response.read_all(response))
-                    return _error_response(failure, context, report_header)
+                    failure = vllm_response.Failure.parse(response.status, await vllm_response.read_error(response))
+                    return _error_response(failure.about(constraint_field(parsed.body)), context, report_header)
                 if not content_type.startswith("text/event-stream"):
                     body = await vllm_response.read_all(response)
                     if request.keys:
@@ -168,7 +173,7 @@ class Pipeline:
                     self._options.stream_keep_alive,
                 )
                 if stream_failure := await stream.start():
-                    return _error_response(stream_failure, context, report_header)
+                    return _error_response(stream_failure.about(constraint_field(parsed.body)), context, report_header)
             resources.enter_context(self._metrics.stage("stream", stats))
             # moved to the request here: the deadline may pass before the handler gets the response
             context.resources.push_async_exit(resources.pop_all())

@@ -65,11 +65,10 @@ class ImageReport:
 
 @dataclass
 class EngineRequest:
-    """A request for vLLM: its language worker, whose sink has all embeddings, its body and how many sequences it generates."""
+    """A request for vLLM: its language worker, whose sink has all the embeddings, and its body."""
 
     language: LanguageWorker
     body: bytes
-    sequences: int = 1
     keys: list[str] = field(default_factory=list)
     report: ImageReport = field(default_factory=ImageReport)
     degraded: Degraded | None = None
@@ -127,7 +126,7 @@ class EmbeddingPlacer:
         if not files:
             language = self._workers.language.pick(None, exclude)
             context.resources.enter_context(language.in_use())
-            return EngineRequest(language, request.with_embeddings([], []), request.sequences)
+            return EngineRequest(language, request.with_embeddings([], []))
         language, description = self.choose_language(files, context, exclude)
         context.resources.enter_context(language.in_use())
         keys = self._keys(request.images, files, context, description)
@@ -151,8 +150,7 @@ class EmbeddingPlacer:
         tokens = [tokens_by_key[key] for key in keys.by_image]
         cached = {image.key: reply.cached for reply in replies for image in reply.images}
         report = self._report(keys.by_image, tokens, cached, description.checkpoint)
-        body = request.with_embeddings(keys.by_image, tokens)
-        return EngineRequest(language, body, request.sequences, keys.by_image, report, keys.degraded)
+        return EngineRequest(language, request.with_embeddings(keys.by_image, tokens), keys.by_image, report, keys.degraded)
 
     async def lost_embedding(self, request: EngineRequest) -> bool:
         """Return whether the sink lacks an embedding of a placed request; False if the sink does not answer."""

@@ -19,12 +19,12 @@ MAX_CHOICES = 1024
 MAX_CHOICE_CHARACTERS = 32_768
 """Maximum number of characters of all choices together."""
 MAX_SCHEMA_BYTES = 65_536
-MAX_SCHEMA_NODES = 4096
+MAX_SCHEMA_NODES = 8192
 """Maximum number of objects, lists and values in all schemas of a request together."""
 MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_PROPERTIES = 256
 """Maximum number of properties of one object: the time to compile them grows with their square."""
-MAX_ENUM_VALUES = 1024
+MAX_ENUM_VALUES = 4096
 MAX_REPETITIONS = 100_000
 """Largest value of `minItems`, `maxLength` and the like."""
 MAX_REGEX_CHARACTERS = 4096
