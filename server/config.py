@@ -64,7 +64,9 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
         128, ge=1, description="maximum number of sequences of a request: n times its prompts; each one counts as a request"
     )
     max_prompt_characters: int | None = Field(
-        None, ge=1, description="maximum number of characters of a request's texts; unset: 16 for each token of the context"
+        None,
+        ge=1,
+        description="maximum number of characters of a prompt with all other texts; unset: 16 for each token of the context",
     )
     max_json_values: int = Field(
         500_000, ge=1000, description="maximum number of values in a request's JSON; separators in texts count too"

@@ -7,6 +7,8 @@ import re
 
 MAX_TEXT = 500
 """Maximum number of characters of a message."""
+_MAX_RAW_TEXT = 4096
+"""Characters of vLLM's message that are looked at: it may repeat the whole request."""
 
 _VALIDATION = re.compile(
     r"""^(\d+) validation errors?:\s*\{.*?'loc': '(?P<loc>[^']*)', 'msg': (?P<quote>['"])(?P<msg>.*?)(?P=quote), '""", re.DOTALL
@@ -22,7 +24,7 @@ _SOURCE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 _INSTANCE = re.compile(r" or an instance of \w+| or object to extract fields from")
 _INTERNAL = re.compile(
     r"pydantic|xgrammar|guidance|outlines|format.?enforcer|transformers|tokenizers?\b.*\bnot support|jinja|torch|tekken|msgspec"
-    r"|\bobject (of type|is not|has no)|NoneType|<class|site-packages|Traceback|\.(py|cc|rs|cpp)\b|\w+Error:|(?-i:VLLM_)"
+    r"|\bobject (of type|is not|has no)|NoneType|<class|site-packages|Traceback|\.(py|cc|rs|cpp)\b|\wError:|(?-i:VLLM_)"
     r"|keyword argument",
     re.IGNORECASE,
 )
@@ -42,6 +44,7 @@ def describe(text: str, param: str | None) -> tuple[str, str | None]:
         text: vLLM's message.
         param: vLLM's parameter, which may be a path of its own classes.
     """
+    text, param = text[:_MAX_RAW_TEXT], _location(param) if param else None
     if match := _VALIDATION.match(text) or _MODEL_VALIDATION.match(text):
         location = _location(match["loc"])
         message = match["msg"].removeprefix("Value error, ")
@@ -50,7 +53,6 @@ def describe(text: str, param: str | None) -> tuple[str, str | None]:
     elif match := _PARAMETER.search(text):
         text, param = text[: match.start()], param or match["param"]
     text = _REPRESENTATION.sub(".", _INSTANCE.sub("", _SOURCE.sub("", text)))
-    param = _location(param) if param else None
     if _INTERNAL.search(text):
         text = f"vLLM does not accept {f'the value of {param}' if param else 'a value of the request'}."
     return (text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"), param

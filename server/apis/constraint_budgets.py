@@ -30,8 +30,11 @@ MAX_REPETITIONS = 100_000
 MAX_REGEX_CHARACTERS = 4096
 MAX_REGEX_SIZE = 2048
 """Maximum number of characters and classes of a regular expression with its repetitions written out."""
+MAX_REGEX_LOOPS = 128
+"""Maximum number of `*`, `+` and `{n,}` in a regular expression with its repetitions written out."""
 MAX_GRAMMAR_CHARACTERS = 16_384
 MAX_GRAMMAR_SIZE = 16_384
+MAX_GRAMMAR_LOOPS = 1024
 MAX_GRAMMAR_RULES = 512
 MAX_EXPRESSION_DEPTH = 64
 """How deeply groups of an expression or a grammar may be nested."""
@@ -115,7 +118,7 @@ def _check_regex(location: str, regex: Any) -> None:
         return
     if len(regex) > MAX_REGEX_CHARACTERS:
         raise over_budget("regex", location, len(regex), MAX_REGEX_CHARACTERS, "characters", "send a shorter expression")
-    _check_cost("regex", location, regex_cost(regex), MAX_REGEX_SIZE)
+    _check_cost("regex", location, regex_cost(regex), MAX_REGEX_SIZE, MAX_REGEX_LOOPS)
 
 
 def _check_grammar(location: str, text: Any) -> None:
@@ -124,7 +127,7 @@ def _check_grammar(location: str, text: Any) -> None:
     if len(text) > MAX_GRAMMAR_CHARACTERS:
         raise over_budget("grammar", location, len(text), MAX_GRAMMAR_CHARACTERS, "characters", "send a shorter grammar")
     grammar = parse_grammar(text)
-    _check_cost("grammar", location, grammar.cost, MAX_GRAMMAR_SIZE)
+    _check_cost("grammar", location, grammar.cost, MAX_GRAMMAR_SIZE, MAX_GRAMMAR_LOOPS)
     if len(grammar.rules) > MAX_GRAMMAR_RULES:
         raise over_budget("grammar", location, len(grammar.rules), MAX_GRAMMAR_RULES, "rules")
     if (rule := grammar.endless_rule()) is not None:
@@ -134,12 +137,14 @@ def _check_grammar(location: str, text: Any) -> None:
         )
 
 
-def _check_cost(budget: str, location: str, cost: Cost, limit: int) -> None:
+def _check_cost(budget: str, location: str, cost: Cost, max_size: int, max_loops: int) -> None:
     if cost.depth > MAX_EXPRESSION_DEPTH:
         raise over_budget(budget, location, cost.depth, MAX_EXPRESSION_DEPTH, "nested groups")
-    if cost.size > limit:
+    if cost.size > max_size:
         hint = "send smaller repetitions, or * and +"
-        raise over_budget(budget, location, cost.size, limit, "elements once its repetitions are written out", hint)
+        raise over_budget(budget, location, cost.size, max_size, "elements once its repetitions are written out", hint)
+    if cost.loops > max_loops:
+        raise over_budget(budget, location, cost.loops, max_loops, "repetitions without an end")
 
 
 def _parsed(location: str, schema: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 _REPETITION = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 _MAX_DIGITS = 9
+_GROUP = re.compile(r"\((?:\?(?:[:=!>]|<[=!]|P?<\w+>))?")
 _CHARACTER_CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]?", re.DOTALL)
 
 _TOKENS = re.compile(
@@ -29,43 +30,52 @@ class Cost:
 
     Attributes:
         size: Number of characters, classes and references, with repetitions written out.
+        loops: Number of repetitions without an end, likewise. Where several of them can match the same characters, the time to
+            compile them grows with a power of their number.
         depth: How deeply its groups are nested.
     """
 
     size: int
+    loops: int
     depth: int
 
 
 class _Sizes:
-    """Sizes of the groups that are open, the innermost last."""
+    """Sizes and loops of the groups that are open, the innermost last."""
 
     def __init__(self) -> None:
-        self._groups = [[0, 0]]  # of each the size so far, and that of its last element
+        self._groups = [((0, 0), (0, 0))]  # of each what there is so far, and its last element
         self.depth = 0
 
-    def add(self, size: int) -> None:
+    def add(self, size: int, loops: int = 0) -> None:
         """Add an element."""
-        group = self._groups[-1]
-        group[0] += group[1]
-        group[1] = size
+        (total_size, total_loops), (last_size, last_loops) = self._groups[-1]
+        self._groups[-1] = (total_size + last_size, total_loops + last_loops), (size, loops)
 
     def open(self) -> None:
         """Open a group."""
-        self._groups.append([0, 0])
+        self._groups.append(((0, 0), (0, 0)))
         self.depth = max(self.depth, len(self._groups) - 1)
 
     def close(self) -> None:
         """Close the innermost group, which becomes an element of the one around it."""
         if len(self._groups) > 1:
-            self.add(sum(self._groups.pop()))
+            (size, loops), (last_size, last_loops) = self._groups.pop()
+            self.add(size + last_size, loops + last_loops)
 
-    def repeat(self, count: int) -> None:
-        """Repeat the last element."""
-        self._groups[-1][1] *= max(count, 1)
+    def repeat(self, repetition: str) -> None:
+        """Repeat the last element: `*`, `+`, `?`, `{m}`, `{m,}` or `{m,n}`."""
+        total, (size, loops) = self._groups[-1]
+        count = max(_largest(repetition), 1)
+        is_loop = repetition in "*+" or re.search(r",\s*\}", repetition) is not None
+        self._groups[-1] = total, (size * count, loops * count + is_loop)
 
     def cost(self) -> Cost:
         """Return the cost of everything."""
-        return Cost(sum(map(sum, self._groups)), self.depth)
+        while len(self._groups) > 1:
+            self.close()
+        total, last = self._groups[0]
+        return Cost(total[0] + last[0], total[1] + last[1], self.depth)
 
 
 def regex_cost(regex: str) -> Cost:
@@ -79,15 +89,17 @@ def regex_cost(regex: str) -> Cost:
         elif character == "[" and (match := _CHARACTER_CLASS.match(regex, position)):
             sizes.add(1)
             end = match.end()
-        elif character == "(":
+        elif character == "(" and (match := _GROUP.match(regex, position)):
             sizes.open()
-            end += regex.startswith("?", end)
+            end = match.end()
         elif character == ")":
             sizes.close()
         elif character == "{" and (match := _REPETITION.match(regex, position)):
-            sizes.repeat(_largest(match[0]))
+            sizes.repeat(match[0])
             end = match.end()
-        elif character not in "*+?|":
+        elif character in "*+?":
+            sizes.repeat(character)
+        elif character != "|":
             sizes.add(1)
         position = end
     return sizes.cost()
@@ -135,7 +147,7 @@ class Grammar:
 
 def parse_grammar(text: str) -> Grammar:
     """Parse a grammar. What cannot be parsed counts as one element."""
-    sizes, grammar = _Sizes(), Grammar(Cost(0, 0))
+    sizes, grammar = _Sizes(), Grammar(Cost(0, 0, 0))
     tokens = list(_tokens(text))
     alternatives: list[set[str]] = []
     groups: list[tuple[list[set[str]], set[str]]] = []  # around the current group: their alternatives, and the current one
@@ -147,7 +159,7 @@ def parse_grammar(text: str) -> Grammar:
         elif kind == "define" or not alternatives:
             continue
         elif kind == "repetition":
-            sizes.repeat(_largest(value))
+            sizes.repeat(value)
         elif value == "(":
             sizes.open()
             groups.append((alternatives, alternatives[-1]))
