@@ -23,7 +23,7 @@ MAX_HEAD_BYTES = 64 << 10
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 STALL_TIMEOUT_SECONDS = 60.0
 """Time in which a caller must read some of a response that waits for it; else it would hold its permit for ever."""
-_MIN_READ_RATE = 1024
+MIN_READ_RATE = 1024
 """Bytes per second that it must read in this time."""
 _LINGER_SECONDS = 1.0
 """Time for which data of a refused caller is discarded: a connection closed at once may be reset before it has the error."""
@@ -238,7 +238,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Disconnect a caller that has read too little since the timer was started."""
         self._stall_timer = None
         unsent = self.transport.get_write_buffer_size()
-        if unsent and self._unsent_bytes - unsent < STALL_TIMEOUT_SECONDS * _MIN_READ_RATE:
+        if unsent and self._unsent_bytes - unsent < STALL_TIMEOUT_SECONDS * MIN_READ_RATE:
             self.transport.abort()
         elif unsent:
             self._start_stall_timer()

@@ -182,7 +182,7 @@ async def test_a_short_response_that_nobody_reads_does_not_keep_its_connection(
 
 async def test_a_caller_that_reads_slowly_but_steadily_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "STALL_TIMEOUT_SECONDS", 0.4)
-    monkeypatch.setattr(protocol, "_MIN_READ_RATE", 1)
+    monkeypatch.setattr(protocol, "MIN_READ_RATE", 1)
     size = 24 << 20
 
     async def answer(_scope: Any, receive: Any, send: Any) -> None:
