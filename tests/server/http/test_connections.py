@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.http import protocol
-from server.http.connections import Connections
+from server.http.connections import Connections, connection_limit
 from server.metrics import Metrics
 from tests.server.fakes.waiting import wait_until
 from tests.server.http.test_protocol import GET, parse_error, respond_with_body_size, start_server
@@ -206,3 +206,15 @@ async def test_an_error_without_a_request_is_json_and_names_its_request() -> Non
         head, _, body = response.partition(b"\r\n\r\n")
         assert b"X-Request-Id: mine" in head
         assert json.loads(body)["error"]["code"] == "invalid_request"
+
+
+def test_half_of_the_descriptors_are_for_other_purposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(256, 1024)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, new: limits.append(new))
+    assert connection_limit(100) == 100
+    assert limits == [(256, 1024)], "it is enough"
+    assert connection_limit(300) == 300
+    assert limits[-1] == (600, 1024)
+    assert connection_limit(4096) == 512
+    assert limits[-1] == (1024, 1024)
