@@ -55,7 +55,9 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     max_video_bytes: int = Field(64 << 20, ge=1, description="maximum size of a video file in bytes")
     max_body_bytes: int = Field(128 << 20, ge=1, description="maximum size of a request body in bytes")
     max_in_flight: int = Field(
-        512, ge=1, description="maximum number of concurrent requests with images, and of those without; more are answered 429"
+        512,
+        ge=1,
+        description="maximum number of concurrent sequences, of requests with images and of others; more are answered 429",
     )
     max_bodies_bytes: int = Field(
         1 << 30, ge=1, description="maximum size of all request bodies in flight in bytes; more are answered 429"
