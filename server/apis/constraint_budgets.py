@@ -42,6 +42,7 @@ MAX_EXPRESSION_DEPTH = 64
 _REPETITION_KEYS = frozenset({
     "minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties", "minContains", "maxContains",
 })  # fmt: skip
+_CHECKED_KEYS = _REPETITION_KEYS | {"properties", "patternProperties", "enum", "pattern", "regex", "grammar", "definition"}
 _FORMAT_PATHS = (("response_format",), ("text", "format"), ("output_config", "format"), ("output_format",))
 _TOOL_SCHEMA_PATHS = (("function", "parameters"), ("parameters",), ("input_schema",))
 _KINDS = {
@@ -193,6 +194,8 @@ def _check_tree(location: str, schema: Any, nodes: int) -> int:
 
 def _check_object(location: str, node: dict[str, Any]) -> int:
     """Check one object of a schema. Returns the number of values in its `enum`."""
+    if _CHECKED_KEYS.isdisjoint(node):
+        return 0
     properties, enum = node.get("properties"), node.get("enum")
     if isinstance(properties, dict) and len(properties) > MAX_SCHEMA_PROPERTIES:
         raise over_budget("schema", f"{location}.properties", len(properties), MAX_SCHEMA_PROPERTIES, "properties")

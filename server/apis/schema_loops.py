@@ -17,13 +17,14 @@ def find_loop(root: Any) -> str | None:
     Two kinds of loop are looked for: one that stays at the same value (references, `allOf`, `anyOf`, `oneOf`), and one through
     what a value cannot do without (references, `allOf`, required properties, items if there must be one).
     """
-    return _search(root, _same_value) or _search(root, _needed)
+    references = list(_references(root))  # most schemas have none
+    return _search(root, references, _same_value) or _search(root, references, _needed)
 
 
-def _search(root: Any, edges: _Edges) -> str | None:
+def _search(root: Any, references: list[str], edges: _Edges) -> str | None:
     """Return a reference on a cycle of the graph of schemas that has these edges. A cycle has at least one reference."""
     finished: set[int] = set()
-    for start in _references(root):
+    for start in references:
         stack = [(0, iter([_resolve(root, start)]))]  # a stack, since a caller decides how deep recursion would go
         active: set[int] = set()
         while stack:
