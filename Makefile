@@ -41,7 +41,7 @@ help:
 	@echo "make test-fast  run the tests that need no vLLM and are not slow: 100 s"
 	@echo "make test-clients  run client libraries (LangChain, LiteLLM, …) against a server: a few minutes"
 	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
-	@echo "make docs       regenerate docs/configuration.md and build the documentation into site/"
+	@echo "make docs       regenerate docs/configuration.md and docs/security.md, and build the documentation into site/"
 	@echo "make lock       resolve the pinned versions in constraints/ again, for both devices"
 	@echo "make protos     regenerate the gRPC stubs in protos/"
 	@echo "make train      train the bundled checkpoint from scratch (hours; can be stopped and resumed)"
@@ -190,6 +190,7 @@ load: dev
 
 docs: dev
 	$(BIN)/python -m tests.docs.reference > docs/configuration.md
+	$(BIN)/python -m tests.docs.budgets
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 protos: dev

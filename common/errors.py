@@ -9,6 +9,8 @@ DvdError
 │   ├── BodyTooLarge          body above the limit
 │   ├── UnsupportedEncoding   body in an unknown Content-Encoding
 │   ├── HeadTooLarge          request line and headers above the limit
+│   ├── RequestTooSlow        head or body arrives too slowly
+│   ├── BudgetExceeded        a field asks for more work than one request may cost
 │   ├── ImageFetchFailed      the URL cannot be fetched, or is not allowed
 │   └── ContextLengthExceeded prompt longer than the model's context
 ├── Unauthorized              no API key, or a wrong one
@@ -132,6 +134,31 @@ class HeadTooLarge(InvalidRequest):
 
     status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
     code = "head_too_large"
+
+
+class RequestTooSlow(InvalidRequest):
+    """The head or the body of a request arrives too slowly."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "request_too_slow"
+
+
+class BudgetExceeded(InvalidRequest):
+    """A field of a request asks for more work than one request may cost.
+
+    Attributes:
+        budget: Name of the budget, for metrics.
+    """
+
+    code = "budget_exceeded"
+    budget: str = "other"
+
+    @classmethod
+    def of(cls, budget: str, message: str, param: str) -> Self:
+        """Return the error of a budget."""
+        error = cls(message, param=param)
+        error.budget = budget
+        return error
 
 
 class ImageFetchFailed(InvalidRequest):

@@ -51,7 +51,7 @@ def _run_one(options: GatewayOptions, listener: socket.socket) -> None:
 
 def _run_several(options: GatewayOptions, listener: socket.socket) -> bool:
     """Returns False if a process could not start."""
-    names = ("max_in_flight", "max_bodies_bytes")  # limits that the processes share
+    names = ("max_in_flight", "max_bodies_bytes", "max_connections")  # limits that the processes share
     share = options.model_copy(update={name: -(-getattr(options, name) // options.workers) for name in names})
     processes = GatewayProcesses(share, options.workers, listener)
     with tempfile.TemporaryDirectory(prefix="dvd-metrics-") as folder, asyncio.Runner() as runner:

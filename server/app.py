@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import importlib.metadata
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from common.tracing import Trace
 from server.apis.base import Api
@@ -26,21 +28,27 @@ from server.pipeline import Pipeline
 from server.shutdown import Shutdown
 from server.workers.probes import WorkerPools
 
-_EXPOSED_HEADERS = ("X-Request-Id", "X-DvD-Images", "Server-Timing", "Retry-After", "X-Should-Retry")
+_EXPOSED_HEADERS = ("X-Request-Id", "X-DvD-Images", "X-DvD-Degraded", "Server-Timing", "Retry-After", "X-Should-Retry")
 """Headers of responses that scripts of allowed origins may read."""
 _PREFLIGHT_MAX_AGE_SECONDS = 7200
 """Time for which a browser remembers a preflight's answer: Chrome's maximum."""
 
 
-def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS, shutdown: Shutdown | None = None) -> FastAPI:
+def create_app(
+    options: GatewayOptions,
+    apis: tuple[Api, ...] = APIS,
+    shutdown: Shutdown | None = None,
+    metrics: Metrics | None = None,
+) -> FastAPI:
     """Return the ASGI application. Its workers are probed once before it serves requests.
 
     Args:
         options: Options of the gateway.
         apis: The APIs to serve.
         shutdown: State of the process; None: it never drains.
+        metrics: Metrics of the process; None: new ones.
     """
-    metrics, shutdown = Metrics(), shutdown or Shutdown()
+    metrics, shutdown = metrics or Metrics(), shutdown or Shutdown()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +63,7 @@ def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS, shutdown: 
             authenticator = Authenticator(options.api_key)
             _add_apis(app, ApiHandlers(options, authenticator, pipeline, metrics), apis)
             _add_operations(app, Operations(options, authenticator, workers, metrics, shutdown))
+            _match_whole_paths(app)
             await workers.probe()
             yield
             trace.flush()
@@ -112,6 +121,13 @@ def _add_operations(app: FastAPI, operations: Operations) -> None:
     for path, endpoint in endpoints.items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
         app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)  # load balancers
+
+
+def _match_whole_paths(app: FastAPI) -> None:
+    """Make routes match whole paths only. Starlette's patterns end with `$`, which also matches before a final line feed."""
+    for route in app.routes:
+        if isinstance(route, Route):
+            route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
 
 
 @contextlib.asynccontextmanager

@@ -55,10 +55,32 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     max_video_bytes: int = Field(64 << 20, ge=1, description="maximum size of a video file in bytes")
     max_body_bytes: int = Field(128 << 20, ge=1, description="maximum size of a request body in bytes")
     max_in_flight: int = Field(
-        512, ge=1, description="maximum number of concurrent requests with images, and of those without; more are answered 429"
+        512,
+        ge=1,
+        description="maximum number of concurrent sequences, of requests with images and of others; more are answered 429",
     )
     max_bodies_bytes: int = Field(
         1 << 30, ge=1, description="maximum size of all request bodies in flight in bytes; more are answered 429"
+    )
+    max_sequences: int = Field(
+        128, ge=1, description="maximum number of sequences of a request: n times its prompts; each one counts as a request"
+    )
+    max_prompt_characters: int | None = Field(
+        None,
+        ge=1,
+        description="maximum number of characters of a prompt with all other texts; unset: 16 for each token of the context",
+    )
+    max_json_values: int = Field(
+        500_000, ge=1000, description="maximum number of values in a request's JSON; separators in texts count too"
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="maximum number of connections; beyond it, those without a complete request are closed"
+    )
+    head_timeout: float = Field(
+        20.0, gt=0, description="seconds in which a request's line and headers must arrive; later it is answered 408"
+    )
+    min_body_rate: int = Field(
+        1024, ge=1, description="bytes per second at which a body must arrive after 10 s; a slower one is answered 408"
     )
     max_queue_seconds: float = Field(
         4.0, gt=0, description="estimated wait for a vision or language worker above which requests are answered 429"
@@ -78,7 +100,7 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
         0.25, ge=0, le=1, description="lowest relative threshold of the router to which degradation goes"
     )
     degrade_tiles: int = Field(4, ge=1, le=MAX_TILES, description="lowest maximum number of tiles to which degradation goes")
-    workers: int = Field(1, ge=1, le=64, description="gateway processes; they share the port and max_in_flight")
+    workers: int = Field(1, ge=1, le=64, description="gateway processes; they share the port and the limits of load")
     fetch_timeout: float = Field(20.0, gt=0, description="timeout in seconds to fetch an image or video, and to decode a video")
     fetch_user_agent: str | None = Field(
         None,

@@ -1,11 +1,23 @@
-"""Requests that cannot fit the model's context, by arithmetic: they are rejected before any image is encoded."""
+"""Requests that cannot fit the model's context, by arithmetic: they are rejected before any image is encoded.
+
+vLLM tokenizes a prompt before it looks at its length, and all prompts in one thread.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common import errors
 from protos import vision_pb2 as pb
+from server.apis.budgets import over_budget
 from server.apis.request import ImagePart, ParsedRequest
+
+CHARACTERS_PER_TOKEN = 16
+"""Characters of a prompt for each token of the context. Text has 2 to 6 a token, code with much white space about 10."""
+UNKNOWN_CONTEXT_CHARACTERS = 4 << 20
+"""Maximum number of characters where vLLM does not report its context."""
+MAX_LONG_PROMPTS = 8
+"""Several prompts of a request may have as many characters together as so many single ones."""
+_ID_FIELDS = ("prompt", "tokens", "prompt_token_ids")
 
 
 def check_max_tokens(body: Mapping[str, Any], fields: Sequence[str], limit: int) -> None:
@@ -26,6 +38,62 @@ def check_max_tokens(body: Mapping[str, Any], fields: Sequence[str], limit: int)
             "send a smaller number.",
             param=name,
         )
+
+
+def check_texts(request: ParsedRequest, limit: int | None, max_characters: int | None) -> None:
+    """Check the texts and the token ids of a request.
+
+    Args:
+        request: The request. The URLs of its images do not count.
+        limit: Maximum number of tokens of a prompt and its response; None if it is not known.
+        max_characters: The operator's bound; None for the default one.
+
+    Raises:
+        BudgetExceeded: The texts have too many characters.
+        ContextLengthExceeded: A list of token ids is longer than the context.
+    """
+    default = CHARACTERS_PER_TOKEN * limit if limit else UNKNOWN_CONTEXT_CHARACTERS
+    most = max_characters or default
+    if len(request.raw) > most:  # else no text can be too long: a character takes a byte or more
+        images = sum(len(image.url) for image in request.images)
+        sizes = {name: count_characters(value) for name, value in request.body.items()}
+        most *= min(_prompt_count(request.body), MAX_LONG_PROMPTS)
+        if (characters := sum(sizes.values()) - images) > most:
+            image_field = request.images[0].path[0] if request.images else None
+            field = max(sizes, key=lambda name: sizes[name] - images * (name == image_field))
+            hint = "send a shorter text (--max-prompt-characters)"
+            raise over_budget("prompt_characters", field, characters, most, "characters", hint)
+    if limit is not None:
+        _check_ids(request.body, limit)
+
+
+def count_characters(value: Any) -> int:
+    """Return the number of characters of all texts in a value, keys of objects included."""
+    count, pending = 0, [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            count += len(item)
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            pending += item
+    return count
+
+
+def _check_ids(body: Mapping[str, Any], limit: int) -> None:
+    for name in _ID_FIELDS:
+        value = body.get(name)
+        for ids in (value, *(value if isinstance(value, list) else ())):
+            if isinstance(ids, list) and len(ids) > limit and type(ids[0]) is int:
+                raise errors.ContextLengthExceeded(
+                    f"{name} has {len(ids)} token ids, but the model's context is {limit} tokens: send fewer.", param=name
+                )
+
+
+def _prompt_count(body: Mapping[str, Any]) -> int:
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str) else 1
 
 
 def check_images(request: ParsedRequest, tokens: int, limit: int, has_router: bool) -> None:

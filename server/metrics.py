@@ -34,6 +34,10 @@ class Metrics:
         self.requests = Counter("dvd_requests", "Completed requests", ["route", "code"], registry=registry)
         self.errors = Counter("dvd_errors", "Requests that ended with an error, streams included", ["code"], registry=registry)
         self.in_flight = Gauge("dvd_requests_in_flight", "Requests in flight", registry=registry, multiprocess_mode="livesum")
+        self.body_bytes = Gauge(
+            "dvd_request_body_bytes", "Memory of the request bodies in flight", registry=registry, multiprocess_mode="livesum"
+        )
+        self.connections = Gauge("dvd_connections", "Open connections", registry=registry, multiprocess_mode="livesum")
         self.in_stage = Gauge(
             "dvd_stage_requests", "Requests in a stage", ["stage"], registry=registry, multiprocess_mode="livesum"
         )
@@ -65,6 +69,9 @@ class Metrics:
         )  # fmt: skip
         self.dropped_tiles = Counter("dvd_tiles_dropped", "Tiles whose deadline passed in the queue", registry=registry)
         self.refused = Counter("dvd_requests_refused", "Requests refused for lack of capacity", ["resource"], registry=registry)
+        self.over_budget = Counter(
+            "dvd_requests_over_budget", "Requests that ask for more than one may cost", ["budget"], registry=registry
+        )
         self.degradation_level = Gauge(
             "dvd_degradation_level", "Level of degradation, 0 for none", registry=registry, multiprocess_mode="livemax"
         )

@@ -50,11 +50,12 @@ class Pipeline:
         another one.
         """
         serving = await self._workers.serving(request.model)
-        limit = _context_tokens(serving) if context.max_tokens_fields else None
+        limit = _context_tokens(serving)
+        context_length.check_texts(request, limit, self._options.max_prompt_characters)
         if limit is not None:
             context_length.check_max_tokens(request.body, context.max_tokens_fields, limit)
         request, files = await self._load_media(request, context)
-        if limit is not None and files:
+        if limit is not None and files and context.max_tokens_fields:
             await self._check_images_fit(request, files, context, limit)
         self._check_language_wait(serving, context)
         exclude = [worker for worker in self._workers.language.workers if not worker.serves(request.model)]
@@ -68,7 +69,7 @@ class Pipeline:
             language = engine_request.language
             with language.marking_down_if_gone():
                 async with language.giving_up_if_hung():
-                    response = await self._forward(engine_request, context)
+                    response = await self._forward(engine_request, request, context)
             if response.status_code < 500:
                 language.record_served()
                 for worker in failed:  # only now: had all failed, the request would be to blame
@@ -129,8 +130,13 @@ class Pipeline:
         self._metrics.images.inc(len(files))
         return request, files
 
-    async def _forward(self, request: EngineRequest, context: RequestContext) -> Response:
+    async def _forward(self, request: EngineRequest, parsed: ParsedRequest, context: RequestContext) -> Response:
         """Send a request to vLLM and return its response, a stream from its first event with content on.
+
+        Args:
+            request: The request as vLLM gets it.
+            parsed: The same as the caller has sent it.
+            context: Its context.
 
         Raises:
             WorkerUnavailable: vLLM went away before it answered.
@@ -140,7 +146,7 @@ class Pipeline:
         stats.images, stats.error_code = vars(request.report) if request.keys else {}, None
         report_header = request.headers()
         async with AsyncExitStack() as resources:
-            resources.enter_context(request.language.generating())
+            resources.enter_context(request.language.generating(parsed.sequences))
             resources.enter_context(self._trace.span("answer", request=stats.request_id))
             # a second more than the request has left, since the request's own deadline must fire first
             timeout = context.deadline - time.monotonic() + 1
@@ -152,8 +158,8 @@ class Pipeline:
                 )
                 content_type = response.headers.get("Content-Type", "application/json")
                 if response.status != 200:
-                    failure = vllm_response.Failure.parse(response.status, await vllm_response.read_all(response))
-                    return _error_response(failure, context, report_header)
+                    failure = vllm_response.Failure.parse(response.status, await vllm_response.read_error(response))
+                    return _error_response(failure.about(constraint_field(parsed.body)), context, report_header)
                 if not content_type.startswith("text/event-stream"):
                     body = await vllm_response.read_all(response)
                     if request.keys:
@@ -167,7 +173,7 @@ class Pipeline:
                     self._options.stream_keep_alive,
                 )
                 if stream_failure := await stream.start():
-                    return _error_response(stream_failure, context, report_header)
+                    return _error_response(stream_failure.about(constraint_field(parsed.body)), context, report_header)
             resources.enter_context(self._metrics.stage("stream", stats))
             # moved to the request here: the deadline may pass before the handler gets the response
             context.resources.push_async_exit(resources.pop_all())

@@ -22,8 +22,10 @@ from common import logs
 from common.processes import die_with_parent
 from server.app import create_app
 from server.config import GatewayOptions
+from server.http.connections import Connections, connection_limit
 from server.http.protocol import uvicorn_config
 from server.http.server import GracefulServer
+from server.metrics import Metrics
 from server.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,10 @@ _spawn = multiprocessing.get_context("spawn")
 def create_server(options: GatewayOptions) -> GracefulServer:
     """Return the HTTP server of a process."""
     shutdown = Shutdown()
-    config = uvicorn_config(create_app(options, shutdown=shutdown), 0, timeout_keep_alive=options.keep_alive_timeout)
+    metrics = Metrics()
+    connections = Connections(connection_limit(options.max_connections), options.head_timeout, metrics)
+    app = create_app(options, shutdown=shutdown, metrics=metrics)
+    config = uvicorn_config(app, 0, connections, timeout_keep_alive=options.keep_alive_timeout)
     return GracefulServer(config, shutdown, options.shutdown_delay, options.shutdown_grace)
 
 

@@ -4,12 +4,13 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
 
 from common import errors
+from server import vllm_errors
 from server.http.error_format import OPENAI, ErrorBody, ErrorFormat
 from server.metrics import StreamTimer
 from server.shutdown import shutting_down
@@ -49,6 +50,8 @@ _CONTEXT_LENGTH_TEXTS = ("maximum context length", "longer than the maximum mode
 tests/e2e/test_vllm_behaviour.py compares them with the pinned vLLM.
 """
 
+_MAX_ERROR_BYTES = 1 << 20
+
 ENGINE_ERROR_MESSAGE = "The engine failed on this request; retry it."
 
 _decoder = json.JSONDecoder()
@@ -73,14 +76,22 @@ class Failure:
             response = json.loads(body)
             error = response.get("error", response)
             message, param = str(error.get("message") or error.get("detail") or error), error.get("param")
-        except (ValueError, AttributeError):
-            message, param = body.decode(errors="replace")[:500], None
+        except (ValueError, AttributeError, RecursionError):
+            message, param = body.decode(errors="replace"), None
         if status >= 500:
             return cls(status, _error_body(ENGINE_ERROR_MESSAGE, "server_error", None, "engine_error"))
         code = _ERROR_CODES.get(status, "invalid_request")
         if param in _CONTEXT_LENGTH_PARAMS or any(text in message for text in _CONTEXT_LENGTH_TEXTS):
             code = "context_length_exceeded"
+        message, param = vllm_errors.describe(message, str(param) if param else None)
         return cls(status, _error_body(message, _ERROR_TYPES.get(status, "invalid_request_error"), param, code))
+
+    def about(self, field: str | None) -> "Failure":
+        """Return this failure with `field` as its parameter if it is about a constraint and names none."""
+        error = self.body["error"]
+        if field is None or self.status != 400 or error["param"] or not vllm_errors.is_about_constraint(error["message"]):
+            return self
+        return replace(self, body={"error": {**error, "param": field}})
 
     @classmethod
     def parse_event(cls, event: bytes) -> "Failure":
@@ -103,6 +114,19 @@ async def read_all(response: aiohttp.ClientResponse) -> bytes:
         return await response.read()
     except aiohttp.ClientError:
         raise errors.WorkerUnavailable("The language worker went away before its response was complete; retry.") from None
+
+
+async def read_error(response: aiohttp.ClientResponse) -> bytes:
+    """Read an error's body, at most its beginning: it may repeat the whole request. Raises `WorkerUnavailable`."""
+    body = bytearray()
+    try:
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > _MAX_ERROR_BYTES:
+                break
+    except aiohttp.ClientError:
+        raise errors.WorkerUnavailable("The language worker went away before its response was complete; retry.") from None
+    return bytes(body)
 
 
 def add_image_tokens(data: bytes, image_tokens: int) -> bytes:

@@ -6,6 +6,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from server.apis.budgets import check_budgets, count_sequences
+from server.apis.constraint_budgets import check_constraints
 from server.apis.engine_limits import check_integers
 from server.apis.image_options import RequestPolicy
 from server.apis.request import ImagePart, ParsedRequest, Placeholder, check_fields, embedding_part
@@ -63,12 +65,15 @@ class Api:
     respond: Respond = Pipeline.answer
 
     def parse(self, raw: bytes, policy: RequestPolicy) -> ParsedRequest:
-        """Parse a request body. Raises `InvalidRequest` or `TooManyImages`, with the location."""
+        """Parse a request body. Raises `InvalidRequest`, `BudgetExceeded` or `TooManyImages`, with the location."""
         body = json_body.decode_object(raw)
         check_fields(body)
         check_integers(body)
+        check_budgets(body)
+        check_constraints(body)
+        sequences = count_sequences(body, policy.max_sequences) if self.generates_text else 1
         prepared = self.prepare(body)
         images = self.find_images(prepared, policy)
         if prepared is not body and not images:  # with images the body is encoded when they have been replaced
             raw = json_body.encode(prepared)
-        return ParsedRequest(raw, prepared, images, self.placeholder)
+        return ParsedRequest(raw, prepared, images, self.placeholder, sequences)

@@ -34,11 +34,13 @@ class RequestPolicy:
         max_images: Maximum number of images, each frame of a video counted.
         router: Router settings of requests that do not set `vir`.
         allow_vir: Whether a request may set `vir`.
+        max_sequences: Maximum number of sequences that a request generates.
     """
 
     max_images: int
     router: pb.Router = field(default_factory=pb.Router)
     allow_vir: bool = True
+    max_sequences: int = 128
 
 
 @dataclass(frozen=True)

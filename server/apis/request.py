@@ -54,12 +54,13 @@ def embedding_part(key: str, tokens: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request body and its images, in the order in which they occur."""
+    """A request body, its images in the order in which they occur, and the number of sequences that it generates."""
 
     raw: bytes
     body: dict[str, Any]
     images: list[ImagePart] = field(default_factory=list)
     placeholder: Placeholder = embedding_part
+    sequences: int = 1
 
     @property
     def model(self) -> str | None:

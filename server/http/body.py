@@ -1,50 +1,69 @@
-"""Reading of request bodies."""
+"""Reading of request bodies, within bounds of size, memory and speed."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from common import errors
 from server.http import content_encoding
-from server.http.admission import Permit
+from server.http.admission import BodyMemory
+
+GRACE_SECONDS = 10.0
+"""Time that a body may fall behind the minimum speed."""
 
 
-async def read_body(request: Request, limit: int, permit: Permit) -> bytes:
-    """Read a body of at most `limit` bytes, decoded. Its memory is reserved as it arrives.
+@dataclass(frozen=True)
+class BodyLimits:
+    """Limits of a body.
+
+    Attributes:
+        max_bytes: Maximum size in bytes, as it is sent and decoded.
+        min_rate: Bytes per second at which it must arrive.
+    """
+
+    max_bytes: int
+    min_rate: int
+
+
+async def read_body(request: Request, limits: BodyLimits, memory: BodyMemory) -> bytes:
+    """Read a body and decode it. Its memory is reserved as it arrives.
 
     Raises:
-        BodyTooLarge: The body has more bytes, as it is sent or decoded.
+        BodyTooLarge: The body has too many bytes, as it is sent or decoded.
+        RequestTooSlow: The body arrives too slowly.
         Overloaded: Other bodies take the memory.
         UnsupportedEncoding: `Content-Encoding` names an encoding that is not supported.
         InvalidRequest: The body is not in the encoding that it names.
     """
-    body = await _read(request, limit, permit)
+    body = await _read(request, limits, memory)
     encoding = content_encoding.parse(request.headers.getlist("content-encoding"))
     if encoding is None:
         return body
     # in a thread: a few KB may expand to the limit
-    decoded = await asyncio.to_thread(content_encoding.decode, body, encoding, limit)
-    permit.add_bytes(max(len(decoded) - len(body), 0))
+    decoded = await asyncio.to_thread(content_encoding.decode, body, encoding, limits.max_bytes)
+    memory.add(max(len(decoded) - len(body), 0))
     return decoded
 
 
-async def _read(request: Request, limit: int, permit: Permit) -> bytes:
-    """Read a body as it is sent. Raises `BodyTooLarge`, `Overloaded`.
+async def _read(request: Request, limits: BodyLimits, memory: BodyMemory) -> bytes:
+    """Read a body as it is sent. Raises `BodyTooLarge`, `RequestTooSlow`, `Overloaded`.
 
     Up to twice the limit is read, and discarded if it is refused: a client that is cut off may never see the error.
     """
-    body, size = bytearray(), 0
+    body, size, limit = bytearray(), 0, limits.max_bytes
     refusal: errors.Overloaded | None = None
-    async for chunk in request.stream():
+    async for chunk in _chunks_in_time(request, limits.min_rate):
         size += len(chunk)
         if size <= limit and refusal is None:
             try:
-                permit.add_bytes(len(chunk))
+                memory.add(len(chunk))
                 body += chunk
             except errors.Overloaded as error:
                 refusal = error
                 body.clear()
-                permit.release_bytes()
+                memory.release()
         elif size > 2 * limit:
             break
     if refusal is not None:
@@ -52,3 +71,28 @@ async def _read(request: Request, limit: int, permit: Permit) -> bytes:
     if size > limit:
         raise errors.BodyTooLarge(f"The body exceeds {limit} bytes: send fewer or smaller images, or their URLs.")
     return bytes(body)
+
+
+async def _chunks_in_time(request: Request, min_rate: int) -> AsyncIterator[bytes]:
+    """Yield the chunks of a body. Raises `RequestTooSlow`.
+
+    Bytes that came early buy no more than the grace: else a caller could send most of a large body, and hold its memory.
+    """
+    clock = asyncio.get_running_loop().time
+    chunks, size, deadline = aiter(request.stream()), 0, clock() + GRACE_SECONDS
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline) as timeout:
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            raise errors.RequestTooSlow(
+                f"The body stopped after {size} bytes, or arrives too slowly: expected {min_rate} bytes per second "
+                f"after {GRACE_SECONDS:g} s (--min-body-rate). Send a smaller body, or URLs of images instead of their bytes."
+            ) from None
+        size += len(chunk)
+        deadline = min(deadline + len(chunk) / min_rate, clock() + GRACE_SECONDS)
+        yield chunk

@@ -1,6 +1,8 @@
 """Error formats of the APIs: every error is OpenAI's error object, converted to the format that an API's clients parse."""
 
 import json
+import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,8 @@ _ANTHROPIC_TYPES = {
     "unavailable": "overloaded_error",
 }
 """Anthropic's error type by our error code. Without an entry, `server_error` becomes `api_error`; other types are equal."""
+
+_MIN_JITTER_SECONDS, _MAX_JITTER_SECONDS = 2, 10
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,9 @@ def _anthropic_event(body: ErrorBody) -> bytes:
 OPENAI = ErrorFormat(_openai_body, _openai_event, b"data: [DONE]\n\n")
 OPENAI_RESPONSES = ErrorFormat(_openai_body, _responses_event)
 ANTHROPIC = ErrorFormat(_anthropic_body, _anthropic_event)
+
+
+def retry_after_header(seconds: float) -> str:
+    """Return a `Retry-After` of at least these seconds and up to half more: refused callers must not return all at once."""
+    least = math.ceil(seconds)
+    return str(least + random.randint(0, min(max(least // 2, _MIN_JITTER_SECONDS), _MAX_JITTER_SECONDS)))

@@ -1,6 +1,5 @@
 """Errors as responses, in the format of the API that was called."""
 
-import math
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from common import errors
 from server.http import content_encoding
-from server.http.error_format import OPENAI
+from server.http.error_format import OPENAI, retry_after_header
 from server.http.middleware import CLIENT_CLOSED_REQUEST
 
 _RETRYABLE_STATUSES = (429, 503)
@@ -28,9 +27,11 @@ async def _on_dvd_error(request: Request, error: Any) -> Response:
     request.state.stats.error_code = error.code
     # errors that a worker raised have no retry_after
     retry_after = error.retry_after or (_DEFAULT_RETRY_AFTER_SECONDS if error.status in _RETRYABLE_STATUSES else None)
-    headers = {"Retry-After": str(math.ceil(retry_after))} if retry_after else {}
+    headers = {"Retry-After": retry_after_header(retry_after)} if retry_after else {}
     if isinstance(error, errors.DeadlineExceeded):  # clients retry every 5xx, but a retry would take as long
         headers["X-Should-Retry"] = "false"
+    if isinstance(error, errors.RequestTooSlow):
+        headers["Connection"] = "close"
     if isinstance(error, errors.UnsupportedEncoding):
         headers["Accept-Encoding"] = ", ".join(content_encoding.SUPPORTED)
     error_format = getattr(request.state, "error_format", OPENAI)

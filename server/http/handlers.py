@@ -1,4 +1,7 @@
-"""Handlers of the APIs: parsing, authentication, admission and deadline. The pipeline does everything after that."""
+"""Handlers of the APIs: authentication, parsing, admission and deadline. The pipeline does everything after that.
+
+A permit is taken when the body has arrived and been checked: a caller that sends it slowly, or sends nonsense, holds none.
+"""
 
 import asyncio
 import time
@@ -8,13 +11,16 @@ from contextlib import AsyncExitStack
 from starlette.requests import Request
 from starlette.responses import Response
 
+from common import errors
 from protos import vision_pb2 as pb
 from server.apis.base import Api
 from server.apis.image_options import RequestPolicy
+from server.apis.request import ParsedRequest
 from server.config import GatewayOptions
-from server.http.admission import Admission
+from server.http import json_body
+from server.http.admission import Admission, BodyMemory
 from server.http.authentication import Authenticator
-from server.http.body import read_body
+from server.http.body import BodyLimits, read_body
 from server.http.deadline import deadline_exceeded, request_timeout
 from server.http.streaming import StreamWithResources, cancel_on_disconnect
 from server.metrics import Metrics
@@ -24,19 +30,26 @@ from server.request_stats import RequestStats
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
+_BYTES_PER_VALUE = 100
+"""Memory of a decoded value: an empty list takes 56 bytes, an object with one field about 200, for three separators."""
+_MANY_VALUES = 20_000
+"""Values from which on a body is checked in a thread: it takes more than about 10 ms."""
+
 
 class ApiHandlers:
     """Makes an endpoint of each API. All endpoints share the permits and the policy."""
 
     def __init__(self, options: GatewayOptions, authenticator: Authenticator, pipeline: Pipeline, metrics: Metrics) -> None:
         self._options, self._authenticator, self._pipeline, self._metrics = options, authenticator, pipeline, metrics
-        self._admission = Admission(options.max_in_flight, options.max_bodies_bytes, metrics)
+        is_shared = options.api_key is None  # one key is one caller
+        self._admission = Admission(options.max_in_flight, options.max_bodies_bytes, metrics, is_shared=is_shared)
+        self._body_limits = BodyLimits(options.max_body_bytes, options.min_body_rate)
         router = pb.Router(
             mode=options.vir.upper(),
             relative_threshold=options.vir_relative_threshold,
             absolute_threshold=options.vir_absolute_threshold,
         )
-        self._policy = RequestPolicy(options.max_images, router, options.allow_vir)
+        self._policy = RequestPolicy(options.max_images, router, options.allow_vir, options.max_sequences)
 
     def endpoint(self, api: Api) -> Endpoint:
         """Return the endpoint of an API."""
@@ -52,24 +65,36 @@ class ApiHandlers:
         stats: RequestStats = request.state.stats
         request.state.error_format, stats.generates_text = api.error_format, api.generates_text
         async with AsyncExitStack() as resources:
-            permit = resources.enter_context(self._admission.permit())
             caller = self._authenticator.authenticate(request.headers)
             timeout = request_timeout(request.headers, self._options.request_timeout)
             deadline, fields = time.monotonic() + timeout, api.max_tokens_fields
             flow = _flow(request, caller)
             context = RequestContext(caller, flow, api.path, api.error_format, stats, deadline, resources, fields)
+            self._admission.check_any_left()
+            memory = resources.enter_context(self._admission.body_memory())
             try:
                 async with asyncio.timeout(timeout):
                     with self._metrics.stage("receive", stats):
-                        parsed = api.parse(await read_body(request, self._options.max_body_bytes, permit), self._policy)
-                    if parsed.images:
-                        permit.set_has_images()
+                        parsed = await self._parse(api, await read_body(request, self._body_limits, memory), memory)
+                    has_images = bool(parsed.images)
+                    resources.enter_context(self._admission.permits(flow, parsed.sequences, has_images=has_images))
                     response = await cancel_on_disconnect(request, api.respond(self._pipeline, parsed, context))
             except TimeoutError:
                 raise deadline_exceeded(timeout) from None
+            except errors.BudgetExceeded as error:
+                self._metrics.over_budget.labels(error.budget).inc()
+                raise
             if isinstance(response, StreamWithResources):
                 response.resources = resources.pop_all()
         return response
+
+    async def _parse(self, api: Api, raw: bytes, memory: BodyMemory) -> ParsedRequest:
+        """Parse a body, in a thread if it has many values, whose memory is reserved. Raises `InvalidRequest`, `Overloaded`."""
+        values = json_body.count_values(raw, self._options.max_json_values)
+        memory.add(values * _BYTES_PER_VALUE)
+        if values < _MANY_VALUES:
+            return api.parse(raw, self._policy)
+        return await asyncio.to_thread(api.parse, raw, self._policy)
 
 
 def _flow(request: Request, caller: bytes) -> str:

@@ -6,7 +6,36 @@ import msgspec
 
 from common import errors
 
+_SEPARATORS = (b",", b":", b"[", b"{")
+"""What precedes a value in JSON."""
+_PIECE_BYTES = 1 << 16
+
 _decoder = msgspec.json.Decoder()
+
+
+def count_values(raw: bytes, limit: int) -> int:
+    """Return about the number of values in a body: its separators, those inside of texts included.
+
+    It needs no parser, and a millisecond for 8 MB of base64, which has none. A piece without commas and colons is skipped: the
+    parser bounds how deeply lists are nested.
+
+    Raises:
+        BudgetExceeded: The body has more than `limit`.
+    """
+    count = 0
+    for start in range(0, len(raw), _PIECE_BYTES):
+        end = start + _PIECE_BYTES
+        if raw.find(b",", start, end) < 0 and raw.find(b":", start, end) < 0:  # much faster than counting
+            continue
+        count += sum(raw.count(separator, start, end) for separator in _SEPARATORS)
+        if count > limit:
+            raise errors.BudgetExceeded.of(
+                "json_values",
+                f"The body has more than {limit} values (--max-json-values; commas, colons and brackets are counted): "
+                "send fewer items.",
+                "body",
+            )
+    return count
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:

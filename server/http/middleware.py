@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common import errors, logs
-from server.http.error_format import OPENAI, ErrorFormat
+from server.http.error_format import OPENAI, ErrorFormat, retry_after_header
 from server.metrics import Metrics
 from server.request_stats import RequestStats
 from server.shutdown import Shutdown, shutting_down
@@ -23,6 +23,8 @@ access_log = logging.getLogger("dvd.access")
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a request whose caller disconnected before the response. It appears in metrics and logs only."""
+OTHER_ROUTE = "other"
+"""Route of requests for paths that do not exist, and of those that never reach the application."""
 _DISCONNECTED = "client_gone"
 """Error code of such a request, and of one whose caller disconnected during the response."""
 
@@ -60,7 +62,7 @@ class RequestStatsMiddleware:
             error, error_format = shutting_down(), scope["state"].get("error_format", OPENAI)
             stats.error_code = error.code
             response = _error_response(error, error_format)
-            response.headers["Retry-After"] = str(error.retry_after)
+            response.headers["Retry-After"] = retry_after_header(error.retry_after or 1)
             await response(scope, receive, send_with_headers)
         except Exception:
             log.exception("unexpected error while serving a request")
@@ -71,9 +73,9 @@ class RequestStatsMiddleware:
         finally:
             if status == CLIENT_CLOSED_REQUEST or not complete:
                 stats.error_code = stats.error_code or _DISCONNECTED
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path", OTHER_ROUTE)
             self._metrics.record_request(stats, route, status)
-            _log(stats, route, status)
+            log_request(stats, route, status)
         return None
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, has_started: Callable[[], bool]) -> None:
@@ -111,8 +113,9 @@ def _request_id(scope: Scope) -> str:
     return request_id if logs.is_valid_request_id(request_id) else uuid.uuid4().hex
 
 
-def _log(stats: RequestStats, route: str, status: int) -> None:
-    """Write one log line per request; probes and scrapes at level debug."""
-    level = logging.INFO if route.startswith("/v1/") or route == "other" else logging.DEBUG
+def log_request(stats: RequestStats, route: str, status: int) -> None:
+    """Write the log line of a request; those of probes and scrapes at level debug."""
+    logs.request_id.set(stats.request_id)
+    level = logging.INFO if route.startswith("/v1/") or route == OTHER_ROUTE else logging.DEBUG
     fields = {"route": route, "status": status, "seconds": round(stats.elapsed(), 4), **stats.images}
     access_log.log(level, "answered", extra=logs.extra_fields(**fields, cache=stats.cache_result, error=stats.error_code))

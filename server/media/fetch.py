@@ -21,7 +21,7 @@ from server.config import ServingOptions
 from server.media import video
 from server.media.data_urls import BASE64_PIECE, decode_data_url, too_large
 from server.media.image_header import inspect_image
-from server.media.urls import is_public, join_url, not_public, parse_url, printable, trim
+from server.media.urls import is_public, join_url, not_public, origin_of, parse_url, printable, trim
 
 _VIDEO_THREADS = 2
 _LOOKUP_THREADS = 32
@@ -138,7 +138,7 @@ class MediaFetcher:
                 for _ in range(_MAX_REDIRECTS + 1):
                     async with self._session.get(target, allow_redirects=False) as response:
                         if response.status not in _REDIRECT_STATUSES:
-                            return await _read_body(response, limit)
+                            return await _read_body(response, limit, url)
                         target = self._redirect(url, target, response.headers.get("Location", ""))
         except TimeoutError:
             raise errors.ImageFetchFailed(
@@ -151,20 +151,22 @@ class MediaFetcher:
     def _redirect(self, url: str, target: URL, location: str) -> URL:
         """Return where `target` redirects to. Raises `InvalidRequest`, which names `url`: the caller knows no other one."""
         try:
-            return self._parse_url(join_url(target, location))
+            joined = join_url(target, location)
+            return self._parse_url(joined, origin_of(joined))
         except errors.InvalidRequest as error:
             raise errors.InvalidRequest(f"{printable(url)} redirects elsewhere. {error}") from None
 
-    def _parse_url(self, url: str) -> URL:
+    def _parse_url(self, url: str, shown: str = "") -> URL:
         allow_private = self._options.allow_private_images
-        return parse_url(url, ("https", "http") if allow_private else ("https",), allow_private)
+        return parse_url(url, ("https", "http") if allow_private else ("https",), allow_private, shown)
 
 
-async def _read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+async def _read_body(response: aiohttp.ClientResponse, limit: int, url: str) -> bytes:
+    """Read a file. Errors name `url`, which the caller knows, also after redirects."""
     if response.status != 200:
-        raise errors.ImageFetchFailed(f"{printable(str(response.url))} answered with status {response.status}.")
+        raise errors.ImageFetchFailed(f"{printable(url)} answered with status {response.status}.")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise errors.ImageFetchFailed(f"{printable(str(response.url))} sent a compressed body, which was not requested.")
+        raise errors.ImageFetchFailed(f"{printable(url)} sent a compressed body, which was not requested.")
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk

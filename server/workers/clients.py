@@ -1,6 +1,7 @@
 """Clients of the two kinds of worker: gRPC to vision workers and sinks, HTTP to vLLM."""
 
 import contextlib
+import io
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _LOAD_METRICS = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
 _MAX_METRICS_BYTES = 4 << 20
+_LARGE_BODY_BYTES = 1 << 20
 _IDLE_CONNECTION_SECONDS = 2
 """vLLM closes idle connections after 5 s; one that it is about to close must not be used for a request."""
 
@@ -153,7 +155,7 @@ class LanguageClient:
             raise errors.WorkerUnavailable("The language worker has not been probed yet; retry later.", retry_after=1)
         limits = aiohttp.ClientTimeout(total=timeout)
         try:
-            response = await _send(self._session, method, self._base_url + path, data=body, headers=headers, timeout=limits)
+            response = await _send(self._session, method, self._base_url + path, body, headers=headers, timeout=limits)
         except TimeoutError:
             raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
         except (aiohttp.ClientError, OSError):
@@ -211,12 +213,15 @@ def _parse_load(text: str) -> EngineLoad | None:
     return EngineLoad(sum(waiting), sum(running), max(kv_cache))
 
 
-async def _send(session: aiohttp.ClientSession, method: str, url: str, **options: Any) -> aiohttp.ClientResponse:
+async def _send(
+    session: aiohttp.ClientSession, method: str, url: str, body: bytes | None, **options: Any
+) -> aiohttp.ClientResponse:
     """Send a request; again if a kept connection breaks: vLLM closes one after an internal error, maybe just as it is used."""
     while True:
         connection: dict[str, bool] = {}
+        data = io.BytesIO(body) if body and len(body) > _LARGE_BODY_BYTES else body  # written in pieces
         try:
-            return await session.request(method, url, trace_request_ctx=connection, **options)
+            return await session.request(method, url, data=data, trace_request_ctx=connection, **options)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             if not connection.get("reused"):
                 raise

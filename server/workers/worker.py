@@ -276,14 +276,14 @@ class LanguageWorker(Worker[LanguageClient, embeddings_pb2.LanguageDescription])
         return self._load.requests_waiting if self._load is not None else 0.0
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Count a request while vLLM answers it."""
-        self._sent_since_load += 1
+    def generating(self, sequences: int = 1) -> Iterator[None]:
+        """Count a request while vLLM answers it. vLLM counts each of its sequences as a request."""
+        self._sent_since_load += sequences
         try:
             with self.track_in_flight():
                 yield
         finally:
-            self._record_finished(1)
+            self._record_finished(sequences)
 
     def _record_finished(self, requests: int) -> None:
         self.throughput.update(time.monotonic(), requests, is_saturated=self._waiting > 0)

@@ -1,12 +1,17 @@
-"""No value of any field of vLLM's request models is answered with an internal error, and the next request is served."""
+"""No value of any field of vLLM's request models is answered with an internal error, and the next request is served.
+
+The errors are short and name no library, which is also asserted of requests at the bounds of the gateway's budgets.
+"""
 
 import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from server.apis import constraint_budgets as constraint
 from tests.e2e.hostile import field_bodies
 from tests.e2e.serving import Answer, Served, image_part, text_part
 
@@ -46,14 +51,27 @@ UNBOUNDED = {"CompletionRequest": {"max_tokens": None}, "ResponsesRequest": {"ma
 
 
 def failures(served: Served, path: str, bodies: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Sends all bodies, and returns those that are answered with an internal error."""
+    """Sends all bodies, and returns those that are answered with an internal error, or with a text that is not for callers."""
 
     def post(named: tuple[str, dict[str, Any]]) -> tuple[str, Answer]:
         return named[0], served.post(path, named[1])
 
     with ThreadPoolExecutor(_PARALLEL) as threads:
         answers = list(threads.map(post, bodies))
-    return [f"{answer.status} {name}" for name, answer in answers if answer.status >= 500]
+    return [f"{answer.status} {name}: {answer.text[:300]}" for name, answer in answers if not is_for_callers(answer)]
+
+
+_LIBRARY_WORDS = re.compile(
+    r"pydantic|xgrammar|ValidatorIterator|[a-z]Params?\b|NoneType|\{'|Traceback|\.py\b|<class|input_type"
+)
+
+
+def is_for_callers(answer: Answer) -> bool:
+    """Returns whether an answer is no internal error, and its message, if it is an error, short and without library words."""
+    if answer.status < 400:
+        return True
+    message = answer.error["message"]
+    return answer.status < 500 and len(message) <= 500 and not _LIBRARY_WORDS.search(message)
 
 
 @pytest.mark.parametrize(("model", "request_base"), REQUESTS.items(), ids=REQUESTS)
@@ -157,6 +175,36 @@ def test_no_schema_expression_or_grammar_can_cause_an_internal_error(served: Ser
         failed += failures(served, path, [(f"{path} {name}", body)])
     assert failed == []
     assert served.chat("a", max_tokens=1).status == 200, "the engine still serves"
+
+
+AT_THE_BOUNDS: dict[str, dict[str, Any]] = {
+    "choices": {"choice": [f"value {i}" for i in range(constraint.MAX_CHOICES)]},
+    "characters of choices": {"choice": [f"{i}" + "x" * 500 for i in range(constraint.MAX_CHOICE_CHARACTERS // 510)]},
+    "one choice": {"choice": ["x" * constraint.MAX_CHOICE_CHARACTERS]},
+    "repetition": {"regex": f".{{1,{constraint.MAX_REGEX_SIZE}}}"},
+    "repetitions in repetitions": {"regex": r"(.{1,40}\n){1,40}"},
+    "loops": {"regex": ".*" * constraint.MAX_REGEX_LOOPS},
+    "ambiguous loops": {"regex": "(a|b|ab)*c" * constraint.MAX_REGEX_LOOPS},
+    "classes": {"regex": "[^a]" * (constraint.MAX_REGEX_CHARACTERS // 4)},
+    "grammar": {"grammar": f"root ::= [a-z]{{1,{constraint.MAX_GRAMMAR_SIZE}}}"},
+    "long text in a grammar": {"grammar": 'root ::= "' + "x" * (constraint.MAX_GRAMMAR_CHARACTERS - 20) + '"'},
+    "left recursion": {"grammar": 'root ::= root "a" | "b"'},
+    "ambiguous recursion": {"grammar": 'root ::= "" | root root'},
+    "properties": {"json": {"properties": {f"p{i}": {"type": "string"} for i in range(constraint.MAX_SCHEMA_PROPERTIES)}}},
+    "enum": {"json": {"enum": [f"value {i}" for i in range(constraint.MAX_ENUM_VALUES)]}},
+    "minItems": {"json": {"type": "array", "minItems": constraint.MAX_REPETITIONS, "items": {"type": "integer"}}},
+}
+
+
+@pytest.mark.parametrize("outputs", AT_THE_BOUNDS.values(), ids=AT_THE_BOUNDS)
+def test_a_constraint_at_its_bound_does_not_stop_others(served: Served, outputs: dict[str, Any]) -> None:
+    path, body = REQUESTS["ChatCompletionRequest"]
+    with ThreadPoolExecutor(1) as thread:
+        heavy = thread.submit(served.post, path, {**body, "structured_outputs": outputs})
+        assert served.chat("a", max_tokens=1).status == 200, "another caller is served meanwhile"
+        answer = heavy.result()
+    assert is_for_callers(answer), answer.text
+    assert served.chat("a", max_tokens=1).status == 200
 
 
 IMAGE = image_part("square.png")

@@ -145,7 +145,8 @@ async def test_what_still_runs_then_ends_with_an_error(gateway: Gateway, signals
     chat_response, message_response = await asyncio.gather(*waiting)
     assert (chat_response.json, message_response.json) == ({"error": error}, anthropic_error)
     for response in (chat_response, message_response):
-        assert (response.status, response.headers["Retry-After"], response.headers["Connection"]) == (503, "1", "close")
+        assert (response.status, response.headers["Connection"]) == (503, "close")
+        assert int(response.headers["Retry-After"]) in range(1, 4)
     upload = await asyncio.wait_for(reader.read(), 60)
     writer.close()
     assert upload.startswith(b"HTTP/1.1 503 ")

@@ -53,7 +53,8 @@ def test_the_client_retries_after_429(limited: Served) -> None:
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as caught:
             client.chat.completions.create(model=MODEL, messages=user("x"), max_tokens=1)
-        assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("overloaded", "1")
+        assert caught.value.code == "overloaded"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
         answers: list[Any] = []
         patient = client.with_options(max_retries=60).chat.completions.with_raw_response
         waiting = threading.Thread(

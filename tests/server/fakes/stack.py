@@ -18,7 +18,9 @@ from server.apis.base import Api
 from server.apis.registry import APIS
 from server.app import create_app
 from server.config import GatewayOptions
+from server.http.connections import Connections
 from server.http.protocol import uvicorn_config
+from server.metrics import Metrics
 from tests.server.fakes.language_worker import FakeLanguageWorker, FakeSink
 from tests.server.fakes.requests import chat
 from tests.server.fakes.vision_worker import FakeVisionWorker
@@ -177,9 +179,10 @@ async def start_stack(
     }
     listening = socket.create_server(("127.0.0.1", 0))
     gateway_options = GatewayOptions(**{**addresses, **options})
-    config = uvicorn_config(
-        create_app(gateway_options, apis), shutdown_timeout=1, timeout_keep_alive=gateway_options.keep_alive_timeout
-    )
+    metrics = Metrics()
+    connections = Connections(gateway_options.max_connections, gateway_options.head_timeout, metrics)
+    app = create_app(gateway_options, apis, metrics=metrics)
+    config = uvicorn_config(app, 1, connections, timeout_keep_alive=gateway_options.keep_alive_timeout)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     connector = aiohttp.TCPConnector(limit=0, force_close=True)

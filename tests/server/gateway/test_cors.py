@@ -43,7 +43,7 @@ async def test_a_response_names_the_origin_and_the_headers_that_scripts_may_read
     assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
     assert response.headers["Vary"] == "Origin"
     exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
-    assert {"X-Request-Id", "X-DvD-Images", "Retry-After"} <= set(exposed)
+    assert {"X-Request-Id", "X-DvD-Images", "X-DvD-Degraded", "Retry-After"} <= set(exposed)
 
 
 @pytest.mark.parametrize(

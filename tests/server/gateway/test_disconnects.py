@@ -39,9 +39,10 @@ def disconnect(request: pytest.FixtureRequest) -> Disconnect:
 
 async def test_disconnect_before_the_body_is_complete(stack: Stack, disconnect: Disconnect) -> None:
     _, writer = await stack.send_raw("POST /v1/chat/completions HTTP/1.1\nHost: a\nContent-Length: 1000\n\n", b"{")
-    await stack.wait_for_metric("dvd_requests_in_flight", 1)
+    await stack.wait_for_metric("dvd_request_body_bytes", 1)
+    assert await stack.metric("dvd_requests_in_flight") == 0, "a body that is incomplete takes no permit"
     await disconnect(writer)
-    await stack.wait_until_idle()
+    await stack.wait_for_metric("dvd_request_body_bytes", 0)
     await assert_serves_images(stack)
 
 

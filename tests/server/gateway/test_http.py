@@ -35,7 +35,23 @@ async def test_load_balancers_may_probe_with_head(shared_stack: Stack, path: str
     assert (response.status, response.body) == (200, b"")
 
 
-@pytest.mark.parametrize("path", ["/v1/%2e%2e/metrics", "/v1/../metrics", "/metrics%00", "/%ff", "/v1/models%2f"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/%2e%2e/metrics",
+        "/v1/../metrics",
+        "/metrics%00",
+        "/%ff",
+        "/v1/models%2f",
+        "/metrics%0a",
+        "/v1/models%0a",
+        "/v1/models%0a%0a",
+        "/version%0d",
+        "/health/live%0a",
+        "/openapi.json%0a",
+        "/v1/models/internvl%0a",
+    ],
+)
 async def test_alternative_spellings_of_a_path_are_not_found(shared_stack: Stack, path: str) -> None:
     reader, writer = await shared_stack.send_raw(f"GET {path} HTTP/1.1\nHost: a\nConnection: close\n\n")
     assert (await read_to_end(reader)).startswith(b"HTTP/1.1 404 ")

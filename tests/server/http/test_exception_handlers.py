@@ -32,19 +32,28 @@ async def call(error: errors.DvdError, path: str = "/", method: str = "GET", met
 @pytest.mark.parametrize(
     ("error", "retry_after"),
     [
-        (errors.Unavailable("no worker", retry_after=2.1), "3"),
-        (errors.SinkFull("no room"), "1"),
-        (errors.Overloaded("full"), "1"),
+        (errors.Unavailable("no worker", retry_after=2.1), range(3, 6)),
+        (errors.Unavailable("no worker", retry_after=100), range(100, 111)),
+        (errors.SinkFull("no room"), range(1, 4)),
+        (errors.Overloaded("full"), range(1, 4)),
         (errors.InvalidRequest("bad"), None),
         (errors.DeadlineExceeded("late"), None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-async def test_retryable_errors_have_a_retry_after_header(error: errors.DvdError, retry_after: str | None) -> None:
+async def test_retryable_errors_have_a_retry_after_header(error: errors.DvdError, retry_after: range | None) -> None:
     response = await call(error)
     assert response.status == error.status
-    assert response.headers.get("retry-after") == retry_after
+    assert ("retry-after" in response.headers) == (retry_after is not None)
+    assert retry_after is None or int(response.headers["retry-after"]) in retry_after
     assert response.json == error.body()
+
+
+async def test_callers_that_are_refused_at_once_do_not_return_at_once() -> None:
+    responses = [await call(errors.Overloaded("full", retry_after=10)) for _ in range(50)]
+    seconds = [int(response.headers["retry-after"]) for response in responses]
+    assert len(set(seconds)) > 1
+    assert 10 <= min(seconds) <= max(seconds) <= 15
 
 
 async def test_only_an_exceeded_deadline_should_not_be_retried() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common import errors
-from server.http.json_body import decode_object
+from server.http.json_body import count_values, decode_object
 
 INVALID_BODIES = {
     "empty": b"",
@@ -100,3 +100,32 @@ BROKEN_BODIES = {
 def test_invalid_json_with_a_large_file_is_rejected(body: str, file: str) -> None:
     with pytest.raises(errors.InvalidRequest):
         decode_object((body % file).encode())
+
+
+VALUES = {
+    b"{}": 0,
+    b'{"a": 1}': 2,
+    b'{"a": [1, 2, {"b": null}]}': 7,
+    b'{"a": "' + b"A" * 500_000 + b'"}': 2,
+    b"[" * 70_000: 0,
+    b'"a, b: [c] {d}"': 4,
+}
+
+
+@pytest.mark.parametrize(("raw", "count"), VALUES.items(), ids=range(len(VALUES)))
+def test_values_are_counted_by_their_separators(raw: bytes, count: int) -> None:
+    assert count_values(raw, 100) == count
+
+
+@pytest.mark.parametrize("separator", [b",", b":", b"{,", b"[,"])
+def test_more_values_than_allowed_are_rejected(separator: bytes) -> None:
+    raw = b'{"image": "' + b"A" * 1_000_000 + b'", ' + separator * 100_000
+    assert count_values(raw, 300_000) >= 100_000
+    with pytest.raises(errors.BudgetExceeded, match="more than 90000 values") as error_info:
+        count_values(raw, 90_000)
+    assert error_info.value.budget == "json_values"
+
+
+def test_lists_that_are_only_nested_are_left_to_the_decoder() -> None:
+    with pytest.raises(errors.InvalidRequest, match="nested too deeply"):
+        decode_object(b"[" * 10_000_000)

@@ -98,7 +98,8 @@ async def test_a_request_that_waits_at_the_end_of_the_grace_is_answered_503() ->
 
     response = await call_app(RequestStatsMiddleware(wait, metrics, shutdown))
     assert cancelled.is_set()
-    assert (response.status, response.headers["retry-after"], response.headers["connection"]) == (503, "1", "close")
+    assert (response.status, response.headers["connection"]) == (503, "close")
+    assert int(response.headers["retry-after"]) in range(1, 4)
     assert (response.json["type"], response.json["error"]["type"]) == ("error", "overloaded_error")
     assert metrics.registry.get_sample_value("dvd_errors_total", {"code": "unavailable"}) == 1
     assert metrics.registry.get_sample_value("dvd_requests_total", {"route": "other", "code": "503"}) == 1

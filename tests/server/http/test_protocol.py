@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import uvicorn
 
+from server.http.connections import Connections
 from server.http.protocol import MAX_HEAD_BYTES, uvicorn_config
+from server.metrics import Metrics
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 
@@ -29,9 +31,14 @@ async def respond_with_body_size(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def start_server(app: Callable[..., Any] = respond_with_body_size, **options: Any) -> AsyncIterator[int]:
+async def start_server(
+    app: Callable[..., Any] = respond_with_body_size,
+    connections: Connections | None = None,
+    **options: Any,
+) -> AsyncIterator[int]:
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn_config(app, 1, lifespan="off", **options))
+    connections = connections or Connections(100, 20.0, Metrics())
+    server = uvicorn.Server(uvicorn_config(app, 1, connections, lifespan="off", **options))
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         yield listening.getsockname()[1]

@@ -162,3 +162,34 @@ async def test_requests_have_no_cookies_credentials_or_referer() -> None:
         await fetcher.load(f"{url}/a")
     assert not [headers for headers in received_headers if {"Cookie", "Authorization", "Referer"} & set(headers)]
     assert {headers["Accept-Encoding"] for headers in received_headers} == {"identity"}
+
+
+TARGETS = {
+    "user and password": "https://user:secret@example.org/secret?token=secret",
+    "user and password, relative": "//user:secret@example.org/secret",
+    "other scheme": "ftp://user:secret@example.org/secret",
+    "no host": "javascript:secret",
+    "control character": "https://example.org/secret\x7f?token=secret",
+    "backslash": "https://example.org\\secret",
+    "bad port": "https://example.org:99999/secret",
+    "loopback": "https://127.0.0.1/secret?token=secret",
+    "too long": "https://example.org/" + "secret" * 2000,
+}
+
+
+@pytest.mark.parametrize("location", TARGETS.values(), ids=TARGETS)
+async def test_the_message_about_a_redirect_shows_only_scheme_and_host_of_its_target(location: str) -> None:
+    async with file_server(a=redirect_to(location)) as url, open_fetcher(allow_private_images=True) as fetcher:
+        with pytest.raises((errors.InvalidRequest, errors.ImageFetchFailed)) as error_info:
+            await fetcher.load(f"{url}/a")
+    assert "secret" not in str(error_info.value)
+    assert url in str(error_info.value)
+
+
+async def test_the_message_about_a_file_behind_a_redirect_names_the_url_that_the_caller_knows() -> None:
+    handlers = {"a": redirect_to("/secret"), "secret": respond_with(b"", 404)}
+    async with file_server(**handlers) as url, open_fetcher(allow_private_images=True) as fetcher:
+        with pytest.raises(errors.ImageFetchFailed, match="answered with status 404") as error_info:
+            await fetcher.load(f"{url}/a")
+    assert f"{url}/a" in str(error_info.value)
+    assert "secret" not in str(error_info.value)

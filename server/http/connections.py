@@ -1,0 +1,85 @@
+"""The connections of a process: how many there may be, which of them gives way to a new one, and what is refused on them."""
+
+import contextvars
+import resource
+from typing import Protocol
+
+from server.http.middleware import OTHER_ROUTE, log_request
+from server.metrics import Metrics
+from server.request_stats import RequestStats
+
+
+class Connection(Protocol):
+    """A connection, as `Connections` sees it."""
+
+    waiting_since: float
+    """Monotonic time since when it waits."""
+
+    @property
+    def is_waiting_for_request(self) -> bool:
+        """Whether its caller has not sent a complete request: it is idle, or sends a head or a body."""
+
+    def give_way(self) -> None:
+        """Close the connection at once."""
+
+
+class Connections:
+    """Owner of the number of open connections.
+
+    Beyond the limit the connection is closed that has waited longest for its caller; one that is being served never is.
+
+    Args:
+        limit: Maximum number of connections.
+        head_timeout: Seconds in which a request's head must arrive.
+        metrics: Where connections and requests are counted that never reach the application.
+    """
+
+    def __init__(self, limit: int, head_timeout: float, metrics: Metrics) -> None:
+        self._limit, self.head_timeout, self._metrics = limit, head_timeout, metrics
+        self._open: set[Connection] = set()
+
+    def add(self, connection: Connection) -> bool:
+        """Add a new connection, if need be in place of another one. Returns False if there is no place for it."""
+        if len(self._open) >= self._limit and not self._make_room():
+            self._metrics.refused.labels("connections").inc()
+            return False
+        self._open.add(connection)
+        self._export()
+        return True
+
+    def remove(self, connection: Connection) -> None:
+        """Remove a connection that is closed. One that was refused is not known."""
+        self._open.discard(connection)
+        self._export()
+
+    def record_error(self, request_id: str, code: str, status: int) -> None:
+        """Record a request that was answered with an error before it reached the application."""
+        stats = RequestStats(request_id)
+        stats.error_code = code
+        self._metrics.record_request(stats, OTHER_ROUTE, status)
+        contextvars.copy_context().run(log_request, stats, OTHER_ROUTE, status)  # it sets the request's id
+
+    def _make_room(self) -> bool:
+        waiting = [connection for connection in self._open if connection.is_waiting_for_request]
+        if not waiting:
+            return False
+        oldest = min(waiting, key=lambda connection: connection.waiting_since)
+        self.remove(oldest)
+        oldest.give_way()
+        return True
+
+    def _export(self) -> None:
+        self._metrics.connections.set(len(self._open))
+
+
+def connection_limit(max_connections: int) -> int:
+    """Return how many connections this process can have: half of its descriptors are for workers and images.
+
+    The soft limit of descriptors is raised as far as the system allows.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * max_connections
+    if soft < needed:
+        soft = min(needed, hard) if hard != resource.RLIM_INFINITY else needed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(max_connections, soft // 2))
