@@ -52,9 +52,18 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=_OPTIONS)
 
 
-def create_server(*addresses: str) -> grpc.aio.Server:
-    """Return a server bound to each address, not started. Raises: `OSError` naming an address that cannot be bound."""
-    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
+def create_server(*addresses: str, max_message_bytes: int = _MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+    """Return a server bound to each address, not started.
+
+    Args:
+        addresses: `HOST:PORT` or `unix:/PATH`.
+        max_message_bytes: largest message that it receives.
+
+    Raises:
+        OSError: an address cannot be bound; the message names it.
+    """
+    options = list((dict(_OPTIONS) | {"grpc.max_receive_message_length": max_message_bytes}).items())
+    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=options)
     for address in addresses:
         ensure_free(address)
         try:
@@ -135,15 +144,26 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
         wrap = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
 
+        # gRPC itself answers INTERNAL, with a traceback in the log, where a message cannot be parsed
+        parse = None if handler.request_streaming else handler.request_deserializer
+
         async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with _abort_on_error(context):
-                return await behaviour(request, context)
+                return await behaviour(_parsed(request, parse) if parse else request, context)
 
         return wrap(
             guarded,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=None if parse else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def _parsed(message: bytes, parse: Callable[[bytes], Any]) -> Any:
+    """Return a parsed request. Raises: `InvalidRequest` if it is not one."""
+    try:
+        return parse(message)
+    except Exception as error:
+        raise errors.InvalidRequest(f"invalid message: {type(error).__name__}; expected the protobuf message of the method") from None
 
 
 @contextlib.asynccontextmanager

@@ -22,12 +22,12 @@ from typing import Any, Self
 
 from common import embedding_stream, errors, logs, rpc
 from common.checkpoint import open_checkpoint
-from common.embedding import Header
+from common.embedding import Header, validate_key
 from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
 from common.processes import die_with_parent
 from lm_worker.metrics import Metrics
-from lm_worker.shared_memory import default_budget, remove_folder, validate_key
+from lm_worker.shared_memory import default_budget, remove_folder
 from lm_worker.store import Store
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
@@ -40,6 +40,12 @@ DRAIN_LINE = b"drain\n"
 _STOP_GRACE_SECONDS = 5.0
 _HANG_SECONDS = 5.0
 """Time after the grace period until a sink that hangs is ended."""
+_MIN_BYTES_PER_SECOND = 1 << 20
+"""Slowest delivery, on average: a slower one would hold its memory and its key for too long."""
+_MAX_KEYS = 4096
+"""Maximum number of keys in one lookup: more images than fit any context."""
+_MAX_MESSAGE_BYTES = 4 << 20
+"""Largest message: a few chunks of values, or a lookup of as many keys as are allowed."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class SinkOptions:
         log_level: Level of the process' log.
         log_format: `text` or `json`.
         language_fingerprint: Fingerprint of the language weights, which `Describe` returns.
+        stall_seconds: Seconds without a message after which a delivery is ended.
     """
 
     model: str
@@ -71,6 +78,7 @@ class SinkOptions:
     log_level: str = "info"
     log_format: str = "text"
     language_fingerprint: str = ""
+    stall_seconds: float = 20.0
 
     def arguments(self) -> list[str]:
         """Arguments for Python that start this sink."""
@@ -95,6 +103,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._context = checkpoint.description.context
         self._http = options.http
         self._language_fingerprint = options.language_fingerprint
+        self._stall_seconds = options.stall_seconds
         self._senders_are_local = options.listen.startswith("unix:")
         self._checkpoint = checkpoint_message(checkpoint)
         self._in_flight: dict[str, asyncio.Future[None]] = {}
@@ -108,7 +117,15 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         )  # fmt: skip
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
-        """Visual tokens of each key, 0 if its embedding is not stored. Renews the leases."""
+        """Visual tokens of each key, 0 if its embedding is not stored. Renews the leases.
+
+        Raises:
+            InvalidRequest: There are too many keys, or one is not a key.
+        """
+        if len(request.keys) > _MAX_KEYS:
+            raise errors.InvalidRequest(f"Has was called with {len(request.keys)} keys; expected at most {_MAX_KEYS}.")
+        for key in request.keys:
+            validate_key(key)
         return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
@@ -135,6 +152,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def _store_delivery(self, messages: AsyncIterator[bytes], log_fields: dict[str, Any], context: Any) -> bool:
         """Store the embedding unless it is stored already. Returns whether it was."""
+        messages = _without_stalls(messages, self._stall_seconds)
         header = self._validate_header(await _first_message(messages))
         log_fields["bytes"] = header.length
         while (other := self._in_flight.get(header.key)) is not None:
@@ -164,7 +182,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         key = validate_key(header.key)
         if header.fingerprint != self._fingerprint:
             raise errors.CheckpointMismatch(
-                f"The embedding belongs to checkpoint {header.fingerprint[:12]!r}; this language worker serves "
+                f"The embedding belongs to checkpoint {ascii(header.fingerprint[:12])}; this language worker serves "
                 f"{self._fingerprint[:12]!r}."
             )
         if (dtype := dtype_from_proto(header.dtype)) != self._dtype:
@@ -188,11 +206,41 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def _receive(self, header: Header, messages: AsyncIterator[bytes], context: Any) -> None:
         with self._store.writing(header) as incoming:
             await embedding_stream.request_values(context, incoming.path if self._senders_are_local else None)
-            async for message in messages:
-                chunk = embedding_stream.parse_message(message)
-                incoming.add(chunk if isinstance(chunk, memoryview) else chunk.data)
+            seconds = self._stall_seconds + header.length / _MIN_BYTES_PER_SECOND
+            try:
+                async with asyncio.timeout(seconds):
+                    async for message in messages:
+                        incoming.add(_values_of(message))
+            except TimeoutError:
+                raise errors.DeadlineExceeded(
+                    f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_added} have arrived."
+                ) from None
             if not incoming.bytes_added:  # the sender has written the file: checking all of it would block the event loop
                 await asyncio.to_thread(incoming.finish)
+
+
+async def _without_stalls(messages: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """Yield the messages of a delivery. Raises `DeadlineExceeded` if the next one does not arrive within `seconds`."""
+    iterator = aiter(messages)
+    while True:
+        try:
+            async with asyncio.timeout(seconds):
+                message = await anext(iterator, None)
+        except TimeoutError:
+            raise errors.DeadlineExceeded(f"The delivery has stalled: no message arrived within {seconds:g} s.") from None
+        if message is None:
+            return
+        yield message
+
+
+def _values_of(message: bytes) -> bytes | memoryview:
+    """Return the values in a message after the first. Raises `InvalidRequest` if it has none."""
+    chunk = embedding_stream.parse_message(message)
+    if isinstance(chunk, memoryview):
+        return chunk
+    if chunk.WhichOneof("part") != "data":
+        raise errors.InvalidRequest("A delivery has one header, its first message; expected data in all further ones.")
+    return chunk.data
 
 
 async def _first_message(messages: AsyncIterator[bytes]) -> pb.EmbeddingHeader:
@@ -211,7 +259,7 @@ class SinkServer:
         self._folder = Path(options.folder)
         self._store = Store(self._folder, options.budget or default_budget(self._folder), options.lease)
         self._metrics = Metrics(self._store)
-        self._server = rpc.create_server(options.listen)
+        self._server = rpc.create_server(options.listen, max_message_bytes=_MAX_MESSAGE_BYTES)
         self._measuring: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:

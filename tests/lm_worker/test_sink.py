@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -27,6 +28,8 @@ CHECKPOINT = Path(__file__).parents[1] / "data/golden/flash-qwen3/checkpoint"
 FINGERPRINT = open_checkpoint(CHECKPOINT).fingerprint
 WIDTH, ROWS = 128, 256
 LENGTH = ROWS * WIDTH * 4
+STALL_SECONDS = 3.0
+BAD_KEYS = ["", "../../etc/passwd", ".pinned", ".incoming", "schlüssel", "key\n", "key\0", "٣", "k" * 129, "k" * 1_000_000]
 
 
 @dataclass
@@ -48,6 +51,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
         budget=8 << 20,
         lease=0.0,
         metrics_port=free_port(),
+        stall_seconds=STALL_SECONDS,
     )
     process = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE)
     yield RunningSink(options, process)
@@ -140,7 +144,8 @@ NAN = np.full(ROWS * WIDTH, np.nan, "float32").tobytes()
         ({"dtype": 0}, bytes(LENGTH), errors.InvalidRequest, "unknown dtype number 0"),
         ({"length": LENGTH + 4}, bytes(LENGTH + 4), errors.InvalidRequest, f"have {LENGTH}"),
         ({"fingerprint": "0" * 64}, bytes(LENGTH), errors.CheckpointMismatch, "000000000000"),
-        ({"key": "../../etc/passwd"}, bytes(LENGTH), errors.InvalidRequest, "not an embedding key"),
+        ({"fingerprint": "größer"}, bytes(LENGTH), errors.CheckpointMismatch, r"gr\\xf6"),
+        *(({"key": key}, bytes(LENGTH), errors.InvalidRequest, "not an embedding key") for key in BAD_KEYS),
     ],
 )
 async def test_an_invalid_delivery_is_rejected_and_leaves_nothing_behind(
@@ -203,6 +208,100 @@ async def test_a_sender_that_disconnects_midway_leaves_nothing_behind(sink: embe
     assert (await sink.Describe(pb.DescribeRequest())).used_bytes <= before + LENGTH + HEADER_SIZE
 
 
+async def raw_call(running: RunningSink, method: str, message: bytes, *, stream: bool = False) -> grpc.StatusCode:
+    """Send bytes as the first message of a call, and return the status of the reply."""
+    async with grpc.aio.insecure_channel(running.options.listen) as channel:
+        name = f"/dvd.v1.EmbeddingSink/{method}"
+        try:
+            if stream:
+                await channel.stream_unary(name)(iter([message]))
+            else:
+                await channel.unary_unary(name)(message, timeout=30)
+        except grpc.aio.AioRpcError as error:
+            assert "Traceback" not in str(error.details())
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("message", [b"\x0a\x02\xff\xfe", b"\xff\xff\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\0"])
+@pytest.mark.parametrize("method", ["Has", "Deliver"])
+async def test_bytes_that_are_no_message_are_invalid(running: RunningSink, method: str, message: bytes) -> None:
+    assert await raw_call(running, method, message, stream=method == "Deliver") is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_message_above_the_limit_is_refused(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    assert await raw_call(running, "Has", bytes(5 << 20)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not (await deliver(sink, header("after-large-message"), bytes(LENGTH))).already_here
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+async def test_a_lookup_of_what_is_no_key_is_refused(sink: embeddings_pb2_grpc.EmbeddingSinkStub, key: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await sink.Has(pb.HasRequest(keys=["good", key]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "not an embedding key" in str(caught.value.details())
+    assert len(str(caught.value.details())) < 400
+
+
+async def test_a_lookup_of_too_many_keys_is_refused(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    keys = [f"{number:0128}" for number in range(4097)]
+    assert (await sink.Has(pb.HasRequest(keys=keys[:-1]))).tokens == [0] * 4096
+    with pytest.raises(errors.InvalidRequest, match=r"4097 keys; expected at most 4096"), rpc.translate_errors("sink"):
+        await sink.Has(pb.HasRequest(keys=keys))
+
+
+async def deliver_messages(sink: embeddings_pb2_grpc.EmbeddingSinkStub, *parts: pb.DeliverChunk, stall: bool = False) -> None:
+    """Deliver these messages, and then nothing; `stall` keeps the call open."""
+
+    async def messages() -> AsyncIterator[pb.DeliverChunk]:
+        for part in parts:
+            yield part
+        if stall:
+            await asyncio.Event().wait()
+
+    with rpc.translate_errors("sink"):
+        await sink.Deliver(messages())
+
+
+@pytest.mark.parametrize("second", ["another", "first", None])
+async def test_a_second_header_or_an_empty_message_is_refused(
+    sink: embeddings_pb2_grpc.EmbeddingSinkStub, second: str | None
+) -> None:
+    key = f"first-of-{second}"
+    further = pb.DeliverChunk(header=header(key if second == "first" else second)) if second else pb.DeliverChunk()
+    with pytest.raises(errors.InvalidRequest, match="one header"):
+        await deliver_messages(sink, pb.DeliverChunk(header=header(key)), further)
+    assert not (await deliver(sink, header(key), bytes(LENGTH))).already_here
+
+
+@pytest.mark.parametrize("count", [0, 1, 2], ids=["no header", "header", "some values"])
+async def test_a_delivery_that_stalls_gives_back_its_memory_and_its_key(
+    running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub, count: int
+) -> None:
+    parts = [pb.DeliverChunk(header=header(f"stalled-{count}")), pb.DeliverChunk(data=bytes(1000))][:count]
+    before = (await sink.Describe(pb.DescribeRequest())).used_bytes
+    counted = 'dvd_sink_refusals_total{code="deadline_exceeded"}'
+    refusals = (await asyncio.to_thread(read_metrics, running)).get(counted, 0)
+    with pytest.raises(errors.DeadlineExceeded, match="stalled"):
+        await deliver_messages(sink, *parts, stall=True)
+    assert (await sink.Describe(pb.DescribeRequest())).used_bytes == before
+    assert not any((Path(running.options.folder) / ".incoming").iterdir())
+    assert (await asyncio.to_thread(read_metrics, running))[counted] == refusals + 1
+    assert not (await deliver(sink, header(f"stalled-{count}"), bytes(LENGTH))).already_here
+
+
+async def test_a_delivery_that_trickles_is_ended(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    async def trickle() -> AsyncIterator[pb.DeliverChunk]:
+        yield pb.DeliverChunk(header=header("trickle"))
+        while True:
+            yield pb.DeliverChunk(data=bytes(4))
+            await asyncio.sleep(STALL_SECONDS / 5)
+
+    with pytest.raises(errors.DeadlineExceeded, match=f"The delivery of {LENGTH} bytes took longer"), rpc.translate_errors("s"):
+        await sink.Deliver(trickle())
+    assert not (await deliver(sink, header("trickle"), bytes(LENGTH))).already_here
+
+
 async def send(running: RunningSink, key: str, rows: int, data: bytes) -> pb.DeliverReply:
     """Deliver an embedding the way a vision worker does."""
     header = Header(key, FINGERPRINT, "float32", rows, WIDTH)
@@ -226,7 +325,7 @@ async def test_a_sender_on_the_same_machine_writes_the_file(running: RunningSink
         await send(running, "written-nan", ROWS, NAN)
     with pytest.raises(errors.InvalidRequest, match=f"has {LENGTH - 4} bytes"):
         await send(running, "written-short", ROWS, VALUES[4:])
-    assert not any((Path(running.options.folder) / "incoming").iterdir())
+    assert not any((Path(running.options.folder) / ".incoming").iterdir())
 
 
 async def test_a_sender_that_cannot_write_the_file_streams_the_values(
@@ -248,8 +347,8 @@ async def test_a_full_sink_rejects_large_deliveries_before_their_values_are_sent
     with contextlib.suppress(errors.SinkFull):
         for number in range(1, 100):
             await send(running, f"large-{number}", rows, large)
-            os.link(folder / f"large-{number}", folder / "pinned" / f"large-{number}")
-            links.append(folder / "pinned" / f"large-{number}")
+            os.link(folder / f"large-{number}", folder / ".pinned" / f"large-{number}")
+            links.append(folder / ".pinned" / f"large-{number}")
     before = (await asyncio.to_thread(read_metrics, running))["dvd_sink_received_bytes_total"]
     for number in range(30):
         with pytest.raises(errors.SinkFull):
