@@ -61,7 +61,7 @@ class Router(_message.Message):
     def __init__(self, mode: _Optional[_Union[Router.Mode, str]] = ..., relative_threshold: _Optional[float] = ..., absolute_threshold: _Optional[float] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint", "caller", "dry_run")
+    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint", "caller", "scope", "dry_run")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     TILING_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class EncodeRequest(_message.Message):
     DELIVER_TO_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[Image]
     tiling: Tiling
@@ -77,8 +78,9 @@ class EncodeRequest(_message.Message):
     deliver_to: str
     fingerprint: str
     caller: str
+    scope: bytes
     dry_run: bool
-    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ..., caller: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ..., caller: _Optional[str] = ..., scope: _Optional[bytes] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class EncodeReply(_message.Message):
     __slots__ = ("images", "timings", "cached")

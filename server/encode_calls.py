@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from common import errors
+from common.digest import digest
 from common.tasks import SingleFlight
 from protos import vision_pb2 as pb
 from protos.embeddings_pb2 import CheckpointDescription
 from server.config import GatewayOptions
 from server.hedging import Hedging
-from server.keys import EncodeSetting, digest
+from server.keys import EncodeSetting
 from server.metrics import Metrics
 from server.request_context import RequestContext
 from server.retry import RetryBudget, with_retry
@@ -81,7 +82,7 @@ class EncodeCalls:
             DvdError: What the last vision worker raised; an invalid image is named by its place in the request.
         """
         flight = digest(deliver_to.encode(), *(key.encode() for key in group.keys)).hex()
-        request = _encode_request(group, images, deliver_to, context.flow)
+        request = _encode_request(group, images, deliver_to, context)
         job = EncodeJob(group.keys[0], checkpoint, context.flow, tiles, context.deadline)
         while True:
             joined = self._flights.in_flight(flight)
@@ -159,7 +160,7 @@ async def _noting_deadline(deadline: float) -> AsyncIterator[None]:
         raise errors.DeadlineExceeded("The deadline passed while the images were encoded.") from None
 
 
-def _encode_request(group: EncodeGroup, images: Mapping[str, KeyedImage], deliver_to: str, caller: str) -> pb.EncodeRequest:
+def _encode_request(group: EncodeGroup, images: Mapping[str, KeyedImage], deliver_to: str, context: RequestContext) -> pb.EncodeRequest:
     setting = group.setting
     return pb.EncodeRequest(
         images=[pb.Image(key=key, data=images[key].data) for key in group.keys],
@@ -168,7 +169,8 @@ def _encode_request(group: EncodeGroup, images: Mapping[str, KeyedImage], delive
         dtype=setting.dtype,  # type: ignore[arg-type]  # protobuf's enums are numbers
         deliver_to=deliver_to,
         fingerprint=setting.fingerprint,
-        caller=caller,
+        caller=context.flow,
+        scope=context.caller,
         dry_run=not deliver_to,
     )
 

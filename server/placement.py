@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from common import errors
+from common.digest import digest
 from common.tasks import gather_or_cancel
 from common.tracing import Trace
 from protos import vision_pb2 as pb
@@ -18,7 +19,7 @@ from server.apis.request import ImagePart, ParsedRequest, format_path
 from server.config import GatewayOptions
 from server.degradation import Degradation, Degraded
 from server.encode_calls import EncodeCalls, EncodeGroup, KeyedImage
-from server.keys import EncodeSetting, digest, group_keys, image_keys
+from server.keys import EncodeSetting, group_keys, image_keys
 from server.media.image_header import inspect_image
 from server.media.loader import ImageFile
 from server.metrics import Metrics

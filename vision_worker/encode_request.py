@@ -16,7 +16,7 @@ from vision_worker.models import vir
 
 _MAX_IMAGES = 4096
 _MAX_TEXT_LENGTH = 512
-"""Maximum number of characters of the caller's id, of an address and of a fingerprint."""
+"""Maximum length of the caller's id, of its scope, and of an address."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,8 @@ class ParsedRequest:
     caller: str
     """Opaque id of the caller; callers that send none share the empty one."""
 
-    @property
-    def group_key(self) -> str:
-        """Equal for requests with equal results: an image's key is a digest of everything that decides its embedding."""
-        return "/".join(image.key for image in self.images)
+    scope: bytes
+    """Opaque; only calls of one scope share embeddings."""
 
 
 def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels: int) -> ParsedRequest:
@@ -55,6 +53,7 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
     if bool(request.deliver_to) == request.dry_run:
         raise errors.InvalidRequest("Encode needs either deliver_to or dry_run, and not both")
     _validate_text("caller", request.caller)
+    _validate_text("scope", request.scope)
     _validate_text("deliver_to", request.deliver_to)
     if request.deliver_to and not re.fullmatch(ADDRESS_PATTERN, request.deliver_to):
         raise errors.InvalidRequest(f"deliver_to {ascii(request.deliver_to)}: expected HOST:PORT, [IPV6]:PORT or unix:/PATH")
@@ -65,6 +64,7 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
         dtype=messages.dtype_from_proto(request.dtype),
         deliver_to=request.deliver_to,
         caller=request.caller,
+        scope=request.scope,
     )
 
 
@@ -75,9 +75,9 @@ def _validate_key(key: str, index: int) -> None:
         raise errors.InvalidRequest(f"images[{index}].key: {error}", param=f"images[{index}]") from None
 
 
-def _validate_text(name: str, text: str) -> None:
+def _validate_text(name: str, text: str | bytes) -> None:
     if len(text) > _MAX_TEXT_LENGTH:
-        raise errors.InvalidRequest(f"{name} has {len(text)} characters: expected at most {_MAX_TEXT_LENGTH}")
+        raise errors.InvalidRequest(f"{name} has length {len(text)}: expected at most {_MAX_TEXT_LENGTH}")
 
 
 def _parse_tiling(tiling: pb.Tiling, description: Description, max_pixels: int) -> Tiling:

@@ -16,7 +16,7 @@ from server.apis.image_options import ImageOptions
 from server.apis.request import ImagePart, ParsedRequest
 from server.config import GatewayOptions
 from server.http.error_format import OPENAI
-from server.keys import digest
+from common.digest import digest
 from server.media.loader import ImageFile
 from server.metrics import Metrics
 from server.placement import EmbeddingPlacer, EngineRequest, ImageReport

@@ -173,7 +173,8 @@ async def test_several_images_of_a_request_are_routed_as_one_group(flash: Worker
 async def test_routes_do_not_depend_on_concurrent_calls(flash: Worker) -> None:
     """Many images at once, hence in mixed batches."""
     cases = [case for case in FLASH if len(case.stems) == 1][::2]
-    replies = await asyncio.gather(*(flash.encode(case.fields["images"][0], name=case.id) for case in cases))
+    calls = (flash.encode(case.fields["images"][0], name=f"case{i}") for i, case in enumerate(cases))
+    replies = await asyncio.gather(*calls)
     assert [list(r.images[0].compressed) for r in replies] == [case.fields["compressed"][0] for case in cases]
 
 
@@ -229,10 +230,19 @@ async def test_the_request_chooses_the_tiling(flash: Worker, tiling: pb.Tiling, 
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"fingerprint": "other"}, errors.CheckpointMismatch, "expects checkpoint other, this vision worker serves"),
-        ({"images": []}, errors.InvalidRequest, "at least one image"),
+        ({"fingerprint": "other"}, errors.CheckpointMismatch, "expects checkpoint 'other', this vision worker serves"),
+        ({"images": []}, errors.InvalidRequest, "0 images: expected 1 to 4096"),
         ({"deliver_to": ""}, errors.InvalidRequest, "deliver_to"),
         ({"dry_run": True}, errors.InvalidRequest, "and not both"),
+        ({"deliver_to": "file:///etc/passwd"}, errors.InvalidRequest, "expected HOST:PORT"),
+        ({"deliver_to": "unix:/" + "x" * 512}, errors.InvalidRequest, "deliver_to has length 518"),
+        ({"caller": "x" * 513}, errors.InvalidRequest, "caller has length 513"),
+        ({"scope": b"x" * 513}, errors.InvalidRequest, "scope has length 513"),
+        ({"images": [pb.Image(key="k")] * 4097}, errors.InvalidRequest, "4097 images"),
+        *(
+            ({"images": [pb.Image(key=key, data=b"a")]}, errors.InvalidRequest, r"images\[0\].key: .* not an embedding key")
+            for key in ("", "schlüssel", "../k", "k\n", "k" * 129, "k" * 100_000)
+        ),
         ({"dtype": 0}, errors.InvalidRequest, "dtype"),
         ({"tiling": pb.Tiling(min_tiles=5, max_tiles=4)}, errors.InvalidRequest, "5 and max_tiles 4"),
         ({"tiling": pb.Tiling(max_tiles=41)}, errors.InvalidRequest, "max_tiles 41.*nor max_tiles 40"),
@@ -380,6 +390,56 @@ async def test_an_image_whose_deadline_has_passed_is_not_decoded(flash: Worker, 
 
 
 # Metrics and logs
+
+
+# Keys
+
+
+async def test_a_known_key_with_another_image_gets_the_embedding_of_that_image(caching: Worker) -> None:
+    """Neither the cache nor a shared call depends on the key that a caller claims."""
+    planted = await caching.encode("wide_1300x800.jpg", name="known", deliver_to="", dry_run=True)
+    for _ in range(2):
+        first, second = await asyncio.gather(
+            caching.encode("square.png", name="known"), caching.encode("vga_640x480.png", name="known", deliver_to="", dry_run=True)
+        )
+        assert first.images[0].tokens == 256
+        assert len(first.images[0].compressed) == 1
+        assert caching.sink.headers["known-0"].rows == 256
+        assert len({len(reply.images[0].compressed) for reply in (planted, first, second)}) == 3
+        assert {reply.images[0].key for reply in (planted, first, second)} == {"known-0"}
+    assert caching.outcomes() == (3, 2, 0)
+
+
+async def test_equal_images_share_an_embedding_whatever_their_keys(caching: Worker) -> None:
+    for name, cached in (("one", False), ("two", True)):
+        reply = await caching.encode("square.png", name=name)
+        assert (reply.cached, reply.images[0].key) == (cached, f"{name}-0")
+    assert caching.sink.data["one-0"] == caching.sink.data["two-0"]
+
+
+async def test_callers_of_different_scopes_share_nothing(caching: Worker) -> None:
+    replies = await asyncio.gather(*(caching.encode("square.png", scope=scope) for scope in (b"me", b"you")))
+    assert [reply.cached for reply in replies] == [False, False]
+    assert caching.outcomes() == (2, 0, 0)
+    assert (await caching.encode("square.png", scope=b"you")).cached
+
+
+async def test_each_setting_has_an_embedding_of_its_own(caching: Worker) -> None:
+    settings: list[dict[str, Any]] = [
+        {}, {"tiling": pb.Tiling(max_tiles=6)}, {"tiling": pb.Tiling(min_tiles=4, max_tiles=6)},
+        {"router": pb.Router(mode=pb.Router.ALL)}, {"router": pb.Router(mode=pb.Router.OFF)},
+        {"router": pb.Router(relative_threshold=0)}, {"router": pb.Router(absolute_threshold=0)},
+        {"dtype": embeddings_pb2.BFLOAT16},
+    ]  # fmt: skip
+    for cached in (False, True):
+        assert [(await caching.encode("wide_1300x800.jpg", **fields)).cached for fields in settings] == [cached] * len(settings)
+
+
+async def test_different_files_with_one_key_are_refused(flash: Worker) -> None:
+    images = [pb.Image(key="k", data=golden.image(name)) for name in ("square.png", "square.png", "tiny_33x21.png")]
+    with pytest.raises(errors.InvalidRequest, match=r"images\[2\] has the key of images\[0\]"):
+        await flash.encode(images=images)
+    assert (await flash.encode(images=images[:2])).images[1].tokens == 256
 
 
 async def test_each_stage_is_counted_once_per_encoded_group(caching: Worker) -> None:
