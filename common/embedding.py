@@ -28,7 +28,7 @@ def validate_key(key: str) -> str:
     """Return `key` if it is one of an embedding, and so safe as a file name. Raises: `InvalidRequest`."""
     if not _KEY.fullmatch(key):
         raise errors.InvalidRequest(
-            f"{ascii(key[:MAX_KEY_LENGTH])} is not an embedding key: expected 1 to {MAX_KEY_LENGTH} ASCII letters, digits, "
+            f"{key[:MAX_KEY_LENGTH]!a} is not an embedding key: expected 1 to {MAX_KEY_LENGTH} ASCII letters, digits, "
             f"'-' or '_', got {len(key)} characters"
         )
     return key

@@ -23,7 +23,7 @@ def check_images(messages: Any, max_tokens: int) -> None:
         max_tokens: Length of the model's context.
 
     Raises:
-        VLLMValidationError: A part is not `{"image_num_tokens": [N]}` with 1 <= N <= `max_tokens`, or has no valid key as its uuid.
+        VLLMValidationError: A part is not `{"image_num_tokens": [N]}` with N up to `max_tokens`, or its uuid is no key.
     """
     for part in _parts(messages):
         embeds = part["image_embeds"]

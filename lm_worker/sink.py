@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -23,9 +24,11 @@ from typing import Any, Self
 from common import embedding_stream, errors, logs, rpc
 from common.checkpoint import open_checkpoint
 from common.embedding import Header, validate_key
+from common.grants import GrantSigner, SinkGrants
 from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
 from common.processes import die_with_parent
+from common.security import OPEN, TOKEN_VARIABLE, Credentials, TlsFiles
 from lm_worker.metrics import Metrics
 from lm_worker.shared_memory import default_budget, remove_folder
 from lm_worker.store import Store
@@ -64,6 +67,8 @@ class SinkOptions:
         log_level: Level of the process' log.
         log_format: `text` or `json`.
         language_fingerprint: Fingerprint of the language weights, which `Describe` returns.
+        tls: Paths of certificate, key and authorities, and the name in certificates (or none); empty: no TLS. The cluster
+            token is no option, since arguments are visible to every user: it comes by variable.
         stall_seconds: Seconds without a message after which a delivery is ended.
     """
 
@@ -79,6 +84,7 @@ class SinkOptions:
     log_format: str = "text"
     language_fingerprint: str = ""
     stall_seconds: float = 20.0
+    tls: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """Arguments for Python that start this sink."""
@@ -92,7 +98,9 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         draining: Whether `Describe` reports that the language worker is about to stop.
     """
 
-    def __init__(self, options: SinkOptions, store: Store, metrics: Metrics) -> None:
+    def __init__(self, options: SinkOptions, store: Store, metrics: Metrics, credentials: Credentials = OPEN) -> None:
+        self._id = secrets.token_hex(16)
+        self._grants = SinkGrants(self._id, GrantSigner(credentials))
         checkpoint = open_checkpoint(options.model)
         self.draining = False
         self._store, self._metrics = store, metrics
@@ -113,7 +121,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         return pb.LanguageDescription(
             checkpoint=self._checkpoint, dtype=dtype_to_proto(self._dtype), http=self._http,
             used_bytes=self._store.used, budget_bytes=self._store.budget, draining=self.draining,
-            language_fingerprint=self._language_fingerprint,
+            language_fingerprint=self._language_fingerprint, sink=self._id,
         )  # fmt: skip
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
@@ -153,16 +161,20 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def _store_delivery(self, messages: AsyncIterator[bytes], log_fields: dict[str, Any], context: Any) -> bool:
         """Store the embedding unless it is stored already. Returns whether it was."""
         messages = _without_stalls(messages, self._stall_seconds)
-        header = self._validate_header(await _first_message(messages))
+        first = await _first_message(messages)
+        header = self._validate_header(first)
+        self._grants.verify(first.grant, header)
         log_fields["bytes"] = header.length
         while (other := self._in_flight.get(header.key)) is not None:
             await asyncio.wait([other])
         if header.key in self._store:
             self._store.rows(header.key)  # renews the lease
             return True
+        self._grants.check_unused(first.grant)
         self._in_flight[header.key] = done = asyncio.get_running_loop().create_future()
         try:
             await self._receive(header, messages, context)
+            self._grants.use(first.grant)
         finally:
             del self._in_flight[header.key]
             done.set_result(None)
@@ -182,7 +194,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         key = validate_key(header.key)
         if header.fingerprint != self._fingerprint:
             raise errors.CheckpointMismatch(
-                f"The embedding belongs to checkpoint {ascii(header.fingerprint[:12])}; this language worker serves "
+                f"The embedding belongs to checkpoint {header.fingerprint[:12]!a}; this language worker serves "
                 f"{self._fingerprint[:12]!r}."
             )
         if (dtype := dtype_from_proto(header.dtype)) != self._dtype:
@@ -213,7 +225,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
                         incoming.add(_values_of(message))
             except TimeoutError:
                 raise errors.DeadlineExceeded(
-                    f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_added} have arrived."
+                    f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_added} came."
                 ) from None
             if not incoming.bytes_added:  # the sender has written the file: checking all of it would block the event loop
                 await asyncio.to_thread(incoming.finish)
@@ -254,16 +266,16 @@ async def _first_message(messages: AsyncIterator[bytes]) -> pb.EmbeddingHeader:
 class SinkServer:
     """Async context manager: serves a sink, and its metrics, inside the block. Removes the shared memory at the end."""
 
-    def __init__(self, options: SinkOptions) -> None:
-        self._options = options
+    def __init__(self, options: SinkOptions, credentials: Credentials = OPEN) -> None:
+        self._options, self._credentials = options, credentials
         self._folder = Path(options.folder)
         self._store = Store(self._folder, options.budget or default_budget(self._folder), options.lease)
         self._metrics = Metrics(self._store)
-        self._server = rpc.create_server(options.listen, max_message_bytes=_MAX_MESSAGE_BYTES)
+        self._server = rpc.create_server(options.listen, credentials=credentials, max_message_bytes=_MAX_MESSAGE_BYTES)
         self._measuring: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._sink = Sink(self._options, self._store, self._metrics)
+        self._sink = Sink(self._options, self._store, self._metrics, self._credentials)
         embedding_stream.add_sink_to_server(self._sink, self._server)
         if self._options.metrics_port:
             serve_metrics(self._metrics.registry, self._options.metrics_port)
@@ -285,9 +297,9 @@ class SinkServer:
         remove_folder(self._folder)  # a killed language worker cannot remove it
 
 
-async def _run(options: SinkOptions) -> None:
+async def _run(options: SinkOptions, credentials: Credentials) -> None:
     """Serve until standard input ends or SIGTERM arrives."""
-    async with SinkServer(options) as server:
+    async with SinkServer(options, credentials) as server:
         await _stop_requested(server.drain, Path(options.folder))
 
 
@@ -313,6 +325,14 @@ async def _stop_requested(drain: Callable[[], None], folder: Path) -> None:
     await stop.wait()
 
 
+def _credentials(options: SinkOptions) -> Credentials:
+    tls = None
+    if options.tls:
+        cert, key, authorities, *name = options.tls
+        tls = TlsFiles(Path(cert), Path(key), Path(authorities), name[0] if name else None)
+    return Credentials(os.environ.pop(TOKEN_VARIABLE, None), tls)
+
+
 def main() -> None:
     """Run a sink. The only argument is `SinkOptions` as JSON. Exits with 1 and one line if it cannot serve."""
     # SIGCONT, not SIGKILL: it wakes a sink that is stopped, which then reads the end of its input and removes its memory
@@ -321,7 +341,7 @@ def main() -> None:
     logs.configure(options.log_level, options.log_format)
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            asyncio.run(_run(options))
+            asyncio.run(_run(options, _credentials(options)))
         except OSError as error:
             sys.exit(f"dvd language: {error}")
 

@@ -93,9 +93,7 @@ class Store:
     def _expect_delivery(self, key: str, leased_until: float) -> None:
         now = time.monotonic()
         previous = self._pending.pop(key, None)
-        while self._pending and (
-            next(iter(self._pending.values())).leased_until < now or len(self._pending) >= _MAX_PENDING
-        ):
+        while self._pending and (next(iter(self._pending.values())).leased_until < now or len(self._pending) >= _MAX_PENDING):
             self._pending.popitem(last=False)
         self._pending[key] = _PendingDelivery(previous.requests + 1 if previous else 1, leased_until)
 

@@ -27,12 +27,14 @@ class VisionDescription(_message.Message):
     def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., draining: _Optional[bool] = ..., stalled: _Optional[str] = ..., batch_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("key", "data")
+    __slots__ = ("key", "data", "grant")
     KEY_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
     key: str
     data: bytes
-    def __init__(self, key: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+    grant: bytes
+    def __init__(self, key: _Optional[str] = ..., data: _Optional[bytes] = ..., grant: _Optional[bytes] = ...) -> None: ...
 
 class Tiling(_message.Message):
     __slots__ = ("min_tiles", "max_tiles")

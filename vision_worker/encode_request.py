@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common import errors, messages
-from common.embedding import validate_key
 from common.checkpoint import Checkpoint
+from common.embedding import validate_key
 from common.layouts.base import Description, Thresholds
 from common.options import ADDRESS_PATTERN
 from common.tiling import MAX_TILES, Tiling, resolve_tile_bounds
@@ -43,7 +43,7 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
     """
     if request.fingerprint and request.fingerprint != checkpoint.fingerprint:
         raise errors.CheckpointMismatch(
-            f"the caller expects checkpoint {ascii(request.fingerprint[:64])}, this vision worker serves {checkpoint.fingerprint}: "
+            f"the caller expects checkpoint {request.fingerprint[:64]!a}, this vision worker serves {checkpoint.fingerprint}: "
             "start all workers from the same checkpoint"
         )
     if not 0 < len(request.images) <= _MAX_IMAGES:
@@ -56,7 +56,7 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
     _validate_text("scope", request.scope)
     _validate_text("deliver_to", request.deliver_to)
     if request.deliver_to and not re.fullmatch(ADDRESS_PATTERN, request.deliver_to):
-        raise errors.InvalidRequest(f"deliver_to {ascii(request.deliver_to)}: expected HOST:PORT, [IPV6]:PORT or unix:/PATH")
+        raise errors.InvalidRequest(f"deliver_to {request.deliver_to!a}: expected HOST:PORT, [IPV6]:PORT or unix:/PATH")
     return ParsedRequest(
         images=request.images,
         tiling=_parse_tiling(request.tiling, checkpoint.description, max_pixels),

@@ -41,4 +41,6 @@ def _check_names(names: Sequence[str], files: Sequence[bytes]) -> None:
     for i, name in enumerate(names):
         other = first.setdefault(name, i)
         if files[i] != files[other]:
-            raise errors.InvalidRequest(f"images[{i}] has the key of images[{other}], but is another file", param=f"images[{i}]")
+            raise errors.InvalidRequest(
+                f"images[{i}] has the key of images[{other}], but is another file", param=f"images[{i}]"
+            )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import errors, logs, messages
 from common.embedding import Header
+from common.grants import NO_GRANTS, GrantSigner
 from common.tasks import SingleFlight, gather_or_cancel
 from common.tracing import Trace
 from protos import embeddings_pb2, vision_pb2_grpc
@@ -64,6 +65,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         max_pixels: largest image accepted, in pixels.
         metrics: counters and histograms to update.
         trace: where stages are recorded.
+        grants: verifies what allows a delivery.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class Service(vision_pb2_grpc.VisionServicer):
         max_pixels: int,
         metrics: Metrics,
         trace: Trace,
+        grants: GrantSigner = NO_GRANTS,
     ) -> None:
         self._encoder, self._batcher, self._sinks, self._cache = encoder, batcher, sinks, cache
         self._prepare_threads, self._max_pixels, self._metrics, self._trace = prepare_threads, max_pixels, metrics, trace
-        self._liveness, self._draining = liveness, draining
+        self._liveness, self._draining, self._grants = liveness, draining, grants
         metrics.waiting_images.set_function(lambda: prepare_threads.waiting)
         self._in_flight: SingleFlight[_Embeddings] = SingleFlight()
         # of the groups in flight, by their key; each is referenced by the task that embeds its group, and goes with it
@@ -114,6 +117,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         logs.adopt_request_id(context)
         with self._observe_call(len(request.images)) as log_fields:
             parsed = parse_request(request, self._encoder.checkpoint, self._max_pixels)
+            self._check_grants(parsed)
             keys = await embedding_keys(parsed, self._checkpoint.fingerprint)
             joined, deadline = self._join(keys[0], context.time_remaining())
             if joined:
@@ -128,6 +132,14 @@ class Service(vision_pb2_grpc.VisionServicer):
                 timings.deliver = await self._deliver(result, parsed, context.time_remaining())
             images = [_renamed(image, name.key) for image, name in zip(result.images, parsed.images, strict=True)]
             return pb.EncodeReply(images=images, timings=timings, cached=result.from_cache)
+
+    def _check_grants(self, request: ParsedRequest) -> None:
+        """Check before any work that each delivery is granted, to the address that the call names. Raises: GrantRefused."""
+        if not request.deliver_to or not self._grants.is_demanded:
+            return
+        for image in request.images:
+            if self._grants.verify(image.grant, image.key).address != request.deliver_to:
+                raise errors.GrantRefused("the grant of the delivery is for another address than deliver_to")
 
     def _join(self, group_key: str, seconds: float | None) -> tuple[bool, Deadline]:
         """Return whether a call shares a group in flight, and the group's deadline, which then covers the call's own."""
@@ -161,9 +173,10 @@ class Service(vision_pb2_grpc.VisionServicer):
         headers = (self._header(name.key, request.dtype, image.tokens) for name, image in named)
         distinct = dict(zip(headers, result.values, strict=True))  # a request may contain an image twice
         deliver = functools.partial(self._sinks.deliver, request.deliver_to, seconds=seconds)
+        grants = {image.key: image.grant for image in request.images}
         size = sum(map(len, distinct.values()))
         with self._trace.span("deliver", bytes=size):
-            await gather_or_cancel(*(deliver(header, values) for header, values in distinct.items()))
+            await gather_or_cancel(*(deliver(header, values, grant=grants[header.key]) for header, values in distinct.items()))
         elapsed = time.monotonic() - started
         self._metrics.observe_delivery(elapsed, size)
         return elapsed

@@ -57,7 +57,8 @@ class ApiHandlers:
             timeout = request_timeout(request.headers, self._options.request_timeout)
             deadline, fields = time.monotonic() + timeout, api.max_tokens_fields
             flow = _flow(request, caller)
-            context = RequestContext(caller, flow, api.path, api.error_format, stats, deadline, resources, fields)
+            salt = self._authenticator.cache_salt(caller) if api.generates_text else None
+            context = RequestContext(caller, flow, api.path, api.error_format, stats, deadline, resources, fields, salt)
             try:
                 async with asyncio.timeout(timeout):
                     with self._metrics.stage("receive", stats):

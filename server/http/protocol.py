@@ -6,7 +6,7 @@ module subclasses uvicorn's internals: pyproject.toml bounds its version.
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httptools
@@ -22,12 +22,16 @@ STALL_TIMEOUT_SECONDS = 60.0
 """Time in which a caller must read some of a response that waits for it; else it would hold its permit for ever."""
 
 
-def uvicorn_config(app: Callable[..., Any], shutdown_timeout: int, **options: Any) -> uvicorn.Config:
+def uvicorn_config(
+    app: Callable[..., Any], shutdown_timeout: int, trusted_proxies: Sequence[str] = (), **options: Any
+) -> uvicorn.Config:
     """Return uvicorn's configuration for the gateway.
 
     Args:
         app: The ASGI application, or its factory.
         shutdown_timeout: Seconds that responses have to end after a signal.
+        trusted_proxies: Addresses and networks whose `X-Forwarded-For` names the caller. uvicorn's own default trusts this
+            machine, and so every caller behind a proxy on it.
         **options: Further options of `uvicorn.Config`.
     """
     return uvicorn.Config(
@@ -37,6 +41,8 @@ def uvicorn_config(app: Callable[..., Any], shutdown_timeout: int, **options: An
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies),
         timeout_graceful_shutdown=shutdown_timeout,
         **options,
     )

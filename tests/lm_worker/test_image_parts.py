@@ -9,8 +9,11 @@ from lm_worker.image_parts import check_images
 
 GOOD: dict[str, Any] = {"type": "image_embeds", "image_embeds": {"image_num_tokens": [256]}, "uuid": "a" * 64}
 BAD_COUNTS: list[Any] = [0, -1, 1.0, 1.5, True, None, "256", [256], 4097, 10**9, 2**70]
-BAD_EMBEDS: list[Any] = [None, [], "AAAA", {}, {"image_num_tokens": 256}, {"image_num_tokens": []}, {"image_num_tokens": [1, 2]},
-                         {"image_num_tokens": [256], "image_embeds": "AAAA"}, *({"image_num_tokens": [n]} for n in BAD_COUNTS)]  # fmt: skip
+BAD_EMBEDS: list[Any] = [
+    *(None, [], "AAAA", {}, {"image_num_tokens": 256}, {"image_num_tokens": []}, {"image_num_tokens": [1, 2]}),
+    {"image_num_tokens": [256], "image_embeds": "AAAA"},
+    *({"image_num_tokens": [n]} for n in BAD_COUNTS),
+]
 BAD_UUIDS: list[Any] = [None, "", "../etc", "schl\u00fcssel", "k" * 129, 5, ["a"], {"a": 1}]
 
 

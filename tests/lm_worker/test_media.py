@@ -5,15 +5,17 @@ import torch
 from vllm.exceptions import VLLMValidationError
 
 from common.embedding_ref import EmbeddingRef
-from lm_worker.media import RefuseMedia
 from lm_worker.image_parts import NUM_TOKENS
+from lm_worker.media import RefuseMedia
 from lm_worker.models.internvl import ImageParser, KeyedItems
 
 FIRST, SECOND = EmbeddingRef("a" * 64, 256), EmbeddingRef("b" * 64, 1792)
 
 
 def parse(images: object) -> KeyedItems:
-    items = ImageParser(max_tokens=8192, expected_hidden_size=8, allow_missing_mm_embeddings=True).parse_mm_data({"image": images})["image"]
+    items = ImageParser(max_tokens=8192, expected_hidden_size=8, allow_missing_mm_embeddings=True).parse_mm_data(
+        {"image": images}
+    )["image"]
     assert isinstance(items, KeyedItems)
     return items
 

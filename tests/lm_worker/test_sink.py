@@ -18,11 +18,14 @@ import pytest
 from common import embedding_stream, errors, rpc
 from common.checkpoint import open_checkpoint
 from common.embedding import HEADER_SIZE, Header
+from common.grants import GrantSigner
+from common.security import TOKEN_VARIABLE, Credentials
 from lm_worker.shared_memory import create_folder, map_embedding
 from lm_worker.sink import SinkOptions
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 from tests.ports import free_port
+from vision_worker.delivery import SinkChannels
 
 CHECKPOINT = Path(__file__).parents[1] / "data/golden/flash-qwen3/checkpoint"
 FINGERPRINT = open_checkpoint(CHECKPOINT).fingerprint
@@ -212,15 +215,11 @@ async def raw_call(running: RunningSink, method: str, message: bytes, *, stream:
     """Send bytes as the first message of a call, and return the status of the reply."""
     async with grpc.aio.insecure_channel(running.options.listen) as channel:
         name = f"/dvd.v1.EmbeddingSink/{method}"
-        try:
-            if stream:
-                await channel.stream_unary(name)(iter([message]))
-            else:
-                await channel.unary_unary(name)(message, timeout=30)
-        except grpc.aio.AioRpcError as error:
-            assert "Traceback" not in str(error.details())
-            return error.code()
-    return grpc.StatusCode.OK
+        bytes_method: Any = channel.stream_unary(name) if stream else channel.unary_unary(name)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await bytes_method(iter([message]) if stream else message, timeout=30)
+    assert "Traceback" not in str(caught.value.details())
+    return caught.value.code()
 
 
 @pytest.mark.parametrize("message", [b"\x0a\x02\xff\xfe", b"\xff\xff\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\0"])
@@ -367,3 +366,87 @@ async def test_a_full_sink_evicts_and_accepts_more(running: RunningSink, sink: e
     assert (await sink.Has(pb.HasRequest(keys=["many-0", "many-79"]))).tokens == [0, ROWS]
     samples = await asyncio.to_thread(read_metrics, running)
     assert samples['dvd_cache_events_total{event="evictions",tier="sink"}'] >= 80 - samples["dvd_sink_embeddings"]
+
+
+TOKEN = "a-token-of-this-cluster"
+CLUSTER = Credentials(TOKEN)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
+    """A sink of a cluster with a token."""
+    folder = tmp_path_factory.mktemp("guarded")
+    create_folder(folder / "store")
+    options = SinkOptions(
+        model=str(CHECKPOINT), listen=f"unix:{folder}/sink", http="unix:/nowhere", dtype="float32",
+        folder=str(folder / "store"), budget=2 * (LENGTH + HEADER_SIZE), lease=0.0, metrics_port=free_port(),
+    )  # fmt: skip
+    environment = {**os.environ, TOKEN_VARIABLE: TOKEN}
+    process = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE, env=environment)
+    yield RunningSink(options, process)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(20) == 0
+
+
+async def grant_of(guarded: RunningSink, key: str, size: int = LENGTH, seconds: float = 60) -> bytes:
+    """A grant of the gateway for a delivery to the sink."""
+    async with rpc.open_channel(guarded.options.listen) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 30)
+        stub = embeddings_pb2_grpc.EmbeddingSinkStub(channel)
+        description = await stub.Describe(pb.DescribeRequest(), metadata=CLUSTER.metadata)
+    return GrantSigner(CLUSTER).sign(description.sink, guarded.options.listen, key, size, seconds)
+
+
+async def send_granted(guarded: RunningSink, key: str, grant: bytes, credentials: Credentials = CLUSTER) -> pb.DeliverReply:
+    """Deliver an embedding the way a vision worker of the cluster does."""
+    async with SinkChannels(credentials) as sinks:
+        await sinks.deliver(
+            guarded.options.listen, Header(key, FINGERPRINT, "float32", ROWS, WIDTH), memoryview(VALUES), 30, grant
+        )
+    return pb.DeliverReply()
+
+
+async def test_a_stranger_can_use_no_method_of_a_sink(guarded: RunningSink) -> None:
+    async with rpc.open_channel(guarded.options.listen) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 30)
+        stub = embeddings_pb2_grpc.EmbeddingSinkStub(channel)
+        for metadata in ((), Credentials("another-token-entirely").metadata, (("authorization", TOKEN),)):
+            for call in (
+                stub.Describe(pb.DescribeRequest(), metadata=metadata),
+                stub.Has(pb.HasRequest(keys=["a"]), metadata=metadata),
+                stub.Deliver(iter([pb.DeliverChunk(header=header("a"))]), metadata=metadata),
+            ):
+                with pytest.raises(errors.Unauthorized, match="cluster token") as caught, rpc.translate_errors("sink"):
+                    await call
+                assert TOKEN not in str(caught.value)
+        assert (await stub.Describe(pb.DescribeRequest(), metadata=CLUSTER.metadata)).used_bytes == 0
+
+
+async def test_a_delivery_needs_a_grant_that_fits(guarded: RunningSink) -> None:
+    for grant, message in (
+        (b"", "no grant"),
+        (await grant_of(guarded, "other"), "another embedding"),
+        (await grant_of(guarded, "granted", size=LENGTH - 1), "its grant allows"),
+        (await grant_of(guarded, "granted", seconds=-60), "expired"),
+        (GrantSigner(CLUSTER).sign("another", guarded.options.listen, "granted", LENGTH, 60), "another sink"),
+    ):
+        refused = 'dvd_sink_refusals_total{code="grant_refused"}'
+        before = (await asyncio.to_thread(read_metrics, guarded)).get(refused, 0)
+        with pytest.raises(errors.GrantRefused, match=message):
+            await send_granted(guarded, "granted", grant)
+        assert (await asyncio.to_thread(read_metrics, guarded))[refused] == before + 1
+    await send_granted(guarded, "granted", await grant_of(guarded, "granted"))
+    assert (Path(guarded.options.folder) / "granted").exists()
+
+
+async def test_a_grant_cannot_be_replayed_after_its_delivery(guarded: RunningSink) -> None:
+    grant = await grant_of(guarded, "once")
+    for _ in range(2):  # the second finds the embedding
+        await send_granted(guarded, "once", grant)
+    for key in ("evict-0", "evict-1"):
+        await send_granted(guarded, key, await grant_of(guarded, key))
+    assert not (Path(guarded.options.folder) / "once").exists()
+    with pytest.raises(errors.GrantRefused, match="used already"):
+        await send_granted(guarded, "once", grant)
+    await send_granted(guarded, "once", await grant_of(guarded, "once"))

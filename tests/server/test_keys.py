@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from protos import embeddings_pb2, vision_pb2
 from common.digest import digest
+from protos import embeddings_pb2, vision_pb2
 from server.keys import EncodeSetting, group_keys, image_keys
 
 SETTING = EncodeSetting("f" * 64, vision_pb2.Tiling(), vision_pb2.Router(), embeddings_pb2.BFLOAT16)

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from common import embedding_stream, errors, logs, rpc
+from common.grants import GrantSigner
+from common.security import OPEN, Credentials
 from common.tiling import Tiling
 from common.tracing import Trace
 from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2_grpc
@@ -99,9 +101,9 @@ class Worker:
         return tuple(self.count("images", outcome=outcome) for outcome in ("encoded", "cached", "joined"))
 
 
-async def serve(name: str, folder: Path, cache: Cache | None = None) -> AsyncIterator[Worker]:
+async def serve(name: str, folder: Path, cache: Cache | None = None, credentials: Credentials = OPEN) -> AsyncIterator[Worker]:
     sink, sink_address, address = Sink(), f"unix:{folder}/sink", f"unix:{folder}/vision"
-    sink_server, server = rpc.create_server(sink_address), rpc.create_server(address)
+    sink_server, server = rpc.create_server(sink_address), rpc.create_server(address, credentials=credentials)
     embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, sink_server)
     encoder, metrics, threads, draining = golden.encoder(name), Metrics(), PrepareThreads(2), asyncio.Event()
     async with (
@@ -115,6 +117,7 @@ async def serve(name: str, folder: Path, cache: Cache | None = None) -> AsyncIte
         service = Service(
             encoder=encoder, batcher=batcher, sinks=sinks, cache=embeddings, prepare_threads=threads,
             liveness=liveness, draining=draining, max_pixels=3_000_000, metrics=metrics, trace=Trace(None, "vision"),
+            grants=GrantSigner(credentials),
         )  # fmt: skip
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)
         await sink_server.start()
@@ -400,7 +403,8 @@ async def test_a_known_key_with_another_image_gets_the_embedding_of_that_image(c
     planted = await caching.encode("wide_1300x800.jpg", name="known", deliver_to="", dry_run=True)
     for _ in range(2):
         first, second = await asyncio.gather(
-            caching.encode("square.png", name="known"), caching.encode("vga_640x480.png", name="known", deliver_to="", dry_run=True)
+            caching.encode("square.png", name="known"),
+            caching.encode("vga_640x480.png", name="known", deliver_to="", dry_run=True),
         )
         assert first.images[0].tokens == 256
         assert len(first.images[0].compressed) == 1
@@ -570,3 +574,27 @@ async def test_a_dry_run_delivers_nothing_and_fills_the_cache(caching: Worker) -
     assert (dry.cached, real.cached, dry.timings.deliver) == (False, True, 0)
     assert caching.outcomes() == (1, 1, 0)
     assert len(caching.sink.data["key-0"]) == real.images[0].tokens * 128 * 4
+
+
+# Grants
+
+CLUSTER = Credentials("a-token-of-this-cluster")
+
+
+async def test_a_worker_connects_only_where_a_grant_allows(tmp_path: Path) -> None:
+    async for worker in serve("flash-qwen3", tmp_path, credentials=CLUSTER):
+        with pytest.raises(errors.Unauthorized, match="cluster token"):
+            await worker.encode("square.png")
+        signer = GrantSigner(CLUSTER)
+        elsewhere = signer.sign("sink", "unix:/elsewhere", "k", 1 << 20, 60)
+        for grant, message in ((b"", "no grant"), (b"x", "cannot be parsed"), (elsewhere, "another address")):
+            images = [pb.Image(key="k", data=golden.image("square.png"), grant=grant)]
+            with pytest.raises(errors.GrantRefused, match=message):
+                await worker.encode(images=images, metadata=CLUSTER.metadata)
+        assert worker.outcomes() == (0, 0, 0), "nothing was computed"
+        assert not worker.sink.data
+        good = signer.sign("sink", worker.sink_address, "k", 1 << 20, 60)
+        images = [pb.Image(key="k", data=golden.image("square.png"), grant=good)]
+        assert (await worker.encode(images=images, metadata=CLUSTER.metadata)).images[0].tokens == 256
+        assert worker.sink.headers["k"].grant == good
+        assert (await worker.encode("square.png", deliver_to="", dry_run=True, metadata=CLUSTER.metadata)).cached is False

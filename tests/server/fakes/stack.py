@@ -178,7 +178,10 @@ async def start_stack(
     listening = socket.create_server(("127.0.0.1", 0))
     gateway_options = GatewayOptions(**{**addresses, **options})
     config = uvicorn_config(
-        create_app(gateway_options, apis), shutdown_timeout=1, timeout_keep_alive=gateway_options.keep_alive_timeout
+        create_app(gateway_options, apis),
+        shutdown_timeout=1,
+        trusted_proxies=gateway_options.trusted_proxies,
+        timeout_keep_alive=gateway_options.keep_alive_timeout,
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
