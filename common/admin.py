@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from common import rpc
+from common.security import OPEN, TOKEN_REJECTED, Credentials
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ _METHODS = {DRAIN_PATH: "POST", STATUS_PATH: "GET"}
 
 
 def admin_of_worker(
-    address: str | None, drain: Callable[[], object], is_draining: Callable[[], bool]
+    address: str | None, drain: Callable[[], object], is_draining: Callable[[], bool], credentials: Credentials = OPEN
 ) -> AbstractContextManager[object]:
     """Return the admin listener of a worker of one process, as a context manager that needs a running event loop.
 
@@ -45,6 +46,7 @@ def admin_of_worker(
         address: `--admin`; None: no listener.
         drain: Starts the orderly end, in the event loop; further calls have no effect.
         is_draining: Whether the worker is on its way to its end.
+        credentials: What it demands of its callers; see `AdminServer`.
 
     Raises:
         OSError: The address cannot be bound.
@@ -56,7 +58,7 @@ def admin_of_worker(
     def status() -> dict[str, Any]:
         return {"status": "draining" if is_draining() else "serving", "processes": [os.getpid()]}
 
-    return AdminServer(address, lambda: loop.call_soon_threadsafe(drain), status)
+    return AdminServer(address, lambda: loop.call_soon_threadsafe(drain), status, credentials)
 
 
 class AdminServer:
@@ -66,17 +68,25 @@ class AdminServer:
         address: `HOST:PORT`, `[IPV6]:PORT` or `unix:/PATH`. Only this user can connect to the socket file.
         drain: Starts the orderly end of the process. It is called in a thread, and again by each further request: it hands
             over to the event loop, as `lambda: loop.call_soon_threadsafe(begin)` does.
+        credentials: Its token must be in each request's `Authorization`, if there is one. The listener has no TLS.
         status: Returns a JSON object with at least `status`, `serving` or `draining`. It is called in a thread.
 
     Raises:
         OSError: The address cannot be bound; the message names it and the option.
     """
 
-    def __init__(self, address: str, drain: Callable[[], object], status: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        drain: Callable[[], object],
+        status: Callable[[], dict[str, Any]],
+        credentials: Credentials = OPEN,
+    ) -> None:
         rpc.ensure_free(address, "--admin")
         self._address = address
         try:
             self._server = _create_server(address, drain, status)
+            self._server.credentials = credentials
         except OSError as error:
             reason = f"cannot listen on {address}: {error.strerror or error}; choose another --admin"
             raise OSError(reason) from None
@@ -100,6 +110,7 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 128
     drain: Callable[[], object]
     status: Callable[[], dict[str, Any]]
+    credentials: Credentials = OPEN
     is_draining = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -165,6 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(405, {"error": f"Method {self.command[:20]} is not allowed: expected {method}."}, {"Allow": method})
         elif "Origin" in self.headers:  # a page in the operator's browser may send a POST to any address
             self._answer(403, {"error": "Requests of web pages (with the header Origin) are not allowed."})
+        elif not self.server.credentials.accepts(self.headers.get("Authorization")):
+            self._answer(401, {"error": f"{TOKEN_REJECTED[0].upper()}{TOKEN_REJECTED[1:]}."})
         elif method == "POST":
             self.server.drain()
             self.server.is_draining = True

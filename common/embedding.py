@@ -5,12 +5,15 @@ stored: in shared memory or a cache. It is not a pickle: reading untrusted bytes
 """
 
 import io
+import re
 import struct
 from dataclasses import dataclass
 
 from common import errors
 
 HEADER_SIZE = 256
+MAX_KEY_LENGTH = 128
+_KEY = re.compile(rf"[0-9a-zA-Z_-]{{1,{MAX_KEY_LENGTH}}}", re.ASCII)
 _MAGIC = b"DVDE"
 _VERSION = 1
 _LAYOUT = struct.Struct("<4sHHIIQ64s128s")
@@ -19,6 +22,16 @@ DTYPE_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DTYPES = tuple(DTYPE_SIZES)
 # an integer type of the same size, and the exponent bits: a value with all of them set is infinite or NaN
 _EXPONENT_BITS = {"bfloat16": ("<u2", 0x7F80), "float16": ("<u2", 0x7C00), "float32": ("<u4", 0x7F800000)}
+
+
+def validate_key(key: str) -> str:
+    """Return `key` if it is one of an embedding, and so safe as a file name. Raises: `InvalidRequest`."""
+    if not _KEY.fullmatch(key):
+        raise errors.InvalidRequest(
+            f"{key[:MAX_KEY_LENGTH]!a} is not an embedding key: expected 1 to {MAX_KEY_LENGTH} ASCII letters, digits, "
+            f"'-' or '_', got {len(key)} characters"
+        )
+    return key
 
 
 @dataclass(frozen=True)

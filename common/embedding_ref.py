@@ -6,7 +6,7 @@ Some of vLLM's routes accept images by URL only, not embeddings. A language work
 import re
 from dataclasses import dataclass
 
-_URL = re.compile(r"dvd:([0-9a-f]{64})/([1-9][0-9]{0,8})")
+_URL = re.compile(r"dvd:([0-9a-f]{64})/([1-9][0-9]{0,7})")
 
 
 @dataclass(frozen=True)

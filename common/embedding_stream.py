@@ -28,11 +28,11 @@ _WANTED_KEY = "dvd-wanted"  # of the initial metadata by which a sink requests t
 _DATA_TAG = bytes([pb.DeliverChunk.DATA_FIELD_NUMBER << 3 | 2])  # field number and wire type 2: length-delimited
 
 
-def header_message(header: Header) -> bytes:
-    """Return the first message of a delivery: the header."""
+def header_message(header: Header, grant: bytes = b"") -> bytes:
+    """Return the first message of a delivery: the header, with the grant that allows it."""
     first = pb.EmbeddingHeader(
         key=header.key, fingerprint=header.fingerprint, dtype=messages.dtype_to_proto(header.dtype),
-        rows=header.rows, width=header.width, length=header.length,
+        rows=header.rows, width=header.width, length=header.length, grant=grant,
     )  # fmt: skip
     return pb.DeliverChunk(header=first).SerializeToString()
 
@@ -57,7 +57,12 @@ def parse_message(message: bytes) -> pb.DeliverChunk | memoryview:
 
 
 async def deliver(
-    channel: grpc.aio.Channel, header: Header, data: memoryview, timeout: float | None = None, metadata: Any = None
+    channel: grpc.aio.Channel,
+    header: Header,
+    data: memoryview,
+    timeout: float | None = None,
+    metadata: Any = None,
+    grant: bytes = b"",
 ) -> pb.DeliverReply:
     """Call `EmbeddingSink.Deliver`: send the header and, once the sink requests them (`request_values`), the values.
 
@@ -71,6 +76,7 @@ async def deliver(
         data: its values, `header.length` bytes.
         timeout: deadline of the call in seconds.
         metadata: gRPC metadata of the call.
+        grant: allows the delivery; empty in a cluster without a token.
 
     Raises:
         grpc.aio.AioRpcError: the call failed.
@@ -80,7 +86,7 @@ async def deliver(
     )
     call = method(timeout=timeout, metadata=metadata)
     try:
-        await call.write(header_message(header))
+        await call.write(header_message(header, grant))
         file = dict(await call.initial_metadata()).get(_WANTED_KEY)
         if file is not None:
             if not (file and await asyncio.to_thread(_write_to_sink_file, file, header, data)):

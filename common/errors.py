@@ -22,6 +22,7 @@ DvdError
 │   ├── EmbeddingLost         an embedding was evicted before vLLM read it
 │   ├── CheckpointMismatch    two workers serve different checkpoints
 │   ├── SinkUnavailable       a vision worker cannot reach the sink
+│   ├── GrantRefused          a sink does not accept a delivery's grant
 │   └── SinkFull              the sink has no room: all its embeddings are pinned or leased
 └── InternalError             a bug
     └── EngineFailed          vLLM failed on the request; another language worker may serve it
@@ -174,7 +175,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class Unauthorized(DvdError):
-    """The request has no API key, or a wrong one."""
+    """The request has no API key, or a wrong one; between processes, no or a wrong cluster token."""
 
     status = HTTPStatus.UNAUTHORIZED
     grpc_code = _Grpc.UNAUTHENTICATED
@@ -237,6 +238,13 @@ class SinkUnavailable(Unavailable):
     """A vision worker cannot reach the sink that it delivers to."""
 
     code = "sink_unavailable"
+
+
+class GrantRefused(Unavailable):
+    """A sink or a vision worker does not accept the grant of a delivery: processes of one cluster do not fit together."""
+
+    grpc_code = _Grpc.PERMISSION_DENIED
+    code = "grant_refused"
 
 
 class SinkFull(Unavailable):

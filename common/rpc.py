@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -14,6 +15,7 @@ import grpc
 import grpc.aio
 
 from common import errors
+from common.security import HEADER, OPEN, TOKEN_REJECTED, Credentials, TlsClock, TlsFiles
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,8 @@ CHUNK_BYTES = 1 << 20
 """Chunk size of a stream: large enough to amortise Python's cost per message, small enough not to block the event loop."""
 
 _MAX_MESSAGE_BYTES = 256 << 20
+_OLD_CHANNEL_SECONDS = 600.0
+"""Time for calls on a channel whose certificate has been replaced."""
 _ERROR_CODE_KEY = "dvd-error-code"
 _ERROR_PARAM_KEY = "dvd-error-param"
 _OPTIONS = [
@@ -47,21 +51,94 @@ _ERROR_BY_STATUS = {
 }
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """Return a channel to `HOST:PORT` or `unix:/PATH`. Keep it open: it reconnects by itself."""
-    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+def open_channel(address: str, credentials: Credentials = OPEN) -> grpc.aio.Channel:
+    """Return a channel to `HOST:PORT` or `unix:/PATH`. Keep it open: it reconnects by itself.
+
+    Its calls need the metadata of `credentials` besides. Raises: `OSError` if a file of TLS cannot be read.
+    """
+    tls = credentials.tls
+    if tls is None or address.startswith("unix:"):
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    key, cert, authorities = tls.read()
+    name = [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(authorities, key, cert), options=[*_OPTIONS, *name])
 
 
-def create_server(*addresses: str) -> grpc.aio.Server:
-    """Return a server bound to each address, not started. Raises: `OSError` naming an address that cannot be bound."""
-    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
+class Connection:
+    """A channel that is opened anew once the files of TLS are replaced; calls on the old one end first."""
+
+    def __init__(self, address: str, credentials: Credentials = OPEN) -> None:
+        self._address, self._credentials = address, credentials
+        self._clock = TlsClock(None if address.startswith("unix:") else credentials.tls)
+        self._channel = open_channel(address, credentials)
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The channel for the next call."""
+        if self._clock.has_changed():
+            try:
+                new = open_channel(self._address, self._credentials)
+            except OSError as error:
+                log.warning("the new TLS files cannot be read: %s", error.strerror)
+            else:
+                self._closing.add(task := asyncio.create_task(self._channel.close(_OLD_CHANNEL_SECONDS)))
+                task.add_done_callback(self._closing.discard)
+                self._channel = new
+        return self._channel
+
+    async def close(self) -> None:
+        """Close all channels at once."""
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        await self._channel.close()
+
+
+def create_server(
+    *addresses: str, credentials: Credentials = OPEN, max_message_bytes: int = _MAX_MESSAGE_BYTES
+) -> grpc.aio.Server:
+    """Return a server bound to each address, not started.
+
+    Args:
+        addresses: `HOST:PORT` or `unix:/PATH`.
+        credentials: what it demands of its callers. On a Unix socket that is the token only.
+        max_message_bytes: largest message that it receives.
+
+    Raises:
+        OSError: an address cannot be bound; the message names it.
+    """
+    options = list((dict(_OPTIONS) | {"grpc.max_receive_message_length": max_message_bytes}).items())
+    server = grpc.aio.server(interceptors=[_GuardInterceptor(credentials)], options=options)
     for address in addresses:
         ensure_free(address)
         try:
-            server.add_insecure_port(address)
+            if credentials.tls is None or address.startswith("unix:"):
+                server.add_insecure_port(address)
+            else:
+                server.add_secure_port(address, _server_credentials(credentials.tls))
         except RuntimeError:
             raise OSError(f"cannot listen on {address}") from None
     return server
+
+
+def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Demand a certificate of each client. The files are read again when they are replaced."""
+
+    def configuration() -> Any:
+        key, cert, authorities = tls.read()
+        return grpc.ssl_server_certificate_configuration([(key, cert)], authorities)
+
+    clock = TlsClock(tls)
+
+    def fetch() -> Any:
+        try:
+            return configuration() if clock.has_changed() else None
+        except OSError as error:
+            log.warning("the new TLS files cannot be read: %s", error.strerror)
+            return None
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), fetch, require_client_authentication=True)
 
 
 def ensure_free(address: str, option: str = "address") -> None:
@@ -118,8 +195,14 @@ def _translated(error: grpc.aio.AioRpcError, peer: str, quiet: bool) -> errors.D
     return cls(f"the {peer} did not answer ({error.code().name.lower()}); try again")
 
 
-class _ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Maps errors of a servicer to gRPC statuses. Unexpected errors are logged here; the caller sees no traceback."""
+class _GuardInterceptor(grpc.aio.ServerInterceptor):
+    """Demands the cluster token, and maps errors of a servicer to gRPC statuses.
+
+    Unexpected errors are logged here; the caller sees no traceback.
+    """
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
 
     async def intercept_service(
         self,
@@ -135,15 +218,30 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
         wrap = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
 
+        # gRPC itself answers INTERNAL, with a traceback in the log, where a message cannot be parsed
+        parse = None if handler.request_streaming else handler.request_deserializer
+
         async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with _abort_on_error(context):
-                return await behaviour(request, context)
+                if not self._credentials.accepts(dict(context.invocation_metadata() or ()).get(HEADER)):
+                    raise errors.Unauthorized(TOKEN_REJECTED)
+                return await behaviour(_parsed(request, parse) if parse else request, context)
 
         return wrap(
             guarded,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=None if parse else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def _parsed(message: bytes, parse: Callable[[bytes], Any]) -> Any:
+    """Return a parsed request. Raises: `InvalidRequest` if it is not one."""
+    try:
+        return parse(message)
+    except Exception as error:
+        raise errors.InvalidRequest(
+            f"invalid message: {type(error).__name__}; expected the protobuf message of the method"
+        ) from None
 
 
 @contextlib.asynccontextmanager

@@ -8,10 +8,11 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from common.options import ADDRESS_PATTERN, MODEL_DESCRIPTION, Address, Options
+from common.security import PeerOptions
 
 
 def _health_address(text: str) -> str:
-    if not re.fullmatch(rf"{ADDRESS_PATTERN}|http://[^/\s]+/\S+", text):
+    if not re.fullmatch(rf"{ADDRESS_PATTERN}|https?://[^/\s]+/\S+", text):
         raise PydanticCustomError("address", "expected HOST:PORT, [IPV6]:PORT, unix:/PATH, or http://HOST:PORT/health/ready")
     return text
 
@@ -24,7 +25,7 @@ class DescribeOptions(Options):
     model: Path = Field(description=MODEL_DESCRIPTION)
 
 
-class HealthOptions(Options):
+class HealthOptions(PeerOptions):
     """`dvd health ADDRESS`: exit with status 0 if the process at ADDRESS can serve requests, else with 1."""
 
     command: ClassVar[str] = "health"
@@ -35,7 +36,7 @@ class HealthOptions(Options):
     timeout: float = Field(5.0, gt=0, description="probe timeout in seconds")
 
 
-class DrainOptions(Options):
+class DrainOptions(PeerOptions):
     """`dvd drain ADDRESS`: let the process with the admin listener at ADDRESS finish its requests and exit."""
 
     command: ClassVar[str] = "drain"

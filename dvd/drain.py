@@ -4,11 +4,14 @@ import json
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from http import HTTPStatus
 
 from common import errors, logs
 from common.admin import DRAIN_PATH, STATUS_PATH
 from common.http_get import http_request
 from common.options import ConfigError, logging_options, read_options
+from common.security import OPEN, TOKEN_REJECTED, Credentials, read_credentials
 from dvd.config import DrainOptions
 
 _TIMEOUT_SECONDS = 10.0
@@ -22,21 +25,24 @@ def main(arguments: Sequence[str]) -> None:
     except ConfigError as error:
         logs.exit_with_error("dvd drain", str(error), logging_options(arguments).log_format, 2)
     try:
-        start_draining(options.address)
+        credentials = read_credentials(options)
+        start_draining(options.address, credentials)
         if options.wait is None:
             print(f"{options.address}: draining")
         else:
-            print(f"{options.address}: ended after {wait_until_ended(options.address, options.wait):.1f} s")
+            print(f"{options.address}: ended after {wait_until_ended(options.address, options.wait, credentials):.1f} s")
     except errors.DvdError as error:
         logs.exit_with_error("dvd drain", f"{options.address}: {error}", options.log_format)
 
 
-def start_draining(address: str) -> None:
+def start_draining(address: str, credentials: Credentials = OPEN) -> None:
     """Let a process drain, if it does not yet. Raises `errors.Unavailable` if no admin listener answers."""
     try:
-        status, body = http_request("POST", address, DRAIN_PATH, _TIMEOUT_SECONDS)
+        status, body = http_request("POST", address, DRAIN_PATH, _TIMEOUT_SECONDS, _without_tls(credentials))
     except errors.Unavailable as error:
         raise errors.Unavailable(f"no admin listener answers ({error}): start the process with --admin {address}") from None
+    if status == HTTPStatus.UNAUTHORIZED:
+        raise errors.Unavailable(TOKEN_REJECTED)
     if status != 202 or _status(body) != "draining":
         raise errors.Unavailable(
             f"this is no admin listener: POST {DRAIN_PATH} returned status {status}, expected 202; "
@@ -44,7 +50,7 @@ def start_draining(address: str) -> None:
         )
 
 
-def wait_until_ended(address: str, timeout: float) -> float:
+def wait_until_ended(address: str, timeout: float, credentials: Credentials = OPEN) -> float:
     """Wait until a draining process has ended, or another one serves in its place. Returns the seconds that took.
 
     Raises:
@@ -52,10 +58,14 @@ def wait_until_ended(address: str, timeout: float) -> float:
     """
     started = time.monotonic()
     while (elapsed := time.monotonic() - started) < timeout:
-        if not _is_listening(address) or _is_serving(address):
+        if not _is_listening(address) or _is_serving(address, credentials):
             return elapsed
         time.sleep(_POLL_SECONDS)
     raise errors.DeadlineExceeded(f"still draining after {timeout:g} s; its --shutdown-grace may be longer than --wait")
+
+
+def _without_tls(credentials: Credentials) -> Credentials:
+    return replace(credentials, tls=None)  # the admin listener has none
 
 
 def _is_listening(address: str) -> bool:
@@ -76,10 +86,10 @@ def _is_listening(address: str) -> bool:
     return True
 
 
-def _is_serving(address: str) -> bool:
+def _is_serving(address: str, credentials: Credentials) -> bool:
     """Return whether the process is another one, which a supervisor has started since."""
     try:
-        return _status(http_request("GET", address, STATUS_PATH, _TIMEOUT_SECONDS)[1]) == "serving"
+        return _status(http_request("GET", address, STATUS_PATH, _TIMEOUT_SECONDS, _without_tls(credentials))[1]) == "serving"
     except errors.Unavailable:
         return False
 

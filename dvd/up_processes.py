@@ -4,6 +4,7 @@ Workers talk over Unix sockets in a private folder: only the gateway listens on 
 """
 
 import functools
+import secrets
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from common.http_get import http_is_ok
 from common.options import ConfigError, as_arguments
+from common.security import TOKEN_VARIABLE, Credentials
 from dvd.devices import Devices, assign
 from dvd.probes import Probe, redis_is_ready, sink_is_ready, vision_is_ready
 from dvd.up_config import UpOptions
@@ -51,11 +53,12 @@ def process_specs(options: UpOptions, vllm_flags: list[str], folder: Path) -> li
         ConfigError: a program that the options need is not installed.
     """
     devices = assign(options.vision_workers, options.language_workers)
+    credentials = Credentials(secrets.token_urlsafe(32))
     return [
         *([_redis(folder)] if options.cache == "redis" else []),
-        *(_vision_worker(options, i, folder, devices) for i in range(options.vision_workers)),
-        *(_language_worker(options, i, folder, devices, vllm_flags) for i in range(options.language_workers)),
-        _gateway(options, folder),
+        *(_vision_worker(options, i, folder, devices, credentials) for i in range(options.vision_workers)),
+        *(_language_worker(options, i, folder, devices, vllm_flags, credentials) for i in range(options.language_workers)),
+        _gateway(options, folder, credentials),
     ]
 
 
@@ -84,7 +87,7 @@ def _redis(folder: Path) -> ProcessSpec:
     return ProcessSpec("redis", arguments, functools.partial(redis_is_ready, socket), program=program)
 
 
-def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devices) -> ProcessSpec:
+def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devices, credentials: Credentials) -> ProcessSpec:
     listen = _vision_address(folder, number)
     cache = f"unix://{_redis_socket(folder)}" if options.cache == "redis" else options.cache
     port = _metrics_port(options, number)
@@ -94,12 +97,14 @@ def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devic
     return ProcessSpec(
         f"vision-{number}",
         ["-P", "-m", "vision_worker", *arguments],
-        functools.partial(vision_is_ready, listen),
-        devices.environment(devices.vision[number]),
+        functools.partial(vision_is_ready, listen, credentials),
+        {**devices.environment(devices.vision[number]), **_token_variable(credentials)},
     )
 
 
-def _language_worker(options: UpOptions, number: int, folder: Path, devices: Devices, vllm_flags: list[str]) -> ProcessSpec:
+def _language_worker(
+    options: UpOptions, number: int, folder: Path, devices: Devices, vllm_flags: list[str], credentials: Credentials
+) -> ProcessSpec:
     listen, http = _sink_address(folder, number), f"unix:{folder}/vllm-{number}"
     port = _metrics_port(options, options.vision_workers + number)
     # vllm_flags contain those of options.vllm
@@ -109,12 +114,12 @@ def _language_worker(options: UpOptions, number: int, folder: Path, devices: Dev
     return ProcessSpec(
         f"language-{number}",
         ["-P", "-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
-        functools.partial(sink_is_ready, listen),
-        devices.language_environment(number),
+        functools.partial(sink_is_ready, listen, credentials),
+        {**devices.language_environment(number), **_token_variable(credentials)},
     )
 
 
-def _gateway(options: UpOptions, folder: Path) -> ProcessSpec:
+def _gateway(options: UpOptions, folder: Path, credentials: Credentials) -> ProcessSpec:
     arguments = as_arguments(
         options,
         GatewayOptions,
@@ -123,7 +128,12 @@ def _gateway(options: UpOptions, folder: Path) -> ProcessSpec:
     )
     secret = {"DVD_API_KEY": options.api_key.get_secret_value()} if options.api_key else {}
     is_live = functools.partial(http_is_ok, gateway_address(options), "/health/live")
-    return ProcessSpec("gateway", ["-P", "-m", "server", *arguments], is_live, secret, stop_timeout=_stop_timeout(options))
+    variables = {**secret, **_token_variable(credentials)}
+    return ProcessSpec("gateway", ["-P", "-m", "server", *arguments], is_live, variables, stop_timeout=_stop_timeout(options))
+
+
+def _token_variable(credentials: Credentials) -> dict[str, str]:
+    return {TOKEN_VARIABLE: credentials.token} if credentials.token else {}
 
 
 def _vision_address(folder: Path, number: int) -> str:

@@ -21,6 +21,7 @@ from common.hub import find_checkpoint
 from common.options import ConfigError, logging_options, read_options
 from common.phases import Phases
 from common.processes import die_with_parent
+from common.security import TOKEN_VARIABLE, Credentials, check_listeners, read_credentials
 from lm_worker import plugin, shared_memory
 from lm_worker.config import LanguageOptions, all_vllm_flags, split_arguments
 from lm_worker.drain import Drain
@@ -106,6 +107,10 @@ def _raise_if_signalled() -> None:
 
 
 def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
+    credentials = read_credentials(options)
+    listeners = {"--listen": options.listen, "--http": options.http, "--admin": options.admin}
+    check_listeners(options, credentials, listeners)
+    os.environ.pop(TOKEN_VARIABLE, None)  # vLLM's processes do not need it
     # checked first: otherwise a running worker's shared memory would be removed as if it had died
     rpc.ensure_free(options.listen, "--listen")
     rpc.ensure_free(options.http, "--http")
@@ -128,49 +133,61 @@ def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
 
             require_device(options.device)
             fork = may_fork()  # before vLLM chooses a start method in the environment
-            args = vllm_arguments(options, checkpoint.path, folder, vllm_flags)
+            args = vllm_arguments(options, checkpoint.path, folder, vllm_flags, credentials.tls)
         _raise_if_signalled()
-        uvloop.run(_serve(options, checkpoint, folder, args, fork, phases))
+        uvloop.run(_serve(options, checkpoint, folder, args, fork, phases, credentials))
     finally:
         shared_memory.remove_folder(folder)
 
 
 async def _serve(
-    options: LanguageOptions, checkpoint: Checkpoint, folder: Path, args: Namespace, fork: bool, phases: Phases
+    options: LanguageOptions,
+    checkpoint: Checkpoint,
+    folder: Path,
+    args: Namespace,
+    fork: bool,
+    phases: Phases,
+    credentials: Credentials,
 ) -> None:
     """Run vLLM's server, and start the sink when the engine is up: a sink that answers implies a working language worker."""
     from vllm.entrypoints.launchers.launcher import setup_server
 
+    from lm_worker.authentication import RequireToken
     from lm_worker.engine import start_engine
     from lm_worker.serving import serve
     from lm_worker.watchdog import Watchdog
 
+    RequireToken.credentials = credentials
     address, listening = setup_server(args, reuse_port=False)
     async with contextlib.AsyncExitStack() as stack:
         with phases.phase("starting the engine", _WHY_ENGINE_IS_SLOW):
             engine = await stack.enter_async_context(start_engine(args, listening, fork=fork))
         _raise_if_signalled()
         dtype = str(engine.model_config.dtype).removeprefix("torch.")
-        sink = await stack.enter_async_context(SinkProcess(_sink_options(options, checkpoint, folder, dtype)))
+        sink = await stack.enter_async_context(
+            SinkProcess(_sink_options(options, checkpoint, folder, dtype, credentials), credentials.token)
+        )
         await stack.enter_async_context(Watchdog(engine, options.progress_timeout))
         drain = Drain(options.shutdown_grace, engine.get_num_unfinished_requests, sink.drain)
         begin = functools.partial(drain.start, "dvd drain")
-        stack.enter_context(admin_of_worker(options.admin, begin, lambda: drain.is_draining))
-        await serve(engine, address, listening, args, drain, _announce_readiness(options, phases))
+        stack.enter_context(admin_of_worker(options.admin, begin, lambda: drain.is_draining, credentials))
+        await serve(engine, address, listening, args, drain, _announce_readiness(options, phases, credentials))
         if sink.exit_status is not None:
             sys.exit(1)  # it has ended unexpectedly; `SinkProcess` has printed so
     listening.close()
 
 
-async def _announce_readiness(options: LanguageOptions, phases: Phases) -> None:
+async def _announce_readiness(options: LanguageOptions, phases: Phases, credentials: Credentials) -> None:
     """Log when vLLM's server answers: `build_and_serve` returns only when it stops."""
     with phases.phase("starting the HTTP server"):
-        while not await http_is_ok(options.http, "/health"):
+        while not await http_is_ok(options.http, "/health", credentials):
             await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
     log.info("ready on %s, vLLM on %s, after %s", options.listen, options.http, phases.summary())
 
 
-def _sink_options(options: LanguageOptions, checkpoint: Checkpoint, folder: Path, dtype: str) -> SinkOptions:
+def _sink_options(
+    options: LanguageOptions, checkpoint: Checkpoint, folder: Path, dtype: str, credentials: Credentials
+) -> SinkOptions:
     return SinkOptions(
         model=str(checkpoint.path),
         listen=options.listen,
@@ -184,7 +201,13 @@ def _sink_options(options: LanguageOptions, checkpoint: Checkpoint, folder: Path
         metrics_port=options.metrics_port,
         log_level=options.log_level,
         log_format=options.log_format,
+        tls=_tls_arguments(credentials),
     )
+
+
+def _tls_arguments(credentials: Credentials) -> tuple[str, ...]:
+    tls = credentials.tls
+    return (str(tls.cert), str(tls.key), str(tls.ca), *([tls.name] if tls.name else [])) if tls else ()
 
 
 if __name__ == "__main__":

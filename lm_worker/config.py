@@ -9,9 +9,11 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from common.options import Address, AdminOptions, CheckpointOptions, ConfigError, MetricsOptions, Options, ShutdownOptions
+from common.security import ProcessOptions
 from lm_worker import vllm_flags
 
 _OWN_FLAGS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--enable-mm-embeds", "--limit-mm-per-prompt")
+_TLS_FLAGS = ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--enable-ssl-refresh")
 _LOGGING_FLAGS = ("--log-level", "--log-config-file", "--logging-config")
 
 
@@ -65,7 +67,14 @@ class ProgressOptions(Options):
 
 
 class LanguageOptions(
-    CheckpointOptions, SinkStoreOptions, ProgressOptions, ShutdownOptions, AdminOptions, VllmOptions, MetricsOptions
+    CheckpointOptions,
+    SinkStoreOptions,
+    ProgressOptions,
+    ShutdownOptions,
+    AdminOptions,
+    VllmOptions,
+    MetricsOptions,
+    ProcessOptions,
 ):
     """`dvd language MODEL [-- vllm serve flags]`: one language worker: vLLM's server and the sink."""
 
@@ -110,6 +119,8 @@ def reject_own_flags(flags: Sequence[str]) -> None:
             raise ConfigError(f"{name} after -- is replaced by --shutdown-grace, which goes before --")
         if normal in ("-h", "--help"):
             raise ConfigError(f"{name} after --: vllm serve --help=all lists vLLM's flags")
+        if normal in _TLS_FLAGS:
+            raise ConfigError(f"{name} after -- is set by the language worker itself; use --tls-cert, --tls-key and --tls-ca")
         if normal in _LOGGING_FLAGS:
             raise ConfigError(f"{name} after -- is set by the language worker itself; use --log-level and --log-format")
 

@@ -4,13 +4,14 @@ import os
 import secrets
 from pathlib import Path
 
-from lm_worker.shared_memory import PINNED, validate_key
+from common.embedding import validate_key
+from lm_worker.shared_memory import PINNED
 
 
 class Pins:
     """Pins embeddings on behalf of one reader.
 
-    A pin is a hard link in `pinned/`: the file stays available to the reader, and the link count tells the sink, which
+    A pin is a hard link in `.pinned/`: the file stays available to the reader, and the link count tells the sink, which
     is another process, not to evict it. Links carry a random prefix, because the schedulers of vLLM's data parallelism
     share the folder. Pins are counted per key. Not thread-safe.
     """

@@ -16,6 +16,8 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
+from lm_worker.image_parts import check_images
+
 _NONCE = secrets.token_hex(12)
 IMAGE_MARK = f"<img>{_NONCE}</img>"
 """Stands for an image in the text of a prompt. Both ends are special tokens, so it is tokenized alike in every context."""
@@ -32,12 +34,21 @@ class Renderer(HfRenderer):
     """Renders chats. A prompt with images has one `IMAGE_MARK` for each, wherever the template puts it."""
 
     def render_messages(self, messages: Any, params: Any) -> Any:
-        """Render a chat. Raises `VLLMValidationError` if the template does not write one placeholder an image."""
-        return self._unmasked(*super().render_messages(mask(messages), _masked_params(params)))
+        """Render a chat.
+
+        Raises:
+            VLLMValidationError: An image is invalid, or the template does not write one placeholder for each.
+        """
+        return self._unmasked(*super().render_messages(self._checked(messages), _masked_params(params)))
 
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
         """Same as `render_messages`."""
-        return self._unmasked(*await super().render_messages_async(mask(messages), _masked_params(params)))
+        return self._unmasked(*await super().render_messages_async(self._checked(messages), _masked_params(params)))
+
+    def _checked(self, messages: Any) -> Any:
+        masked = mask(messages)
+        check_images(masked, self.model_config.max_model_len)
+        return masked
 
     def _unmasked(self, conversation: Any, prompt: Any) -> tuple[Any, Any]:
         text, images = prompt.get("prompt"), (prompt.get("multi_modal_uuids") or {}).get("image") or []

@@ -2,26 +2,26 @@
 
 One folder per language worker:
 
-    KEY                one complete embedding: header, then rows × width values (`common/embedding.py`)
-    pinned/READER-KEY  hard link to it, while a reader needs it (`lm_worker/pins.py`)
-    incoming/NUMBER    an embedding that is still being written (`lm_worker/incoming.py`)
+    KEY                 one complete embedding: header, then rows × width values (`common/embedding.py`)
+    .pinned/READER-KEY  hard link to it, while a reader needs it (`lm_worker/pins.py`)
+    .incoming/NUMBER    an embedding that is still being written (`lm_worker/incoming.py`)
+
+A key has no dot, so none can name one of the folders.
 """
 
 import hashlib
 import mmap
 import os
-import re
 import shutil
 from pathlib import Path
 
-from common import embedding, errors
+from common import embedding
 from common.embedding import Header
 
-PINNED = "pinned"
-INCOMING = "incoming"
+PINNED = ".pinned"
+INCOMING = ".incoming"
 
 _ROOT = Path("/dev/shm")
-_KEY = re.compile(r"[0-9a-zA-Z_-]{1,128}")
 _MAX_DEFAULT_BUDGET_BYTES = 8 << 30
 
 
@@ -49,13 +49,6 @@ def default_budget(folder: Path) -> int:
     """Bytes the sink may use by default: a quarter of the file system's free space, at most 8 GiB."""
     status = os.statvfs(folder)
     return min(_MAX_DEFAULT_BUDGET_BYTES, status.f_bavail * status.f_frsize // 4)
-
-
-def validate_key(key: str) -> str:
-    """Return `key` if it is safe as a file name. Raises `InvalidRequest`."""
-    if not _KEY.fullmatch(key):
-        raise errors.InvalidRequest(f"{key[:140]!r} is not an embedding key; expected 1 to 128 letters, digits, '-' or '_'.")
-    return key
 
 
 def read_header(path: Path) -> Header:

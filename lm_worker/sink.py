@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -22,12 +23,14 @@ from typing import Any, Self
 
 from common import embedding_stream, errors, logs, rpc
 from common.checkpoint import open_checkpoint
-from common.embedding import Header
+from common.embedding import Header, validate_key
+from common.grants import GrantSigner, SinkGrants
 from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
 from common.processes import die_with_parent
+from common.security import OPEN, TOKEN_VARIABLE, Credentials, TlsFiles
 from lm_worker.metrics import Metrics
-from lm_worker.shared_memory import default_budget, remove_folder, validate_key
+from lm_worker.shared_memory import default_budget, remove_folder
 from lm_worker.store import Store
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
@@ -40,6 +43,12 @@ DRAIN_LINE = b"drain\n"
 _STOP_GRACE_SECONDS = 5.0
 _HANG_SECONDS = 5.0
 """Time after the grace period until a sink that hangs is ended."""
+_MIN_BYTES_PER_SECOND = 1 << 20
+"""Slowest delivery, on average: a slower one would hold its memory and its key for too long."""
+_MAX_KEYS = 4096
+"""Maximum number of keys in one lookup: more images than fit any context."""
+_MAX_MESSAGE_BYTES = 4 << 20
+"""Largest message: a few chunks of values, or a lookup of as many keys as are allowed."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,9 @@ class SinkOptions:
         log_level: Level of the process' log.
         log_format: `text` or `json`.
         language_fingerprint: Fingerprint of the language weights, which `Describe` returns.
+        tls: Paths of certificate, key and authorities, and the name in certificates (or none); empty: no TLS. The cluster
+            token is no option, since arguments are visible to every user: it comes by variable.
+        stall_seconds: Seconds without a message after which a delivery is ended.
     """
 
     model: str
@@ -71,6 +83,8 @@ class SinkOptions:
     log_level: str = "info"
     log_format: str = "text"
     language_fingerprint: str = ""
+    stall_seconds: float = 20.0
+    tls: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """Arguments for Python that start this sink."""
@@ -84,7 +98,9 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         draining: Whether `Describe` reports that the language worker is about to stop.
     """
 
-    def __init__(self, options: SinkOptions, store: Store, metrics: Metrics) -> None:
+    def __init__(self, options: SinkOptions, store: Store, metrics: Metrics, credentials: Credentials = OPEN) -> None:
+        self._id = secrets.token_hex(16)
+        self._grants = SinkGrants(self._id, GrantSigner(credentials))
         checkpoint = open_checkpoint(options.model)
         self.draining = False
         self._store, self._metrics = store, metrics
@@ -95,6 +111,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._context = checkpoint.description.context
         self._http = options.http
         self._language_fingerprint = options.language_fingerprint
+        self._stall_seconds = options.stall_seconds
         self._senders_are_local = options.listen.startswith("unix:")
         self._checkpoint = checkpoint_message(checkpoint)
         self._in_flight: dict[str, asyncio.Future[None]] = {}
@@ -104,11 +121,19 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         return pb.LanguageDescription(
             checkpoint=self._checkpoint, dtype=dtype_to_proto(self._dtype), http=self._http,
             used_bytes=self._store.used, budget_bytes=self._store.budget, draining=self.draining,
-            language_fingerprint=self._language_fingerprint,
+            language_fingerprint=self._language_fingerprint, sink=self._id,
         )  # fmt: skip
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
-        """Visual tokens of each key, 0 if its embedding is not stored. Renews the leases."""
+        """Visual tokens of each key, 0 if its embedding is not stored. Renews the leases.
+
+        Raises:
+            InvalidRequest: There are too many keys, or one is not a key.
+        """
+        if len(request.keys) > _MAX_KEYS:
+            raise errors.InvalidRequest(f"Has was called with {len(request.keys)} keys; expected at most {_MAX_KEYS}.")
+        for key in request.keys:
+            validate_key(key)
         return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
@@ -135,16 +160,21 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def _store_delivery(self, messages: AsyncIterator[bytes], log_fields: dict[str, Any], context: Any) -> bool:
         """Store the embedding unless it is stored already. Returns whether it was."""
-        header = self._validate_header(await _first_message(messages))
+        messages = _without_stalls(messages, self._stall_seconds)
+        first = await _first_message(messages)
+        header = self._validate_header(first)
+        self._grants.verify(first.grant, header)
         log_fields["bytes"] = header.length
         while (other := self._in_flight.get(header.key)) is not None:
             await asyncio.wait([other])
         if header.key in self._store:
             self._store.rows(header.key)  # renews the lease
             return True
+        self._grants.check_unused(first.grant)
         self._in_flight[header.key] = done = asyncio.get_running_loop().create_future()
         try:
             await self._receive(header, messages, context)
+            self._grants.use(first.grant)
         finally:
             del self._in_flight[header.key]
             done.set_result(None)
@@ -164,7 +194,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         key = validate_key(header.key)
         if header.fingerprint != self._fingerprint:
             raise errors.CheckpointMismatch(
-                f"The embedding belongs to checkpoint {header.fingerprint[:12]!r}; this language worker serves "
+                f"The embedding belongs to checkpoint {header.fingerprint[:12]!a}; this language worker serves "
                 f"{self._fingerprint[:12]!r}."
             )
         if (dtype := dtype_from_proto(header.dtype)) != self._dtype:
@@ -188,11 +218,41 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def _receive(self, header: Header, messages: AsyncIterator[bytes], context: Any) -> None:
         with self._store.writing(header) as incoming:
             await embedding_stream.request_values(context, incoming.path if self._senders_are_local else None)
-            async for message in messages:
-                chunk = embedding_stream.parse_message(message)
-                incoming.add(chunk if isinstance(chunk, memoryview) else chunk.data)
+            seconds = self._stall_seconds + header.length / _MIN_BYTES_PER_SECOND
+            try:
+                async with asyncio.timeout(seconds):
+                    async for message in messages:
+                        incoming.add(_values_of(message))
+            except TimeoutError:
+                raise errors.DeadlineExceeded(
+                    f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_added} came."
+                ) from None
             if not incoming.bytes_added:  # the sender has written the file: checking all of it would block the event loop
                 await asyncio.to_thread(incoming.finish)
+
+
+async def _without_stalls(messages: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """Yield the messages of a delivery. Raises `DeadlineExceeded` if the next one does not arrive within `seconds`."""
+    iterator = aiter(messages)
+    while True:
+        try:
+            async with asyncio.timeout(seconds):
+                message = await anext(iterator, None)
+        except TimeoutError:
+            raise errors.DeadlineExceeded(f"The delivery has stalled: no message arrived within {seconds:g} s.") from None
+        if message is None:
+            return
+        yield message
+
+
+def _values_of(message: bytes) -> bytes | memoryview:
+    """Return the values in a message after the first. Raises `InvalidRequest` if it has none."""
+    chunk = embedding_stream.parse_message(message)
+    if isinstance(chunk, memoryview):
+        return chunk
+    if chunk.WhichOneof("part") != "data":
+        raise errors.InvalidRequest("A delivery has one header, its first message; expected data in all further ones.")
+    return chunk.data
 
 
 async def _first_message(messages: AsyncIterator[bytes]) -> pb.EmbeddingHeader:
@@ -206,16 +266,16 @@ async def _first_message(messages: AsyncIterator[bytes]) -> pb.EmbeddingHeader:
 class SinkServer:
     """Async context manager: serves a sink, and its metrics, inside the block. Removes the shared memory at the end."""
 
-    def __init__(self, options: SinkOptions) -> None:
-        self._options = options
+    def __init__(self, options: SinkOptions, credentials: Credentials = OPEN) -> None:
+        self._options, self._credentials = options, credentials
         self._folder = Path(options.folder)
         self._store = Store(self._folder, options.budget or default_budget(self._folder), options.lease)
         self._metrics = Metrics(self._store)
-        self._server = rpc.create_server(options.listen)
+        self._server = rpc.create_server(options.listen, credentials=credentials, max_message_bytes=_MAX_MESSAGE_BYTES)
         self._measuring: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._sink = Sink(self._options, self._store, self._metrics)
+        self._sink = Sink(self._options, self._store, self._metrics, self._credentials)
         embedding_stream.add_sink_to_server(self._sink, self._server)
         if self._options.metrics_port:
             serve_metrics(self._metrics.registry, self._options.metrics_port)
@@ -237,9 +297,9 @@ class SinkServer:
         remove_folder(self._folder)  # a killed language worker cannot remove it
 
 
-async def _run(options: SinkOptions) -> None:
+async def _run(options: SinkOptions, credentials: Credentials) -> None:
     """Serve until standard input ends or SIGTERM arrives."""
-    async with SinkServer(options) as server:
+    async with SinkServer(options, credentials) as server:
         await _stop_requested(server.drain, Path(options.folder))
 
 
@@ -265,6 +325,14 @@ async def _stop_requested(drain: Callable[[], None], folder: Path) -> None:
     await stop.wait()
 
 
+def _credentials(options: SinkOptions) -> Credentials:
+    tls = None
+    if options.tls:
+        cert, key, authorities, *name = options.tls
+        tls = TlsFiles(Path(cert), Path(key), Path(authorities), name[0] if name else None)
+    return Credentials(os.environ.pop(TOKEN_VARIABLE, None), tls)
+
+
 def main() -> None:
     """Run a sink. The only argument is `SinkOptions` as JSON. Exits with 1 and one line if it cannot serve."""
     # SIGCONT, not SIGKILL: it wakes a sink that is stopped, which then reads the end of its input and removes its memory
@@ -273,7 +341,7 @@ def main() -> None:
     logs.configure(options.log_level, options.log_format)
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            asyncio.run(_run(options))
+            asyncio.run(_run(options, _credentials(options)))
         except OSError as error:
             sys.exit(f"dvd language: {error}")
 

@@ -8,6 +8,7 @@ import sys
 from types import TracebackType
 from typing import Self
 
+from common.security import TOKEN_VARIABLE
 from lm_worker.sink import DRAIN_LINE, SinkOptions
 
 _STOP_SECONDS = 15.0
@@ -20,8 +21,9 @@ class SinkProcess:
     If the sink ends unexpectedly, this process gets SIGTERM: without a sink no image request can be served.
     """
 
-    def __init__(self, options: SinkOptions) -> None:
+    def __init__(self, options: SinkOptions, token: str | None = None) -> None:
         self._arguments = options.arguments()
+        self._environment = {**os.environ, **({TOKEN_VARIABLE: token} if token else {})}
 
     @property
     def pid(self) -> int:
@@ -34,7 +36,9 @@ class SinkProcess:
         return self._process.returncode
 
     async def __aenter__(self) -> Self:
-        self._process = await asyncio.create_subprocess_exec(sys.executable, *self._arguments, stdin=asyncio.subprocess.PIPE)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, *self._arguments, stdin=asyncio.subprocess.PIPE, env=self._environment
+        )
         self._watching = asyncio.create_task(self._stop_this_process_with_the_sink())
         return self
 

@@ -15,6 +15,8 @@ from lm_worker.incoming import IncomingFile
 from lm_worker.shared_memory import INCOMING
 
 _FULL_RETRY_SECONDS = 1
+_MAX_PENDING = 1 << 16
+"""Keys that are remembered as requested; the oldest is forgotten first."""
 
 
 @dataclass
@@ -90,9 +92,9 @@ class Store:
 
     def _expect_delivery(self, key: str, leased_until: float) -> None:
         now = time.monotonic()
-        while self._pending and next(iter(self._pending.values())).leased_until < now:
-            self._pending.popitem(last=False)
         previous = self._pending.pop(key, None)
+        while self._pending and (next(iter(self._pending.values())).leased_until < now or len(self._pending) >= _MAX_PENDING):
+            self._pending.popitem(last=False)
         self._pending[key] = _PendingDelivery(previous.requests + 1 if previous else 1, leased_until)
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import ssl
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from common.hub import served_name
 from common.options import ConfigError
+from common.security import TlsFiles
 from lm_worker import vllm_flags
 from lm_worker.config import LanguageOptions
 
@@ -23,7 +25,9 @@ _MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 _STRUCTURED_OUTPUT_FLAG = "--structured-outputs-config"
 
 
-def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: Sequence[str]) -> Namespace:
+def vllm_arguments(
+    options: LanguageOptions, model: Path, folder: Path, flags: Sequence[str], tls: TlsFiles | None = None
+) -> Namespace:
     """Parsed arguments of vLLM.
 
     Args:
@@ -31,6 +35,7 @@ def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: S
         model: Folder of the checkpoint.
         folder: Shared memory of the sink.
         flags: The caller's flags of `vllm serve`, which override our defaults.
+        tls: Files of TLS; None: plain HTTP.
 
     Raises:
         ConfigError: A flag has an invalid value.
@@ -59,6 +64,8 @@ def vllm_arguments(options: LanguageOptions, model: Path, folder: Path, flags: S
         '--limit-mm-per-prompt={"image":0}',
         f"--ec-transfer-config={json.dumps(connector)}",
         *_http_flags(options.http),
+        *_tls_flags(options.http, tls),
+        "--middleware=lm_worker.authentication.RequireToken",
         "--shutdown-timeout=0",  # `drain.py` waits for requests
     ])  # fmt: skip
     validate_parsed_serve_args(args)
@@ -101,3 +108,11 @@ def _http_flags(address: str) -> list[str]:
         return [f"--uds={address.removeprefix('unix:')}"]
     host, _, port = address.rpartition(":")
     return [f"--host={host.strip('[]')}", f"--port={port}"]
+
+
+def _tls_flags(address: str, tls: TlsFiles | None) -> list[str]:
+    """Demand a certificate of each client. A Unix socket has no TLS."""
+    if tls is None or address.startswith("unix:"):
+        return []
+    files = [f"--ssl-certfile={tls.cert}", f"--ssl-keyfile={tls.key}", f"--ssl-ca-certs={tls.ca}"]
+    return [*files, f"--ssl-cert-reqs={ssl.CERT_REQUIRED.value}", "--enable-ssl-refresh"]

@@ -49,7 +49,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LanguageDescription(_message.Message):
-    __slots__ = ("checkpoint", "dtype", "http", "used_bytes", "budget_bytes", "draining", "language_fingerprint")
+    __slots__ = ("checkpoint", "dtype", "http", "used_bytes", "budget_bytes", "draining", "language_fingerprint", "sink")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HTTP_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class LanguageDescription(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SINK_FIELD_NUMBER: _ClassVar[int]
     checkpoint: CheckpointDescription
     dtype: Dtype
     http: str
@@ -64,7 +65,30 @@ class LanguageDescription(_message.Message):
     budget_bytes: int
     draining: bool
     language_fingerprint: str
-    def __init__(self, checkpoint: _Optional[_Union[CheckpointDescription, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., http: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., language_fingerprint: _Optional[str] = ...) -> None: ...
+    sink: str
+    def __init__(self, checkpoint: _Optional[_Union[CheckpointDescription, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., http: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., language_fingerprint: _Optional[str] = ..., sink: _Optional[str] = ...) -> None: ...
+
+class GrantTerms(_message.Message):
+    __slots__ = ("sink", "address", "key", "max_bytes", "expires")
+    SINK_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    sink: str
+    address: str
+    key: str
+    max_bytes: int
+    expires: float
+    def __init__(self, sink: _Optional[str] = ..., address: _Optional[str] = ..., key: _Optional[str] = ..., max_bytes: _Optional[int] = ..., expires: _Optional[float] = ...) -> None: ...
+
+class Grant(_message.Message):
+    __slots__ = ("terms", "signature")
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    terms: bytes
+    signature: bytes
+    def __init__(self, terms: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class HasRequest(_message.Message):
     __slots__ = ("keys",)
@@ -79,20 +103,22 @@ class HasReply(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EmbeddingHeader(_message.Message):
-    __slots__ = ("key", "fingerprint", "dtype", "rows", "width", "length")
+    __slots__ = ("key", "fingerprint", "dtype", "rows", "width", "length", "grant")
     KEY_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
     key: str
     fingerprint: str
     dtype: Dtype
     rows: int
     width: int
     length: int
-    def __init__(self, key: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    grant: bytes
+    def __init__(self, key: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., length: _Optional[int] = ..., grant: _Optional[bytes] = ...) -> None: ...
 
 class DeliverChunk(_message.Message):
     __slots__ = ("header", "data")

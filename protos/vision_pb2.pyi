@@ -27,12 +27,14 @@ class VisionDescription(_message.Message):
     def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., draining: _Optional[bool] = ..., stalled: _Optional[str] = ..., batch_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("key", "data")
+    __slots__ = ("key", "data", "grant")
     KEY_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
     key: str
     data: bytes
-    def __init__(self, key: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+    grant: bytes
+    def __init__(self, key: _Optional[str] = ..., data: _Optional[bytes] = ..., grant: _Optional[bytes] = ...) -> None: ...
 
 class Tiling(_message.Message):
     __slots__ = ("min_tiles", "max_tiles")
@@ -61,7 +63,7 @@ class Router(_message.Message):
     def __init__(self, mode: _Optional[_Union[Router.Mode, str]] = ..., relative_threshold: _Optional[float] = ..., absolute_threshold: _Optional[float] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint", "caller", "dry_run")
+    __slots__ = ("images", "tiling", "router", "dtype", "deliver_to", "fingerprint", "caller", "scope", "dry_run")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     TILING_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +71,7 @@ class EncodeRequest(_message.Message):
     DELIVER_TO_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[Image]
     tiling: Tiling
@@ -77,8 +80,9 @@ class EncodeRequest(_message.Message):
     deliver_to: str
     fingerprint: str
     caller: str
+    scope: bytes
     dry_run: bool
-    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ..., caller: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., tiling: _Optional[_Union[Tiling, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., deliver_to: _Optional[str] = ..., fingerprint: _Optional[str] = ..., caller: _Optional[str] = ..., scope: _Optional[bytes] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class EncodeReply(_message.Message):
     __slots__ = ("images", "timings", "cached")

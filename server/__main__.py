@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from common import logs
 from common.admin import AdminServer
 from common.options import ConfigError, logging_options, read_options
+from common.security import check_listeners, read_credentials
 from server.config import GatewayOptions
 from server.http.server import GracefulServer
 from server.processes import GatewayProcesses, create_server, serve
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = read_options(GatewayOptions, arguments)
+        logs.configure(options.log_level, options.log_format)
+        check_listeners(options, read_credentials(options), {"--admin": options.admin})
     except ConfigError as error:
         logs.exit_with_error("dvd gateway", str(error), logging_options(arguments).log_format, 2)
     try:
@@ -34,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         reason = f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port"
         logs.exit_with_error("dvd gateway", reason, options.log_format)
-    logs.configure(options.log_level, options.log_format)
-    log.info("listening on http://%s:%d", options.host, listener.getsockname()[1])
+    log.info("listening on %s://%s:%d", "https" if options.tls_cert else "http", options.host, listener.getsockname()[1])
     if options.workers == 1:
         _run_one(options, listener)
     elif not _run_several(options, listener):
@@ -70,7 +72,9 @@ def _admin_server(
         yield
         return
     try:
-        admin = AdminServer(options.admin, lambda: loop.call_soon_threadsafe(serving.drain), serving.status)
+        admin = AdminServer(
+            options.admin, lambda: loop.call_soon_threadsafe(serving.drain), serving.status, read_credentials(options)
+        )
     except OSError as error:
         logs.exit_with_error("dvd gateway", str(error), options.log_format)
     with admin:

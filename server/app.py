@@ -12,6 +12,8 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from common.grants import GrantSigner
+from common.security import read_credentials
 from common.tracing import Trace
 from server.apis.base import Api
 from server.apis.registry import APIS
@@ -49,18 +51,19 @@ def create_app(
         metrics: Metrics of the process; None: new ones.
     """
     metrics, shutdown = metrics or Metrics(), shutdown or Shutdown()
+    credentials = read_credentials(options)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with (
-            WorkerPools(options.vision_workers, options.language_workers, metrics) as workers,
+            WorkerPools(options.vision_workers, options.language_workers, metrics, credentials=credentials) as workers,
             MediaFetcher(options) as fetcher,
             _running(metrics.process.measure_loop_lag()),
         ):
             trace = Trace(options.trace, "gateway")
             media = MediaLoader(fetcher, options.max_body_bytes, options.max_image_pixels)
-            pipeline = Pipeline(options, workers, media, metrics, trace)
-            authenticator = Authenticator(options.api_key)
+            pipeline = Pipeline(options, workers, media, metrics, trace, GrantSigner(credentials))
+            authenticator = Authenticator(options.api_key, credentials)
             _add_apis(app, ApiHandlers(options, authenticator, pipeline, metrics), apis)
             _add_operations(app, Operations(options, authenticator, workers, metrics, shutdown))
             _match_whole_paths(app)

@@ -1,5 +1,6 @@
 """Options of the gateway."""
 
+import ipaddress
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -7,6 +8,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_val
 from pydantic_core import PydanticCustomError
 
 from common.options import ADDRESS_PATTERN, AdminOptions, ImageLimits, ShutdownOptions, TraceOptions
+from common.security import ProcessOptions
 from common.tiling import MAX_TILES
 
 _NAME = re.compile(r"dns:[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?:\d+")
@@ -33,7 +35,17 @@ def _origin(text: str) -> str:
     return text
 
 
+def _network(text: str) -> str:
+    """Return `text` if it is an address or a network of addresses; raise a validation error otherwise."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        raise PydanticCustomError("address", "expected addresses or networks such as 10.0.0.5 or 10.0.0.0/8") from None
+    return text
+
+
 Origin = Annotated[str, AfterValidator(_origin)]
+Network = Annotated[str, AfterValidator(_network)]
 WorkerAddress = Annotated[str, AfterValidator(_worker_address)]
 
 
@@ -46,6 +58,10 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     docs: bool = Field(False, description="serve an interactive page of the API at /docs; it loads scripts from a CDN")
     cors_origins: list[Origin] = Field(
         default=[], description="origins whose pages may call the API from a browser, comma-separated, or *; unset: none"
+    )
+    trusted_proxies: list[Network] = Field(
+        default=[],
+        description="proxies whose X-Forwarded-For names the caller's address, comma-separated; unset: the header is ignored",
     )
     allow_private_images: bool = Field(
         False, description="also fetch images over http and from private addresses: only if every caller is trusted"
@@ -161,7 +177,7 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
         return value
 
 
-class GatewayOptions(ServingOptions, AdminOptions):
+class GatewayOptions(ServingOptions, AdminOptions, ProcessOptions):
     """`dvd gateway`: the OpenAI-compatible HTTP server in front of workers that run elsewhere."""
 
     command: ClassVar[str] = "gateway"

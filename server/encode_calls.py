@@ -7,13 +7,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
-from common import errors
+from common import errors, messages
+from common.digest import digest
+from common.embedding import DTYPE_SIZES
+from common.grants import NO_GRANTS, GrantSigner
 from common.tasks import SingleFlight
 from protos import vision_pb2 as pb
 from protos.embeddings_pb2 import CheckpointDescription
 from server.config import GatewayOptions
 from server.hedging import Hedging
-from server.keys import EncodeSetting, digest
+from server.keys import EncodeSetting
 from server.metrics import Metrics
 from server.request_context import RequestContext
 from server.retry import RetryBudget, with_retry
@@ -43,12 +46,27 @@ class EncodeGroup:
     setting: EncodeSetting
 
 
+@dataclass(frozen=True)
+class Sink:
+    """Where embeddings are delivered: the sink's address, and its id, which grants name."""
+
+    address: str
+    id: str
+
+
 class EncodeCalls:
     """The only owner of the Encode calls in flight, and of the router's decisions in their replies."""
 
     def __init__(
-        self, options: GatewayOptions, pool: Pool[VisionWorker], queue: VisionQueue, budget: RetryBudget, metrics: Metrics
+        self,
+        options: GatewayOptions,
+        pool: Pool[VisionWorker],
+        queue: VisionQueue,
+        budget: RetryBudget,
+        metrics: Metrics,
+        grants: GrantSigner = NO_GRANTS,
     ) -> None:
+        self._grants = grants
         self._options, self._pool, self._queue, self._budget, self._metrics = options, pool, queue, budget, metrics
         self._flights: SingleFlight[pb.EncodeReply] = SingleFlight()
         self._hedging = Hedging(options.hedge_share, metrics)
@@ -64,7 +82,7 @@ class EncodeCalls:
         images: Mapping[str, KeyedImage],
         checkpoint: CheckpointDescription,
         tiles: int,
-        deliver_to: str,
+        sink: Sink | None,
         context: RequestContext,
     ) -> pb.EncodeReply:
         """Encode a group of images. Equal calls in flight share one.
@@ -74,14 +92,17 @@ class EncodeCalls:
             images: Image files by key.
             checkpoint: The checkpoint of the language worker.
             tiles: Number of tiles of the group.
-            deliver_to: Address of the sink; empty for a dry run, which delivers nothing.
+            sink: Where the embeddings are delivered; None for a dry run, which delivers nothing.
             context: The request.
 
         Raises:
             DvdError: What the last vision worker raised; an invalid image is named by its place in the request.
         """
-        flight = digest(deliver_to.encode(), *(key.encode() for key in group.keys)).hex()
-        request = _encode_request(group, images, deliver_to, context.flow)
+        names = (sink.address, sink.id) if sink else ("", "")
+        flight = digest(*(name.encode() for name in (*names, *group.keys))).hex()
+        request = _encode_request(group, images, sink, context)
+        if sink:
+            self._add_grants(request, sink, checkpoint, context.deadline)
         job = EncodeJob(group.keys[0], checkpoint, context.flow, tiles, context.deadline)
         while True:
             joined = self._flights.in_flight(flight)
@@ -93,6 +114,14 @@ class EncodeCalls:
             except errors.DeadlineExceeded:
                 if not joined or time.monotonic() >= context.deadline:
                     raise  # else it was the deadline of the request that has begun the call
+
+    def _add_grants(self, request: pb.EncodeRequest, sink: Sink, checkpoint: CheckpointDescription, deadline: float) -> None:
+        """Allow the delivery of each image of a call until the request's deadline."""
+        tiles = max(request.tiling.min_tiles, request.tiling.max_tiles, checkpoint.max_tiles) + checkpoint.thumbnail
+        size = tiles * checkpoint.tokens_per_tile * checkpoint.width * DTYPE_SIZES[messages.dtype_from_proto(request.dtype)]
+        seconds = max(deadline - time.monotonic(), 0.0)
+        for image in request.images:
+            image.grant = self._grants.sign(sink.id, sink.address, image.key, size, seconds)
 
     async def _call(self, job: EncodeJob, request: pb.EncodeRequest) -> pb.EncodeReply:
         """Call the key's vision worker, or another one if that is unavailable or fails."""
@@ -159,17 +188,20 @@ async def _noting_deadline(deadline: float) -> AsyncIterator[None]:
         raise errors.DeadlineExceeded("The deadline passed while the images were encoded.") from None
 
 
-def _encode_request(group: EncodeGroup, images: Mapping[str, KeyedImage], deliver_to: str, caller: str) -> pb.EncodeRequest:
+def _encode_request(
+    group: EncodeGroup, images: Mapping[str, KeyedImage], sink: Sink | None, context: RequestContext
+) -> pb.EncodeRequest:
     setting = group.setting
     return pb.EncodeRequest(
         images=[pb.Image(key=key, data=images[key].data) for key in group.keys],
         tiling=setting.tiling,
         router=setting.router,
         dtype=setting.dtype,  # type: ignore[arg-type]  # protobuf's enums are numbers
-        deliver_to=deliver_to,
+        deliver_to=sink.address if sink else "",
         fingerprint=setting.fingerprint,
-        caller=caller,
-        dry_run=not deliver_to,
+        caller=context.flow,
+        scope=context.caller,
+        dry_run=sink is None,
     )
 
 

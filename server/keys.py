@@ -3,11 +3,11 @@
 The caller is part of the key so that response times do not reveal which images other callers have sent.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common import messages
+from common.digest import digest
 from protos import vision_pb2 as pb
 
 
@@ -32,15 +32,6 @@ class EncodeSetting:
             pb.Router.Mode.Name(router.mode), *thresholds, messages.dtype_from_proto(self.dtype),
         ]  # fmt: skip
         return digest(*(field.encode() for field in fields))
-
-
-def digest(*fields: bytes) -> bytes:
-    """Return the SHA-256 digest of the fields, each with its length, so that no two lists of fields collide."""
-    sha256 = hashlib.sha256()
-    for field in fields:
-        sha256.update(len(field).to_bytes(8, "big"))
-        sha256.update(field)
-    return sha256.digest()
 
 
 def image_keys(caller: bytes, settings: Sequence[EncodeSetting], images: Sequence[bytes]) -> list[str]:

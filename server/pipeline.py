@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from starlette.responses import JSONResponse, Response
 
 from common import errors
+from common.grants import NO_GRANTS, GrantSigner
 from common.tracing import Trace
 from server import context_length, vllm_response
 from server.apis.constraints import constraint_field
@@ -35,13 +36,19 @@ class Pipeline:
     """Serves parsed requests. The parts that it calls do not call it back."""
 
     def __init__(
-        self, options: GatewayOptions, workers: WorkerPools, media: MediaLoader, metrics: Metrics, trace: Trace
+        self,
+        options: GatewayOptions,
+        workers: WorkerPools,
+        media: MediaLoader,
+        metrics: Metrics,
+        trace: Trace,
+        grants: GrantSigner = NO_GRANTS,
     ) -> None:
         self._options, self._workers, self._media, self._metrics, self._trace = options, workers, media, metrics, trace
         self._budget = RetryBudget(options.retry_share, metrics)
         queue = VisionQueue(workers.vision, options.max_queue_seconds, metrics)
         workers.on_change(queue.dispatch)
-        self._placer = EmbeddingPlacer(options, workers, queue, self._budget, metrics, trace)
+        self._placer = EmbeddingPlacer(options, workers, queue, self._budget, metrics, trace, grants)
 
     async def answer(self, request: ParsedRequest, context: RequestContext) -> Response:
         """Return vLLM's response.

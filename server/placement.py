@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from common import errors
+from common.digest import digest
+from common.grants import NO_GRANTS, GrantSigner
 from common.tasks import gather_or_cancel
 from common.tracing import Trace
 from protos import vision_pb2 as pb
@@ -17,8 +19,8 @@ from protos.embeddings_pb2 import CheckpointDescription, LanguageDescription
 from server.apis.request import ImagePart, ParsedRequest, format_path
 from server.config import GatewayOptions
 from server.degradation import Degradation, Degraded
-from server.encode_calls import EncodeCalls, EncodeGroup, KeyedImage
-from server.keys import EncodeSetting, digest, group_keys, image_keys
+from server.encode_calls import EncodeCalls, EncodeGroup, KeyedImage, Sink
+from server.keys import EncodeSetting, group_keys, image_keys
 from server.media.image_header import inspect_image
 from server.media.loader import ImageFile
 from server.metrics import Metrics
@@ -92,10 +94,11 @@ class EmbeddingPlacer:
         budget: RetryBudget,
         metrics: Metrics,
         trace: Trace,
+        grants: GrantSigner = NO_GRANTS,
     ) -> None:
         self._options, self._workers, self._queue, self._metrics, self._trace = options, workers, queue, metrics, trace
         self._route_per_request = options.router_scope == "request"
-        self._encodes = EncodeCalls(options, workers.vision, queue, budget, metrics)
+        self._encodes = EncodeCalls(options, workers.vision, queue, budget, metrics, grants)
         self._degradation = Degradation(options, metrics)
 
     async def place(
@@ -126,7 +129,7 @@ class EmbeddingPlacer:
         if not files:
             language = self._workers.language.pick(None, exclude)
             context.resources.enter_context(language.in_use())
-            return EngineRequest(language, request.with_embeddings([], []))
+            return EngineRequest(language, request.with_embeddings([], [], context.cache_salt))
         language, description = self.choose_language(files, context, exclude)
         context.resources.enter_context(language.in_use())
         keys = self._keys(request.images, files, context, description)
@@ -149,8 +152,9 @@ class EmbeddingPlacer:
         tokens_by_key = stored_tokens | {image.key: image.tokens for reply in replies for image in reply.images}
         tokens = [tokens_by_key[key] for key in keys.by_image]
         cached = {image.key: reply.cached for reply in replies for image in reply.images}
+        body = request.with_embeddings(keys.by_image, tokens, context.cache_salt)
         report = self._report(keys.by_image, tokens, cached, description.checkpoint)
-        return EngineRequest(language, request.with_embeddings(keys.by_image, tokens), keys.by_image, report, keys.degraded)
+        return EngineRequest(language, body, keys.by_image, report, keys.degraded)
 
     async def lost_embedding(self, request: EngineRequest) -> bool:
         """Return whether the sink lacks an embedding of a placed request; False if the sink does not answer."""
@@ -172,7 +176,7 @@ class EmbeddingPlacer:
         self._queue.admit(context.flow, sum(tiles), context.deadline)
         with self._stage("vision", context.stats):
             replies = await gather_or_cancel(
-                *(self._encodes.encode(group, images, description.checkpoint, count, "", context)
+                *(self._encodes.encode(group, images, description.checkpoint, count, None, context)
                   for group, count in zip(missing, tiles, strict=True))
             )  # fmt: skip
         routes |= {image.key: image for reply in replies for image in reply.images}
@@ -251,10 +255,11 @@ class EmbeddingPlacer:
     ) -> list[pb.EncodeReply]:
         assert language.description is not None
         checkpoint = language.description.checkpoint
+        sink = Sink(language.address, language.description.sink)
         with self._stage("vision", context.stats):
             try:
                 return await gather_or_cancel(
-                    *(self._encodes.encode(group, images, checkpoint, count, language.address, context)
+                    *(self._encodes.encode(group, images, checkpoint, count, sink, context)
                       for group, count in zip(groups, tiles, strict=True))
                 )  # fmt: skip
             except errors.SinkUnavailable as error:

@@ -20,6 +20,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from common import logs
 from common.processes import die_with_parent
+from common.security import read_credentials
 from server.app import create_app
 from server.config import GatewayOptions
 from server.http.connections import Connections, connection_limit
@@ -48,15 +49,26 @@ def create_server(options: GatewayOptions) -> GracefulServer:
     shutdown = Shutdown()
     metrics = Metrics()
     connections = Connections(connection_limit(options.max_connections), options.head_timeout, metrics)
-    app = create_app(options, shutdown=shutdown, metrics=metrics)
-    config = uvicorn_config(app, 0, connections, timeout_keep_alive=options.keep_alive_timeout)
-    return GracefulServer(config, shutdown, options.shutdown_delay, options.shutdown_grace)
+    config = uvicorn_config(
+        create_app(options, shutdown=shutdown, metrics=metrics),
+        0,
+        connections,
+        options.trusted_proxies,
+        timeout_keep_alive=options.keep_alive_timeout,
+        **_tls_options(options),
+    )
+    return GracefulServer(config, shutdown, options.shutdown_delay, options.shutdown_grace, read_credentials(options).tls)
 
 
 async def serve(server: GracefulServer, listener: socket.socket) -> None:
     """Serve in this process until a signal. The second one ends running requests."""
     with _signal_handler(lambda: _drain_or_end(server)):
         await server.serve(sockets=[listener])
+
+
+def _tls_options(options: GatewayOptions) -> dict[str, Any]:
+    """Return uvicorn's options of TLS. Callers need no certificate: they have API keys."""
+    return {"ssl_certfile": options.tls_cert, "ssl_keyfile": options.tls_key} if options.tls_cert else {}
 
 
 class GatewayProcesses:

@@ -1,5 +1,6 @@
 """The context of a request: what the pipeline needs besides the body."""
 
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class RequestContext:
         resources: Permit, workers in use and connections, which the request holds until the last byte of its response.
         max_tokens_fields: Names of the field with the maximum number of tokens of the response, of which the first one that is
             set counts; empty if the API generates no text.
+        cache_salt: Makes the salt of vLLM's prefix cache from the caller's own salt; None if the API generates no text.
     """
 
     caller: bytes
@@ -31,3 +33,4 @@ class RequestContext:
     deadline: float
     resources: AsyncExitStack
     max_tokens_fields: tuple[str, ...] = ()
+    cache_salt: Callable[[str], str] | None = None

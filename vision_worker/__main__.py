@@ -10,6 +10,7 @@ from common.checkpoint import CheckpointError
 from common.hub import find_checkpoint
 from common.options import ConfigError, logging_options, read_options
 from common.phases import Phases
+from common.security import check_listeners, read_credentials
 from vision_worker.config import VisionOptions
 
 log = logging.getLogger("dvd.vision")
@@ -45,6 +46,8 @@ def _print_error(error: Exception, log_format: str, status: int) -> int:
 
 
 def _run(options: VisionOptions) -> None:
+    credentials = read_credentials(options)
+    check_listeners(options, credentials, {"--listen": options.listen, "--admin": options.admin})
     rpc.ensure_free(options.listen, "--listen")
     if options.metrics_port:
         rpc.ensure_free(f"0.0.0.0:{options.metrics_port}", "--metrics-port")
@@ -53,7 +56,7 @@ def _run(options: VisionOptions) -> None:
     with phases.phase("loading torch"):
         # imported late, because torch takes seconds to import: errors above are reported at once
         from vision_worker import process
-    lost_device = asyncio.run(process.run(options, checkpoint, phases))
+    lost_device = asyncio.run(process.run(options, checkpoint, phases, credentials))
     if lost_device:
         raise DeviceLostError(f"device {lost_device} is no longer usable: restart this worker")
 

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from common.options import Address, AdminOptions, CheckpointOptions, ImageLimits, MetricsOptions, ShutdownOptions, TraceOptions
+from common.security import ProcessOptions
 
 CacheUrl = Annotated[str, Field(pattern=r"^(none|memory://(\?bytes=[1-9]\d*)?|rediss?://.+|unix:///.+)$")]
 
@@ -26,7 +27,7 @@ class EncodingOptions(ImageLimits, TraceOptions):
     prepare_threads: int = Field(0, ge=0, description="threads that decode and tile images; 0: one per core")
 
 
-class VisionOptions(CheckpointOptions, EncodingOptions, MetricsOptions, ShutdownOptions, AdminOptions):
+class VisionOptions(CheckpointOptions, EncodingOptions, MetricsOptions, ShutdownOptions, AdminOptions, ProcessOptions):
     """Options of one vision worker, `dvd vision MODEL`."""
 
     command: ClassVar[str] = "vision"

@@ -1,24 +1,20 @@
 """Delivers embeddings to the sinks of language workers."""
 
-from __future__ import annotations  # grpc.aio is generic for type checkers only
-
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
 from common import embedding_stream, errors, logs, rpc
 from common.embedding import Header
-
-if TYPE_CHECKING:
-    import grpc.aio
+from common.security import OPEN, Credentials
 
 IDLE_SECONDS = 600.0
 """Time after which a channel without deliveries may be closed."""
 
 
 @dataclass(eq=False)
-class _Connection:
-    channel: grpc.aio.Channel
+class _Sink:
+    connection: rpc.Connection
     deliveries: int = 0
     """Deliveries in flight."""
     last_used: float = 0.0
@@ -31,17 +27,18 @@ class SinkChannels:
     `IDLE_SECONDS` are closed.
     """
 
-    def __init__(self) -> None:
-        self._connections: dict[str, _Connection] = {}
+    def __init__(self, credentials: Credentials = OPEN) -> None:
+        self._credentials = credentials
+        self._sinks: dict[str, _Sink] = {}
 
-    async def __aenter__(self) -> SinkChannels:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for connection in self._connections.values():
-            await connection.channel.close()
+        for sink in self._sinks.values():
+            await sink.connection.close()
 
-    async def deliver(self, address: str, header: Header, data: memoryview, seconds: float | None) -> None:
+    async def deliver(self, address: str, header: Header, data: memoryview, seconds: float | None, grant: bytes = b"") -> None:
         """Send one embedding to the sink at `address`; return once the sink has stored it.
 
         Args:
@@ -49,27 +46,29 @@ class SinkChannels:
             header: describes `data`, whose length must be `header.length`.
             data: the embedding's values, row by row.
             seconds: deadline of the call; None: no deadline.
+            grant: allows the delivery; empty in a cluster without a token.
 
         Raises: what the sink raised; SinkUnavailable where it does not answer.
         """
-        if is_new := address not in self._connections:
-            self._connections[address] = _Connection(rpc.open_channel(address))
-        connection = self._connections[address]
-        connection.deliveries += 1
+        if is_new := address not in self._sinks:
+            self._sinks[address] = _Sink(rpc.Connection(address, self._credentials))
+        sink = self._sinks[address]
+        sink.deliveries += 1
         try:
             if is_new:
                 await self._close_idle()
+            metadata = (*logs.request_metadata(), *self._credentials.metadata)
             with rpc.translate_errors("language worker's sink"):
-                await embedding_stream.deliver(connection.channel, header, data, seconds, logs.request_metadata())
+                await embedding_stream.deliver(sink.connection.channel, header, data, seconds, metadata, grant)
         except errors.WorkerUnavailable as error:  # otherwise the caller would take it for a failure of this vision worker
             raise errors.SinkUnavailable(str(error)) from None
         finally:
-            connection.deliveries -= 1
-            connection.last_used = time.monotonic()
+            sink.deliveries -= 1
+            sink.last_used = time.monotonic()
 
     async def _close_idle(self) -> None:
         now = time.monotonic()
-        for address, connection in list(self._connections.items()):
-            if not connection.deliveries and now - connection.last_used > IDLE_SECONDS:
-                del self._connections[address]
-                await connection.channel.close()
+        for address, sink in list(self._sinks.items()):
+            if not sink.deliveries and now - sink.last_used > IDLE_SECONDS:
+                del self._sinks[address]
+                await sink.connection.close()

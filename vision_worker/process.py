@@ -14,8 +14,10 @@ import grpc.aio
 from common import rpc
 from common.admin import admin_of_worker
 from common.checkpoint import Checkpoint
+from common.grants import GrantSigner
 from common.metrics import serve_metrics
 from common.phases import Phases
+from common.security import Credentials
 from common.tracing import Trace
 from protos import vision_pb2_grpc
 from vision_worker import encoder as encoders
@@ -45,7 +47,7 @@ _TIME_LIMIT_BATCHES = 10
 CPU, a batch of a large tower may take minutes."""
 
 
-async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases) -> str | None:
+async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases, credentials: Credentials) -> str | None:
     """Read the weights, warm up, serve until a signal or until the device is lost, and stop.
 
     After a signal, `Describe` reports that the worker is draining; calls are still accepted for a moment, and finished within
@@ -65,9 +67,9 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases) ->
         await _warm_up(batcher, f"{max_tiles} tiles on {placement.device}", options.vision_compile, phases)
         prepare_threads = stack.enter_context(PrepareThreads(options.prepare_threads or os.cpu_count() or 1))
         stack.callback(trace.flush)
-        cache = await stack.enter_async_context(EmbeddingCache(open_cache(options.cache)))
+        cache = await stack.enter_async_context(EmbeddingCache(open_cache(options.cache, credentials.tls)))
         metrics.watch(cache)
-        sinks = await stack.enter_async_context(SinkChannels())
+        sinks = await stack.enter_async_context(SinkChannels(credentials))
         liveness = await stack.enter_async_context(
             watch_threads(batcher, prepare_threads, str(placement.device), options.progress_timeout)
         )
@@ -75,10 +77,11 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases) ->
         service = Service(
             encoder=encoder, batcher=batcher, sinks=sinks, cache=cache, prepare_threads=prepare_threads, liveness=liveness,
             draining=draining, max_pixels=options.max_image_pixels, metrics=metrics, trace=trace,
+            grants=GrantSigner(credentials),
         )  # fmt: skip
         _set_on_signal(draining)
-        stack.enter_context(admin_of_worker(options.admin, draining.set, draining.is_set))
-        server = await stack.enter_async_context(_serve(service, options, metrics))
+        stack.enter_context(admin_of_worker(options.admin, draining.set, draining.is_set, credentials))
+        server = await stack.enter_async_context(_serve(service, options, metrics, credentials))
         log.info("ready on %s after %s", options.listen, phases.summary())
         grace_seconds = await _wait_for_end(draining, batcher.device_lost, options.shutdown_grace)
         log.info("stopping: %.0f s for calls in flight", grace_seconds)
@@ -115,9 +118,11 @@ async def _warm_up(batcher: Batcher, what: str, compiles: bool, phases: Phases) 
 
 
 @asynccontextmanager
-async def _serve(service: Service, options: VisionOptions, metrics: Metrics) -> AsyncIterator[grpc.aio.Server]:
+async def _serve(
+    service: Service, options: VisionOptions, metrics: Metrics, credentials: Credentials
+) -> AsyncIterator[grpc.aio.Server]:
     """Serve gRPC and metrics. On leaving, calls in flight are cancelled."""
-    server = rpc.create_server(options.listen)
+    server = rpc.create_server(options.listen, credentials=credentials)
     vision_pb2_grpc.add_VisionServicer_to_server(service, server)
     if options.metrics_port:
         serve_metrics(metrics.registry, options.metrics_port)

@@ -7,13 +7,14 @@ import functools
 import logging
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common import errors, logs, messages
 from common.embedding import Header
+from common.grants import NO_GRANTS, GrantSigner
 from common.tasks import SingleFlight, gather_or_cancel
 from common.tracing import Trace
 from protos import embeddings_pb2, vision_pb2_grpc
@@ -24,6 +25,7 @@ from vision_worker.deadline import Deadline
 from vision_worker.delivery import SinkChannels
 from vision_worker.encode_request import ParsedRequest, parse_request
 from vision_worker.encoder import Encoder
+from vision_worker.keys import embedding_keys
 from vision_worker.liveness import Liveness
 from vision_worker.metrics import Metrics
 from vision_worker.prepare_threads import PrepareThreads
@@ -38,7 +40,10 @@ log = logging.getLogger("dvd.encode")
 
 @dataclass(frozen=True)
 class _Embeddings:
-    """A group's embeddings in order, and how long each stage took. `values[i]` are the bytes of `images[i]`."""
+    """A group's embeddings in order, and how long each stage took. `values[i]` are the bytes of `images[i]`.
+
+    The images have the worker's own keys (`keys.py`), since calls with other keys may share the result.
+    """
 
     images: list[pb.EncodedImage]
     values: list[memoryview]
@@ -60,6 +65,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         max_pixels: largest image accepted, in pixels.
         metrics: counters and histograms to update.
         trace: where stages are recorded.
+        grants: verifies what allows a delivery.
     """
 
     def __init__(
@@ -75,10 +81,11 @@ class Service(vision_pb2_grpc.VisionServicer):
         max_pixels: int,
         metrics: Metrics,
         trace: Trace,
+        grants: GrantSigner = NO_GRANTS,
     ) -> None:
         self._encoder, self._batcher, self._sinks, self._cache = encoder, batcher, sinks, cache
         self._prepare_threads, self._max_pixels, self._metrics, self._trace = prepare_threads, max_pixels, metrics, trace
-        self._liveness, self._draining = liveness, draining
+        self._liveness, self._draining, self._grants = liveness, draining, grants
         metrics.waiting_images.set_function(lambda: prepare_threads.waiting)
         self._in_flight: SingleFlight[_Embeddings] = SingleFlight()
         # of the groups in flight, by their key; each is referenced by the task that embeds its group, and goes with it
@@ -110,10 +117,12 @@ class Service(vision_pb2_grpc.VisionServicer):
         logs.adopt_request_id(context)
         with self._observe_call(len(request.images)) as log_fields:
             parsed = parse_request(request, self._encoder.checkpoint, self._max_pixels)
-            joined, deadline = self._join(parsed.group_key, context.time_remaining())
+            self._check_grants(parsed)
+            keys = await embedding_keys(parsed, self._checkpoint.fingerprint)
+            joined, deadline = self._join(keys[0], context.time_remaining())
             if joined:
                 self._metrics.images.labels("joined").inc(len(parsed.images))
-            result = await self._in_flight.run(parsed.group_key, lambda: self._embed(parsed, deadline))
+            result = await self._in_flight.run(keys[0], lambda: self._embed(parsed, keys, deadline))
             log_fields["outcome"] = "joined" if joined else "cached" if result.from_cache else "encoded"
             log_fields["tiles"] = sum(len(image.compressed) for image in result.images)
             log_fields["tokens"] = sum(image.tokens for image in result.images)
@@ -121,7 +130,16 @@ class Service(vision_pb2_grpc.VisionServicer):
             timings.CopyFrom(result.timings)  # the result is shared by all calls that joined
             if parsed.deliver_to:
                 timings.deliver = await self._deliver(result, parsed, context.time_remaining())
-            return pb.EncodeReply(images=result.images, timings=timings, cached=result.from_cache)
+            images = [_renamed(image, name.key) for image, name in zip(result.images, parsed.images, strict=True)]
+            return pb.EncodeReply(images=images, timings=timings, cached=result.from_cache)
+
+    def _check_grants(self, request: ParsedRequest) -> None:
+        """Check before any work that each delivery is granted, to the address that the call names. Raises: GrantRefused."""
+        if not request.deliver_to or not self._grants.is_demanded:
+            return
+        for image in request.images:
+            if self._grants.verify(image.grant, image.key).address != request.deliver_to:
+                raise errors.GrantRefused("the grant of the delivery is for another address than deliver_to")
 
     def _join(self, group_key: str, seconds: float | None) -> tuple[bool, Deadline]:
         """Return whether a call shares a group in flight, and the group's deadline, which then covers the call's own."""
@@ -151,23 +169,25 @@ class Service(vision_pb2_grpc.VisionServicer):
     async def _deliver(self, result: _Embeddings, request: ParsedRequest, seconds: float | None) -> float:
         """Deliver all embeddings at once, within `seconds`. Returns: the seconds that it took."""
         started = time.monotonic()
-        headers = (self._header(image.key, request.dtype, image.tokens) for image in result.images)
+        named = zip(request.images, result.images, strict=True)
+        headers = (self._header(name.key, request.dtype, image.tokens) for name, image in named)
         distinct = dict(zip(headers, result.values, strict=True))  # a request may contain an image twice
         deliver = functools.partial(self._sinks.deliver, request.deliver_to, seconds=seconds)
+        grants = {image.key: image.grant for image in request.images}
         size = sum(map(len, distinct.values()))
         with self._trace.span("deliver", bytes=size):
-            await gather_or_cancel(*(deliver(header, values) for header, values in distinct.items()))
+            await gather_or_cancel(*(deliver(header, values, grant=grants[header.key]) for header, values in distinct.items()))
         elapsed = time.monotonic() - started
         self._metrics.observe_delivery(elapsed, size)
         return elapsed
 
-    async def _embed(self, request: ParsedRequest, deadline: Deadline) -> _Embeddings:
-        """The group's embeddings, from the cache or from the tower."""
-        return await self._look_up(request) or await self._compute(request, deadline)
+    async def _embed(self, request: ParsedRequest, keys: Sequence[str], deadline: Deadline) -> _Embeddings:
+        """The group's embeddings, from the cache or from the tower. `keys` are the worker's own."""
+        return await self._look_up(request, keys) or await self._compute(request, keys, deadline)
 
-    async def _look_up(self, request: ParsedRequest) -> _Embeddings | None:
+    async def _look_up(self, request: ParsedRequest, keys: Sequence[str]) -> _Embeddings | None:
         """The group's embeddings from the cache. None unless all are cached, because a group is routed as a whole."""
-        headers = [self._header(image.key, request.dtype, 0) for image in request.images]
+        headers = [self._header(key, request.dtype, 0) for key in keys]
         entries = await gather_or_cancel(*(self._cache.get(header) for header in headers))
         hits = [entry for entry in entries if entry is not None]
         if len(hits) < len(entries):
@@ -175,7 +195,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         self._metrics.images.labels("cached").inc(len(hits))
         return _Embeddings([image for image, _ in hits], [values for _, values in hits], pb.Timings(), from_cache=True)
 
-    async def _compute(self, request: ParsedRequest, deadline: Deadline) -> _Embeddings:
+    async def _compute(self, request: ParsedRequest, keys: Sequence[str], deadline: Deadline) -> _Embeddings:
         """Prepare and encode the group, and store its embeddings in the cache."""
         with self._trace.span("prepare", images=len(request.images)):
             prepared = await gather_or_cancel(*(self._prepare(request, i, deadline) for i in range(len(request.images))))
@@ -187,7 +207,6 @@ class Service(vision_pb2_grpc.VisionServicer):
         group = await encoding
         self._metrics.images.labels("encoded").inc(len(tiles))
         self._metrics.tiles.inc(sum(map(len, tiles)))
-        keys = [image.key for image in request.images]
         images = list(map(_image_message, keys, tiles, group.images))
         for image, embedding in zip(images, group.images, strict=True):
             self._cache.put(self._header(image.key, request.dtype, image.tokens), image, embedding.data)
@@ -231,6 +250,14 @@ def _timings(wait_seconds: float, tiles: list[Tiles], group: EncodedGroup) -> pb
         encode=group.encode_seconds,
         route=group.route_seconds,
     )
+
+
+def _renamed(image: pb.EncodedImage, key: str) -> pb.EncodedImage:
+    """A copy of `image` with another key."""
+    renamed = pb.EncodedImage()
+    renamed.CopyFrom(image)
+    renamed.key = key
+    return renamed
 
 
 def _image_message(key: str, tiles: Tiles, embedding: ImageEmbedding) -> pb.EncodedImage:

@@ -34,12 +34,10 @@ from vllm.sequence import IntermediateTensors
 from common.checkpoint import open_checkpoint
 from common.embedding_ref import EmbeddingRef
 from common.layouts import LAYOUTS
+from lm_worker.image_parts import NUM_TOKENS, check_keys, check_token_count
 from lm_worker.renderer import IMAGE_MARK
 
 log = logging.getLogger("dvd.language")
-
-NUM_TOKENS = "image_num_tokens"
-"""Field of an `image_embeds` content part: how many visual tokens the image has."""
 
 _IMAGE_CONTEXT, _IMAGE_START, _IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 _TRANSFORMERS_MODEL_TYPE = "internvl"
@@ -61,6 +59,11 @@ class ImageParser(MultiModalDataParser):
 
     embedding_fields = {"image": {NUM_TOKENS: "metadata", "image_embeds": "values"}}  # noqa: RUF012
 
+    def __init__(self, *, max_tokens: int, **options: Any) -> None:
+        """`max_tokens` is the length of the model's context; the other options are vLLM's."""
+        super().__init__(**options)
+        self._max_tokens = max_tokens
+
     def _parse_image_data(self, data: Any) -> DictEmbeddingItems | None:
         if not data:
             return None
@@ -76,6 +79,9 @@ class ImageParser(MultiModalDataParser):
         return self._items(data)
 
     def _items(self, data: Mapping[str, torch.Tensor]) -> KeyedItems:
+        counts = data.get(NUM_TOKENS)
+        for count in counts.flatten().tolist() if isinstance(counts, torch.Tensor) else [counts]:
+            check_token_count(count, self._max_tokens)
         required, optional = self.embedding_field_sets("image")
         return KeyedItems(data, modality="image", required_fields=required, optional_fields=optional, fields_factory=_fields)
 
@@ -110,6 +116,7 @@ class ProcessingInfo(BaseProcessingInfo):
     def get_data_parser(self) -> MultiModalDataParser:
         """The parser of images."""
         return ImageParser(
+            max_tokens=self.ctx.model_config.max_model_len,
             expected_hidden_size=self._get_expected_hidden_size(),
             allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
         )
@@ -147,6 +154,8 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
         images = inputs.mm_data_items.get("image")
         if isinstance(images, KeyedItems) and images.keys:
             inputs.mm_uuid_items = {**(inputs.mm_uuid_items or {}), "image": images.keys}
+        if images is not None and images.get_count():
+            check_keys((inputs.mm_uuid_items or {}).get("image") or [None])
         return super().apply(inputs, timing_ctx)
 
     @functools.cached_property

@@ -17,6 +17,9 @@ _OPERATOR_FIELDS = (
 )  # fmt: skip
 """Fields of vLLM that would let a caller change what only the operator may decide."""
 
+_MAX_SALT_LENGTH = 1024
+"""vLLM's own bound."""
+
 MEDIA_FIELDS = frozenset({
     "audio_embeds", "audio_url", "file", "image_embeds", "image_pil", "image_url", "input_audio", "input_image",
     "prompt_embeds", "uuid", "video_embeds", "video_url",
@@ -67,16 +70,20 @@ class ParsedRequest:
         """The model that the request names."""
         return self.body.get("model")
 
-    def with_embeddings(self, keys: Sequence[str], tokens: Sequence[int]) -> bytes:
-        """Return the body for vLLM: without `vir`, and each image replaced by its placeholder, a video by its frames'.
+    def with_embeddings(
+        self, keys: Sequence[str], tokens: Sequence[int], cache_salt: Callable[[str], str] | None = None
+    ) -> bytes:
+        """Return the body for vLLM: salted, without `vir`, and each image replaced by its placeholder, a video by its frames'.
 
         Args:
             keys: Embedding key of each image.
             tokens: Number of visual tokens of each image.
+            cache_salt: Makes the salt of vLLM's prefix cache from the caller's own; None: vLLM generates nothing.
         """
-        if not self.images and "vir" not in self.body:
-            return self.raw
-        body = {name: value for name, value in self.body.items() if name != "vir"}
+        salt = _salt(self.body, cache_salt)
+        if not self.images and not {"vir", *salt} & self.body.keys():
+            return _with_first_field(self.raw, salt)
+        body = {name: value for name, value in self.body.items() if name != "vir"} | salt
         parts: dict[Path, list[dict[str, Any]]] = {}
         for image, key, count in zip(self.images, keys, tokens, strict=True):
             label = [{"type": "text", "text": image.label}] if image.label else []
@@ -84,6 +91,22 @@ class ParsedRequest:
         for path, replacement in reversed(parts.items()):  # last first: the paths of earlier parts stay valid
             body = _replace_part(body, path, replacement)
         return json_body.encode(body)
+
+
+def _salt(body: Mapping[str, Any], cache_salt: Callable[[str], str] | None) -> dict[str, str]:
+    """Return the field that salts vLLM's prefix cache; none if the caller's own is invalid, so that vLLM says what is wrong."""
+    own = body.get("cache_salt")
+    is_invalid = own is not None and not (isinstance(own, str) and 0 < len(own) <= _MAX_SALT_LENGTH)
+    return {} if cache_salt is None or is_invalid else {"cache_salt": cache_salt(own or "")}
+
+
+def _with_first_field(raw: bytes, fields: dict[str, str]) -> bytes:
+    """Return the text of a JSON object with further fields, without encoding all of it once more."""
+    if not fields:
+        return raw
+    head, _, tail = raw.partition(b"{")
+    comma = b"" if tail.lstrip().startswith(b"}") else b","
+    return head + json_body.encode(fields)[:-1] + comma + tail
 
 
 def _replace_part(value: Any, path: Path, replacement: list[dict[str, Any]]) -> Any:

@@ -1,22 +1,30 @@
 """Authentication of callers by API key."""
 
-import hashlib
+import functools
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pydantic import SecretStr
 
 from common import errors
+from common.security import OPEN, Credentials, scope_of
 
 
 class Authenticator:
-    """Checks a caller's API key, if the operator has set one."""
+    """Checks a caller's API key, if the operator has set one, and tells callers apart by their credentials.
 
-    def __init__(self, api_key: SecretStr | None) -> None:
+    Args:
+        api_key: The key that callers must have; None: any or none.
+        credentials: The salts of callers are derived from its token.
+    """
+
+    def __init__(self, api_key: SecretStr | None, credentials: Credentials = OPEN) -> None:
         self._api_key = api_key.get_secret_value() if api_key else None
+        # without a secret a salt could be computed, but still not chosen: it is a digest over the caller's scope
+        self._salt_key = credentials.derive_key("dvd salt 1") or (self._api_key or "dvd").encode()
 
     def authenticate(self, headers: Mapping[str, str]) -> bytes:
-        """Return a digest of the caller's credentials.
+        """Return the caller's scope: a digest of its key, or, if none is required, of what it has sent as credentials.
 
         The key is read from `Authorization: Bearer …` or, as Anthropic's clients send it, from `x-api-key`.
 
@@ -30,4 +38,12 @@ class Authenticator:
             scheme, _, key = credentials.partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
                 raise errors.Unauthorized("Missing or invalid API key: send it as 'Authorization: Bearer …'.")
-        return hashlib.sha256(credentials.encode()).digest()
+            return scope_of(self._api_key)
+        return scope_of(credentials)
+
+    def cache_salt(self, scope: bytes) -> Callable[[str], str]:
+        """Return what makes the salt of vLLM's prefix cache for a caller, from the salt that the caller has sent or ""."""
+        return functools.partial(self._salt, scope)
+
+    def _salt(self, scope: bytes, own: str) -> str:
+        return hmac.digest(self._salt_key, scope + own.encode(), "sha256").hex()

@@ -69,7 +69,8 @@ class ApiHandlers:
             timeout = request_timeout(request.headers, self._options.request_timeout)
             deadline, fields = time.monotonic() + timeout, api.max_tokens_fields
             flow = _flow(request, caller)
-            context = RequestContext(caller, flow, api.path, api.error_format, stats, deadline, resources, fields)
+            salt = self._authenticator.cache_salt(caller) if api.generates_text else None
+            context = RequestContext(caller, flow, api.path, api.error_format, stats, deadline, resources, fields, salt)
             self._admission.check_any_left()
             memory = resources.enter_context(self._admission.body_memory())
             try:

@@ -8,7 +8,7 @@ import asyncio
 import functools
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httptools
@@ -29,13 +29,21 @@ _LINGER_SECONDS = 1.0
 """Time for which data of a refused caller is discarded: a connection closed at once may be reset before it has the error."""
 
 
-def uvicorn_config(app: Callable[..., Any], shutdown_timeout: int, connections: Connections, **options: Any) -> uvicorn.Config:
+def uvicorn_config(
+    app: Callable[..., Any],
+    shutdown_timeout: int,
+    connections: Connections,
+    trusted_proxies: Sequence[str] = (),
+    **options: Any,
+) -> uvicorn.Config:
     """Return uvicorn's configuration for the gateway.
 
     Args:
         app: The ASGI application, or its factory.
         shutdown_timeout: Seconds that responses have to end after a signal.
         connections: The connections of this process.
+        trusted_proxies: Addresses and networks whose `X-Forwarded-For` names the caller. uvicorn's own default trusts this
+            machine, and so every caller behind a proxy on it.
         **options: Further options of `uvicorn.Config`.
     """
     protocol: Any = functools.partial(BoundedHttpProtocol, connections)
@@ -46,6 +54,8 @@ def uvicorn_config(app: Callable[..., Any], shutdown_timeout: int, connections: 
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies),
         timeout_graceful_shutdown=shutdown_timeout,
         **options,
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from common.security import TlsClock, TlsFiles
 from server.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,11 @@ _ABORT_SECONDS = 2.0
 class GracefulServer(uvicorn.Server):
     """Drains when a method is called. Its process handles signals: uvicorn's server would end by the signal that it got."""
 
-    def __init__(self, config: uvicorn.Config, shutdown: Shutdown, delay: float, grace: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, shutdown: Shutdown, delay: float, grace: float, tls: TlsFiles | None = None
+    ) -> None:
         super().__init__(config)
+        self._tls_clock = TlsClock(tls)
         self._shutdown, self._delay, self._grace = shutdown, min(delay, grace), grace
         self._grace_over = asyncio.Event()
         self._deadline = 0.0
@@ -75,6 +79,15 @@ class GracefulServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the process. uvicorn calls this method."""
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """Read the certificate again once it has been replaced. uvicorn calls this method ten times a second."""
+        if self._tls_clock.has_changed() and self.config.ssl and self.config.ssl_certfile:
+            try:
+                self.config.ssl.load_cert_chain(self.config.ssl_certfile, self.config.ssl_keyfile)
+            except OSError as error:
+                log.warning("the new TLS files cannot be read: %s", error)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, and wait for running requests. uvicorn calls this method at the end of its main loop."""

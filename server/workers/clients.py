@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from common import errors, logs, rpc
 from common.addresses import is_unreachable_loopback, vllm_address
+from common.security import OPEN, Credentials, TlsClock
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
 from server.metrics import EngineLoad
@@ -27,10 +28,13 @@ _IDLE_CONNECTION_SECONDS = 2
 class VisionClient:
     """Client of one vision worker. `async with`, or `close()` it; needs a running event loop."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._channel = rpc.open_channel(address)
-        self._stub = vision_pb2_grpc.VisionStub(self._channel)
+    def __init__(self, address: str, credentials: Credentials = OPEN) -> None:
+        self.address, self._credentials = address, credentials
+        self._connection = rpc.Connection(address, credentials)
+
+    @property
+    def _stub(self) -> vision_pb2_grpc.VisionStub:
+        return vision_pb2_grpc.VisionStub(self._connection.channel)
 
     async def __aenter__(self) -> "VisionClient":
         return self
@@ -41,18 +45,21 @@ class VisionClient:
     async def describe(self, timeout: float) -> vision_pb2.VisionDescription:
         """Return the worker's description, within `timeout` seconds. Raises what the worker raises, or `WorkerUnavailable`."""
         with rpc.translate_errors("vision worker", quiet=True):
-            description: vision_pb2.VisionDescription = await self._stub.Describe(pb.DescribeRequest(), timeout=timeout)
+            description: vision_pb2.VisionDescription = await self._stub.Describe(
+                pb.DescribeRequest(), timeout=timeout, metadata=self._credentials.metadata
+            )
         return description
 
     async def encode(self, request: vision_pb2.EncodeRequest, timeout: float) -> vision_pb2.EncodeReply:
         """Encode images, within `timeout` seconds. Raises what the worker raises, or `WorkerUnavailable`."""
         with rpc.translate_errors("vision worker"):
-            reply: vision_pb2.EncodeReply = await self._stub.Encode(request, timeout=timeout, metadata=logs.request_metadata())
+            metadata = (*logs.request_metadata(), *self._credentials.metadata)
+            reply: vision_pb2.EncodeReply = await self._stub.Encode(request, timeout=timeout, metadata=metadata)
         return reply
 
     async def close(self) -> None:
         """Close the channel."""
-        await self._channel.close()
+        await self._connection.close()
 
 
 class LanguageClient:
@@ -61,13 +68,18 @@ class LanguageClient:
     `async with`, or `close()` it; needs a running event loop.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._channel = rpc.open_channel(address)
-        self._sink = embeddings_pb2_grpc.EmbeddingSinkStub(self._channel)
+    def __init__(self, address: str, credentials: Credentials = OPEN) -> None:
+        self.address, self._credentials = address, credentials
+        self._connection = rpc.Connection(address, credentials)
+        self._tls = credentials.tls.client_context() if credentials.tls else None
+        self._tls_clock = TlsClock(credentials.tls)
         self._http = ""
         self._base_url = ""
         self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def _sink(self) -> embeddings_pb2_grpc.EmbeddingSinkStub:
+        return embeddings_pb2_grpc.EmbeddingSinkStub(self._connection.channel)
 
     async def __aenter__(self) -> "LanguageClient":
         return self
@@ -78,7 +90,11 @@ class LanguageClient:
     async def describe(self, timeout: float) -> pb.LanguageDescription:
         """Return the sink's description, within `timeout` seconds. Raises what the sink raises, or `WorkerUnavailable`."""
         with rpc.translate_errors("language worker", quiet=True):
-            description: pb.LanguageDescription = await self._sink.Describe(pb.DescribeRequest(), timeout=timeout)
+            description: pb.LanguageDescription = await self._sink.Describe(
+                pb.DescribeRequest(), timeout=timeout, metadata=self._credentials.metadata
+            )
+        if self._tls_clock.has_changed():
+            self._read_tls()
         if description.http != self._http:
             await self._connect(description.http)
         return description
@@ -86,7 +102,8 @@ class LanguageClient:
     async def has(self, keys: Sequence[str], timeout: float) -> list[int]:
         """Return the number of visual tokens that the sink has under each key, 0 for none."""
         with rpc.translate_errors("language worker"):
-            return list((await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout)).tokens)
+            reply = await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout, metadata=self._credentials.metadata)
+            return list(reply.tokens)
 
     async def get(self, path: str, timeout: float) -> Any:
         """Return a JSON response of vLLM, None if its body is empty. Raises `WorkerUnavailable`, `DeadlineExceeded`."""
@@ -155,7 +172,9 @@ class LanguageClient:
             raise errors.WorkerUnavailable("The language worker has not been probed yet; retry later.", retry_after=1)
         limits = aiohttp.ClientTimeout(total=timeout)
         try:
-            response = await _send(self._session, method, self._base_url + path, body, headers=headers, timeout=limits)
+            response = await _send(
+                self._session, method, self._base_url + path, body, headers=headers, timeout=limits, **self._tls_options()
+            )
         except TimeoutError:
             raise errors.DeadlineExceeded(f"The language worker did not answer {path} in time.") from None
         except (aiohttp.ClientError, OSError):
@@ -170,11 +189,17 @@ class LanguageClient:
         path = http.removeprefix("unix:")
         unix = path != http
         limits: Any = {"limit": 0, "keepalive_timeout": _IDLE_CONNECTION_SECONDS}
+        if self._tls and not unix:
+            limits["ssl"] = self._tls
         connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, **limits) if unix else aiohttp.TCPConnector(**limits)
         tracing = aiohttp.TraceConfig()
         tracing.on_connection_reuseconn.append(_note_reuse)
         session = aiohttp.ClientSession(
-            connector=connector, auto_decompress=False, read_bufsize=1 << 20, trace_configs=[tracing]
+            connector=connector,
+            auto_decompress=False,
+            read_bufsize=1 << 20,
+            trace_configs=[tracing],
+            headers=self._credentials.headers,
         )
         # replaced before the old one is closed: two probes may run at once
         old, self._session = self._session, session
@@ -192,13 +217,27 @@ class LanguageClient:
                 "language worker %s reports vLLM at %s, which is not reachable from other machines: "
                 "start it with --http=0.0.0.0:%s", self.address, http, http.rpartition(":")[2],
             )  # fmt: skip
-        return f"http://{vllm_address(http, self.address)}"
+        return f"{'https' if self._tls else 'http'}://{vllm_address(http, self.address)}"
+
+    def _tls_options(self) -> dict[str, str]:
+        name = self._credentials.tls.name if self._credentials.tls else None
+        return {"server_hostname": name} if name and self._base_url.startswith("https") else {}
+
+    def _read_tls(self) -> None:
+        """Use the new files of TLS for new connections."""
+        assert self._tls is not None
+        assert self._credentials.tls is not None
+        try:
+            self._tls.load_verify_locations(self._credentials.tls.ca)
+            self._tls.load_cert_chain(self._credentials.tls.cert, self._credentials.tls.key)
+        except OSError as error:
+            log.warning("the new TLS files cannot be read: %s", error)
 
     async def close(self) -> None:
         """Close the channel and the HTTP connections."""
         if self._session is not None:
             await self._session.close()
-        await self._channel.close()
+        await self._connection.close()
 
 
 def _parse_load(text: str) -> EngineLoad | None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 
 from common import errors, messages
+from common.security import OPEN, Credentials
 from common.tasks import SingleFlight
 from server.metrics import Metrics, WorkerStatus
 from server.workers import discovery
@@ -40,15 +41,16 @@ class WorkerPools:
         language: Sequence[str],
         metrics: Metrics,
         resolve: discovery.Resolve = discovery.resolve,
+        credentials: Credentials = OPEN,
     ) -> None:
         self.vision = Pool(
             "vision",
-            lambda address: VisionWorker(VisionClient(address)),
+            lambda address: VisionWorker(VisionClient(address, credentials)),
             "No vision worker is available; image requests cannot be served yet.",
         )
         self.language = Pool(
             "language",
-            lambda address: LanguageWorker(LanguageClient(address)),
+            lambda address: LanguageWorker(LanguageClient(address, credentials)),
             "No language worker is available; retry later.",
         )
         self._addresses = vision, language

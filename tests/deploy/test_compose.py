@@ -1,5 +1,6 @@
 """docker-compose.yaml and its overlays, resolved by Compose itself and compared with images, options and documentation."""
 
+import contextlib
 import itertools
 import re
 import shutil
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from common.options import read_options
+from common.options import ConfigError, read_options
+from common.security import check_listeners, read_credentials
 from dvd.config import HealthOptions
 from lm_worker.config import LanguageOptions, reject_own_flags, split_arguments
 from lm_worker.vllm_flags import first_unknown
@@ -35,6 +37,7 @@ from vision_worker.config import VisionOptions
 
 EVERY_CONFIGURATION = pytest.mark.parametrize("files", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 EXAMPLE = DEPLOY / ".env.example"
+TOKEN = "a-token-of-this-cluster"
 CLOSE_SECONDS = 10.0
 """Time a process has after its drain to close its connections and exit."""
 
@@ -85,6 +88,18 @@ def test_flags_in_variables_reach_the_programs(files: tuple[Path, ...]) -> None:
     assert (language_options.sink_bytes, str(language_options.model)) == (77, "/models/some/8B")
     _, vllm_flags = split_arguments(configs["language"]["command"])
     assert vllm_flags[-3:] == ["--max-model-len", "4096", '--hf-overrides={"a": 1}']
+
+
+@EVERY_CONFIGURATION
+def test_every_process_demands_the_token_and_does_not_start_without_it(files: tuple[Path, ...]) -> None:
+    for variables, token in (({"DVD_CLUSTER_TOKEN": TOKEN}, TOKEN), ({}, None)):
+        for service, flags in {"vision": ["listen"], "language": ["listen", "http"]}.items():
+            options = parse_options(service, services(files, **variables)[service])
+            credentials = read_credentials(options)
+            assert credentials.token == token
+            with pytest.raises(ConfigError, match="DVD_CLUSTER_TOKEN") if not token else contextlib.nullcontext():
+                check_listeners(options, credentials, {name: getattr(options, name) for name in flags})
+    assert read_credentials(parse_options("gateway", services(files, DVD_CLUSTER_TOKEN=TOKEN)["gateway"])).token == TOKEN
 
 
 @EVERY_CONFIGURATION
@@ -289,16 +304,16 @@ def test_every_variable_is_in_the_example_with_its_default() -> None:
         for name, default in VARIABLE.findall(file.read_text()):
             defaults.setdefault(name, set()).add(default)
     documented = dict(re.findall(r"^# ?([A-Z_]+)=(\S*)", EXAMPLE.read_text(), re.MULTILINE))
-    assert set(documented) == {*defaults, "DVD_API_KEY"}
+    assert set(documented) == {*defaults, "DVD_API_KEY", "DVD_CLUSTER_TOKEN"}
     assert {name: value for name, value in documented.items() if value not in defaults.get(name, {""})} == {}
     result = run_compose((BASE,), "config", "--quiet", **documented)
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_no_file_contains_a_secret() -> None:
-    assert services()["gateway"]["environment"] == {"DVD_API_KEY": None}
+    assert services()["gateway"]["environment"] == {"DVD_API_KEY": None, "DVD_CLUSTER_TOKEN": None}
     assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
-    assert not re.search(r"(?i)(password|secret|token)\s*[:=]\s*\S", "".join(deploy_texts().values()))
+    assert not re.search(r"(?i)(password|secret|token)[ \t]*[:=][ \t]*[^\s$]", "".join(deploy_texts().values()))
 
 
 def readme_blocks(language: str) -> list[str]:

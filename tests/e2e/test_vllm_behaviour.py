@@ -106,3 +106,25 @@ def test_an_embedding_that_does_not_come_is_an_error_after_the_role(golden: Gold
     assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert error["error"]["code"] == 500
     assert stream.text.endswith("data: [DONE]\n\n")
+
+
+def embedding_part(count: Any, uuid: Any) -> dict[str, Any]:
+    """Returns an image as the gateway sends it to vLLM."""
+    return {"type": "image_embeds", "image_embeds": {"image_num_tokens": [count]}, "uuid": uuid}
+
+
+BAD_IMAGES = [
+    *(embedding_part(count, "0" * 64) for count in (10**9, CONTEXT + 1, -1, 0, 1.5, 2**70, None)),
+    *(embedding_part(256, uuid) for uuid in (None, "", "../x", "schl\u00fcssel", "k" * 1000, 5)),
+    {"type": "image_url", "image_url": {"url": f"dvd:{'0' * 64}/99999999"}},
+    {"type": "image_url", "image_url": {"url": f"dvd:{'0' * 64}/0"}},
+    {"type": "image_url", "image_url": {"url": f"dvd:../x/{CONTEXT}"}},
+]
+
+
+@pytest.mark.parametrize("part", BAD_IMAGES, ids=lambda part: json.dumps(part)[-60:])
+def test_an_image_with_an_impossible_size_or_key_is_refused_at_once(golden: Golden, part: dict[str, Any]) -> None:
+    """Without its check, vLLM builds a list of the declared length, or waits 10 s for the embedding."""
+    answer = post_to_vllm(golden, "/v1/chat/completions", chat([part, text_part("x")]))
+    assert answer.status == 400, answer.text
+    assert post_to_vllm(golden, "/v1/chat/completions", chat("x")).status == 200

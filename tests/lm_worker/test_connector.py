@@ -97,7 +97,7 @@ def test_an_embedding_is_pinned_while_a_request_lives(store: Store, scheduler: S
     assert scheduler.has_cache_item("a")
     scheduler.request_finished(second)
     assert not scheduler.has_cache_item("a")
-    assert not list((store.folder / "pinned").iterdir())
+    assert not list((store.folder / ".pinned").iterdir())
 
 
 def test_a_worker_maps_a_pinned_embedding_after_its_eviction(store: Store, scheduler: SharedMemoryConnector) -> None:
@@ -139,4 +139,4 @@ def test_embeddings_of_a_step_stay_pinned_until_it_ends(store: Store, max_concur
     assert scheduler.has_pending_push_work(), "an idle engine would never unpin it"
     scheduler.build_connector_meta(None)
     assert not scheduler.has_pending_push_work()
-    assert not list((store.folder / "pinned").iterdir())
+    assert not list((store.folder / ".pinned").iterdir())

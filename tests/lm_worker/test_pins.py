@@ -46,7 +46,7 @@ def test_two_readers_pin_one_embedding_independently(folder: Path) -> None:
     first.unpin("a")
     assert map_embedding(second.path("a"))[1][HEADER_SIZE] == FIRST_VALUE
     second.unpin("a")
-    assert not list((folder / "pinned").iterdir())
+    assert not list((folder / ".pinned").iterdir())
 
 
 @pytest.mark.parametrize("key", ["", "../a", "a/b", "a\0", "x" * 129, "é"])

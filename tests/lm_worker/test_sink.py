@@ -11,22 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 from common import embedding_stream, errors, rpc
 from common.checkpoint import open_checkpoint
 from common.embedding import HEADER_SIZE, Header
+from common.grants import GrantSigner
+from common.security import TOKEN_VARIABLE, Credentials
 from lm_worker.shared_memory import create_folder, map_embedding
 from lm_worker.sink import SinkOptions
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 from tests.ports import free_port
+from vision_worker.delivery import SinkChannels
 
 CHECKPOINT = Path(__file__).parents[1] / "data/golden/flash-qwen3/checkpoint"
 FINGERPRINT = open_checkpoint(CHECKPOINT).fingerprint
 WIDTH, ROWS = 128, 256
 LENGTH = ROWS * WIDTH * 4
+STALL_SECONDS = 3.0
+BAD_KEYS = ["", "../../etc/passwd", ".pinned", ".incoming", "schlüssel", "key\n", "key\0", "٣", "k" * 129, "k" * 1_000_000]
 
 
 @dataclass
@@ -48,6 +54,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
         budget=8 << 20,
         lease=0.0,
         metrics_port=free_port(),
+        stall_seconds=STALL_SECONDS,
     )
     process = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE)
     yield RunningSink(options, process)
@@ -140,7 +147,8 @@ NAN = np.full(ROWS * WIDTH, np.nan, "float32").tobytes()
         ({"dtype": 0}, bytes(LENGTH), errors.InvalidRequest, "unknown dtype number 0"),
         ({"length": LENGTH + 4}, bytes(LENGTH + 4), errors.InvalidRequest, f"have {LENGTH}"),
         ({"fingerprint": "0" * 64}, bytes(LENGTH), errors.CheckpointMismatch, "000000000000"),
-        ({"key": "../../etc/passwd"}, bytes(LENGTH), errors.InvalidRequest, "not an embedding key"),
+        ({"fingerprint": "größer"}, bytes(LENGTH), errors.CheckpointMismatch, r"gr\\xf6"),
+        *(({"key": key}, bytes(LENGTH), errors.InvalidRequest, "not an embedding key") for key in BAD_KEYS),
     ],
 )
 async def test_an_invalid_delivery_is_rejected_and_leaves_nothing_behind(
@@ -203,6 +211,96 @@ async def test_a_sender_that_disconnects_midway_leaves_nothing_behind(sink: embe
     assert (await sink.Describe(pb.DescribeRequest())).used_bytes <= before + LENGTH + HEADER_SIZE
 
 
+async def raw_call(running: RunningSink, method: str, message: bytes, *, stream: bool = False) -> grpc.StatusCode:
+    """Send bytes as the first message of a call, and return the status of the reply."""
+    async with grpc.aio.insecure_channel(running.options.listen) as channel:
+        name = f"/dvd.v1.EmbeddingSink/{method}"
+        bytes_method: Any = channel.stream_unary(name) if stream else channel.unary_unary(name)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await bytes_method(iter([message]) if stream else message, timeout=30)
+    assert "Traceback" not in str(caught.value.details())
+    return caught.value.code()
+
+
+@pytest.mark.parametrize("message", [b"\x0a\x02\xff\xfe", b"\xff\xff\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\0"])
+@pytest.mark.parametrize("method", ["Has", "Deliver"])
+async def test_bytes_that_are_no_message_are_invalid(running: RunningSink, method: str, message: bytes) -> None:
+    assert await raw_call(running, method, message, stream=method == "Deliver") is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_message_above_the_limit_is_refused(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    assert await raw_call(running, "Has", bytes(5 << 20)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not (await deliver(sink, header("after-large-message"), bytes(LENGTH))).already_here
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+async def test_a_lookup_of_what_is_no_key_is_refused(sink: embeddings_pb2_grpc.EmbeddingSinkStub, key: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await sink.Has(pb.HasRequest(keys=["good", key]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "not an embedding key" in str(caught.value.details())
+    assert len(str(caught.value.details())) < 400
+
+
+async def test_a_lookup_of_too_many_keys_is_refused(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    keys = [f"{number:0128}" for number in range(4097)]
+    assert (await sink.Has(pb.HasRequest(keys=keys[:-1]))).tokens == [0] * 4096
+    with pytest.raises(errors.InvalidRequest, match=r"4097 keys; expected at most 4096"), rpc.translate_errors("sink"):
+        await sink.Has(pb.HasRequest(keys=keys))
+
+
+async def deliver_messages(sink: embeddings_pb2_grpc.EmbeddingSinkStub, *parts: pb.DeliverChunk, stall: bool = False) -> None:
+    """Deliver these messages, and then nothing; `stall` keeps the call open."""
+
+    async def messages() -> AsyncIterator[pb.DeliverChunk]:
+        for part in parts:
+            yield part
+        if stall:
+            await asyncio.Event().wait()
+
+    with rpc.translate_errors("sink"):
+        await sink.Deliver(messages())
+
+
+@pytest.mark.parametrize("second", ["another", "first", None])
+async def test_a_second_header_or_an_empty_message_is_refused(
+    sink: embeddings_pb2_grpc.EmbeddingSinkStub, second: str | None
+) -> None:
+    key = f"first-of-{second}"
+    further = pb.DeliverChunk(header=header(key if second == "first" else second)) if second else pb.DeliverChunk()
+    with pytest.raises(errors.InvalidRequest, match="one header"):
+        await deliver_messages(sink, pb.DeliverChunk(header=header(key)), further)
+    assert not (await deliver(sink, header(key), bytes(LENGTH))).already_here
+
+
+@pytest.mark.parametrize("count", [0, 1, 2], ids=["no header", "header", "some values"])
+async def test_a_delivery_that_stalls_gives_back_its_memory_and_its_key(
+    running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub, count: int
+) -> None:
+    parts = [pb.DeliverChunk(header=header(f"stalled-{count}")), pb.DeliverChunk(data=bytes(1000))][:count]
+    before = (await sink.Describe(pb.DescribeRequest())).used_bytes
+    counted = 'dvd_sink_refusals_total{code="deadline_exceeded"}'
+    refusals = (await asyncio.to_thread(read_metrics, running)).get(counted, 0)
+    with pytest.raises(errors.DeadlineExceeded, match="stalled"):
+        await deliver_messages(sink, *parts, stall=True)
+    assert (await sink.Describe(pb.DescribeRequest())).used_bytes == before
+    assert not any((Path(running.options.folder) / ".incoming").iterdir())
+    assert (await asyncio.to_thread(read_metrics, running))[counted] == refusals + 1
+    assert not (await deliver(sink, header(f"stalled-{count}"), bytes(LENGTH))).already_here
+
+
+async def test_a_delivery_that_trickles_is_ended(sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    async def trickle() -> AsyncIterator[pb.DeliverChunk]:
+        yield pb.DeliverChunk(header=header("trickle"))
+        while True:
+            yield pb.DeliverChunk(data=bytes(4))
+            await asyncio.sleep(STALL_SECONDS / 5)
+
+    with pytest.raises(errors.DeadlineExceeded, match=f"The delivery of {LENGTH} bytes took longer"), rpc.translate_errors("s"):
+        await sink.Deliver(trickle())
+    assert not (await deliver(sink, header("trickle"), bytes(LENGTH))).already_here
+
+
 async def send(running: RunningSink, key: str, rows: int, data: bytes) -> pb.DeliverReply:
     """Deliver an embedding the way a vision worker does."""
     header = Header(key, FINGERPRINT, "float32", rows, WIDTH)
@@ -226,7 +324,7 @@ async def test_a_sender_on_the_same_machine_writes_the_file(running: RunningSink
         await send(running, "written-nan", ROWS, NAN)
     with pytest.raises(errors.InvalidRequest, match=f"has {LENGTH - 4} bytes"):
         await send(running, "written-short", ROWS, VALUES[4:])
-    assert not any((Path(running.options.folder) / "incoming").iterdir())
+    assert not any((Path(running.options.folder) / ".incoming").iterdir())
 
 
 async def test_a_sender_that_cannot_write_the_file_streams_the_values(
@@ -248,8 +346,8 @@ async def test_a_full_sink_rejects_large_deliveries_before_their_values_are_sent
     with contextlib.suppress(errors.SinkFull):
         for number in range(1, 100):
             await send(running, f"large-{number}", rows, large)
-            os.link(folder / f"large-{number}", folder / "pinned" / f"large-{number}")
-            links.append(folder / "pinned" / f"large-{number}")
+            os.link(folder / f"large-{number}", folder / ".pinned" / f"large-{number}")
+            links.append(folder / ".pinned" / f"large-{number}")
     before = (await asyncio.to_thread(read_metrics, running))["dvd_sink_received_bytes_total"]
     for number in range(30):
         with pytest.raises(errors.SinkFull):
@@ -268,3 +366,87 @@ async def test_a_full_sink_evicts_and_accepts_more(running: RunningSink, sink: e
     assert (await sink.Has(pb.HasRequest(keys=["many-0", "many-79"]))).tokens == [0, ROWS]
     samples = await asyncio.to_thread(read_metrics, running)
     assert samples['dvd_cache_events_total{event="evictions",tier="sink"}'] >= 80 - samples["dvd_sink_embeddings"]
+
+
+TOKEN = "a-token-of-this-cluster"
+CLUSTER = Credentials(TOKEN)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSink]:
+    """A sink of a cluster with a token."""
+    folder = tmp_path_factory.mktemp("guarded")
+    create_folder(folder / "store")
+    options = SinkOptions(
+        model=str(CHECKPOINT), listen=f"unix:{folder}/sink", http="unix:/nowhere", dtype="float32",
+        folder=str(folder / "store"), budget=2 * (LENGTH + HEADER_SIZE), lease=0.0, metrics_port=free_port(),
+    )  # fmt: skip
+    environment = {**os.environ, TOKEN_VARIABLE: TOKEN}
+    process = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE, env=environment)
+    yield RunningSink(options, process)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(20) == 0
+
+
+async def grant_of(guarded: RunningSink, key: str, size: int = LENGTH, seconds: float = 60) -> bytes:
+    """A grant of the gateway for a delivery to the sink."""
+    async with rpc.open_channel(guarded.options.listen) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 30)
+        stub = embeddings_pb2_grpc.EmbeddingSinkStub(channel)
+        description = await stub.Describe(pb.DescribeRequest(), metadata=CLUSTER.metadata)
+    return GrantSigner(CLUSTER).sign(description.sink, guarded.options.listen, key, size, seconds)
+
+
+async def send_granted(guarded: RunningSink, key: str, grant: bytes, credentials: Credentials = CLUSTER) -> pb.DeliverReply:
+    """Deliver an embedding the way a vision worker of the cluster does."""
+    async with SinkChannels(credentials) as sinks:
+        await sinks.deliver(
+            guarded.options.listen, Header(key, FINGERPRINT, "float32", ROWS, WIDTH), memoryview(VALUES), 30, grant
+        )
+    return pb.DeliverReply()
+
+
+async def test_a_stranger_can_use_no_method_of_a_sink(guarded: RunningSink) -> None:
+    async with rpc.open_channel(guarded.options.listen) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 30)
+        stub = embeddings_pb2_grpc.EmbeddingSinkStub(channel)
+        for metadata in ((), Credentials("another-token-entirely").metadata, (("authorization", TOKEN),)):
+            for call in (
+                stub.Describe(pb.DescribeRequest(), metadata=metadata),
+                stub.Has(pb.HasRequest(keys=["a"]), metadata=metadata),
+                stub.Deliver(iter([pb.DeliverChunk(header=header("a"))]), metadata=metadata),
+            ):
+                with pytest.raises(errors.Unauthorized, match="cluster token") as caught, rpc.translate_errors("sink"):
+                    await call
+                assert TOKEN not in str(caught.value)
+        assert (await stub.Describe(pb.DescribeRequest(), metadata=CLUSTER.metadata)).used_bytes == 0
+
+
+async def test_a_delivery_needs_a_grant_that_fits(guarded: RunningSink) -> None:
+    for grant, message in (
+        (b"", "no grant"),
+        (await grant_of(guarded, "other"), "another embedding"),
+        (await grant_of(guarded, "granted", size=LENGTH - 1), "its grant allows"),
+        (await grant_of(guarded, "granted", seconds=-60), "expired"),
+        (GrantSigner(CLUSTER).sign("another", guarded.options.listen, "granted", LENGTH, 60), "another sink"),
+    ):
+        refused = 'dvd_sink_refusals_total{code="grant_refused"}'
+        before = (await asyncio.to_thread(read_metrics, guarded)).get(refused, 0)
+        with pytest.raises(errors.GrantRefused, match=message):
+            await send_granted(guarded, "granted", grant)
+        assert (await asyncio.to_thread(read_metrics, guarded))[refused] == before + 1
+    await send_granted(guarded, "granted", await grant_of(guarded, "granted"))
+    assert (Path(guarded.options.folder) / "granted").exists()
+
+
+async def test_a_grant_cannot_be_replayed_after_its_delivery(guarded: RunningSink) -> None:
+    grant = await grant_of(guarded, "once")
+    for _ in range(2):  # the second finds the embedding
+        await send_granted(guarded, "once", grant)
+    for key in ("evict-0", "evict-1"):
+        await send_granted(guarded, key, await grant_of(guarded, key))
+    assert not (Path(guarded.options.folder) / "once").exists()
+    with pytest.raises(errors.GrantRefused, match="used already"):
+        await send_granted(guarded, "once", grant)
+    await send_granted(guarded, "once", await grant_of(guarded, "once"))

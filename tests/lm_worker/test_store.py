@@ -47,12 +47,12 @@ def test_a_failed_write_leaves_nothing_behind(folder: Path) -> None:
     assert store.used == 0
     assert store.rows("a") == 0
     assert not (folder / "a").exists()
-    assert not list((folder / "incoming").iterdir())
+    assert not list((folder / ".incoming").iterdir())
 
 
 def test_a_full_file_system_raises_sink_full(folder: Path) -> None:
     store = Store(folder, budget=10 * SIZE, lease=0)
-    (folder / "incoming" / "1").symlink_to("/dev/full")
+    (folder / ".incoming" / "1").symlink_to("/dev/full")
     with pytest.raises(errors.SinkFull, match="The file system of .* is full"):
         put(store, "a")
     assert store.used == 0

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from common.digest import digest
 from protos import embeddings_pb2, vision_pb2
-from server.keys import EncodeSetting, digest, group_keys, image_keys
+from server.keys import EncodeSetting, group_keys, image_keys
 
 SETTING = EncodeSetting("f" * 64, vision_pb2.Tiling(), vision_pb2.Router(), embeddings_pb2.BFLOAT16)
 A, B, C = (hashlib.sha256(text).digest() for text in (b"a", b"b", b"c"))

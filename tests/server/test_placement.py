@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from common import errors
+from common.digest import digest
 from common.tracing import Trace
 from protos import vision_pb2 as pb
 from server import encode_calls
@@ -16,7 +17,6 @@ from server.apis.image_options import ImageOptions
 from server.apis.request import ImagePart, ParsedRequest
 from server.config import GatewayOptions
 from server.http.error_format import OPENAI
-from server.keys import digest
 from server.media.loader import ImageFile
 from server.metrics import Metrics
 from server.placement import EmbeddingPlacer, EngineRequest, ImageReport

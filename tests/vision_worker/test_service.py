@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from common import embedding_stream, errors, logs, rpc
+from common.grants import GrantSigner
+from common.security import OPEN, Credentials
 from common.tiling import Tiling
 from common.tracing import Trace
 from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2_grpc
@@ -99,9 +101,9 @@ class Worker:
         return tuple(self.count("images", outcome=outcome) for outcome in ("encoded", "cached", "joined"))
 
 
-async def serve(name: str, folder: Path, cache: Cache | None = None) -> AsyncIterator[Worker]:
+async def serve(name: str, folder: Path, cache: Cache | None = None, credentials: Credentials = OPEN) -> AsyncIterator[Worker]:
     sink, sink_address, address = Sink(), f"unix:{folder}/sink", f"unix:{folder}/vision"
-    sink_server, server = rpc.create_server(sink_address), rpc.create_server(address)
+    sink_server, server = rpc.create_server(sink_address), rpc.create_server(address, credentials=credentials)
     embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, sink_server)
     encoder, metrics, threads, draining = golden.encoder(name), Metrics(), PrepareThreads(2), asyncio.Event()
     async with (
@@ -115,6 +117,7 @@ async def serve(name: str, folder: Path, cache: Cache | None = None) -> AsyncIte
         service = Service(
             encoder=encoder, batcher=batcher, sinks=sinks, cache=embeddings, prepare_threads=threads,
             liveness=liveness, draining=draining, max_pixels=3_000_000, metrics=metrics, trace=Trace(None, "vision"),
+            grants=GrantSigner(credentials),
         )  # fmt: skip
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)
         await sink_server.start()
@@ -173,7 +176,8 @@ async def test_several_images_of_a_request_are_routed_as_one_group(flash: Worker
 async def test_routes_do_not_depend_on_concurrent_calls(flash: Worker) -> None:
     """Many images at once, hence in mixed batches."""
     cases = [case for case in FLASH if len(case.stems) == 1][::2]
-    replies = await asyncio.gather(*(flash.encode(case.fields["images"][0], name=case.id) for case in cases))
+    calls = (flash.encode(case.fields["images"][0], name=f"case{i}") for i, case in enumerate(cases))
+    replies = await asyncio.gather(*calls)
     assert [list(r.images[0].compressed) for r in replies] == [case.fields["compressed"][0] for case in cases]
 
 
@@ -229,10 +233,19 @@ async def test_the_request_chooses_the_tiling(flash: Worker, tiling: pb.Tiling, 
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"fingerprint": "other"}, errors.CheckpointMismatch, "expects checkpoint other, this vision worker serves"),
-        ({"images": []}, errors.InvalidRequest, "at least one image"),
+        ({"fingerprint": "other"}, errors.CheckpointMismatch, "expects checkpoint 'other', this vision worker serves"),
+        ({"images": []}, errors.InvalidRequest, "0 images: expected 1 to 4096"),
         ({"deliver_to": ""}, errors.InvalidRequest, "deliver_to"),
         ({"dry_run": True}, errors.InvalidRequest, "and not both"),
+        ({"deliver_to": "file:///etc/passwd"}, errors.InvalidRequest, "expected HOST:PORT"),
+        ({"deliver_to": "unix:/" + "x" * 512}, errors.InvalidRequest, "deliver_to has length 518"),
+        ({"caller": "x" * 513}, errors.InvalidRequest, "caller has length 513"),
+        ({"scope": b"x" * 513}, errors.InvalidRequest, "scope has length 513"),
+        ({"images": [pb.Image(key="k")] * 4097}, errors.InvalidRequest, "4097 images"),
+        *(
+            ({"images": [pb.Image(key=key, data=b"a")]}, errors.InvalidRequest, r"images\[0\].key: .* not an embedding key")
+            for key in ("", "schlüssel", "../k", "k\n", "k" * 129, "k" * 100_000)
+        ),
         ({"dtype": 0}, errors.InvalidRequest, "dtype"),
         ({"tiling": pb.Tiling(min_tiles=5, max_tiles=4)}, errors.InvalidRequest, "5 and max_tiles 4"),
         ({"tiling": pb.Tiling(max_tiles=41)}, errors.InvalidRequest, "max_tiles 41.*nor max_tiles 40"),
@@ -382,6 +395,57 @@ async def test_an_image_whose_deadline_has_passed_is_not_decoded(flash: Worker, 
 # Metrics and logs
 
 
+# Keys
+
+
+async def test_a_known_key_with_another_image_gets_the_embedding_of_that_image(caching: Worker) -> None:
+    """Neither the cache nor a shared call depends on the key that a caller claims."""
+    planted = await caching.encode("wide_1300x800.jpg", name="known", deliver_to="", dry_run=True)
+    for _ in range(2):
+        first, second = await asyncio.gather(
+            caching.encode("square.png", name="known"),
+            caching.encode("vga_640x480.png", name="known", deliver_to="", dry_run=True),
+        )
+        assert first.images[0].tokens == 256
+        assert len(first.images[0].compressed) == 1
+        assert caching.sink.headers["known-0"].rows == 256
+        assert len({len(reply.images[0].compressed) for reply in (planted, first, second)}) == 3
+        assert {reply.images[0].key for reply in (planted, first, second)} == {"known-0"}
+    assert caching.outcomes() == (3, 2, 0)
+
+
+async def test_equal_images_share_an_embedding_whatever_their_keys(caching: Worker) -> None:
+    for name, cached in (("one", False), ("two", True)):
+        reply = await caching.encode("square.png", name=name)
+        assert (reply.cached, reply.images[0].key) == (cached, f"{name}-0")
+    assert caching.sink.data["one-0"] == caching.sink.data["two-0"]
+
+
+async def test_callers_of_different_scopes_share_nothing(caching: Worker) -> None:
+    replies = await asyncio.gather(*(caching.encode("square.png", scope=scope) for scope in (b"me", b"you")))
+    assert [reply.cached for reply in replies] == [False, False]
+    assert caching.outcomes() == (2, 0, 0)
+    assert (await caching.encode("square.png", scope=b"you")).cached
+
+
+async def test_each_setting_has_an_embedding_of_its_own(caching: Worker) -> None:
+    settings: list[dict[str, Any]] = [
+        {}, {"tiling": pb.Tiling(max_tiles=6)}, {"tiling": pb.Tiling(min_tiles=4, max_tiles=6)},
+        {"router": pb.Router(mode=pb.Router.ALL)}, {"router": pb.Router(mode=pb.Router.OFF)},
+        {"router": pb.Router(relative_threshold=0)}, {"router": pb.Router(absolute_threshold=0)},
+        {"dtype": embeddings_pb2.BFLOAT16},
+    ]  # fmt: skip
+    for cached in (False, True):
+        assert [(await caching.encode("wide_1300x800.jpg", **fields)).cached for fields in settings] == [cached] * len(settings)
+
+
+async def test_different_files_with_one_key_are_refused(flash: Worker) -> None:
+    images = [pb.Image(key="k", data=golden.image(name)) for name in ("square.png", "square.png", "tiny_33x21.png")]
+    with pytest.raises(errors.InvalidRequest, match=r"images\[2\] has the key of images\[0\]"):
+        await flash.encode(images=images)
+    assert (await flash.encode(images=images[:2])).images[1].tokens == 256
+
+
 async def test_each_stage_is_counted_once_per_encoded_group(caching: Worker) -> None:
     await asyncio.gather(*(caching.encode("wide_1300x800.jpg") for _ in range(2)))
     await caching.encode("wide_1300x800.jpg")
@@ -510,3 +574,27 @@ async def test_a_dry_run_delivers_nothing_and_fills_the_cache(caching: Worker) -
     assert (dry.cached, real.cached, dry.timings.deliver) == (False, True, 0)
     assert caching.outcomes() == (1, 1, 0)
     assert len(caching.sink.data["key-0"]) == real.images[0].tokens * 128 * 4
+
+
+# Grants
+
+CLUSTER = Credentials("a-token-of-this-cluster")
+
+
+async def test_a_worker_connects_only_where_a_grant_allows(tmp_path: Path) -> None:
+    async for worker in serve("flash-qwen3", tmp_path, credentials=CLUSTER):
+        with pytest.raises(errors.Unauthorized, match="cluster token"):
+            await worker.encode("square.png")
+        signer = GrantSigner(CLUSTER)
+        elsewhere = signer.sign("sink", "unix:/elsewhere", "k", 1 << 20, 60)
+        for grant, message in ((b"", "no grant"), (b"x", "cannot be parsed"), (elsewhere, "another address")):
+            images = [pb.Image(key="k", data=golden.image("square.png"), grant=grant)]
+            with pytest.raises(errors.GrantRefused, match=message):
+                await worker.encode(images=images, metadata=CLUSTER.metadata)
+        assert worker.outcomes() == (0, 0, 0), "nothing was computed"
+        assert not worker.sink.data
+        good = signer.sign("sink", worker.sink_address, "k", 1 << 20, 60)
+        images = [pb.Image(key="k", data=golden.image("square.png"), grant=good)]
+        assert (await worker.encode(images=images, metadata=CLUSTER.metadata)).images[0].tokens == 256
+        assert worker.sink.headers["k"].grant == good
+        assert (await worker.encode("square.png", deliver_to="", dry_run=True, metadata=CLUSTER.metadata)).cached is False

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 from urllib.parse import parse_qs, urlsplit
 
+from common.security import TlsFiles
 from vision_worker.cache.memory import MemoryCache
 
 Buffer = bytes | bytearray | memoryview
@@ -46,8 +47,16 @@ class Cache(Protocol):
         """Release connections and memory."""
 
 
-def open_cache(url: str) -> Cache | None:
-    """Open the cache that a URL names; None for `none`. Raises: ValueError naming what is wrong with the URL."""
+def open_cache(url: str, tls: TlsFiles | None = None) -> Cache | None:
+    """Open the cache that a URL names; None for `none`.
+
+    Args:
+        url: The URL.
+        tls: Certificate and authorities for `rediss://`; None: those of the system.
+
+    Raises:
+        ValueError: The URL is wrong; the message says how.
+    """
     if url == "none":
         return None
     parts = urlsplit(url)
@@ -56,7 +65,7 @@ def open_cache(url: str) -> Cache | None:
     if parts.scheme in ("redis", "rediss", "unix"):
         from vision_worker.cache.redis import RedisCache  # imported here so that only its users need the redis package
 
-        return RedisCache(url)
+        return RedisCache(url, tls)
     raise ValueError(f"{url!r} is not a cache URL: use none, memory://, memory://?bytes=N or redis://HOST:PORT/DATABASE")
 
 

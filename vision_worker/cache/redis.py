@@ -5,13 +5,14 @@ The redis server bounds it: run it with `--maxmemory` and `--maxmemory-policy al
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
+from common.security import TlsFiles
 from vision_worker.cache.base import Buffer, CacheRefused
 
 _KEY_PREFIX = "dvd:1:"
@@ -25,11 +26,15 @@ class RedisCache:
 
     tier = "redis"
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tls: TlsFiles | None = None) -> None:
         self.evictions = 0
         # no retries: a miss costs less than waiting for a redis that is down
         self._client = Redis.from_url(
-            url, socket_timeout=_TIMEOUT_SECONDS, socket_connect_timeout=_TIMEOUT_SECONDS, retry=Retry(NoBackoff(), 0)
+            url,
+            **_tls_options(url, tls),
+            socket_timeout=_TIMEOUT_SECONDS,
+            socket_connect_timeout=_TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 0),
         )  # type: ignore[no-untyped-call,unused-ignore]
 
     async def get(self, key: str) -> Buffer | None:
@@ -45,6 +50,12 @@ class RedisCache:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+
+def _tls_options(url: str, tls: TlsFiles | None) -> dict[str, Any]:
+    if tls is None or not url.startswith("rediss://"):
+        return {}
+    return {"ssl_ca_certs": str(tls.ca), "ssl_certfile": str(tls.cert), "ssl_keyfile": str(tls.key)}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import errors, rpc
+from common.security import OPEN, Credentials
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 from tests.server.fakes.vision_worker import checkpoint_description
@@ -26,7 +27,8 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         error: Deliver raises it unless it is None.
     """
 
-    def __init__(self, address: str, http: str) -> None:
+    def __init__(self, address: str, http: str, credentials: Credentials = OPEN) -> None:
+        self._credentials = credentials
         self.address, self.http = address, http
         self.checkpoint = checkpoint_description()
         self.rows: dict[str, int] = {}
@@ -38,7 +40,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def start(self) -> None:
         """Listens at the sink's address."""
-        self._server = rpc.create_server(self.address)
+        self._server = rpc.create_server(self.address, credentials=self._credentials)
         embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(self, self._server)
         await self._server.start()
 
@@ -69,9 +71,9 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 class FakeLanguageWorker:
     """A language worker: an embedding sink and vLLM's HTTP server, on Unix sockets unless addresses are given."""
 
-    def __init__(self, folder: Path, index: int, sink: str = "", http: str = "") -> None:
-        self.engine = FakeVLLM(http or f"unix:{folder}/http-{index}")
-        self.sink = FakeSink(sink or f"unix:{folder}/sink-{index}", self.engine.address)
+    def __init__(self, folder: Path, index: int, sink: str = "", http: str = "", credentials: Credentials = OPEN) -> None:
+        self.engine = FakeVLLM(http or f"unix:{folder}/http-{index}", credentials)
+        self.sink = FakeSink(sink or f"unix:{folder}/sink-{index}", self.engine.address, credentials)
 
     async def start(self) -> None:
         """Starts the HTTP server and the sink."""

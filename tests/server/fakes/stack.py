@@ -181,8 +181,13 @@ async def start_stack(
     gateway_options = GatewayOptions(**{**addresses, **options})
     metrics = Metrics()
     connections = Connections(gateway_options.max_connections, gateway_options.head_timeout, metrics)
-    app = create_app(gateway_options, apis, metrics=metrics)
-    config = uvicorn_config(app, 1, connections, timeout_keep_alive=gateway_options.keep_alive_timeout)
+    config = uvicorn_config(
+        create_app(gateway_options, apis, metrics=metrics),
+        1,
+        connections,
+        gateway_options.trusted_proxies,
+        timeout_keep_alive=gateway_options.keep_alive_timeout,
+    )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     connector = aiohttp.TCPConnector(limit=0, force_close=True)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from common import rpc
+from common.security import OPEN, Credentials
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc, vision_pb2, vision_pb2_grpc
 
@@ -46,8 +47,8 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         waiting_probes: Number of Describe calls that wait for it.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, credentials: Credentials = OPEN) -> None:
+        self.address, self._credentials = address, credentials
         self.checkpoint = checkpoint_description()
         self.description: dict[str, Any] = {}
         self.delay = 0.0
@@ -67,7 +68,7 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
 
     async def start(self) -> None:
         """Listens at the worker's address."""
-        self._server = rpc.create_server(self.address)
+        self._server = rpc.create_server(self.address, credentials=self._credentials)
         vision_pb2_grpc.add_VisionServicer_to_server(self, self._server)
         await self._server.start()
 
@@ -120,9 +121,9 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
             yield pb.DeliverChunk(header=header)
             yield pb.DeliverChunk(data=bytes(header.length))
 
-        channel = rpc.open_channel(request.deliver_to)
+        channel = rpc.open_channel(request.deliver_to, self._credentials)
         with rpc.translate_errors("sink"):
-            await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Deliver(chunks())
+            await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Deliver(chunks(), metadata=self._credentials.metadata)
         await channel.close()
 
     @property

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import re
+import ssl
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
+from common.security import OPEN, Credentials
 from tests.server.fakes.handlers import Handler, event_stream
 
 MODEL = "internvl"
@@ -45,9 +48,19 @@ class ReceivedRequest:
     raw: bytes
 
     @property
+    def unsalted(self) -> bytes:
+        """The body without the salt of the prefix cache, which the gateway puts first."""
+        return re.sub(rb'^\{"cache_salt":"[0-9a-f]{64}",?', b"{", self.raw)
+
+    @property
     def json(self) -> Any:
-        """The parsed body."""
-        return json.loads(self.raw)
+        """The parsed body without its salt."""
+        return {name: value for name, value in json.loads(self.raw).items() if name != "cache_salt"}
+
+    @property
+    def cache_salt(self) -> Any:
+        """The salt of the prefix cache."""
+        return json.loads(self.raw).get("cache_salt")
 
 
 async def default_response(request: web.Request) -> web.StreamResponse:
@@ -69,8 +82,8 @@ class FakeVLLM:
         disconnects: Number of POST requests whose caller left before the response was complete.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, credentials: Credentials = OPEN) -> None:
+        self.address, self._credentials = address, credentials
         self.requests: list[ReceivedRequest] = []
         self.respond: Handler = default_response
         self.models: Any = {"object": "list", "data": [{"id": MODEL, "root": "/secret/folder"}]}
@@ -94,8 +107,21 @@ class FakeVLLM:
         path = self.address.removeprefix("unix:")
         host, _, port = self.address.rpartition(":")
         is_tcp = path == self.address
-        site = web.TCPSite(self._runner, host.strip("[]"), int(port)) if is_tcp else web.UnixSite(self._runner, path)
+        site = (
+            web.TCPSite(self._runner, host.strip("[]"), int(port), ssl_context=self._tls())
+            if is_tcp
+            else web.UnixSite(self._runner, path)
+        )
         await site.start()
+
+    def _tls(self) -> ssl.SSLContext | None:
+        tls = self._credentials.tls
+        if tls is None:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tls.ca))
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_cert_chain(tls.cert, tls.key)
+        return context
 
     async def stop(self) -> None:
         """Closes all connections and stops listening; does nothing where the server is stopped."""

@@ -19,7 +19,7 @@ async def test_a_text_request_and_its_response_pass_byte_for_byte(stack: Stack) 
     response = await stack.post(body)
     assert (response.status, response.body) == (200, COMPLETION)
     assert response.headers["Content-Type"] == "application/json"
-    assert stack.engine.requests[-1].raw == body
+    assert stack.engine.requests[-1].unsalted == body
     assert stack.engine.requests[-1].path == "/v1/chat/completions"
     assert stack.vision.calls == []
     assert "X-DvD-Images" not in response.headers

@@ -27,7 +27,7 @@ COMPRESSED = {
 async def test_a_compressed_request_is_served(shared_stack: Stack, encoding: str, data: bytes) -> None:
     response = await shared_stack.post(data, {"Content-Encoding": encoding})
     assert (response.status, response.body) == (200, COMPLETION)
-    assert shared_stack.engine.requests[-1].raw == BODY
+    assert shared_stack.engine.requests[-1].unsalted == BODY
     assert "Content-Encoding" not in shared_stack.engine.requests[-1].headers
 
 

@@ -17,7 +17,7 @@ from tests.server.gateway.helpers import A, message_content, placeholder, respon
 async def test_completions_take_text_only(stack: Stack) -> None:
     response = await stack.post(body := b'{"model":"internvl", "prompt": "once"}', path="/v1/completions")
     assert (response.status, response.body) == (200, COMPLETION)
-    assert (stack.engine.requests[-1].path, stack.engine.requests[-1].raw) == ("/v1/completions", body)
+    assert (stack.engine.requests[-1].path, stack.engine.requests[-1].unsalted) == ("/v1/completions", body)
     assert (await stack.post({"model": MODEL, "prompt": "a", "vir": {}}, path="/v1/completions")).status == 200
     assert stack.engine.last_json() == {"model": MODEL, "prompt": "a"}
     response = await stack.post({"model": MODEL, "prompt_embeds": "AAAA"}, path="/v1/completions")
@@ -61,7 +61,7 @@ async def test_messages_take_images(stack: Stack) -> None:
     assert stack.vision.images == [A]
     text = json.dumps({"model": MODEL, "max_tokens": 5, "messages": [{"role": "user", "content": "a"}]}).encode()
     assert (await stack.post(text, path="/v1/messages")).status == 200
-    assert stack.engine.requests[-1].raw == text
+    assert stack.engine.requests[-1].unsalted == text
 
 
 async def test_messages_use_anthropics_error_format_and_api_key_header(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ async def test_tokenize_and_detokenize_are_forwarded(stack: Stack) -> None:
     for path, body in (("/tokenize", {"model": MODEL, "prompt": "a"}), ("/detokenize", {"model": MODEL, "tokens": [1]})):
         raw = json.dumps(body).encode()
         assert (await stack.post(raw, path=path)).status == 200
-        assert (stack.engine.requests[-1].path, stack.engine.requests[-1].raw) == (path, raw)
+        assert (stack.engine.requests[-1].path, stack.engine.requests[-1].unsalted) == (path, raw)
 
 
 async def test_usage_counts_visual_tokens_in_responses_and_in_streams(stack: Stack) -> None:

@@ -104,7 +104,7 @@ async def test_prune_removes_workers_that_are_down_and_unlisted() -> None:
     pool.set_members("b", [listed_up.address])
     await pool.prune()
     assert pool.workers == [listed_down, unlisted_up, listed_up]
-    assert unlisted_down.client._channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+    assert unlisted_down.client._connection.channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
 
 
 def fail(pool: Pool[VisionWorker], worker: VisionWorker, times: int = 5) -> None:

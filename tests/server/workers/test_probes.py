@@ -184,7 +184,7 @@ async def test_the_client_of_a_removed_worker_is_closed_after_its_last_use(
             with pytest.raises(errors.Unavailable):
                 await worker.client.describe(1)
         await workers.vision.prune()
-        assert worker.client._channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+        assert worker.client._connection.channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
 
 
 async def test_static_addresses_and_names_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
