@@ -27,6 +27,7 @@ _SLOW = (
     "server/test_main.py",
     "server/test_processes.py",
     "test_entry_points.py",
+    "test_secrets.py",
     "vision_worker/models/test_compiled.py",
     "vision_worker/models/test_intern_vit.py",
     "vision_worker/models/test_internvl.py",

@@ -13,7 +13,7 @@ from urllib.parse import quote, urljoin
 import idna
 from yarl import URL
 
-from common import errors
+from common import errors, secrets
 
 _MAX_URL_LENGTH = 8192
 _SURROUNDING = " \t\r\n"
@@ -94,8 +94,8 @@ def not_public(host: str) -> errors.InvalidRequest:
 
 
 def printable(url: str) -> str:
-    """Return a URL for a message: without query, which may contain a signature, and cut to 200 characters."""
-    return repr(url.split("?")[0].split("#")[0][:200])
+    """Return a URL for a message: without credentials and query, which may contain a signature, cut to 200 characters."""
+    return repr(secrets.redact_url(url.split("?")[0].split("#")[0])[:200])
 
 
 def _split_authority(rest: str) -> tuple[str, str]:
@@ -116,7 +116,8 @@ def _parse_origin(url: str, scheme: str, authority: str) -> URL:
         origin = URL(f"{scheme}://{authority}")
         host, _ = origin.host or "", origin.port
     except ValueError:
-        raise _invalid(url, f"{authority[:200]!r} is not a host with an optional port") from None
+        shown = secrets.redact_url(f"//{authority}")[2:202]
+        raise _invalid(url, f"{shown!r} is not a host with an optional port") from None
     if not host:
         raise _invalid(url, "it names no host")
     return origin
