@@ -20,7 +20,8 @@ _SURROUNDING = " \t\r\n"
 """Characters around a URL that are ignored: callers read URLs from files and tables."""
 _PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # all assigned global unicast; excludes NAT64 and IPv4-mapped addresses
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*", re.IGNORECASE)
-_NOT_IN_URL = re.compile(r"[\x00-\x1f\x7f\\]")
+_NOT_IN_URL = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udc7f\udd00-\udfff]")
+"""Control characters, backslashes, and surrogates other than those that stand for bytes of a header which are not UTF-8."""
 _NOT_IN_HOST = re.compile(r"[^A-Za-z0-9._:\[\]\x80-\U0010ffff-]")
 _TO_ESCAPE = re.compile(r"[^!-~]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
