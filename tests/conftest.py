@@ -24,6 +24,7 @@ _SLOW = (
     "docs/test_site.py",
     "dvd/test_cli.py",
     "dvd/test_drain.py",
+    "fuzz",
     "server/test_main.py",
     "server/test_processes.py",
     "test_entry_points.py",

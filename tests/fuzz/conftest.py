@@ -1,4 +1,6 @@
-"""Hypothesis' profiles: `tests`, which is the same in every run, and `fuzz` for `make fuzz`, with random seeds and more examples."""
+"""Hypothesis' profiles: `tests` is the same in every run; `fuzz`, for `make fuzz`, has random seeds and more examples."""
+
+import os
 
 from hypothesis import HealthCheck, settings
 
@@ -7,5 +9,5 @@ settings.register_profile(
     "tests", max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=_SLOW_IS_FINE
 )
 # the database in .hypothesis/ has what failed: the next run begins with it
-settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=True, suppress_health_check=_SLOW_IS_FINE)
-settings.load_profile("tests")
+settings.register_profile("fuzz", max_examples=400, deadline=None, print_blob=True, suppress_health_check=_SLOW_IS_FINE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))

@@ -64,7 +64,15 @@ def _exchange(data: bytearray, other: bytes, generator: random.Random) -> None:
     data[start : start + size] = other[start : start + size]
 
 
-_DAMAGES: list[Callable[[bytearray, bytes, random.Random], None]] = [_change, _change, _large_number, _cut, _remove, _repeat, _exchange]
+_DAMAGES: list[Callable[[bytearray, bytes, random.Random], None]] = [
+    _change,
+    _change,
+    _large_number,
+    _cut,
+    _remove,
+    _repeat,
+    _exchange,
+]
 
 
 @st.composite

@@ -16,9 +16,9 @@ from tests.fuzz.strategies import damaged, json_values, near
 from tests.option_classes import COMMANDS
 
 NAMES = st.sampled_from(sorted(KNOWN_NAMES)) | st.text("abc_-", max_size=8)
-VALUES = st.sampled_from(["", "0", "1", "-1", "1e400", "nan", "true", "a:1", "unix:/x", "[::1]:5", "redis://:p@h", "{}", "[1", "é\n"]) | (
-    st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=12)
-)
+VALUES = st.sampled_from(
+    ["", "0", "1", "-1", "1e400", "nan", "true", "a:1", "unix:/x", "[::1]:5", "redis://:p@h", "{}", "[1", "é\n"]
+) | (st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=12))
 FLAGS = st.lists(st.builds(lambda name, value: f"--{name.replace('_', '-')}={value}", NAMES, VALUES) | VALUES, max_size=4)
 FILES = st.dictionaries(NAMES, VALUES | json_values, max_size=4)
 EXAMPLE: Any = yaml.safe_load(plan_file.example())
@@ -43,7 +43,9 @@ def test_options_are_valid_or_the_error_is_one_line(
         json.dumps(effective_values(options))
 
 
-@given(damaged([b"port: 8000\nmodel: a\nvllm: {max-model-len: 5}\n", b"a: &a [*a]\n", b"!!python/object/apply:os.system [true]\n"]))
+@given(
+    damaged([b"port: 8000\nmodel: a\nvllm: {max-model-len: 5}\n", b"a: &a [*a]\n", b"!!python/object/apply:os.system [true]\n"])
+)
 def test_a_damaged_file_is_read_or_the_error_is_one_line(tmp_path_factory: Any, content: bytes) -> None:
     file: Path = tmp_path_factory.getbasetemp() / "damaged.yaml"
     file.write_bytes(content)

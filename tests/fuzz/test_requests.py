@@ -50,7 +50,9 @@ def bodies(example: dict[str, Any]) -> "st.SearchStrategy[Any]":
                                     optional={"content": content, "output": content, "type": st.just("message")})  # fmt: skip
     lists = st.lists(message | parts, max_size=3)
     fields = {name: near(value) for name, value in _FIELDS.items()}
-    changed = st.fixed_dictionaries({}, optional={**fields, "messages": lists, "input": lists | content, "images": st.lists(json_values)})
+    changed = st.fixed_dictionaries(
+        {}, optional={**fields, "messages": lists, "input": lists | content, "images": st.lists(json_values)}
+    )
     return st.builds(lambda body, extra: {**body, **extra} if isinstance(body, dict) else body, near(example), changed)
 
 
@@ -87,7 +89,9 @@ def test_a_damaged_body_is_parsed_or_rejected(api: Api, data: st.DataObject) -> 
 
 
 @given(st.sampled_from(content_encoding.SUPPORTED), st.binary(max_size=300), st.integers(1, 500), st.data())
-def test_a_damaged_compressed_body_is_decoded_within_the_limit(encoding: str, body: bytes, limit: int, data: st.DataObject) -> None:
+def test_a_damaged_compressed_body_is_decoded_within_the_limit(
+    encoding: str, body: bytes, limit: int, data: st.DataObject
+) -> None:
     zstd = content_encoding.zstd
     files = [gzip.compress(body * limit), zlib.compress(body * limit), zstd.compress(body * limit), zlib.compress(body)[2:-4]]
     with contextlib.suppress(errors.BodyTooLarge, errors.InvalidRequest):

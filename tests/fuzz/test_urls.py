@@ -78,7 +78,9 @@ def test_a_data_url_is_decoded_within_the_limit_or_rejected(url: str) -> None:
 
 
 @given(st.binary(max_size=LIMIT), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 76))
-def test_a_file_survives_every_spelling_of_its_data_url(data: bytes, url_safe: bool, padded: bool, escaped: bool, width: int) -> None:
+def test_a_file_survives_every_spelling_of_its_data_url(
+    data: bytes, url_safe: bool, padded: bool, escaped: bool, width: int
+) -> None:
     text = (base64.urlsafe_b64encode if url_safe else base64.b64encode)(data)
     text = text if padded else text.rstrip(b"=")
     spelling = quote_from_bytes(text, safe="") if escaped else "\n".join(
