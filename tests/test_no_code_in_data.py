@@ -1,4 +1,4 @@
-"""No shipped file runs code that it reads as data. Ruff's S rules report many such calls; these are errors whatever `noqa` says."""
+"""No shipped file runs code that it reads as data. Ruff's S rules report many such calls; noqa does not silence these."""
 
 import ast
 from collections.abc import Iterator
@@ -50,7 +50,8 @@ def offences(source: str) -> Iterator[str]:
     tree = ast.parse(source)
     names = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level for alias in node.names
+        for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level
+        for alias in node.names
     } | {
         alias.asname: alias.name
         for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names if alias.asname
@@ -96,7 +97,8 @@ def test_no_module_runs_data_as_code(package: str) -> None:
     "source",
     [
         "import pickle", "from cloudpickle import loads", "import dill as d", "import marshal", "import os; os.system(x)",
-        "from os import system as s; s(x)", "import torch as t; t.load(f)", "import numpy as np; np.load(f)", "eval(x)", "exec(x)",
+        "from os import system as s; s(x)", "import torch as t; t.load(f)", "import numpy as np; np.load(f)", "eval(x)",
+        "exec(x)",
         "compile(x, '', 'exec')", "import yaml; yaml.load(x)", "from yaml import full_load as y; y(x)",
         "import subprocess; subprocess.run('ls')", "import subprocess; subprocess.Popen(f'ls {x}')", "f(shell=True)",
         "import tempfile; tempfile.mktemp()", "import hashlib as h; h.md5(x)", "import ssl; ssl._create_unverified_context()",

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 json_values = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=30),
+        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False),
+        st.text(max_size=30),
         st.sampled_from(["", "image_url", "text", "user", "data:,", "auto", "\x00", "<image>", "dvd:x/1", "\U0001f600"]),
     ),
     lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=12), children, max_size=4),

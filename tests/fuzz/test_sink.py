@@ -31,7 +31,8 @@ NUMBERS = st.sampled_from([0, 1, 2, ROWS, WIDTH, 2**31, 2**32 - 1])
 HEADERS = st.builds(
     pb.EmbeddingHeader,
     key=st.text("abcdef0123456789", max_size=130) | st.sampled_from(["", "..", "a/b", "a\0", "é", "k" * 5000]),
-    fingerprint=st.sampled_from([DESCRIPTION.fingerprint, "", "é" * 40]), dtype=st.sampled_from([0, 1, 2, 3, 99]),  # type: ignore[arg-type]
+    fingerprint=st.sampled_from([DESCRIPTION.fingerprint, "", "é" * 40]),
+    dtype=st.sampled_from([0, 1, 2, 3, 99]),
     rows=NUMBERS, width=NUMBERS, length=NUMBERS | st.just(2**64 - 1),
 )  # fmt: skip
 CHUNKS = st.builds(lambda header: pb.DeliverChunk(header=header).SerializeToString(), HEADERS) | st.builds(
@@ -45,8 +46,8 @@ async def address(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str
     folder = tmp_path_factory.mktemp("fuzzed-sink")
     create_folder(folder / "store")
     options = SinkOptions(
-        model=str(CHECKPOINT), listen=f"unix:{folder}/sink", http="unix:/nowhere", dtype="float32", folder=str(folder / "store"),
-        budget=1 << 20, lease=0.0,
+        model=str(CHECKPOINT), listen=f"unix:{folder}/sink", http="unix:/nowhere", dtype="float32",
+        folder=str(folder / "store"), budget=1 << 20, lease=0.0,
     )  # fmt: skip
     async with SinkServer(options):
         yield options.listen

@@ -14,9 +14,11 @@ from server.media.data_urls import decode_data_url
 from server.media.urls import is_public, join_url, parse_url, trim
 
 _WORDS = [
-    "https", "http", "ftp", "file", "data", "://", ":", "/", "//", "\\", "@", "?", "#", "%", "[", "]", "::1", "127.0.0.1", "0x7f.1",
-    "2130706433", "localhost", "example.org", "8.8.8.8", "[2606:4700::1111]", "[::ffff:127.0.0.1]", "[fe80::1%25eth0]", "\u3002",
-    "ｅ", "①", "xn--", "user:pw-hidden", ":443", ":99999", ":-1", " ", "\t", "\r\n", "\x00", "a" * 70, ".", "..", "%2e", "é", "\ud800",
+    "https", "http", "ftp", "file", "data", "://", ":", "/", "//", "\\", "@", "?", "#", "%", "[", "]", "::1", "127.0.0.1",
+    "0x7f.1", "2130706433", "localhost", "example.org", "8.8.8.8", "[2606:4700::1111]", "[::ffff:127.0.0.1]",
+    "[fe80::1%25eth0]", "\u3002", "ｅ", "①", "xn--", "user:pw-hidden",
+    ":443", ":99999", ":-1", " ", "\t", "\r\n", "\x00", "a" * 70,
+    ".", "..", "%2e", "é", "\ud800",
 ]  # fmt: skip
 URLS = st.lists(st.sampled_from(_WORDS) | st.text(max_size=4), max_size=12).map("".join)
 LIMIT = 2000
