@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.options import KNOWN_NAMES, PREFIX, ConfigError, effective_values, logging_options, read_options
@@ -20,10 +20,12 @@ VALUES = st.sampled_from(
     ["", "0", "1", "-1", "1e400", "nan", "true", "a:1", "unix:/x", "[::1]:5", "redis://:p@h", "{}", "[1", "é\n"]
 ) | (st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=12))
 FLAGS = st.lists(st.builds(lambda name, value: f"--{name.replace('_', '-')}={value}", NAMES, VALUES) | VALUES, max_size=4)
-FILES = st.dictionaries(NAMES, VALUES | json_values, max_size=4)
+FILES: Any = st.dictionaries(NAMES, VALUES | json_values, max_size=4)
 EXAMPLE: Any = yaml.safe_load(plan_file.example())
 
 
+@example("language", ["m"], {}, {"vllm": {"\ud800": 1}})
+@example("gateway", [], {"\ud800": "1"}, {"api_key": "\ud800"})
 @given(st.sampled_from(sorted(COMMANDS)), FLAGS, st.dictionaries(NAMES, VALUES, max_size=3), FILES)
 def test_options_are_valid_or_the_error_is_one_line(
     tmp_path_factory: Any, command: str, flags: list[str], variables: dict[str, str], content: dict[str, Any]
@@ -56,6 +58,8 @@ def test_a_damaged_file_is_read_or_the_error_is_one_line(tmp_path_factory: Any, 
 
 
 @given(near(EXAMPLE).map(json.dumps) | damaged([plan_file.example().encode()]).map(lambda text: text.decode(errors="replace")))
+@example(r'{"\ud800": 1}')
+@example(r'{"costs": {"\ud800": 1}}')
 def test_a_plan_is_read_or_the_error_is_one_line(text: str) -> None:
     try:
         plan = plan_file.read(text, {"load": {}, "limits": {}})
