@@ -92,7 +92,7 @@ def test_a_damaged_body_is_parsed_or_rejected(api: Api, data: st.DataObject) -> 
 def test_a_damaged_compressed_body_is_decoded_within_the_limit(
     encoding: str, body: bytes, limit: int, data: st.DataObject
 ) -> None:
-    zstd = content_encoding.zstd
+    zstd: Any = vars(content_encoding)["zstd"]  # of the standard library or backports
     files = [gzip.compress(body * limit), zlib.compress(body * limit), zstd.compress(body * limit), zlib.compress(body)[2:-4]]
     with contextlib.suppress(errors.BodyTooLarge, errors.InvalidRequest):
         assert len(content_encoding.decode(data.draw(damaged(files)), encoding, limit)) <= limit
