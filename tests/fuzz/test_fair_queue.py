@@ -4,7 +4,7 @@ from collections import Counter
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from common.fair_queue import FairQueue
 
@@ -17,6 +17,7 @@ class FairQueueMachine(RuleBasedStateMachine):
     Attributes:
         waiting: Caller and waiting units of each item.
         turns: Units that each caller got since the set of waiting callers changed.
+        by_unit: Whether units are taken one by one. A whole item is one turn, for which its caller waits later.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,11 @@ class FairQueueMachine(RuleBasedStateMachine):
         self.waiting: dict[int, tuple[str, int]] = {}
         self.turns: Counter[str] = Counter()
         self.added = 0
+        self.by_unit = True
+
+    @initialize(by_unit=st.booleans())
+    def choose(self, by_unit: bool) -> None:
+        self.by_unit = by_unit
 
     def _callers(self) -> set[str]:
         return {caller for caller, _ in self.waiting.values()}
@@ -50,15 +56,15 @@ class FairQueueMachine(RuleBasedStateMachine):
         caller, units = self.waiting[item]
         self.turns[caller] += 1
         self._drop(item, caller, units - 1)
-        assert max(self.turns[name] for name in before) - min(self.turns[name] for name in before) <= 2, "turns are equal"
+        turns = [self.turns[name] for name in before]
+        assert not self.by_unit or max(turns) - min(turns) <= 2, "turns are equal"
         self._forget_turns(before)
 
-    @precondition(lambda self: self.waiting)
+    @precondition(lambda self: self.waiting and not self.by_unit)
     @rule()
     def take_item(self) -> None:
         item = self.queue.take_item()
         del self.waiting[item]
-        self.turns.clear()
 
     @rule(number=st.integers(0, 40))
     def remove(self, number: int) -> None:
