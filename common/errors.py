@@ -39,6 +39,7 @@ class GrpcCode(enum.Enum):
 
     INVALID_ARGUMENT = enum.auto()
     UNAUTHENTICATED = enum.auto()
+    PERMISSION_DENIED = enum.auto()
     NOT_FOUND = enum.auto()
     RESOURCE_EXHAUSTED = enum.auto()
     DEADLINE_EXCEEDED = enum.auto()

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Va
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
 
-from common import logs
+from common import logs, secrets
 from common.service_links import is_service_link
 
 PREFIX = "DVD_"
@@ -189,24 +189,42 @@ def _logging_flags(arguments: Sequence[str]) -> dict[str, Any]:
 
 def effective_values(options: Options) -> dict[str, Any]:
     """Return the values in force as JSON, secrets masked."""
-    return options.model_dump(mode="json")
+    values: dict[str, Any] = secrets.redact(options.model_dump(mode="json"))
+    return values
 
 
 def as_arguments(options: Options, target: type[Options], **changed: Any) -> list[str]:
     """Return the arguments that give another process the values of the options that both have.
 
-    Secrets never become arguments, which every user of the machine can read in the process list: pass them by variable.
+    Secrets never become arguments, which every user of the machine can read in the process list: `secret_variables` has them.
 
     Args:
         options: options of this process.
         target: options class of the other process.
         changed: values that replace or complete those of `options`.
     """
-    values = {**{k: v for k, v in options if k in target.model_fields}, **changed}
-    flags = [
-        _flag_with_value(k, v) for k, v in values.items() if k != "model" and v is not None and not isinstance(v, SecretStr)
-    ]
+    values = _shared_values(options, target, changed)
+    flags = [_flag_with_value(k, v) for k, v in values.items() if k != "model" and v is not None and not secrets.is_secret(v)]
     return [*([str(values["model"])] if "model" in target.model_fields else []), *flags]
+
+
+def secret_variables(options: Options, target: type[Options], **changed: Any) -> dict[str, str]:
+    """Return the variables that give another process the secrets that `as_arguments` leaves out. Same arguments."""
+    values = _shared_values(options, target, changed)
+    return {PREFIX + k.upper(): secrets.reveal(v) for k, v in values.items() if secrets.is_secret(v)}
+
+
+def secret_names(options: type[Options]) -> list[str]:
+    """Return the names of the options whose value is always a secret."""
+    return [name for name, field in options.model_fields.items() if _is_secret_field(field)]
+
+
+def _is_secret_field(field: FieldInfo) -> bool:
+    return SecretStr in (field.annotation, *typing.get_args(field.annotation))
+
+
+def _shared_values(options: Options, target: type[Options], changed: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in options if k in target.model_fields}, **changed}
 
 
 def flag_name(name: str) -> str:
@@ -355,8 +373,7 @@ def _describe_error(error: ValidationError, options: type[Options]) -> str:
     if first["type"] == "missing":
         source = flag_name(name) if name in _POSITIONAL else f"{flag_name(name)} (or {PREFIX}{name.upper()})"
         return f"missing {source}: {field.description}"
-    is_secret = SecretStr in (field.annotation, *typing.get_args(field.annotation))
-    value = "(secret)" if is_secret else repr(first["input"])
+    value = "(secret)" if _is_secret_field(field) else secrets.redact_url(repr(first["input"]))
     description = "" if first["type"] == "address" else f" ({field.description})"  # an address error lists the forms
     return f"{flag_name(name)} = {value}: {_expectation(first)}{description}"
 

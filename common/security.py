@@ -114,7 +114,7 @@ class Credentials:
 OPEN = Credentials()
 """Neither token nor TLS."""
 
-TOKEN_REJECTED = "missing or wrong cluster token: start every process with the same DVD_CLUSTER_TOKEN"
+TOKEN_REJECTED = "missing or wrong cluster token: start every process with the same DVD_CLUSTER_TOKEN"  # noqa: S105  # a message
 
 
 class TlsClock:

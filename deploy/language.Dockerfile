@@ -2,12 +2,12 @@
 # DEVICE: cuda, or cpu for vLLM's build for CPUs. Embeddings are stored in /dev/shm: docker run --shm-size=12g.
 ARG DEVICE=cuda
 
-FROM python:3.11.13-slim-bookworm AS build
+FROM python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1 AS build
 ARG DEVICE
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 WORKDIR /src
-RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/dvd
-# dependencies in a layer of their own, which an edit of the source does not rebuild; exact versions from constraints/
+RUN pip install --no-cache-dir uv==0.13.9 && python -m venv --without-pip /opt/dvd
+# dependencies in a layer of their own, which an edit of the source does not rebuild; exact versions and hashes from constraints/
 COPY pyproject.toml ./
 COPY constraints constraints
 RUN --mount=type=cache,target=/root/.cache/uv \
@@ -16,7 +16,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
         cuda) set -- --extra language ;; \
         *) echo "DEVICE=$DEVICE: cpu or cuda" >&2; exit 1 ;; \
     esac \
-    && uv pip install --python /opt/dvd/bin/python -c "constraints/$DEVICE.txt" -r pyproject.toml "$@"
+    && uv pip install --python /opt/dvd/bin/python -c "constraints/$DEVICE.txt" -c "constraints/$DEVICE-hashes.txt" \
+        -r pyproject.toml "$@"
 COPY README.md LICENSE ./
 COPY protos protos
 COPY common common
@@ -25,13 +26,14 @@ COPY lm_worker lm_worker
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/dvd/bin/python --no-deps .
 
-FROM python:3.11.13-slim-bookworm
+FROM python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1
 ARG DEVICE
 # vLLM's CPU kernels are linked with libnuma; on a GPU, Triton compiles its launchers with a C compiler
 # hadolint ignore=DL3008
 RUN if [ "$DEVICE" = cuda ]; then set -- gcc libc6-dev; fi \
     && apt-get update && apt-get install --no-install-recommends -y tini libnuma1 "$@" \
     && rm -rf /var/lib/apt/lists/* \
+    && pip uninstall --yes --quiet pip setuptools wheel \
     && useradd --uid 10001 --user-group --create-home dvd
 COPY --from=build /opt/dvd /opt/dvd
 # a missing GPU is an error: DVD_DEVICE=cuda computes nowhere else. The toolkit compares the driver with NVIDIA_REQUIRE_CUDA,

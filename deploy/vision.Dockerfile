@@ -2,12 +2,12 @@
 # DEVICE: cuda, or cpu for PyTorch's build without CUDA (a fifth of the size).
 ARG DEVICE=cuda
 
-FROM python:3.11.13-slim-bookworm AS build
+FROM python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1 AS build
 ARG DEVICE
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 WORKDIR /src
-RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/dvd
-# dependencies in a layer of their own, which an edit of the source does not rebuild; exact versions from constraints/
+RUN pip install --no-cache-dir uv==0.13.9 && python -m venv --without-pip /opt/dvd
+# dependencies in a layer of their own, which an edit of the source does not rebuild; exact versions and hashes from constraints/
 COPY pyproject.toml ./
 COPY constraints constraints
 RUN --mount=type=cache,target=/root/.cache/uv \
@@ -16,7 +16,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
         cuda) set -- ;; \
         *) echo "DEVICE=$DEVICE: cpu or cuda" >&2; exit 1 ;; \
     esac \
-    && uv pip install --python /opt/dvd/bin/python -c "constraints/$DEVICE.txt" -r pyproject.toml --extra vision "$@"
+    && uv pip install --python /opt/dvd/bin/python -c "constraints/$DEVICE.txt" -c "constraints/$DEVICE-hashes.txt" \
+        -r pyproject.toml --extra vision "$@"
 COPY README.md LICENSE ./
 COPY protos protos
 COPY common common
@@ -25,9 +26,10 @@ COPY vision_worker vision_worker
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/dvd/bin/python --no-deps .
 
-FROM python:3.11.13-slim-bookworm
+FROM python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --no-install-recommends -y tini && rm -rf /var/lib/apt/lists/* \
+    && pip uninstall --yes --quiet pip setuptools wheel \
     && useradd --uid 10001 --user-group --create-home dvd
 COPY --from=build /opt/dvd /opt/dvd
 ARG DEVICE

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.http_get import http_is_ok
-from common.options import ConfigError, as_arguments
+from common.options import ConfigError, as_arguments, secret_variables
 from common.security import TOKEN_VARIABLE, Credentials
 from dvd.devices import Devices, assign
 from dvd.probes import Probe, redis_is_ready, sink_is_ready, vision_is_ready
@@ -91,14 +91,16 @@ def _vision_worker(options: UpOptions, number: int, folder: Path, devices: Devic
     listen = _vision_address(folder, number)
     cache = f"unix://{_redis_socket(folder)}" if options.cache == "redis" else options.cache
     port = _metrics_port(options, number)
-    arguments = as_arguments(
-        options, VisionOptions, listen=listen, cache=cache, metrics_port=port, shutdown_grace=_WORKER_GRACE_SECONDS
-    )
+    changed = {"listen": listen, "cache": cache, "metrics_port": port, "shutdown_grace": _WORKER_GRACE_SECONDS}
     return ProcessSpec(
         f"vision-{number}",
-        ["-P", "-m", "vision_worker", *arguments],
+        ["-P", "-m", "vision_worker", *as_arguments(options, VisionOptions, **changed)],
         functools.partial(vision_is_ready, listen, credentials),
-        {**devices.environment(devices.vision[number]), **_token_variable(credentials)},
+        {
+            **devices.environment(devices.vision[number]),
+            **secret_variables(options, VisionOptions, **changed),
+            **_token_variable(credentials),
+        },
     )
 
 
@@ -108,25 +110,27 @@ def _language_worker(
     listen, http = _sink_address(folder, number), f"unix:{folder}/vllm-{number}"
     port = _metrics_port(options, options.vision_workers + number)
     # vllm_flags contain those of options.vllm
-    arguments = as_arguments(
-        options, LanguageOptions, listen=listen, http=http, metrics_port=port, vllm=None, shutdown_grace=_WORKER_GRACE_SECONDS
-    )
+    changed = {"listen": listen, "http": http, "metrics_port": port, "vllm": None, "shutdown_grace": _WORKER_GRACE_SECONDS}
+    arguments = as_arguments(options, LanguageOptions, **changed)
     return ProcessSpec(
         f"language-{number}",
         ["-P", "-m", "lm_worker", *arguments, "--", *devices.vllm_flags(), *vllm_flags],
         functools.partial(sink_is_ready, listen, credentials),
-        {**devices.language_environment(number), **_token_variable(credentials)},
+        {
+            **devices.language_environment(number),
+            **secret_variables(options, LanguageOptions, **changed),
+            **_token_variable(credentials),
+        },
     )
 
 
 def _gateway(options: UpOptions, folder: Path, credentials: Credentials) -> ProcessSpec:
-    arguments = as_arguments(
-        options,
-        GatewayOptions,
-        vision_workers=[_vision_address(folder, i) for i in range(options.vision_workers)],
-        language_workers=[_sink_address(folder, i) for i in range(options.language_workers)],
-    )
-    secret = {"DVD_API_KEY": options.api_key.get_secret_value()} if options.api_key else {}
+    changed = {
+        "vision_workers": [_vision_address(folder, i) for i in range(options.vision_workers)],
+        "language_workers": [_sink_address(folder, i) for i in range(options.language_workers)],
+    }
+    arguments = as_arguments(options, GatewayOptions, **changed)
+    secret = secret_variables(options, GatewayOptions, **changed)
     is_live = functools.partial(http_is_ok, gateway_address(options), "/health/live")
     variables = {**secret, **_token_variable(credentials)}
     return ProcessSpec("gateway", ["-P", "-m", "server", *arguments], is_live, variables, stop_timeout=_stop_timeout(options))

@@ -39,6 +39,34 @@ def test_constraints_are_exact_versions_and_nothing_else(name: str) -> None:
     assert not {"torchvision", "torchaudio", "torchcodec"} & {line.partition("==")[0] for line in constraints(name)}
 
 
+@pytest.mark.parametrize("name", [*DEVICES, "clients"])
+def test_every_pinned_version_has_hashes(name: str) -> None:
+    """uv checks the hashes of constraints; a package without one would be installed as it comes."""
+    hashes = (ROOT / f"constraints/{name}-hashes.txt").read_text().replace("\\\n", "").splitlines()
+    versions = [line.split()[0] for line in hashes]
+    assert versions == [line.split()[0] for line in constraints(name)]
+    for line in hashes:
+        assert re.search(r" --hash=sha256:[0-9a-f]{64}\b", line), line
+
+
+def test_installations_check_the_hashes() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert "-c constraints/$(DEVICE)-hashes.txt -r $@.missing" in makefile
+    assert "--require-hashes --python .venv-clients/bin/python constraints/clients-hashes.txt" in makefile
+
+
+@pytest.mark.install
+def test_a_file_with_another_hash_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "wanted.txt").write_text("idna==3.20\n")
+    (tmp_path / "hashes.txt").write_text(f"idna==3.20 --hash=sha256:{'0' * 64}\n")
+    command = ["uv", "pip", "install", "--no-deps", "--target", "target", "-c", "hashes.txt", "-r", "wanted.txt"]
+    program = Path(sys.executable).with_name("uv")
+    result = subprocess.run([program, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Hash mismatch" in result.stderr
+    assert not (tmp_path / "target/idna").exists()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_direct_requirement_is_pinned(device: str) -> None:
     pinned = {line.partition("==")[0] for line in constraints(device)}
@@ -87,9 +115,30 @@ def test_ci_runs_the_targets_of_the_makefile() -> None:
     in_script = re.findall(r"^make (\w+)", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert [*words[:3], "soak"] == ["install", "check", "test", "soak"] == in_script
     assert set(words) <= targets
-    for job in workflow["jobs"].values():
-        for step in job["steps"]:
-            assert re.search(r"@v\d+\.\d+\.\d+$", step.get("uses", "@v0.0.0")), step
+
+
+def test_ci_trusts_no_tag_and_has_no_rights() -> None:
+    text = (ROOT / ".github/workflows/ci.yaml").read_text()
+    uses = re.findall(r"uses: (.+)$", text, re.MULTILINE)
+    assert uses
+    for action in uses:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action), action
+    workflow: Any = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    for step in steps:
+        if "actions/checkout@" in step.get("uses", ""):
+            assert step["with"]["persist-credentials"] is False
+    assert not [job for job in workflow["jobs"].values() if "permissions" in job]
+    assert "secrets." not in text
+
+
+def test_dependabot_covers_what_make_lock_does_not() -> None:
+    updates = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
+    folders = {update["package-ecosystem"]: ROOT / update["directory"].lstrip("/") for update in updates}
+    assert set(folders) == {"github-actions", "docker", "npm"}
+    assert (folders["npm"] / "package.json").exists()
+    assert list(folders["docker"].glob("*Dockerfile"))
 
 
 def test_help_names_every_target() -> None:

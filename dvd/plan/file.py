@@ -94,6 +94,8 @@ def _first(errors: list[ErrorDetails]) -> ErrorDetails:
 
 
 def _describe_error(error: ErrorDetails) -> str:
+    if not error["loc"]:  # a key with a lone surrogate, which only YAML's escapes can write
+        return f"expected keys of valid Unicode text: {error['msg']}"
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_suggestion(error['loc'])}"

@@ -13,14 +13,15 @@ from urllib.parse import quote, urljoin
 import idna
 from yarl import URL
 
-from common import errors
+from common import errors, secrets
 
 _MAX_URL_LENGTH = 8192
 _SURROUNDING = " \t\r\n"
 """Characters around a URL that are ignored: callers read URLs from files and tables."""
 _PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # all assigned global unicast; excludes NAT64 and IPv4-mapped addresses
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*", re.IGNORECASE)
-_NOT_IN_URL = re.compile(r"[\x00-\x1f\x7f\\]")
+_NOT_IN_URL = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udc7f\udd00-\udfff]")
+"""Control characters, backslashes, and surrogates other than those that stand for bytes of a header which are not UTF-8."""
 _NOT_IN_HOST = re.compile(r"[^A-Za-z0-9._:\[\]\x80-\U0010ffff-]")
 _TO_ESCAPE = re.compile(r"[^!-~]+")
 _AUTHORITY_END = re.compile(r"[/?#\\]")
@@ -97,8 +98,8 @@ def not_public(host: str) -> errors.InvalidRequest:
 
 
 def printable(url: str) -> str:
-    """Return a URL for a message: without query, which may contain a signature, and cut to 200 characters."""
-    return repr(url.split("?")[0].split("#")[0][:200])
+    """Return a URL for a message: without credentials and query, which may contain a signature, cut to 200 characters."""
+    return repr(secrets.redact_url(url.split("?")[0].split("#")[0])[:200])
 
 
 def origin_of(url: str) -> str:
@@ -128,7 +129,8 @@ def _parse_origin(shown: str, url: str, scheme: str, authority: str) -> URL:
         origin = URL(f"{scheme}://{authority}")
         host, _ = origin.host or "", origin.port
     except ValueError:
-        raise _invalid(shown, f"{authority[:200]!r} is not a host with an optional port") from None
+        host = secrets.redact_url(f"//{authority}")[2:202]
+        raise _invalid(shown, f"{host!r} is not a host with an optional port") from None
     if not host:
         raise _invalid(shown, "it names no host")
     return origin

@@ -46,12 +46,31 @@ def test_hadolint_reports_an_unpinned_base_image() -> None:
 def test_base_images_are_pinned_and_the_user_is_not_root(service: str) -> None:
     file = dockerfile(service)
     for base in file.all("FROM"):
-        assert re.match(r"[\w/]+:\d+\.\d+\.\d+", base), base
+        assert re.match(r"[\w/]+:\d+\.\d+\.\d+[\w-]*@sha256:[0-9a-f]{64}\b", base), base
+    assert len({base.split()[0] for base in file.all("FROM")}) == 1
     assert len(file.all("FROM")) == 2, "build tools must not be in the final image"
     user, group = map(int, file.last("USER").split(":"))
     assert user
     assert group
     assert f"--uid {user} " in file.last("RUN")
+
+
+@EACH_SERVICE
+def test_the_final_image_has_no_installer_and_nothing_is_fetched_by_url(service: str) -> None:
+    file = dockerfile(service)
+    assert not file.all("ADD")
+    assert not [run for run in file.all("RUN") if re.search(r"\b(curl|wget|git clone)\b|https?://", run)]
+    assert "--without-pip" in file.all("RUN")[0]
+    assert "pip uninstall --yes --quiet pip setuptools wheel" in file.last("RUN")
+    assert file.all("COPY")[-1] == "--from=build /opt/dvd /opt/dvd", "sources, tests and caches stay in the build stage"
+    compilers = set(re.findall(r"\b(gcc|g\+\+|clang|build-essential)\b", file.last("RUN")))
+    assert compilers == ({"gcc"} if service == "language" else set()), "Triton compiles its launchers"
+
+
+@EACH_SERVICE
+def test_hashes_are_checked(service: str) -> None:
+    name = "constraints/cpu" if service == "gateway" else '"constraints/$DEVICE'
+    assert f"-c {name}-hashes.txt" in install_command(service)
 
 
 @EACH_SERVICE

@@ -70,3 +70,12 @@ def test_a_missing_redis_server_is_an_error_with_a_hint(tmp_path: Path, monkeypa
 def test_an_invalid_cache_url_is_rejected(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigError, match="--cache"):
         specs_by_name(tmp_path, f"--cache={url}")
+
+
+def test_secrets_go_by_variable_and_never_by_argument(tmp_path: Path) -> None:
+    secrets = {"api_key": "sk-hidden", "cache": "redis://:pw-hidden@cache:6379/0"}
+    options = UpOptions.model_validate({"model": "checkpoint", **secrets})
+    specs = process_specs(options, [], tmp_path)
+    assert not [spec for spec in specs if "hidden" in " ".join(spec.arguments)]
+    variables = {spec.name: {name for name, value in spec.environment.items() if "hidden" in value} for spec in specs}
+    assert variables == {"vision-0": {"DVD_CACHE"}, "language-0": set(), "gateway": {"DVD_API_KEY"}}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 from urllib.parse import parse_qs, urlsplit
 
+from common.secrets import redact_url
 from common.security import TlsFiles
 from vision_worker.cache.memory import MemoryCache
 
@@ -66,7 +67,9 @@ def open_cache(url: str, tls: TlsFiles | None = None) -> Cache | None:
         from vision_worker.cache.redis import RedisCache  # imported here so that only its users need the redis package
 
         return RedisCache(url, tls)
-    raise ValueError(f"{url!r} is not a cache URL: use none, memory://, memory://?bytes=N or redis://HOST:PORT/DATABASE")
+    raise ValueError(
+        f"{redact_url(url)!r} is not a cache URL: use none, memory://, memory://?bytes=N or redis://HOST:PORT/DATABASE"
+    )
 
 
 def _memory_budget(url: str, query: str) -> int:

@@ -105,7 +105,7 @@ async def test_connection_errors_are_described_without_addresses() -> None:
             await fetcher.load(f"http://127.0.0.1:{port}/a")
         with pytest.raises(errors.ImageFetchFailed, match="host name not found"):
             await fetcher.load("http://no-such-name.invalid/a")
-        with pytest.raises(errors.ImageFetchFailed, match="Cannot fetch"):
+        with pytest.raises(errors.InvalidRequest, match=r"character 317 is .\\ud800."):
             await fetcher.load("http://" + "a" * 300 + ".invalid/\ud800")
 
 
