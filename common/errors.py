@@ -26,12 +26,22 @@ DvdError
 """
 
 import asyncio
+from enum import StrEnum
 from http import HTTPStatus
 from typing import Any, ClassVar, Self
 
-import grpc
 
-_Grpc = grpc.StatusCode
+class _Grpc(StrEnum):
+    """Names of `grpc.StatusCode`: decoder processes raise these errors too, and do not load gRPC."""
+
+    INTERNAL = "INTERNAL"
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    NOT_FOUND = "NOT_FOUND"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    UNAVAILABLE = "UNAVAILABLE"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
 
 
 class DvdError(Exception):
@@ -39,7 +49,7 @@ class DvdError(Exception):
 
     Attributes:
         status: HTTP status.
-        grpc_code: gRPC status.
+        grpc_code: name of the gRPC status.
         type: `type` in the error objects of OpenAI's API.
         code: `code` in them; it also identifies the class between processes.
         param: parameter of the request that is wrong, if it is one.
@@ -47,7 +57,7 @@ class DvdError(Exception):
     """
 
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
-    grpc_code: ClassVar[grpc.StatusCode] = _Grpc.INTERNAL
+    grpc_code: ClassVar[str] = _Grpc.INTERNAL
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
 

@@ -153,7 +153,7 @@ async def _abort_on_error(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncI
     except errors.DvdError as error:
         param = ((_ERROR_PARAM_KEY, error.param),) if error.param else ()
         context.set_trailing_metadata(((_ERROR_CODE_KEY, error.code), *param))
-        await context.abort(error.grpc_code, str(error))
+        await context.abort(grpc.StatusCode[error.grpc_code], str(error))
     except (grpc.aio.AbortError, grpc.aio.BaseError):
         raise
     except Exception:

@@ -21,6 +21,7 @@ from server.http.middleware import RequestStatsMiddleware
 from server.http.operations import Operations
 from server.media.fetch import MediaFetcher
 from server.media.loader import MediaLoader
+from server.media.video_decoder import VideoDecoder
 from server.metrics import Metrics
 from server.pipeline import Pipeline
 from server.shutdown import Shutdown
@@ -46,7 +47,8 @@ def create_app(options: GatewayOptions, apis: tuple[Api, ...] = APIS, shutdown: 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with (
             WorkerPools(options.vision_workers, options.language_workers, metrics) as workers,
-            MediaFetcher(options) as fetcher,
+            contextlib.AsyncExitStack() as stack,
+            MediaFetcher(options, stack.enter_context(VideoDecoder(options, metrics.decoder))) as fetcher,
             _running(metrics.process.measure_loop_lag()),
         ):
             trace = Trace(options.trace, "gateway")

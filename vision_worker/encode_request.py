@@ -31,7 +31,7 @@ class ParsedRequest:
         return "/".join(image.key for image in self.images)
 
 
-def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels: int) -> ParsedRequest:
+def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint) -> ParsedRequest:
     """Validate a request against the checkpoint that this worker serves.
 
     Raises: CheckpointMismatch if the caller expects another checkpoint; InvalidRequest.
@@ -47,7 +47,7 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
         raise errors.InvalidRequest("Encode needs either deliver_to or dry_run, and not both")
     return ParsedRequest(
         images=request.images,
-        tiling=_parse_tiling(request.tiling, checkpoint.description, max_pixels),
+        tiling=_parse_tiling(request.tiling, checkpoint.description),
         policy=_parse_router(request.router, checkpoint.description.thresholds),
         dtype=messages.dtype_from_proto(request.dtype),
         deliver_to=request.deliver_to,
@@ -55,13 +55,13 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
     )
 
 
-def _parse_tiling(tiling: pb.Tiling, description: Description, max_pixels: int) -> Tiling:
+def _parse_tiling(tiling: pb.Tiling, description: Description) -> Tiling:
     min_tiles, max_tiles = resolve_tile_bounds(tiling.min_tiles, tiling.max_tiles, description.min_tiles, description.max_tiles)
     if min_tiles > max_tiles or max_tiles > MAX_TILES:
         raise errors.InvalidRequest(
             f"min_tiles {min_tiles} and max_tiles {max_tiles}: min_tiles must not exceed max_tiles, nor max_tiles {MAX_TILES}"
         )
-    return Tiling(min_tiles, max_tiles, description.thumbnail, description.tower.image_size, max_pixels)
+    return Tiling(min_tiles, max_tiles, description.thumbnail, description.tower.image_size)
 
 
 def _parse_router(router: pb.Router, defaults: Thresholds | None) -> vir.Policy:
