@@ -1,10 +1,11 @@
 """Images/s of one core from a JPEG file's bytes to tiles ready for the device, against vLLM's and transformers' processors.
 
-Ours ends with uint8 tiles, because normalisation happens where the tower is; the others end with floats. All run in one
-process with one thread, on the same files, in turn. The run asserts that our tiles, normalised as the vision worker does it
-on the device, are bitwise equal to vLLM's float tensor.
+Ours ends with uint8 tiles, because normalisation happens where the tower is; the others end with floats. Each has one core, and
+they run on the same files, in turn. The run asserts that our tiles, normalised as the vision worker does it on the device, are
+bitwise equal to vLLM's float tensor.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -12,19 +13,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from prometheus_client import CollectorRegistry
 
 from benchmarks.colocated import TORCHVISION_SHIM
 from benchmarks.options import Options
 from benchmarks.result import Result, median_ratio
+from common.decoder_processes import DecoderProcesses
+from common.metrics import DecoderMetrics
 from common.tiling import Tiling
 from vision_worker.models.internvl import normalize
+from vision_worker.preprocessing import image_decoder
 from vision_worker.preprocessing.tiling import cut
 
 PHOTOGRAPH = "sample_data/grace_hopper.jpg"  # NASA/US Navy, public domain, distributed with matplotlib
@@ -33,6 +38,7 @@ HEADLINE_SIZE = "1920 × 1080"
 MAX_TILES = 12
 _PROCESS_TIMEOUT_SECONDS = 600
 _MIN_MEASUREMENT_SECONDS = 0.5
+_DECODE_TIMEOUT_SECONDS, _DECODE_MEMORY_BYTES, _MAX_PIXELS = 20.0, 2 << 30, 64_000_000
 _IMAGES_PER_THREAD = 12
 
 Processor = Callable[[bytes], Any]
@@ -51,9 +57,12 @@ def photographs() -> dict[str, bytes]:
     return files
 
 
-def our_processor(data: bytes) -> Any:
-    """uint8 tiles of a JPEG file."""
-    return cut(data, Tiling(1, MAX_TILES, True)).pixels
+@contextlib.contextmanager
+def our_processor() -> Iterator[Processor]:
+    """Yield what makes uint8 tiles of a JPEG file: a decoder process decodes it, as in a vision worker."""
+    with DecoderProcesses(image_decoder.KIND, _DECODE_MEMORY_BYTES, DecoderMetrics(CollectorRegistry())) as processes:
+        decoder = image_decoder.ImageDecoder(processes, _DECODE_TIMEOUT_SECONDS, _MAX_PIXELS)
+        yield lambda data: decoder.decode(data, lambda image: cut(image, Tiling(1, MAX_TILES, True))).pixels
 
 
 def run(options: Options) -> Result:
@@ -87,9 +96,10 @@ def _measure_scaling(repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         for threads, measured in rates.items():
             images = [data] * _IMAGES_PER_THREAD * threads
-            with ThreadPoolExecutor(threads) as pool:
+            with our_processor() as process, ThreadPoolExecutor(threads) as pool:
+                list(pool.map(process, images[:threads]))  # starts the decoder processes
                 started_at = time.perf_counter()
-                list(pool.map(our_processor, images))
+                list(pool.map(process, images))
                 measured.append(len(images) / (time.perf_counter() - started_at))
     return {f"{threads} threads, images/s": round(statistics.median(measured), 2) for threads, measured in rates.items()}
 
@@ -97,8 +107,8 @@ def _measure_scaling(repeats: int) -> dict[str, float]:
 # The rest runs in the baseline environment.
 
 
-def _processors() -> dict[str, Processor]:
-    return {"ours": our_processor, "vllm": _vllm_processor(), "transformers": _transformers_processor()}
+def _processors(ours: Processor) -> dict[str, Processor]:
+    return {"ours": ours, "vllm": _vllm_processor(), "transformers": _transformers_processor()}
 
 
 def _vllm_processor() -> Processor:
@@ -132,15 +142,18 @@ def _measure(repeats: int) -> dict[str, dict[str, list[float]]]:
     """Images/s by size and processor, in each repeat."""
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    processors = _processors()
-    rates: dict[str, dict[str, list[float]]] = {}
-    for size, data in photographs().items():
-        ours, vllm = normalize(torch.from_numpy(our_processor(data))), processors["vllm"](data)
-        assert torch.equal(ours, vllm), f"our pixels differ from vLLM's at {size}"
-        rates[size] = {name: [] for name in processors}
-        for _ in range(repeats):
-            for name, process in processors.items():
-                rates[size][name].append(_images_per_second(process, data))
+    with our_processor() as ours:
+        processors = _processors(ours)
+        return {size: _measure_file(size, data, processors, repeats) for size, data in photographs().items()}
+
+
+def _measure_file(size: str, data: bytes, processors: dict[str, Processor], repeats: int) -> dict[str, list[float]]:
+    ours, vllm = normalize(torch.from_numpy(processors["ours"](data))), processors["vllm"](data)
+    assert torch.equal(ours, vllm), f"our pixels differ from vLLM's at {size}"
+    rates: dict[str, list[float]] = {name: [] for name in processors}
+    for _ in range(repeats):
+        for name, process in processors.items():
+            rates[name].append(_images_per_second(process, data))
     return rates
 
 

@@ -56,7 +56,7 @@ class DvdError(Exception):
 
     Attributes:
         status: HTTP status.
-        grpc_code: gRPC status.
+        grpc_code: name of the gRPC status.
         type: `type` in the error objects of OpenAI's API.
         code: `code` in them; it also identifies the class between processes.
         param: parameter of the request that is wrong, if it is one.

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from common import errors
 
 _MAGIC = {
-    "PNG": (0, b"\x89PNG\r\n\x1a\n"), "JPEG": (0, b"\xff\xd8\xff"), "GIF": (0, b"GIF8"), "WEBP": (8, b"WEBP"),
+    "PNG": (0, b"\x89PNG\r\n\x1a\n"), "JPEG": (0, b"\xff\xd8\xff"), "WEBP": (8, b"WEBP"), "GIF": (0, b"GIF8"),
     "BMP": (0, b"BM"),
 }  # fmt: skip
 """By format: offset and value of the bytes that identify it."""
+
+IMAGE_FORMATS = tuple(_MAGIC)
+"""Supported image formats, by Pillow's names. The gateway and the vision worker accept the same."""
 
 _PNG_METADATA = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
 """Chunks without influence on the decoded pixels, whose decompressed size Pillow limits."""

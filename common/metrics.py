@@ -68,6 +68,27 @@ class ProcessMetrics:
             self._loop_lag.observe(max(0.0, time.monotonic() - due))
 
 
+class DecoderMetrics:
+    """Metrics of the processes that decode images or videos (`common/decoder_processes.py`).
+
+    Args:
+        registry: registry that they are added to.
+    """
+
+    REASONS = ("abandoned", "cpu", "crash", "memory", "time")
+    """Why a process ends before its time."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.seconds = Histogram(
+            "dvd_decode_seconds", "Seconds to decode an image or video in a decoder process", registry=registry,
+            buckets=STAGE_BUCKETS,
+        )  # fmt: skip
+        self.starts = Counter("dvd_decoder_starts", "Decoder processes started", registry=registry)
+        self.ends = Counter("dvd_decoder_ends", "Decoder processes ended before their time", ["reason"], registry=registry)
+        for reason in self.REASONS:
+            self.ends.labels(reason)
+
+
 def cache_counter(registry: CollectorRegistry) -> Counter:
     """Return a counter of cache events, for code that counts them as they happen."""
     return Counter(_CACHE_EVENTS, _CACHE_HELP, _CACHE_LABELS, registry=registry)

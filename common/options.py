@@ -41,19 +41,16 @@ Address = Annotated[str, AfterValidator(_check_address)]
 
 MODEL_DESCRIPTION = "folder of the checkpoint, or ORG/NAME[@REVISION] on Hugging Face's hub"
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Supported image formats, by Pillow's names. The gateway and the vision worker accept the same."""
-
 KNOWN_NAMES = frozenset({
     "address", "admin", "allow_private_images", "allow_vir", "api_key", "cache", "cluster_token", "cluster_token_file",
-    "cors_origins", "degrade_after", "degrade_threshold", "degrade_tiles", "device", "docs", "fetch_timeout",
-    "fetch_user_agent", "head_timeout", "hedge_share", "host", "http", "insecure", "keep_alive_timeout", "language_workers",
-    "listen", "load_format", "log_format", "log_level", "max_batch_tiles", "max_bodies_bytes", "max_body_bytes",
-    "max_connections", "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight", "max_json_values",
-    "max_prompt_characters", "max_queue_seconds", "max_sequences", "max_tiles", "max_video_bytes", "metrics_port",
-    "min_body_rate", "model", "port", "prepare_threads", "progress_timeout", "request_timeout", "retry_share", "router_scope",
-    "shutdown_delay", "shutdown_grace", "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "tls_ca", "tls_cert",
-    "tls_key", "tls_name", "trace", "trusted_proxies", "vir", "vir_absolute_threshold", "vir_relative_threshold",
+    "cors_origins", "decode_memory", "decode_timeout", "degrade_after", "degrade_threshold", "degrade_tiles", "device", "docs",
+    "fetch_timeout", "fetch_user_agent", "head_timeout", "hedge_share", "host", "http", "insecure", "keep_alive_timeout",
+    "language_workers", "listen", "load_format", "log_format", "log_level", "max_batch_tiles", "max_bodies_bytes",
+    "max_body_bytes", "max_connections", "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight",
+    "max_json_values", "max_prompt_characters", "max_queue_seconds", "max_sequences", "max_tiles", "max_video_bytes",
+    "metrics_port", "min_body_rate", "model", "port", "prepare_threads", "progress_timeout", "request_timeout", "retry_share",
+    "router_scope", "shutdown_delay", "shutdown_grace", "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "tls_ca",
+    "tls_cert", "tls_key", "tls_name", "trace", "trusted_proxies", "vir", "vir_absolute_threshold", "vir_relative_threshold",
     "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "vllm", "wait", "wait_for_embeddings", "workers",
 })  # fmt: skip
 """Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""
@@ -120,6 +117,14 @@ class ImageLimits(Options):
     """Limits that the gateway and the vision worker both enforce."""
 
     max_image_pixels: int = Field(64_000_000, ge=1, description="maximum number of pixels of an image")
+    decode_timeout: float = Field(
+        20.0,
+        ge=1,
+        description="CPU time in seconds to decode a video, or an image of --max-image-pixels; smaller ones get less",
+    )
+    decode_memory: int = Field(
+        2 << 30, ge=64 << 20, description="memory in bytes to decode an image or video in; about 30 per pixel are needed"
+    )
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)

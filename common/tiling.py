@@ -19,14 +19,12 @@ class Tiling:
         max_tiles: maximum number of tiles, thumbnail not counted.
         thumbnail: whether an image of several tiles gets a thumbnail of the whole as its last tile.
         side: side of a tile in pixels.
-        max_pixels: maximum number of pixels of an image.
     """
 
     min_tiles: int
     max_tiles: int
     thumbnail: bool
     side: int = 448
-    max_pixels: int = 64_000_000
 
 
 def resolve_tile_bounds(min_tiles: int, max_tiles: int, default_min: int, default_max: int) -> tuple[int, int]:

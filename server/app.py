@@ -25,6 +25,7 @@ from server.http.middleware import RequestStatsMiddleware
 from server.http.operations import Operations
 from server.media.fetch import MediaFetcher
 from server.media.loader import MediaLoader
+from server.media.video_decoder import VideoDecoder
 from server.metrics import Metrics
 from server.pipeline import Pipeline
 from server.shutdown import Shutdown
@@ -57,7 +58,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with (
             WorkerPools(options.vision_workers, options.language_workers, metrics, credentials=credentials) as workers,
-            MediaFetcher(options) as fetcher,
+            contextlib.AsyncExitStack() as stack,
+            MediaFetcher(options, stack.enter_context(VideoDecoder(options, metrics.decoder))) as fetcher,
             _running(metrics.process.measure_loop_lag()),
         ):
             trace = Trace(options.trace, "gateway")

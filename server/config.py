@@ -117,7 +117,7 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     )
     degrade_tiles: int = Field(4, ge=1, le=MAX_TILES, description="lowest maximum number of tiles to which degradation goes")
     workers: int = Field(1, ge=1, le=64, description="gateway processes; they share the port and the limits of load")
-    fetch_timeout: float = Field(20.0, gt=0, description="timeout in seconds to fetch an image or video, and to decode a video")
+    fetch_timeout: float = Field(20.0, gt=0, description="timeout in seconds to fetch an image or video")
     fetch_user_agent: str | None = Field(
         None,
         max_length=256,

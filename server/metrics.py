@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-from common.metrics import STAGE_BUCKETS, ProcessMetrics, cache_counter
+from common.metrics import STAGE_BUCKETS, DecoderMetrics, ProcessMetrics, cache_counter
 from server.request_stats import RequestStats
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -31,6 +31,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.process = ProcessMetrics(registry, "gateway")
+        self.decoder = DecoderMetrics(registry)
         self.requests = Counter("dvd_requests", "Completed requests", ["route", "code"], registry=registry)
         self.errors = Counter("dvd_errors", "Requests that ended with an error, streams included", ["code"], registry=registry)
         self.in_flight = Gauge("dvd_requests_in_flight", "Requests in flight", registry=registry, multiprocess_mode="livesum")

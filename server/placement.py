@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from common import errors
 from common.digest import digest
 from common.grants import NO_GRANTS, GrantSigner
+from common.image_header import inspect_image
 from common.tasks import gather_or_cancel
 from common.tracing import Trace
 from protos import vision_pb2 as pb
@@ -21,7 +22,6 @@ from server.config import GatewayOptions
 from server.degradation import Degradation, Degraded
 from server.encode_calls import EncodeCalls, EncodeGroup, KeyedImage, Sink
 from server.keys import EncodeSetting, group_keys, image_keys
-from server.media.image_header import inspect_image
 from server.media.loader import ImageFile
 from server.metrics import Metrics
 from server.request_context import RequestContext

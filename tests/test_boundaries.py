@@ -75,7 +75,7 @@ def test_only_the_command_line_imports_the_supervisor_of_all_processes() -> None
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("server.app", ["torch", "vllm", "transformers", "numpy", "vision_worker", "lm_worker", "dvd"]),
+        ("server.app", ["torch", "vllm", "transformers", "numpy", "av", "PIL", "vision_worker", "lm_worker", "dvd"]),
         ("dvd.cli", ["torch", "vllm", "fastapi", "server", "vision_worker", "lm_worker"]),
         ("dvd.health", ["torch", "vllm", "fastapi", "aiohttp", "numpy", "server", "vision_worker", "lm_worker"]),
         ("dvd.up", ["torch", "vllm", "fastapi", "aiohttp", "numpy", "uvicorn"]),

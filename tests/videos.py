@@ -53,3 +53,31 @@ def read_frame_index(file: bytes) -> int:
     """Returns the index that a frame shows; `file` is an image file."""
     stripes = np.asarray(Image.open(io.BytesIO(file)).convert("L")).mean(0).reshape(8, -1).mean(1)
     return sum(1 << i for i, bright in enumerate(stripes > 127) if bright)
+
+
+def slow_video() -> bytes:
+    """Returns a file of a few megabytes whose frames take many seconds to decode: each one shows nothing new."""
+    first, second = _packets((4096, 2160))
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("mpeg4", rate=1000)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 4096, 2160, "yuv420p"
+        for index in range(4000):  # 4 s, so that nothing is gained by seeking
+            packet = av.Packet(second if index else first)
+            packet.stream, packet.time_base = stream, Fraction(1, 1000)
+            packet.pts = packet.dts = index
+            packet.is_keyframe = not index
+            out.mux(packet)
+    return file.getvalue()
+
+
+def _packets(size: tuple[int, int]) -> list[bytes]:
+    """Returns a key frame and one that repeats it."""
+    with av.open(io.BytesIO(), "w", format="avi") as out:
+        stream = out.add_stream("mpeg4", rate=1000)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((size[1], size[0], 3), dtype=np.uint8), format="rgb24")
+        packets = [packet for _ in range(2) for packet in stream.encode(frame)] + stream.encode()
+    return [bytes(packet) for packet in packets[:2]]

@@ -36,7 +36,7 @@ class ParsedRequest:
     """Opaque; only calls of one scope share embeddings."""
 
 
-def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels: int) -> ParsedRequest:
+def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint) -> ParsedRequest:
     """Validate a request against the checkpoint that this worker serves.
 
     Raises: CheckpointMismatch if the caller expects another checkpoint; InvalidRequest.
@@ -59,7 +59,7 @@ def parse_request(request: pb.EncodeRequest, checkpoint: Checkpoint, max_pixels:
         raise errors.InvalidRequest(f"deliver_to {request.deliver_to!a}: expected HOST:PORT, [IPV6]:PORT or unix:/PATH")
     return ParsedRequest(
         images=request.images,
-        tiling=_parse_tiling(request.tiling, checkpoint.description, max_pixels),
+        tiling=_parse_tiling(request.tiling, checkpoint.description),
         policy=_parse_router(request.router, checkpoint.description.thresholds),
         dtype=messages.dtype_from_proto(request.dtype),
         deliver_to=request.deliver_to,
@@ -80,13 +80,13 @@ def _validate_text(name: str, text: str | bytes) -> None:
         raise errors.InvalidRequest(f"{name} has length {len(text)}: expected at most {_MAX_TEXT_LENGTH}")
 
 
-def _parse_tiling(tiling: pb.Tiling, description: Description, max_pixels: int) -> Tiling:
+def _parse_tiling(tiling: pb.Tiling, description: Description) -> Tiling:
     min_tiles, max_tiles = resolve_tile_bounds(tiling.min_tiles, tiling.max_tiles, description.min_tiles, description.max_tiles)
     if min_tiles > max_tiles or max_tiles > MAX_TILES:
         raise errors.InvalidRequest(
             f"min_tiles {min_tiles} and max_tiles {max_tiles}: min_tiles must not exceed max_tiles, nor max_tiles {MAX_TILES}"
         )
-    return Tiling(min_tiles, max_tiles, description.thumbnail, description.tower.image_size, max_pixels)
+    return Tiling(min_tiles, max_tiles, description.thumbnail, description.tower.image_size)
 
 
 def _parse_router(router: pb.Router, defaults: Thresholds | None) -> vir.Policy:

@@ -4,9 +4,9 @@ A family is a module in `vision_worker/models/` with a function `load(checkpoint
 `FAMILIES` and its name among the values of `--vision-backend` (`vision_worker/config.py`). docs/adding-a-vision-family.md
 is the guide. Every family must pass `tests/vision_worker/test_encoder_contract.py`.
 
-An image passes through an encoder in four steps, so that decoding, copying to the device and computing overlap:
+An image passes through an encoder in four steps, so that tiling, copying to the device and computing overlap:
 
-    prepare   bytes of one image -> tiles                  a pool of threads, images in parallel
+    prepare   pixels of one image -> tiles                 a pool of threads, images in parallel
     stage     tiles of one batch -> pixels on the device   stager thread, while the device computes the batch before
     forward   pixels of one batch -> features              device thread, tiles of any requests together
     project   features of one group -> visual tokens       device thread, all images of one Encode call
@@ -84,11 +84,8 @@ class Encoder(Protocol):
     def warmup_batch_sizes(self, max_tiles: int) -> Sequence[int]:
         """Sizes of the batches to run before the first request, in tiles, each at most `max_tiles`; at least one."""
 
-    def prepare(self, data: bytes, options: Tiling) -> Tiles:
-        """Decode one image file and cut it into tiles. Called from several threads at once.
-
-        Raises: InvalidImage, ImageTooLarge.
-        """
+    def prepare(self, image: npt.NDArray[np.uint8], options: Tiling) -> Tiles:
+        """Cut one image, RGB [height, width, 3], into tiles. Called from several threads at once."""
 
     def stage(self, tiles: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """Copy tiles [side, side, 3] to the device, uint8 [n, side, side, 3]; the copy is complete on return.

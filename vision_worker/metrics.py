@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from common.metrics import STAGE_BUCKETS, CacheEventsCollector, ProcessMetrics
+from common.metrics import STAGE_BUCKETS, CacheEventsCollector, DecoderMetrics, ProcessMetrics
 from protos import vision_pb2 as pb
 from vision_worker.cache.embedding_cache import EmbeddingCache
 
@@ -16,6 +16,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.common = ProcessMetrics(registry, "vision")
+        self.decoder = DecoderMetrics(registry)
         self.images = Counter("dvd_vision_images", "Images served, by how they were obtained", ["outcome"], registry=registry)
         self.tiles = Counter("dvd_vision_tiles", "Tiles encoded", registry=registry)
         self.delivered = Counter("dvd_vision_delivered_bytes", "Bytes of embeddings sent to sinks", registry=registry)

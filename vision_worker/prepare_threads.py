@@ -3,28 +3,47 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
+from common.decoder_processes import ABANDON_SECONDS, Call
 from common.fair_queue import FairQueue
 from vision_worker.liveness import CpuClock, Progress
 
 T = TypeVar("T")
 
+SLOW_CPU_SECONDS = 1.0
+"""CPU time after which an image is slow, and the next one gets its turn: its file is hostile, or has many megapixels."""
+
+_SLOW_CHECK_SECONDS = 0.25
+
+
+@dataclass(eq=False)
+class _Running:
+    """An image that has a thread: the call to its decoder, and the timer that finds out whether it is slow."""
+
+    call: Call
+    is_slow: bool = False
+    timer: asyncio.TimerHandle | None = None
+
 
 class PrepareThreads:
     """A pool of threads: `with PrepareThreads(4) as threads: await threads.run(caller, function)`.
 
+    An image that is slow gives up its turn, so that others need not wait: as many may be slow as have turns.
     On leaving, images that wait for a thread are dropped.
 
     Args:
         threads: number of threads.
+        cpu_seconds: returns the CPU time of the processes that decode for them.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._clock = CpuClock()
-        self._executor = ThreadPoolExecutor(threads, "prepare", initializer=self._clock.register)
+    def __init__(self, threads: int, cpu_seconds: Callable[[], float] = lambda: 0.0) -> None:
+        self._clock, self._cpu_seconds = CpuClock(), cpu_seconds
+        self._executor = ThreadPoolExecutor(2 * threads, "prepare", initializer=self._clock.register)
         self._threads = self._free = threads
+        self._slow = 0
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue()
         self._completed = 0
 
@@ -42,34 +61,41 @@ class PrepareThreads:
     @property
     def progress(self) -> Progress:
         """Progress of the threads, which count as busy while an image waits for one of them."""
-        return Progress(self._free == 0 and self.waiting > 0, self._completed, self._clock.seconds())
+        return Progress(self._free == 0 and self.waiting > 0, self._completed, self._clock.seconds() + self._cpu_seconds())
 
     @property
     def is_idle(self) -> bool:
         """Whether no thread runs a function."""
-        return self._free == self._threads
+        return self._free == self._threads and not self._slow
 
-    async def run(self, caller: str, function: Callable[[], T], check: Callable[[], None] = lambda: None) -> T:
+    async def run(self, caller: str, function: Callable[[Call], T], check: Callable[[], None] = lambda: None) -> T:
         """Run `function` in a thread, once it is the caller's turn, and return its result.
 
-        If this task is cancelled while it waits, `function` does not run.
+        If this task is cancelled while it waits, `function` does not run. If it is cancelled later, the call to the decoder is
+        abandoned.
 
         Args:
             caller: opaque id of the caller.
-            function: what to run.
+            function: what to run, with the `Call` for its decoder.
             check: called before, in this task; what it raises is raised instead.
         """
         await self._wait_for_turn(caller)
+        running = _Running(Call())
         try:
             check()
-            future = self._executor.submit(function)
+            future = self._executor.submit(function, running.call)
         except BaseException:
             self._release()
             raise
         loop = asyncio.get_running_loop()
+        self._watch(running, loop)
         # not when this task ends: a cancelled task does not stop its thread
-        future.add_done_callback(lambda future: self._release_from_thread(loop, future))
-        return await asyncio.wrap_future(future)
+        future.add_done_callback(lambda _: self._release_from_thread(loop, running))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            loop.call_later(ABANDON_SECONDS, running.call.abandon)
+            raise
 
     async def _wait_for_turn(self, caller: str) -> None:
         """Take a thread, or wait until one is free and it is the caller's turn."""
@@ -87,13 +113,30 @@ class PrepareThreads:
         finally:
             self._queue.remove(turn)
 
-    def _release_from_thread(self, loop: asyncio.AbstractEventLoop, _future: "Future[T]") -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
-            loop.call_soon_threadsafe(self._complete)
+    def _watch(self, running: _Running, loop: asyncio.AbstractEventLoop) -> None:
+        """Look again and again whether an image is slow, until it is, or has ended."""
+        running.timer = loop.call_later(_SLOW_CHECK_SECONDS, self._check_speed, running, loop)
 
-    def _complete(self) -> None:
-        self._completed += 1
+    def _check_speed(self, running: _Running, loop: asyncio.AbstractEventLoop) -> None:
+        if self._slow == self._threads or running.call.cpu_seconds() < SLOW_CPU_SECONDS:
+            self._watch(running, loop)
+            return
+        running.is_slow = True
+        self._slow += 1
         self._release()
+
+    def _release_from_thread(self, loop: asyncio.AbstractEventLoop, running: _Running) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+            loop.call_soon_threadsafe(self._complete, running)
+
+    def _complete(self, running: _Running) -> None:
+        self._completed += 1
+        if running.timer is not None:
+            running.timer.cancel()
+        if running.is_slow:
+            self._slow -= 1
+        else:
+            self._release()
 
     def _release(self) -> None:
         """Pass a thread on to the next image, or keep it free."""

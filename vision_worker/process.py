@@ -14,6 +14,7 @@ import grpc.aio
 from common import rpc
 from common.admin import admin_of_worker
 from common.checkpoint import Checkpoint
+from common.decoder_processes import DecoderProcesses
 from common.grants import GrantSigner
 from common.metrics import serve_metrics
 from common.phases import Phases
@@ -29,7 +30,8 @@ from vision_worker.delivery import SinkChannels
 from vision_worker.liveness import IDLE_CPU_SECONDS, PREPARE_IDLE_CPU_SECONDS, Liveness, Watch
 from vision_worker.metrics import Metrics
 from vision_worker.prepare_threads import PrepareThreads
-from vision_worker.preprocessing import resampling
+from vision_worker.preprocessing import image_decoder, resampling
+from vision_worker.preprocessing.image_decoder import ImageDecoder
 from vision_worker.service import Service
 
 log = logging.getLogger("dvd.vision")
@@ -65,7 +67,11 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases, cr
     async with AsyncExitStack() as stack:
         batcher = await stack.enter_async_context(Batcher(encoder, max_tiles, metrics, trace))
         await _warm_up(batcher, f"{max_tiles} tiles on {placement.device}", options.vision_compile, phases)
-        prepare_threads = stack.enter_context(PrepareThreads(options.prepare_threads or os.cpu_count() or 1))
+        processes = DecoderProcesses(image_decoder.KIND, options.decode_memory, metrics.decoder)
+        prepare_threads = stack.enter_context(
+            PrepareThreads(options.prepare_threads or os.cpu_count() or 1, processes.cpu_seconds)
+        )
+        stack.enter_context(processes).start()
         stack.callback(trace.flush)
         cache = await stack.enter_async_context(EmbeddingCache(open_cache(options.cache, credentials.tls)))
         metrics.watch(cache)
@@ -75,9 +81,9 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases, cr
         )
         draining = asyncio.Event()
         service = Service(
-            encoder=encoder, batcher=batcher, sinks=sinks, cache=cache, prepare_threads=prepare_threads, liveness=liveness,
-            draining=draining, max_pixels=options.max_image_pixels, metrics=metrics, trace=trace,
-            grants=GrantSigner(credentials),
+            encoder=encoder, decoder=ImageDecoder(processes, options.decode_timeout, options.max_image_pixels),
+            batcher=batcher, sinks=sinks, cache=cache, prepare_threads=prepare_threads, liveness=liveness,
+            draining=draining, metrics=metrics, trace=trace, grants=GrantSigner(credentials),
         )  # fmt: skip
         _set_on_signal(draining)
         stack.enter_context(admin_of_worker(options.admin, draining.set, draining.is_set, credentials))

@@ -9,10 +9,11 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from common import errors, logs, messages
+from common.decoder_processes import Call
 from common.embedding import Header
 from common.grants import NO_GRANTS, GrantSigner
 from common.tasks import SingleFlight, gather_or_cancel
@@ -29,11 +30,14 @@ from vision_worker.keys import embedding_keys
 from vision_worker.liveness import Liveness
 from vision_worker.metrics import Metrics
 from vision_worker.prepare_threads import PrepareThreads
+from vision_worker.preprocessing.image_decoder import ImageDecoder
 from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.weights import DTYPES
 
 if TYPE_CHECKING:
     import grpc.aio
+    import numpy as np
+    import numpy.typing as npt
 
 log = logging.getLogger("dvd.encode")
 
@@ -55,14 +59,14 @@ class Service(vision_pb2_grpc.VisionServicer):
     """Serves Encode calls. Concurrent calls for the same group share one encode.
 
     Args:
-        encoder: the vision tower, used here to decode and tile images.
+        encoder: the vision tower, used here to tile images.
+        decoder: decodes image files.
         batcher: encodes tiles.
         sinks: delivers embeddings.
         cache: embeddings of earlier calls.
         prepare_threads: threads that decode and tile images.
         liveness: whether the threads make progress.
         draining: set when the worker is about to stop.
-        max_pixels: largest image accepted, in pixels.
         metrics: counters and histograms to update.
         trace: where stages are recorded.
         grants: verifies what allows a delivery.
@@ -72,19 +76,19 @@ class Service(vision_pb2_grpc.VisionServicer):
         self,
         *,
         encoder: Encoder,
+        decoder: ImageDecoder,
         batcher: Batcher,
         sinks: SinkChannels,
         cache: EmbeddingCache,
         prepare_threads: PrepareThreads,
         liveness: Liveness,
         draining: asyncio.Event,
-        max_pixels: int,
         metrics: Metrics,
         trace: Trace,
         grants: GrantSigner = NO_GRANTS,
     ) -> None:
-        self._encoder, self._batcher, self._sinks, self._cache = encoder, batcher, sinks, cache
-        self._prepare_threads, self._max_pixels, self._metrics, self._trace = prepare_threads, max_pixels, metrics, trace
+        self._encoder, self._decoder, self._batcher, self._sinks, self._cache = encoder, decoder, batcher, sinks, cache
+        self._prepare_threads, self._metrics, self._trace = prepare_threads, metrics, trace
         self._liveness, self._draining, self._grants = liveness, draining, grants
         metrics.waiting_images.set_function(lambda: prepare_threads.waiting)
         self._in_flight: SingleFlight[_Embeddings] = SingleFlight()
@@ -116,7 +120,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         """
         logs.adopt_request_id(context)
         with self._observe_call(len(request.images)) as log_fields:
-            parsed = parse_request(request, self._encoder.checkpoint, self._max_pixels)
+            parsed = parse_request(request, self._encoder.checkpoint)
             self._check_grants(parsed)
             keys = await embedding_keys(parsed, self._checkpoint.fingerprint)
             joined, deadline = self._join(keys[0], context.time_remaining())
@@ -215,16 +219,20 @@ class Service(vision_pb2_grpc.VisionServicer):
         return _Embeddings(images, [embedding.data for embedding in group.images], timings)
 
     async def _prepare(self, request: ParsedRequest, index: int, deadline: Deadline) -> tuple[float, Tiles]:
-        """Decode and tile an image in a thread. An error names the image by its index in the call.
+        """Decode an image in a process, and tile it in a thread. An error names the image by its index in the call.
 
         Returns: the seconds it waited for a thread, and its tiles.
         """
         submitted, image = time.monotonic(), request.images[index]
 
-        def prepare() -> tuple[float, Tiles]:
-            waited = time.monotonic() - submitted
+        def prepare(call: Call) -> tuple[float, Tiles]:
+            started = time.monotonic()
             # a message makes a copy of its bytes for each use: not before the thread needs them
-            return waited, self._encoder.prepare(image.data, request.tiling)
+            return started - submitted, self._decoder.decode(image.data, functools.partial(cut, started), call)
+
+        def cut(started: float, pixels: npt.NDArray[np.uint8]) -> Tiles:
+            decode_seconds = time.monotonic() - started
+            return replace(self._encoder.prepare(pixels, request.tiling), decode_seconds=decode_seconds)
 
         def check() -> None:
             if deadline.passes_within(0):

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from benchmarks.gpu.kit import Kit, Measurement
 from common.tiling import Tiling
+from vision_worker.preprocessing.decoding import decode
 from vision_worker.preprocessing.tiling import cut
 
 _SIZE = (1920, 1080)
+_MAX_PIXELS = 64_000_000
 _IMAGES_PER_WORKER = 24
 _COARSENESS = 16
 
@@ -52,7 +55,7 @@ def _tiles_per_second(pool: Executor, data: bytes, images: int, workers: int) ->
 
 def count_tiles(data: bytes) -> int:
     """Decode and cut an image file, and return the number of its tiles; the pixels stay where they were cut."""
-    return len(cut(data, Tiling(1, 12, True)).pixels)
+    return len(cut(np.asarray(decode(data, _MAX_PIXELS)), Tiling(1, 12, True)).pixels)
 
 
 def _jpeg() -> bytes:

@@ -16,7 +16,7 @@ from vision_worker.preprocessing import tiling
 
 def cut_tiles(image: Image.Image, style: Style) -> npt.NDArray[np.uint8]:
     """Return the tiles that the vision worker cuts, uint8 [n, side, side, 3]."""
-    return tiling.cut_image(image, style.tiling).pixels
+    return tiling.cut(np.asarray(image), style.tiling).pixels
 
 
 def tile_crop_origins(scene: Scene, tile_count: int) -> list[tuple[int, int]]:

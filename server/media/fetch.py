@@ -17,13 +17,12 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from common import errors
+from common.image_header import inspect_image
 from server.config import ServingOptions
-from server.media import video
 from server.media.data_urls import BASE64_PIECE, decode_data_url, too_large
-from server.media.image_header import inspect_image
 from server.media.urls import is_public, join_url, not_public, origin_of, parse_url, printable, trim
+from server.media.video_decoder import VideoDecoder
 
-_VIDEO_THREADS = 2
 _LOOKUP_THREADS = 32
 _MAX_PENDING_LOOKUPS = 256
 _MAX_REDIRECTS = 3
@@ -78,12 +77,10 @@ class PublicResolver(AbstractResolver):
 
 
 class MediaFetcher:
-    """Fetches images and videos. `async with MediaFetcher(options) as fetcher`."""
+    """Fetches images and videos. `async with MediaFetcher(options, videos) as fetcher`."""
 
-    def __init__(self, options: ServingOptions, resolver: AbstractResolver | None = None) -> None:
-        self._options = options
-        # not the event loop's own threads: a few long videos would delay the images of all requests
-        self._video_threads = ThreadPoolExecutor(_VIDEO_THREADS, "video")
+    def __init__(self, options: ServingOptions, videos: VideoDecoder, resolver: AbstractResolver | None = None) -> None:
+        self._options, self._videos = options, videos
         self._resolver = resolver
         self._session: aiohttp.ClientSession
 
@@ -103,7 +100,6 @@ class MediaFetcher:
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
-        self._video_threads.shutdown(wait=False, cancel_futures=True)
 
     async def load(self, url: str) -> bytes:
         """Load an image file. Raises `InvalidRequest`, `InvalidImage`, `ImageTooLarge`, `ImageFetchFailed`."""
@@ -115,13 +111,10 @@ class MediaFetcher:
         """Load at most `count` frames of a video, as PNG files.
 
         Raises:
-            InvalidVideo: The file cannot be decoded.
-            DeadlineExceeded: Decoding took longer than `--fetch-timeout`.
+            InvalidVideo: The file cannot be decoded, or exceeds a limit of CPU time or memory.
             InvalidRequest, ImageTooLarge, ImageFetchFailed: As for `load`.
         """
-        data, options = await self._load(url, self._options.max_video_bytes), self._options
-        work = functools.partial(video.sample_frames, data, count, options.max_image_pixels, options.fetch_timeout)
-        return await asyncio.get_running_loop().run_in_executor(self._video_threads, work)
+        return await self._videos.sample_frames(await self._load(url, self._options.max_video_bytes), count)
 
     async def _load(self, url: str, limit: int) -> bytes:
         url = trim(url)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from common import errors
+from common.image_header import inspect_image
 from common.tasks import gather_or_cancel
 from server.apis.request import ImagePart, ParsedRequest, format_path
 from server.media.fetch import MediaFetcher
-from server.media.image_header import inspect_image
 
 _MAX_PARALLEL_FETCHES = 8
 
@@ -38,7 +38,6 @@ class MediaLoader:
 
         Raises:
             InvalidRequest: An image or video cannot be fetched or decoded, or is too large. `param` is its location.
-            DeadlineExceeded: A video was not decoded in time.
         """
         sources: dict[tuple[str, int], ImagePart] = {}
         for image in request.images:
@@ -78,7 +77,7 @@ class MediaLoader:
             if image.frames:
                 return await self._fetcher.load_frames(image.url, image.frames)
             return [await self._fetcher.load(image.url)]
-        except (errors.InvalidRequest, errors.DeadlineExceeded) as error:
+        except errors.InvalidRequest as error:
             raise error.at(format_path(image.path)) from None
 
 

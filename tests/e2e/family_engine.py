@@ -26,6 +26,7 @@ def encode_images(checkpoint: Path, store_folder: Path) -> dict[str, int]:
     from common.tiling import Tiling
     from lm_worker.shared_memory import create_folder
     from lm_worker.store import Store
+    from tests.vision_worker.images import pixels
     from vision_worker import encoder as encoders
     from vision_worker.config import VisionOptions
     from vision_worker.models import vir
@@ -37,7 +38,7 @@ def encode_images(checkpoint: Path, store_folder: Path) -> dict[str, int]:
     store = Store(store_folder, budget=64 << 20, lease=0)
     rows = {}
     for file in IMAGE_FILES:
-        tiles = encoder.prepare((IMAGES / file).read_bytes(), Tiling(1, 2, description.thumbnail))
+        tiles = encoder.prepare(pixels((IMAGES / file).read_bytes()), Tiling(1, 2, description.thumbnail))
         policy = vir.select_policy(0, description.thresholds)
         projected = encoder.project(encoder.forward(encoder.stage(list(tiles.pixels))), range(len(tiles)), policy)
         embedding = torch.cat(projected.blocks).float()

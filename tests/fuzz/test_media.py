@@ -4,13 +4,14 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import errors
+from common.image_header import inspect_image
 from common.tiling import Tiling
 from protos import vision_pb2
-from server.media.image_header import inspect_image
 from server.media.video import sample_frames
 from server.token_counts import tile_count
 from tests.fuzz.strategies import damaged
@@ -31,10 +32,8 @@ VIDEOS = [
     (DATA / "trouble/B34w_rotated.mp4").read_bytes(),
 ]  # fmt: skip
 MAX_PIXELS = 1_000_000
-SECONDS = 2.0
-"""Time limit of a video."""
 SLACK_SECONDS = 30.0
-"""Time that a busy machine may take beyond it, and for an image of at most `MAX_PIXELS`."""
+"""Time that a busy machine may take for an image of at most `MAX_PIXELS`, or a small video."""
 
 
 @given(damaged(IMAGES) | st.binary(max_size=64))
@@ -44,7 +43,7 @@ def test_gateway_and_vision_worker_agree_on_an_image(file: bytes) -> None:
         size = inspect_image(file, MAX_PIXELS)
     except (errors.InvalidImage, errors.ImageTooLarge) as error:
         assert len(str(error)) < 400
-        size = None
+        return  # neither process decodes it
     with warnings.catch_warnings(action="ignore"):
         try:
             pixels = decode(file, MAX_PIXELS)
@@ -61,14 +60,14 @@ def test_gateway_and_vision_worker_agree_on_an_image(file: bytes) -> None:
 def test_a_damaged_video_has_frames_or_is_rejected_in_time(file: bytes, count: int) -> None:
     started = time.monotonic()
     try:
-        frames = sample_frames(file, count, MAX_PIXELS, SECONDS)
-    except (errors.InvalidVideo, errors.ImageTooLarge, errors.DeadlineExceeded) as error:
+        frames = list(sample_frames(file, count, MAX_PIXELS))
+    except (errors.InvalidVideo, errors.ImageTooLarge) as error:
         assert len(str(error)) < 400
     else:
         assert 1 <= len(frames) <= count
         for frame in frames:
             inspect_image(frame, MAX_PIXELS)
-    assert time.monotonic() - started < SECONDS + SLACK_SECONDS
+    assert time.monotonic() - started < SLACK_SECONDS
 
 
 @settings(max_examples=40)
@@ -76,5 +75,5 @@ def test_a_damaged_video_has_frames_or_is_rejected_in_time(file: bytes, count: i
 def test_the_gateway_counts_the_tiles_that_the_vision_worker_cuts(width: int, height: int, most: int, fewer: int) -> None:
     least = max(1, most - fewer)
     checkpoint = checkpoint_description(tile_size=28)
-    tiles = cut(image_file(1, (width, height)), Tiling(least, most, checkpoint.thumbnail, checkpoint.tile_size))
+    tiles = cut(np.zeros((height, width, 3), np.uint8), Tiling(least, most, checkpoint.thumbnail, checkpoint.tile_size))
     assert len(tiles.pixels) == tile_count((width, height), vision_pb2.Tiling(min_tiles=least, max_tiles=most), checkpoint)

@@ -89,9 +89,9 @@ DAMAGED = {
     "truncated JPEG": (JPEG[: len(JPEG) // 2], "truncated"),
     "JPEG without its last 100 bytes": (JPEG[:-100], "truncated"),
     "truncated PNG": (SQUARE[:-3000], "truncated"),
-    "bad checksum of the header": (SQUARE[:29] + b"\0\0\0\0" + SQUARE[33:], "checksum in b'IHDR'"),
+    "bad checksum of the header": (SQUARE[:29] + b"\0\0\0\0" + SQUARE[33:], "IHDR has a wrong checksum"),
     "bad checksum of the header and a large text": (
-        with_chunk(SQUARE[:29] + b"\0\0\0\0" + SQUARE[33:], chunk(b"zTXt", LARGE_TEXT)), "checksum in b'IHDR'"
+        with_chunk(SQUARE[:29] + b"\0\0\0\0" + SQUARE[33:], chunk(b"zTXt", LARGE_TEXT)), "IHDR has a wrong checksum"
     ),
     "only the magic of PNG": (b"\x89PNG\r\n\x1a\n", "damaged PNG"),
     "text": (b"hello", "not an image in a supported format: PNG, JPEG"),

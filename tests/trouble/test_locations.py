@@ -13,7 +13,7 @@ from tests.server.fakes.requests import chat, data_url, image_file, image_part, 
 from tests.server.fakes.stack import Response, Stack
 from tests.server.fakes.vllm import MODEL
 from tests.trouble.media_stack import DATA, TROUBLE, start_media_stack
-from tests.videos import encode_video
+from tests.videos import encode_video, slow_video
 
 GOOD = image_file()
 JPEG = (DATA / "golden/images/hd_1920x1080.jpg").read_bytes()
@@ -90,8 +90,13 @@ async def test_a_video_is_named(media_stack: tuple[Stack, Any]) -> None:
             assert_located(await stack.chat(image_part(GOOD), video), code, "messages[0].content[1]")
 
 
-async def test_a_video_that_is_not_decoded_in_time_is_named(tmp_path: Path) -> None:
-    async with start_media_stack(tmp_path, fetch_timeout=1e-9) as (stack, _):
-        link = data_url(encode_video("mp4", "mpeg4", 20), "video/mp4")
+async def test_a_video_that_takes_too_long_is_named(tmp_path: Path) -> None:
+    async with start_media_stack(tmp_path, decode_timeout=1) as (stack, _):
+        link = data_url(slow_video(), "video/mp4")
         response = await stack.chat(text_part("a"), {"type": "video_url", "video_url": {"url": link}})
-    assert (response.status, response.error["param"]) == (504, "messages[0].content[1]")
+        assert_located(response, "invalid_video", "messages[0].content[1]")
+        assert "--decode-timeout" in response.error["message"]
+        ended = await stack.metric('dvd_decoder_ends_total{reason="cpu"') + await stack.metric(
+            'dvd_decoder_ends_total{reason="time"'
+        )
+        assert ended == 1

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from common.checkpoint import open_checkpoint
 from common.tiling import Tiling
+from tests.vision_worker.images import pixels
 from vision_worker.encoder import Encoder, GroupEmbedding, Placement
 from vision_worker.models import internvl, vir
 from vision_worker.models.internvl import InternVL
@@ -72,7 +73,7 @@ def tiling(encoder: Encoder) -> Tiling:
 
 
 def tiles(encoder: Encoder, name: str) -> Tiles:
-    return encoder.prepare(image(name), tiling(encoder))
+    return encoder.prepare(pixels(image(name)), tiling(encoder))
 
 
 @functools.cache

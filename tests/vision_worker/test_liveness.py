@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from common.tracing import Trace
 from protos import embeddings_pb2, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from tests.vision_worker import golden
+from tests.vision_worker.images import start_image_decoder
 from vision_worker import liveness
 from vision_worker.batcher import Batcher
 from vision_worker.cache.embedding_cache import EmbeddingCache
@@ -144,9 +147,9 @@ class SlowEncoder(Fake):
         self.cpu_seconds = 0.0
         self.forwards = 0
 
-    def prepare(self, data: bytes, options: Tiling) -> Tiles:
+    def prepare(self, image: npt.NDArray[np.uint8], options: Tiling) -> Tiles:
         assert self.decoder.wait(120)
-        return super().prepare(data, options)
+        return super().prepare(image, options)
 
     def forward(self, pixels: Tensor) -> Tensor:
         self.forwards += 1
@@ -191,7 +194,7 @@ class Worker:
 async def start(folder: Path, progress_timeout: float = 0) -> AsyncIterator[Worker]:
     encoder, metrics, address = SlowEncoder(), Metrics(), f"unix:{folder}/vision"
     server = rpc.create_server(address)
-    with PrepareThreads(1) as threads:
+    with start_image_decoder(metrics.decoder) as (decoder, _), PrepareThreads(1) as threads:
         async with (
             Batcher(encoder, 4, metrics) as batcher,
             SinkChannels() as sinks,
@@ -199,8 +202,9 @@ async def start(folder: Path, progress_timeout: float = 0) -> AsyncIterator[Work
             rpc.open_channel(address) as channel,
         ):
             service = Service(
-                encoder=encoder, batcher=batcher, sinks=sinks, cache=EmbeddingCache(None), prepare_threads=threads,
-                liveness=watched, draining=asyncio.Event(), max_pixels=64_000_000, metrics=metrics,
+                encoder=encoder, decoder=decoder, batcher=batcher, sinks=sinks, cache=EmbeddingCache(None),
+                prepare_threads=threads,
+                liveness=watched, draining=asyncio.Event(), metrics=metrics,
                 trace=Trace(None, "vision"),
             )  # fmt: skip
             vision_pb2_grpc.add_VisionServicer_to_server(service, server)

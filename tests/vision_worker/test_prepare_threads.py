@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from common import errors
+from common.decoder_processes import Call
 from vision_worker.prepare_threads import PrepareThreads
 
 
@@ -18,10 +19,10 @@ class Work:
         self.started: list[str] = []
         self.open = threading.Event()
 
-    def named(self, name: str) -> Callable[[], str]:
+    def named(self, name: str) -> Callable[[Call], str]:
         return functools.partial(self._run, name)
 
-    def _run(self, name: str) -> str:
+    def _run(self, name: str, _: Call) -> str:
         self.started.append(name)
         assert self.open.wait(60)
         return name
@@ -50,7 +51,7 @@ async def test_the_backlog_of_one_caller_does_not_delay_another() -> None:
 async def test_all_threads_are_used_and_none_is_lost_by_errors_and_cancellations() -> None:
     work = Work()
 
-    def fail() -> None:
+    def fail(_: Call) -> None:
         raise errors.InvalidImage("not an image")
 
     with PrepareThreads(3) as threads:
@@ -96,6 +97,47 @@ async def test_a_check_that_fails_frees_the_thread() -> None:
                 await threads.run("A", work.named("a"), check)
         assert await threads.run("A", work.named("b")) == "b"
         assert work.started == ["b"]
+
+
+async def test_an_image_that_is_slow_gives_up_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are threads; more than that keep theirs."""
+    monkeypatch.setattr("vision_worker.prepare_threads._SLOW_CHECK_SECONDS", 0.01)
+    slow = {"s0", "s1", "s2", "s3", "s4"}
+    work, calls = Work(), dict[Call, str]()
+    monkeypatch.setattr(Call, "cpu_seconds", lambda call: 2.0 if calls.get(call) in slow else 0.0)
+
+    def run(name: str, call: Call) -> str:
+        calls[call] = name
+        return work.named(name)(call)
+
+    with PrepareThreads(2) as threads:
+        tasks = [asyncio.create_task(threads.run("A", functools.partial(run, f"s{i}"))) for i in range(5)]
+        await until(lambda: len(work.started) == 4)
+        assert not threads.is_idle
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert threads.waiting == 1
+        work.open.set()
+        assert set(await asyncio.gather(*tasks)) == slow
+        await until(lambda: threads.is_idle)
+        assert await threads.run("A", functools.partial(run, "z")) == "z"
+        await until(lambda: threads.is_idle)
+
+
+async def test_a_task_that_is_cancelled_abandons_its_call() -> None:
+    work, calls = Work(), list[Call]()
+
+    def run(call: Call) -> str:
+        calls.append(call)
+        return work.named("a")(call)
+
+    with PrepareThreads(1) as threads:
+        task = asyncio.create_task(threads.run("A", run))
+        await until(lambda: bool(work.started))
+        task.cancel()
+        await until(lambda: calls[0].is_abandoned)
+        work.open.set()
+        await until(lambda: threads.is_idle)
 
 
 async def test_threads_are_busy_while_an_image_waits() -> None:

@@ -1,7 +1,7 @@
 """The service over a real socket, delivering to a small sink."""
 
 import asyncio
-import functools
+import contextlib
 import logging
 import math
 import threading
@@ -22,6 +22,7 @@ from common.tracing import Trace
 from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from tests.vision_worker import golden
+from tests.vision_worker.images import start_image_decoder
 from vision_worker.batcher import Batcher, EncodedGroup
 from vision_worker.cache.base import Cache
 from vision_worker.cache.embedding_cache import EmbeddingCache
@@ -107,6 +108,7 @@ async def serve(name: str, folder: Path, cache: Cache | None = None, credentials
     embeddings_pb2_grpc.add_EmbeddingSinkServicer_to_server(sink, sink_server)
     encoder, metrics, threads, draining = golden.encoder(name), Metrics(), PrepareThreads(2), asyncio.Event()
     async with (
+        contextlib.AsyncExitStack() as stack,
         Batcher(encoder, 16, metrics) as batcher,
         EmbeddingCache(cache) as embeddings,
         SinkChannels() as sinks,
@@ -114,9 +116,10 @@ async def serve(name: str, folder: Path, cache: Cache | None = None, credentials
         rpc.open_channel(address) as channel,
     ):
         metrics.watch(embeddings)
+        decoder, _ = stack.enter_context(start_image_decoder(metrics.decoder, max_pixels=3_000_000))
         service = Service(
-            encoder=encoder, batcher=batcher, sinks=sinks, cache=embeddings, prepare_threads=threads,
-            liveness=liveness, draining=draining, max_pixels=3_000_000, metrics=metrics, trace=Trace(None, "vision"),
+            encoder=encoder, decoder=decoder, batcher=batcher, sinks=sinks, cache=embeddings, prepare_threads=threads,
+            liveness=liveness, draining=draining, metrics=metrics, trace=Trace(None, "vision"),
             grants=GrantSigner(credentials),
         )  # fmt: skip
         vision_pb2_grpc.add_VisionServicer_to_server(service, server)
@@ -369,15 +372,15 @@ async def test_a_call_does_not_join_a_group_that_was_dropped(flash: Worker, monk
 
 
 async def test_an_image_whose_deadline_has_passed_is_not_decoded(flash: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, decoded = threading.Event(), list[bytes]()
+    release, decoded = threading.Event(), list[Any]()
     prepare = InternVL.prepare
 
-    def record(encoder: InternVL, data: bytes, options: Tiling) -> Tiles:
-        decoded.append(data)
-        return prepare(encoder, data, options)
+    def record(encoder: InternVL, image: Any, options: Tiling) -> Tiles:
+        decoded.append(image)
+        return prepare(encoder, image, options)
 
     monkeypatch.setattr(InternVL, "prepare", record)
-    busy = [asyncio.create_task(flash.threads.run("", functools.partial(release.wait, 60))) for _ in range(2)]
+    busy = [asyncio.create_task(flash.threads.run("", lambda _: release.wait(60))) for _ in range(2)]
     with pytest.raises(errors.DeadlineExceeded):
         await flash.encode("square.png", seconds=1)
     monkeypatch.setattr(Deadline, "passes_within", lambda _self, seconds: seconds == 0)
@@ -475,7 +478,7 @@ async def test_errors_are_counted_by_code_and_gauges_return_to_zero(flash: Worke
 
 async def test_a_call_cancelled_before_a_thread_is_free_no_longer_waits(flash: Worker) -> None:
     release = threading.Event()
-    busy = [asyncio.create_task(flash.threads.run("", functools.partial(release.wait, 60))) for _ in range(2)]
+    busy = [asyncio.create_task(flash.threads.run("", lambda _: release.wait(60))) for _ in range(2)]
     call = asyncio.create_task(flash.encode("square.png"))
     async with asyncio.timeout(20):
         while flash.sample("waiting_images") != 1:

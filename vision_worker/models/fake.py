@@ -7,6 +7,8 @@ model cannot interpret them.
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,9 +36,9 @@ class Fake:
         """The largest batch only: nothing here depends on the size."""
         return [max_tiles]
 
-    def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
+    def prepare(self, image: npt.NDArray[np.uint8], options: Tiling) -> tiling.Tiles:
         """See `Encoder.prepare`."""
-        return tiling.cut(data, options)
+        return tiling.cut(image, options)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """A hash of 32 bits for each tile, int64 [n]."""

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -99,9 +101,9 @@ class InternVL:
         """Every size that a compiled tower runs at; otherwise the largest batch."""
         return self._tower.warmup_sizes if isinstance(self._tower, CompiledTower) else [max_tiles]
 
-    def prepare(self, data: bytes, options: Tiling) -> tiling.Tiles:
+    def prepare(self, image: npt.NDArray[np.uint8], options: Tiling) -> tiling.Tiles:
         """See `Encoder.prepare`."""
-        return tiling.cut(data, options)
+        return tiling.cut(image, options)
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:

@@ -1,15 +1,20 @@
 """Decodes image files to RGB as the official implementation does, and files that Pillow rejects as image viewers do.
 
-EXIF rotation is ignored and alpha is dropped without blending. The functions are thread-safe: they change no setting of Pillow.
+EXIF rotation is ignored and alpha is dropped without blending. `python -m vision_worker.preprocessing.decoding` is a decoder
+process, see `image_decoder.py`; only there may files of callers be decoded.
 """
 
 import io
+import warnings
+from io import BufferedWriter
+from typing import Any
 
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, ImageChops, PpmImagePlugin, UnidentifiedImageError
 
 from common import errors
-from common.image_files import check_size, with_jpeg_end, without_png_metadata
-from common.options import IMAGE_FORMATS
+from common.decoder_child import serve
+from common.image_files import IMAGE_FORMATS, check_size, with_jpeg_end, without_png_metadata
+from common.image_header import check_jpeg_scans
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns up to twice its limit; `check_size` checks ours from the file's header
 
@@ -18,6 +23,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Decode an image file to RGB. Raises: InvalidImage, ImageTooLarge."""
     if not data:
         raise errors.InvalidImage("The image is empty (0 bytes).")
+    check_jpeg_scans(data)
     try:
         return _decode(data, max_pixels)
     except (errors.DvdError, MemoryError):
@@ -66,3 +72,16 @@ def _invalid(data: bytes, error: Exception) -> errors.InvalidImage:
         return errors.InvalidImage(f"The file ({len(data)} bytes) is not an image in a supported format: {known}.")
     reason = " ".join(str(error).split())[:200]
     return errors.InvalidImage(f"The image ({len(data)} bytes) cannot be decoded: {reason}. Is the file complete?")
+
+
+def _serve_call(arguments: dict[str, Any], data: bytes, output: BufferedWriter) -> dict[str, Any]:
+    """Decode an image for another process: the output is a PPM file, which Pillow writes without a copy of the pixels."""
+    image = decode(data, arguments["max_pixels"])
+    image.save(output, PpmImagePlugin.PpmImageFile.format)
+    return {"width": image.width, "height": image.height}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # of Pillow about metadata, which nobody would read
+    Image.preinit()
+    serve(_serve_call)

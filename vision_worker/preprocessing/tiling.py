@@ -1,6 +1,6 @@
-"""Cuts an image file into tiles exactly as the official implementation does (`dynamic_preprocess` of InternVL).
+"""Cuts an image into tiles exactly as the official implementation does (`dynamic_preprocess` of InternVL).
 
-The filter is Pillow's bicubic. `common/tiling.py` selects the grid, `decoding.py` decodes the file. The functions are
+The filter is Pillow's bicubic. `common/tiling.py` selects the grid, `decoding.py` decodes files. The functions are
 thread-safe and need no device.
 """
 
@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from common.tiling import Tiling, has_thumbnail, select_grid
-from vision_worker.preprocessing.decoding import decode
 from vision_worker.preprocessing.resampling import resize
 
 
@@ -45,21 +43,15 @@ class Tiles:
         return replace(self, pixels=self.pixels[:0].copy())
 
 
-def cut(data: bytes, tiling: Tiling) -> Tiles:
-    """Decode an image file, resize it and cut it. Raises: InvalidImage, ImageTooLarge."""
+def cut(image: npt.NDArray[np.uint8], tiling: Tiling) -> Tiles:
+    """Resize an RGB image, uint8 [height, width, 3], to its grid and cut it."""
     started = time.monotonic()
-    image = decode(data, tiling.max_pixels)
-    decoded = time.monotonic()
-    tiles = cut_image(image, tiling)
-    return replace(tiles, decode_seconds=decoded - started, cut_seconds=time.monotonic() - decoded)
-
-
-def cut_image(image: Image.Image, tiling: Tiling) -> Tiles:
-    """Resize an RGB image to its grid and cut it."""
-    columns, rows = select_grid(image.width, image.height, tiling)
+    height, width = image.shape[:2]
+    columns, rows = select_grid(width, height, tiling)
     side = tiling.side
     sizes = [(side * columns, side * rows), *([(side, side)] if has_thumbnail(columns, rows, tiling) else [])]
-    whole, *thumbnail = resize(np.asarray(image), sizes)
+    whole, *thumbnail = resize(image, sizes)
     tiles = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     pixels = np.concatenate([tiles, *(small[None] for small in thumbnail)])
-    return Tiles(pixels, columns, rows, tuple(hash(tile.tobytes()) for tile in pixels))
+    hashes = tuple(hash(tile.tobytes()) for tile in pixels)
+    return Tiles(pixels, columns, rows, hashes, cut_seconds=time.monotonic() - started)

@@ -16,7 +16,7 @@ from demo.scenes.labels import tile_windows
 from demo.scenes.style import Style
 from demo.text.questions import TASKS
 from tests.demo.evaluation.fake_gateway import SCENE, SCENE_TILES
-from vision_worker.preprocessing.tiling import cut
+from tests.vision_worker.images import cut_file
 
 
 def test_each_task_has_the_requested_number_of_questions() -> None:
@@ -76,7 +76,7 @@ def test_equal_scenes_become_equal_files() -> None:
         first, second = image_data_urls(QuestionGroup("trained pairs", index, (), (SCENE, SCENE)))
         assert first == second
         data = base64.b64decode(first.split(",")[1])
-        assert len(cut(data, Style().tiling)) == SCENE_TILES
+        assert len(cut_file(data, Style().tiling)) == SCENE_TILES
         assert first.startswith("data:image/png") == data.startswith(b"\x89PNG")
 
 

@@ -104,7 +104,7 @@ def test_windows_match_the_tiles_of_the_vision_worker(style: Style) -> None:
     """A tile is the resized image, cropped at the window."""
     for scene in sample_scenes(style, 4):
         picture = draw_scene(scene)
-        cut = tiling.cut(png(picture), style.tiling)
+        cut = tiling.cut(np.asarray(picture), style.tiling)
         windows = tile_windows(scene, style)
         assert len(windows) == len(cut)
         assert [w.shows_whole_scene for w in windows] == ([True] if len(cut) == 1 else [False] * (len(cut) - 1) + [True])

@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp.abc import AbstractResolver, ResolveResult
+from prometheus_client import CollectorRegistry
 
+from common.metrics import DecoderMetrics
 from server.config import ServingOptions
 from server.media.fetch import MediaFetcher
+from server.media.video_decoder import VideoDecoder
 from tests.server.fakes.requests import image_file
 
 PNG = image_file()
@@ -38,5 +41,7 @@ def _family(address: str) -> socket.AddressFamily:
 @contextlib.asynccontextmanager
 async def open_fetcher(resolver: AbstractResolver | None = None, **options: Any) -> AsyncIterator[MediaFetcher]:
     """Yield a fetcher with these options; without a resolver, the system resolves names."""
-    async with MediaFetcher(ServingOptions(**options), resolver) as fetcher:
-        yield fetcher
+    serving = ServingOptions(**options)
+    with VideoDecoder(serving, DecoderMetrics(CollectorRegistry())) as videos:
+        async with MediaFetcher(serving, videos, resolver) as fetcher:
+            yield fetcher

@@ -11,7 +11,7 @@ from PIL import Image
 from common import errors
 from common.tiling import Tiling
 from tests.vision_worker import golden
-from vision_worker.preprocessing.tiling import cut
+from tests.vision_worker.images import cut_file
 
 TILING = Tiling(min_tiles=1, max_tiles=12, thumbnail=True)
 
@@ -35,16 +35,16 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_every_mode_of_png_is_decoded(mode: str) -> None:
     image = Image.new(mode, (60, 50))
-    assert cut(image_file(image), TILING).pixels.dtype == np.uint8
+    assert cut_file(image_file(image), TILING).pixels.dtype == np.uint8
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("L", "JPEG"), ("RGB", "WEBP"), ("P", "GIF"), ("RGB", "BMP")])
 def test_other_supported_formats_are_decoded(mode: str, kind: str) -> None:
-    assert len(cut(image_file(Image.new(mode, (448, 448)), kind), TILING)) == 1
+    assert len(cut_file(image_file(Image.new(mode, (448, 448)), kind), TILING)) == 1
 
 
 def test_alpha_is_dropped_and_not_blended() -> None:
-    tiles = cut(image_file(Image.new("RGBA", (448, 448), (200, 10, 30, 0))), TILING)
+    tiles = cut_file(image_file(Image.new("RGBA", (448, 448), (200, 10, 30, 0))), TILING)
     assert (tiles.pixels == (200, 10, 30)).all()
 
 
@@ -54,7 +54,7 @@ def test_exif_orientation_is_ignored() -> None:
     exif[0x0112] = 6
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", exif=exif)
-    tiles = cut(buffer.getvalue(), TILING)
+    tiles = cut_file(buffer.getvalue(), TILING)
     assert (tiles.columns, tiles.rows) == (2, 1)
 
 
@@ -62,14 +62,14 @@ def test_tiles_are_cut_row_by_row_with_the_thumbnail_last() -> None:
     image = Image.new("RGB", (896, 1344))
     for i, (x, y) in enumerate((x, y) for y in range(3) for x in range(2)):
         image.paste((40 * i, 0, 0), (448 * x, 448 * y, 448 * (x + 1), 448 * (y + 1)))
-    tiles = cut(image_file(image), TILING)
+    tiles = cut_file(image_file(image), TILING)
     assert [int(tile[224, 224, 0]) for tile in tiles.pixels[:6]] == [0, 40, 80, 120, 160, 200]
     assert tiles.pixels.shape == (7, 448, 448, 3)
-    assert len(cut(image_file(image), Tiling(1, 12, thumbnail=False))) == 6
+    assert len(cut_file(image_file(image), Tiling(1, 12, thumbnail=False))) == 6
 
 
 def test_equal_tiles_have_equal_hashes() -> None:
-    tiles = cut(golden.image("blank_1344x896.png"), TILING)
+    tiles = cut_file(golden.image("blank_1344x896.png"), TILING)
     assert len(tiles) == 7
     assert len(set(tiles.hashes)) == len({tile.tobytes() for tile in tiles.pixels})
 
@@ -85,15 +85,15 @@ def test_equal_tiles_have_equal_hashes() -> None:
 )  # fmt: skip
 def test_incomplete_images_are_rejected(data: bytes) -> None:
     with pytest.raises(errors.InvalidImage):
-        cut(data, TILING)
+        cut_file(data, TILING)
 
 
 def test_unsupported_formats_of_pillow_are_rejected() -> None:
     with pytest.raises(errors.InvalidImage, match="PNG, JPEG"):
-        cut(image_file(Image.new("RGB", (10, 10)), "TIFF"), TILING)
+        cut_file(image_file(Image.new("RGB", (10, 10)), "TIFF"), TILING)
 
 
 @pytest.mark.parametrize("size", [(8001, 8000), (200_000, 200_000), (2**31 - 1, 2**31 - 1)])
 def test_a_decompression_bomb_is_rejected_before_it_is_decoded(size: tuple[int, int]) -> None:
     with pytest.raises(errors.ImageTooLarge, match="64000000"):
-        cut(decompression_bomb(*size), TILING)
+        cut_file(decompression_bomb(*size), TILING)

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from common import errors
-from common.options import IMAGE_FORMATS
-from server.media.image_header import inspect_image
+from common.image_files import IMAGE_FORMATS
+from common.image_header import inspect_image
 from tests.server.fakes.requests import image_file
 from tests.server.media.helpers import PNG
 
