@@ -25,7 +25,8 @@ async def terminate(_fleet: Fleet, member: Member) -> None:
 
 async def drain(_fleet: Fleet, member: Member) -> None:
     """Run `dvd drain`. Raises `RuntimeError` if it fails."""
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "dvd.cli", "drain", member.admin, cwd=ROOT)
+    command = [sys.executable, "-c", "from dvd.cli import main; main()", "drain", member.admin]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=sys.stderr)
     if status := await process.wait():
         raise RuntimeError(f"dvd drain {member.name} ended with {status}")
 
