@@ -4,7 +4,7 @@ Every caller has a start tag, the virtual time at which its next unit is due. Th
 its tag grows by one over its weight for each unit. A caller that joins starts at the current virtual time: it neither waits for
 the backlog of the others, nor is it compensated for the time before. Virtual time passes with every unit, even if each one is
 the first of a new caller: those that wait are served in the end. An empty queue remembers whose turn it was, since what was
-taken last may still be in service: `forget` tells it when nothing is. docs/decisions/0030-turns-of-callers.md explains the choices.
+taken last may still be in service: `forget` tells it when nothing is. docs/decisions/0030-turns-of-callers.md explains why.
 
 The items of one caller are served in the order in which they would finish if they shared the caller's turns equally. So a
 small item overtakes a large one, equal items keep their order of arrival, and no item finishes later than with equal shares.
