@@ -15,10 +15,10 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import available_cores, returns_ok
-from tests.server.fakes.named_gateway import NAMES_VARIABLE
 from common.processes import die_with_parent
 from dvd.up_processes import find_redis_server
 from tests.ports import free_port
+from tests.server.fakes import named_gateway
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests/data/golden/flash-qwen3/checkpoint"
@@ -154,10 +154,10 @@ class Fleet:
         self.gateways = [
             Member(
                 f"gateway-{i}",
-                [sys.executable, "-m", "tests.server.fakes.named_gateway", f"--port={(port := free_port())}", f"--workers={processes}",
+                [sys.executable, "-m", named_gateway.__name__, f"--port={(port := free_port())}", f"--workers={processes}",
                  f"--vision-workers=dns:vision:{ports['vision']}", f"--language-workers=dns:language:{ports['language']}",
                  "--router-scope=request", f"--admin={_admin(folder, f'gateway-{i}')}"],
-                folder, f"127.0.0.1:{port}", {NAMES_VARIABLE: str(self.names.path)},
+                folder, f"127.0.0.1:{port}", {named_gateway.NAMES_VARIABLE: str(self.names.path)},
             )
             for i, processes in enumerate(gateways)
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m tests.server.fakes.named_gateway FLAGS`: a gateway whose names are resolved by a file, which a test rewrites as it likes.
+"""`python -m tests.server.fakes.named_gateway FLAGS`: a gateway that resolves names by a file, which a test may rewrite.
 
 The file, whose path is in an environment variable, maps each name to its hosts, as JSON. With `--workers` each process imports
 this module, so that all of them resolve names alike.
