@@ -52,12 +52,8 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def Describe(self, request: Any, context: Any) -> pb.LanguageDescription:  # noqa: N802
         await self.responsive.wait()
-        return pb.LanguageDescription(
-            checkpoint=self.checkpoint,
-            dtype=self.dtype,
-            http=self.http,
-            draining=self.draining,  # type: ignore[arg-type]
-        )
+        dtype: Any = self.dtype  # protobuf's enums are numbers
+        return pb.LanguageDescription(checkpoint=self.checkpoint, dtype=dtype, http=self.http, draining=self.draining)
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
         return pb.HasReply(tokens=[self.rows.get(key, 0) for key in request.keys])
