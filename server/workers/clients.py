@@ -40,12 +40,23 @@ class VisionClient:
         """Return the worker's description, within `timeout` seconds. Raises what the worker raises, or `WorkerUnavailable`."""
         with rpc.translate_errors("vision worker", quiet=True):
             description: vision_pb2.VisionDescription = await self._stub.Describe(pb.DescribeRequest(), timeout=timeout)
-        return description
+        return rpc.require_message(description, "vision worker")
 
     async def encode(self, request: vision_pb2.EncodeRequest, timeout: float) -> vision_pb2.EncodeReply:
-        """Encode images, within `timeout` seconds. Raises what the worker raises, or `WorkerUnavailable`."""
+        """Encode images, within `timeout` seconds.
+
+        Raises:
+            DvdError: What the worker raises.
+            WorkerUnavailable: The worker does not answer, or with no message.
+            InternalError: Its reply does not match the call.
+        """
         with rpc.translate_errors("vision worker"):
             reply: vision_pb2.EncodeReply = await self._stub.Encode(request, timeout=timeout, metadata=logs.request_metadata())
+        rpc.require_message(reply, "vision worker")
+        if [image.key for image in reply.images] != [image.key for image in request.images]:
+            raise errors.InternalError("The vision worker replied with other images than those of the call.")
+        if not all(image.tokens for image in reply.images):
+            raise errors.InternalError("The vision worker replied with an embedding of no tokens.")
         return reply
 
     async def close(self) -> None:
@@ -77,6 +88,7 @@ class LanguageClient:
         """Return the sink's description, within `timeout` seconds. Raises what the sink raises, or `WorkerUnavailable`."""
         with rpc.translate_errors("language worker", quiet=True):
             description: pb.LanguageDescription = await self._sink.Describe(pb.DescribeRequest(), timeout=timeout)
+        rpc.require_message(description, "language worker")
         if description.http != self._http:
             await self._connect(description.http)
         return description
@@ -84,7 +96,11 @@ class LanguageClient:
     async def has(self, keys: Sequence[str], timeout: float) -> list[int]:
         """Return the number of visual tokens that the sink has under each key, 0 for none."""
         with rpc.translate_errors("language worker"):
-            return list((await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout)).tokens)
+            reply = await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout)
+        tokens = list(rpc.require_message(reply, "language worker").tokens)
+        if len(tokens) != len(keys):
+            raise errors.WorkerUnavailable(f"The sink replied with {len(tokens)} counts for {len(keys)} keys.")
+        return tokens
 
     async def get(self, path: str, timeout: float) -> Any:
         """Return a JSON response of vLLM, None if its body is empty. Raises `WorkerUnavailable`, `DeadlineExceeded`."""
