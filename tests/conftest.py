@@ -25,6 +25,7 @@ _SLOW = (
     "dvd/test_cli.py",
     "dvd/test_drain.py",
     "server/test_main.py",
+    "server/test_process_faults.py",
     "server/test_processes.py",
     "test_entry_points.py",
     "vision_worker/models/test_compiled.py",
