@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WALL_CLOCK = {"time.time", "time.time_ns", "time.localtime", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
-ALLOWED = {"common/logs.py"}
-"""The time of a log line is for people."""
+ALLOWED = {"common/logs.py", "dvd/plan/probe.py"}
+"""The time of a log line is for people; `dvd plan` only needs a number that no earlier run has used."""
 
 
 def wall_clock_calls(source: str) -> set[str]:
