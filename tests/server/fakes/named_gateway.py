@@ -25,7 +25,8 @@ async def _resolve(name: str, port: int) -> list[str]:
     return [f"{host}:{port}" for host in hosts]
 
 
-discovery.resolve = _resolve  # before the module that has it as a default is imported
+if NAMES_VARIABLE in os.environ:  # not in a test that imports this module for the variable's name
+    discovery.resolve = _resolve  # before the module that has it as a default is imported
 
 from server.__main__ import main  # noqa: E402
 
