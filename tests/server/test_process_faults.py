@@ -15,8 +15,9 @@ from tests.server.fakes.stack import start_stack
 from tests.server.fakes.vllm import default_response
 from tests.server.fakes.waiting import wait_until
 
-IMPATIENT = "import server.processes as p; p._ANSWER_SECONDS = 8; from server.__main__ import main; main()"
-STOPPED_SECONDS = 9.0
+IMPATIENT = "import server.processes as p; p._ANSWER_SECONDS = 20; from server.__main__ import main; main()"
+STOPPED_SECONDS = 21.0
+"""More than the time to answer, which must be long enough for a process to start."""
 
 
 async def test_processes_that_were_all_stopped_go_on_and_none_is_replaced(tmp_path: Path) -> None:
