@@ -3,7 +3,8 @@
 Every caller has a start tag, the virtual time at which its next unit is due. The caller with the smallest tag is served, and
 its tag grows by one over its weight for each unit. A caller that joins starts at the current virtual time: it neither waits for
 the backlog of the others, nor is it compensated for the time before. Virtual time passes with every unit, even if each one is
-the first of a new caller: those that wait are served in the end. docs/decisions/0030-turns-of-callers.md explains the choices.
+the first of a new caller: those that wait are served in the end. An empty queue remembers whose turn it was, since what was
+taken last may still be in service: `forget` tells it when nothing is. docs/decisions/0030-turns-of-callers.md explains why.
 
 The items of one caller are served in the order in which they would finish if they shared the caller's turns equally. So a
 small item overtakes a large one, equal items keep their order of arrival, and no item finishes later than with equal shares.
@@ -86,7 +87,8 @@ class FairQueue(Generic[T]):
         self._items: dict[T, _Waiting[T]] = {}
         self._finish_tags: dict[str, float] = {}  # of callers that have left, while ahead of `_time`; in ascending order
         self._time = 0.0  # about the start tag of what was taken last
-        self._unfinished = 0.0  # by which the time passes with what was taken last: who joins meanwhile is not behind it
+        self._taken = 0  # units that were taken last; the time passes with them later: who joins meanwhile is not behind them
+        self._weight_beside = 1.0  # most weight that has waited since then
         self._total_weight = 0.0  # of the callers that wait
         self._units = 0
 
@@ -102,6 +104,7 @@ class FairQueue(Generic[T]):
             account = self._by_name[caller] = _Caller(caller, self._weights.get(caller, 1.0), start)
             self._callers.push(account, start)
             self._total_weight += account.weight
+            self._weight_beside = max(self._weight_beside, self._total_weight)
         account.items.push(item, account.time + units)
         self._items[item] = _Waiting(account, units)
         self._units += units
@@ -121,8 +124,8 @@ class FairQueue(Generic[T]):
     def _take(self, units: int) -> T:
         caller = self._callers.first()
         item = caller.items.first()
-        self._time = max(self._time + self._unfinished, caller.start)
-        self._unfinished = units / self._total_weight
+        self._time = max(self._time + self._taken / self._weight_beside, caller.start)
+        self._taken, self._weight_beside = units, self._total_weight
         caller.start += units / caller.weight
         caller.time += units / len(caller.items)
         self._callers.push(caller, caller.start)
@@ -142,20 +145,23 @@ class FairQueue(Generic[T]):
         self._leave(item)
         return waiting.units
 
+    def forget(self) -> None:
+        """Forget who was served. To be called when all that was taken is done; does nothing while items wait."""
+        if not self._units:
+            self._finish_tags.clear()
+            self._time, self._taken = 0.0, 0
+
     def _leave(self, item: T) -> None:
         caller = self._items.pop(item).caller
         caller.items.remove(item)
         if not caller.items:
             self._callers.remove(caller)
             del self._by_name[caller.name]
-            self._total_weight -= caller.weight
+            self._total_weight = self._total_weight - caller.weight if self._by_name else 0.0
             self._finish_tags[caller.name] = caller.start
         self._forget_finish_tags()
 
     def _forget_finish_tags(self) -> None:
-        """Forget the callers that have no advantage left, all of them once nobody waits."""
-        if not self._units:
-            self._finish_tags.clear()
-            self._time = self._total_weight = self._unfinished = 0.0
+        """Forget the callers that have had no advantage, by now, over one that joins."""
         while self._finish_tags and self._finish_tags[name := next(iter(self._finish_tags))] <= self._time:
             del self._finish_tags[name]

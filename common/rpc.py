@@ -9,13 +9,15 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from common import errors
 from common.security import HEADER, OPEN, TOKEN_REJECTED, Credentials, TlsClock, TlsFiles
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +182,13 @@ def translate_errors(peer: str, quiet: bool = False) -> Iterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         raise _translated(error, peer, quiet) from None
+
+
+def require_message(reply: T | None, peer: str) -> T:
+    """Return a reply. Raises `WorkerUnavailable` if it is None, which gRPC returns for bytes that are no message."""
+    if reply is None:
+        raise errors.WorkerUnavailable(f"the {peer}'s reply cannot be decoded; try again")
+    return reply
 
 
 def _translated(error: grpc.aio.AioRpcError, peer: str, quiet: bool) -> errors.DvdError:

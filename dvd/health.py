@@ -59,9 +59,18 @@ async def check(address: str, timeout: float, credentials: Credentials = OPEN) -
             if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
                 raise errors.Unavailable(f"no worker answers ({error.code().name.lower()}): {error.details()}") from None
         else:
+            _check_state(description.draining, description.stalled)
             dtype = messages.dtype_from_proto(description.dtype)
             return f"vision worker of {description.checkpoint.family}, {dtype} on {description.device}"
         return await _check_language_worker(channel, address, timeout, credentials)
+
+
+def _check_state(draining: bool, stalled: str = "") -> None:
+    """Raise `errors.Unavailable` if a worker that answers reports that it should get no requests."""
+    if stalled:
+        raise errors.Unavailable(f"the worker makes no progress: {stalled}")
+    if draining:
+        raise errors.Unavailable("the worker is draining: it finishes its requests and gets no new ones")
 
 
 async def _check_language_worker(channel: grpc.aio.Channel, address: str, timeout: float, credentials: Credentials) -> str:
@@ -70,6 +79,7 @@ async def _check_language_worker(channel: grpc.aio.Channel, address: str, timeou
         description = await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Describe(
             pb.DescribeRequest(), timeout=timeout, metadata=credentials.metadata
         )
+    _check_state(description.draining)
     if is_unreachable_loopback(description.http, address):
         port = description.http.rpartition(":")[2]
         log.warning(

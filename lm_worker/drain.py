@@ -6,10 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 
-log = logging.getLogger("dvd.language")
+from common.probing import NOTICE_SECONDS
 
-_NOTICE_SECONDS = 2.5
-"""Time for gateways to notice: they probe every half second. A worker that closed earlier would fail their requests."""
+log = logging.getLogger("dvd.language")
 
 _POLL_SECONDS = 0.1
 
@@ -58,7 +57,7 @@ class Drain:
         """Wait until the worker may stop. Returns the number of requests that have not ended."""
         await self._started.wait()
         end = time.monotonic() + self._grace
-        notice = time.monotonic() + min(_NOTICE_SECONDS, self._grace)
+        notice = time.monotonic() + min(NOTICE_SECONDS, self._grace)
         while not self._cut_short.is_set() and (now := time.monotonic()) < end and (now < notice or self._in_flight()):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._cut_short.wait(), _POLL_SECONDS)

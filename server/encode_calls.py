@@ -32,9 +32,10 @@ _IMAGE_PARAM = re.compile(r"images\[(\d{1,9})\]")
 
 @dataclass(frozen=True)
 class KeyedImage:
-    """An image file, and where its first occurrence is in the request."""
+    """An image file, its width and height in pixels, and where its first occurrence is in the request."""
 
     data: bytes
+    size: tuple[int, int]
     location: str
 
 

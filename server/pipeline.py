@@ -63,7 +63,7 @@ class Pipeline:
             context_length.check_max_tokens(request.body, context.max_tokens_fields, limit)
         request, files = await self._load_media(request, context)
         if limit is not None and files and context.max_tokens_fields:
-            await self._check_images_fit(request, files, context, limit)
+            self._check_images_fit(request, files, context, limit)
         self._check_language_wait(serving, context)
         exclude = [worker for worker in self._workers.language.workers if not worker.serves(request.model)]
         failed: list[LanguageWorker] = []
@@ -112,21 +112,17 @@ class Pipeline:
         """Return tiles and visual tokens of images. A vision worker is called only if the request asks for the routes."""
         await self._workers.serving(request.model)
         request, files = await self._load_media(request, context)
-        sizes = await self._media.sizes(files)
         _, description = self._placer.choose_language(files, context)
         routes = await self._placer.route(request, files, context) if request.body.get("route") else None
-        options = [image.options for image in request.images]
+        sizes, options = [file.size for file in files], [image.options for image in request.images]
         return JSONResponse(token_counts(sizes, options, description.checkpoint, self._options.max_tiles, routes))
 
-    async def _check_images_fit(
-        self, request: ParsedRequest, files: list[ImageFile], context: RequestContext, limit: int
-    ) -> None:
+    def _check_images_fit(self, request: ParsedRequest, files: list[ImageFile], context: RequestContext, limit: int) -> None:
         """Check before anything is encoded that the images alone do not exceed the context. Raises `ContextLengthExceeded`."""
         _, description = self._placer.choose_language(files, context)
         checkpoint, options = description.checkpoint, [image.options for image in request.images]
-        if most_tokens(options, checkpoint, self._options.max_tiles) > limit:  # else no file needs to be opened
-            sizes = await self._media.sizes(files)
-            tokens = fewest_tokens(sizes, options, checkpoint, self._options.max_tiles)
+        if most_tokens(options, checkpoint, self._options.max_tiles) > limit:
+            tokens = fewest_tokens([file.size for file in files], options, checkpoint, self._options.max_tiles)
             context_length.check_images(request, tokens, limit, bool(checkpoint.compressed_tokens_per_tile))
 
     async def _load_media(self, request: ParsedRequest, context: RequestContext) -> tuple[ParsedRequest, list[ImageFile]]:

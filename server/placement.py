@@ -3,7 +3,6 @@
 The keys are computed, the sink is asked which of them it lacks, and vision workers encode and deliver those.
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from common import errors
 from common.digest import digest
 from common.grants import NO_GRANTS, GrantSigner
-from common.image_header import inspect_image
 from common.tasks import gather_or_cancel
 from common.tracing import Trace
 from protos import vision_pb2 as pb
@@ -139,7 +137,7 @@ class EmbeddingPlacer:
         images = _images_by_key(keys.by_image, request.images, files)
         replies: list[pb.EncodeReply] = []
         if missing:
-            tiles = await self._count_tiles(missing, images, description.checkpoint)
+            tiles = self._count_tiles(missing, images, description.checkpoint)
             if not is_retry:
                 self._queue.admit(context.flow, sum(tiles), context.deadline)
             try:
@@ -172,7 +170,7 @@ class EmbeddingPlacer:
         images = _images_by_key(keys.by_image, request.images, files)
         routes = {key: route for key in keys.by_image if (route := self._encodes.route(key))}
         missing = [group for group in keys.groups if not all(key in routes for key in group.keys)]
-        tiles = await self._count_tiles(missing, images, description.checkpoint)
+        tiles = self._count_tiles(missing, images, description.checkpoint)
         self._queue.admit(context.flow, sum(tiles), context.deadline)
         with self._stage("vision", context.stats):
             replies = await gather_or_cancel(
@@ -219,21 +217,12 @@ class EmbeddingPlacer:
         keys = group_keys(context.caller, settings[0], digests)
         return _Keys(keys, [EncodeGroup(keys, settings[0])], degraded)
 
-    async def _count_tiles(
-        self, groups: Sequence[EncodeGroup], images: Mapping[str, KeyedImage], checkpoint: CheckpointDescription
+    @staticmethod
+    def _count_tiles(
+        groups: Sequence[EncodeGroup], images: Mapping[str, KeyedImage], checkpoint: CheckpointDescription
     ) -> list[int]:
-        """Return the number of tiles of each group, from the headers of its image files."""
-
-        def tiles(image: KeyedImage, setting: EncodeSetting) -> int:
-            try:
-                return tile_count(inspect_image(image.data, self._options.max_image_pixels), setting.tiling, checkpoint)
-            except errors.InvalidRequest:
-                return 1  # the vision worker says what is wrong with it
-
-        def count() -> list[int]:
-            return [sum(tiles(images[key], group.setting) for key in group.keys) for group in groups]
-
-        return await asyncio.to_thread(count) if groups else []
+        """Return the number of tiles of each group."""
+        return [sum(tile_count(images[key].size, group.setting.tiling, checkpoint) for key in group.keys) for group in groups]
 
     async def _lookup(self, language: LanguageWorker, embedding_keys: Sequence[str]) -> list[int]:
         """Return the number of visual tokens that the sink has under each key, 0 for none."""
@@ -303,7 +292,7 @@ def _images_by_key(
     locations: dict[bytes, str] = {}  # by digest: with --router-scope=request equal images have several keys
     for key, image, file in zip(embedding_keys, images, files, strict=True):
         location = locations.setdefault(file.digest, format_path(image.path))
-        result.setdefault(key, KeyedImage(file.data, location))
+        result.setdefault(key, KeyedImage(file.data, file.size, location))
     return result
 
 

@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _ANSWER_SECONDS = 30
-"""Time for a process to answer its parent, which replaces it otherwise: importing takes seconds."""
+"""Time for a process to answer its parent, which replaces it otherwise: importing takes seconds.
+
+Two halves, since the parent itself may have been stopped or suspended: when it goes on, the time is up before it reads."""
 _PING_INTERVAL_SECONDS = 0.5
 _RESTART_SECONDS = 0.5
 _KILL_SECONDS = 10.0
@@ -174,16 +176,23 @@ class _Child:
 
     async def _hangs(self) -> None:
         """Return when the process does not answer in time."""
-        with contextlib.suppress(TimeoutError):
-            while True:
-                self.send(_PING)
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    await _readable(self._pipe.fileno())
-                try:
-                    self._pipe.recv()
-                except (EOFError, OSError):
-                    await asyncio.Event().wait()  # it has ended
-                await asyncio.sleep(_PING_INTERVAL_SECONDS)
+        while True:
+            self.send(_PING)
+            if not (await self._answers_within(_ANSWER_SECONDS / 2) or await self._answers_within(_ANSWER_SECONDS / 2)):
+                return
+            try:
+                self._pipe.recv()
+            except (EOFError, OSError):
+                await asyncio.Event().wait()  # it has ended
+            await asyncio.sleep(_PING_INTERVAL_SECONDS)
+
+    async def _answers_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await _readable(self._pipe.fileno())
+        except TimeoutError:
+            return False
+        return True
 
 
 async def _readable(descriptor: int) -> None:

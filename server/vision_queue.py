@@ -199,6 +199,8 @@ class VisionQueue:
         elif ticket.turn.exception() is None:
             ticket.turn.result().remove_tiles(job.tiles)
             _subtract(self._sent, job.caller, job.tiles)
+            if not self._sent:
+                self._queue.forget()
 
     def _export(self) -> None:
         self._metrics.waiting_tiles.set(len(self._queue))

@@ -26,6 +26,7 @@ _SLOW = (
     "dvd/test_drain.py",
     "fuzz",
     "server/test_main.py",
+    "server/test_process_faults.py",
     "server/test_processes.py",
     "test_entry_points.py",
     "test_secrets.py",

@@ -256,6 +256,8 @@ class Batcher:
     def _count_completed(self, _computed: "asyncio.Future[_Computed]") -> None:
         self._in_flight -= 1
         self._completed += 1
+        if not self._in_flight:
+            self._queue.forget()
         self._batch_ended.set()
 
     async def _next_batch(self) -> tuple[_Batch, list[npt.NDArray[np.uint8]]]:

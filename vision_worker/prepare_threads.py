@@ -146,3 +146,5 @@ class PrepareThreads:
                 turn.set_result(None)
                 return
         self._free += 1
+        if self.is_idle:
+            self._queue.forget()

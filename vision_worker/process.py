@@ -18,6 +18,7 @@ from common.decoder_processes import DecoderProcesses
 from common.grants import GrantSigner
 from common.metrics import serve_metrics
 from common.phases import Phases
+from common.probing import NOTICE_SECONDS
 from common.security import Credentials
 from common.tracing import Trace
 from protos import vision_pb2_grpc
@@ -37,9 +38,6 @@ from vision_worker.service import Service
 log = logging.getLogger("dvd.vision")
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-_NOTICE_SECONDS = 3.0
-"""Time after a signal in which new calls are accepted: gateways probe every half second."""
 
 _LOST_DEVICE_GRACE_SECONDS = 10.0
 """Time for calls in flight to finish once the device is lost: they deliver what was computed before, or fail."""
@@ -146,7 +144,7 @@ async def _wait_for_end(draining: asyncio.Event, device_lost: asyncio.Event, shu
     await _wait_for_any(draining, device_lost)
     if device_lost.is_set():
         return _LOST_DEVICE_GRACE_SECONDS
-    notice = min(_NOTICE_SECONDS, shutdown_grace)
+    notice = min(NOTICE_SECONDS, shutdown_grace)
     log.info("draining: calls are accepted for %.0f s more", notice)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(device_lost.wait(), notice)

@@ -1,7 +1,10 @@
 """`python -m benchmarks.soak --minutes 30`: mixed load with random faults on a fleet of real processes.
 
-Exits with 1 if a request got a wrong answer, none, or an error that is not a refusal, or if the gateway's memory or descriptors
-grow. Writes what happened to `benchmarks/results/soak/soak.json`, as it goes, and a plot.
+With `--rolling`, every process is restarted instead, one after the other, in each way that an operator has, behind a client
+that follows the readiness of two gateways.
+
+Exits with 1 if a request got a wrong answer, none, or an error that is not a refusal, if the gateway's memory or descriptors
+grow, or if a process did not end in order. Writes what happened to `benchmarks/results/soak/`, as it goes, and a plot.
 """
 
 import argparse
@@ -11,13 +14,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import result
-from benchmarks.soak import faults, plot, resources
+from benchmarks.soak import faults, plot, resources, rolling
+from benchmarks.soak.balancer import Balancer
 from benchmarks.soak.fleet import Fleet
 from benchmarks.soak.requests import FAULTS, OUTCOMES, Load, Outcome
 
@@ -25,7 +29,9 @@ SENDERS = 6
 _SAMPLE_SECONDS = 5.0
 _AFTER_SECONDS = 20.0
 """Time after a fault for which requests are counted as affected by it."""
-_OUT = result.FOLDER / "soak" / "soak.json"
+_OUT = result.FOLDER / "soak"
+_ROLLING_GATEWAYS = (1, 2)
+"""Processes of each gateway of a rolling restart."""
 _MAX_GROWTH = {"memory_mib": 60.0, "descriptors": 40, "threads": 16}
 """How much the gateway may grow once it is warm."""
 
@@ -83,24 +89,59 @@ def after_faults(outcomes: Sequence[Outcome], events: Sequence[tuple[str, float]
     return kinds
 
 
-async def soak(minutes: float, seed: int, folder: Path, path: Path) -> list[str]:
-    """Run the soak. Returns what was wrong, one line each."""
-    async with Fleet(folder) as fleet:
-        record, seconds = Record(), 60 * minutes
-        print(f"all {len(fleet.members)} processes are up; {minutes:g} minutes of load", file=sys.stderr, flush=True)
-        load = Load(fleet.url, record.outcomes.append, seed)
+Disturb = Callable[[Fleet, Record], Awaitable[list[str]]]
+"""What happens to the fleet under load, until it returns what was wrong, one line each."""
+
+
+def random_faults(minutes: float, seed: int) -> Disturb:
+    """Return faults at random for a time, the last minute excepted."""
+
+    async def disturb(fleet: Fleet, record: Record) -> list[str]:
+        end = time.monotonic() + 60 * minutes
+        await faults.run_faults(fleet, seed, 60 * minutes - 60, record.add_fault)
+        await asyncio.sleep(max(end - time.monotonic(), 0))
+        return []
+
+    return disturb
+
+
+def rolling_restart(steps: Callable[[Fleet], Sequence[rolling.Step]], pause_seconds: float = _AFTER_SECONDS) -> Disturb:
+    """Return a restart of some members, in these ways and with a pause before each."""
+
+    async def disturb(fleet: Fleet, record: Record) -> list[str]:
+        return await rolling.restart_all(fleet, steps(fleet), pause_seconds, record.add_fault)
+
+    return disturb
+
+
+async def soak(disturb: Disturb, gateways: Sequence[int], seed: int, folder: Path, path: Path) -> list[str]:
+    """Run the load while the fleet is disturbed.
+
+    Args:
+        disturb: What happens to the fleet.
+        gateways: Processes of each gateway.
+        seed: Seed of the requests.
+        folder: Folder of logs and sockets.
+        path: JSON file of what happened; the plot gets the same name.
+
+    Returns:
+        What was wrong, one line each.
+    """
+    async with Fleet(folder, gateways) as fleet, Balancer(fleet) as balancer:
+        record = Record()
+        print(f"all {len(fleet.members)} processes are up", file=sys.stderr, flush=True)
+        load = Load(balancer.choose_url, record.outcomes.append, seed)
         sending = asyncio.create_task(load.run(SENDERS))
-        causing = asyncio.create_task(faults.run_faults(fleet, seed, seconds - 60, record.add_fault))
-        while time.monotonic() < record.started_at + seconds:
-            await asyncio.sleep(_SAMPLE_SECONDS)
+        disturbing = asyncio.ensure_future(disturb(fleet, record))
+        while not disturbing.done():
+            await asyncio.wait([disturbing], timeout=_SAMPLE_SECONDS)
             record.samples += resources.sample(fleet, time.monotonic())
             record.shared_memory.append((time.monotonic(), resources.shared_memory_mib()))
             record.write(path, ["it was not run to its end"])
-        causing.cancel()
         load.stop()
         await sending
-        in_flight = await fleet.samples("dvd_requests_in_flight")
-        problems = _problems(record, sum(value for _, value in in_flight))
+        in_flight = [value for gateway in fleet.gateways for _, value in await fleet.samples("dvd_requests_in_flight", gateway)]
+        problems = [*disturbing.result(), *_problems(record, sum(in_flight))]
     problems += [f"the {name} ended with {status}" for name, status in fleet.exit_statuses.items() if status not in (0, None)]
     record.write(path, problems)
     plot.draw(record.outcomes, record.faults, record.samples, record.shared_memory, record.started_at, path.with_suffix(".png"))
@@ -114,7 +155,7 @@ def _problems(record: Record, in_flight: float) -> list[str]:
         problems.append("no request was answered")
     if in_flight:
         problems.append(f"{in_flight:.0f} requests are in flight after the end")
-    grown = resources.growth(record.samples, "gateway")
+    grown = resources.growth(record.samples, "gateway-0")
     too_much = (name for name, most in _MAX_GROWTH.items() if grown.get(name, 0) > most)
     return problems + [f"the gateway's {name} grew by {grown[name]:.0f}" for name in too_much]
 
@@ -122,13 +163,24 @@ def _problems(record: Record, in_flight: float) -> list[str]:
 def main() -> int:
     """Parse the arguments and run. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=float, default=30.0, help="time of random faults")
     parser.add_argument("--seed", type=int, default=0, help="seed of requests and faults")
-    parser.add_argument("--out", type=Path, default=_OUT, help="JSON file; the plot gets the same name")
+    parser.add_argument(
+        "--rolling", nargs="*", choices=rolling.WAYS, help="restart everything in these ways, by default in all of them"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; the plot gets the same name")
     parsed = parser.parse_args()
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    is_rolling = parsed.rolling is not None
+    path: Path = parsed.out or _OUT / ("rolling.json" if is_rolling else "soak.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disturb = (
+        rolling_restart(lambda fleet: rolling.plan(fleet, parsed.rolling or list(rolling.WAYS)))
+        if is_rolling
+        else random_faults(parsed.minutes, parsed.seed)
+    )
+    gateways = _ROLLING_GATEWAYS if is_rolling else (1,)
     with tempfile.TemporaryDirectory(prefix="dvd-soak-") as folder:
-        problems = asyncio.run(soak(parsed.minutes, parsed.seed, Path(folder), parsed.out))
+        problems = asyncio.run(soak(disturb, gateways, parsed.seed, Path(folder), path))
     for problem in problems:
         print(f"soak: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -46,13 +46,13 @@ class Load:
     """Sends requests until it is stopped.
 
     Args:
-        url: URL of the gateway.
+        choose_url: Returns the URL of a gateway that is ready.
         record: Called with each outcome.
         seed: Seed of what is sent.
     """
 
-    def __init__(self, url: str, record: Callable[[Outcome], None], seed: int) -> None:
-        self._url, self._record, self._random = url, record, random.Random(seed)
+    def __init__(self, choose_url: Callable[[], str], record: Callable[[Outcome], None], seed: int) -> None:
+        self._choose_url, self._record, self._random = choose_url, record, random.Random(seed)
         self._questions = questions()
         self._text_answers: dict[str, list[int]] = {}
         self._is_stopping = False
@@ -102,7 +102,7 @@ class Load:
     async def _post(
         self, session: aiohttp.ClientSession, body: dict[str, Any], expected: list[int], stream: bool
     ) -> tuple[str, str]:
-        async with session.post(f"{self._url}/v1/chat/completions", json=body) as response:
+        async with session.post(f"{self._choose_url()}/v1/chat/completions", json=body) as response:
             text = await response.text()
             if response.status != 200:
                 return classify(response.status, text)

@@ -16,10 +16,11 @@ _MAX_PARALLEL_FETCHES = 8
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An encoded image file (PNG, JPEG, …) and the SHA-256 digest of its bytes."""
+    """An encoded image file (PNG, JPEG, …), the SHA-256 digest of its bytes, and its width and height in pixels."""
 
     data: bytes
     digest: bytes
+    size: tuple[int, int]
 
 
 class MediaLoader:
@@ -49,10 +50,6 @@ class MediaLoader:
         ]
         return replace(request, images=images), [file for image_files in files for file in image_files]
 
-    async def sizes(self, files: Sequence[ImageFile]) -> list[tuple[int, int]]:
-        """Return width and height in pixels of each file, from its header."""
-        return [await asyncio.to_thread(inspect_image, file.data, self._max_image_pixels) for file in files]
-
     async def _load_all(self, images: Sequence[ImagePart]) -> list[list[ImageFile]]:
         """Load each image, or the frames of each video; together they may be as large as a body."""
         slots, remaining = asyncio.Semaphore(_MAX_PARALLEL_FETCHES), self._max_total_bytes
@@ -67,9 +64,12 @@ class MediaLoader:
                     f"The images of the request exceed {self._max_total_bytes} bytes in total.", param=str(image.path[0])
                 )
             # in a thread: hashing megabytes would delay all streams
-            return await asyncio.to_thread(lambda: [ImageFile(file, hashlib.sha256(file).digest()) for file in files])
+            return await asyncio.to_thread(lambda: list(map(self._image_file, files)))
 
         return await gather_or_cancel(*map(load_one, images))
+
+    def _image_file(self, data: bytes) -> ImageFile:
+        return ImageFile(data, hashlib.sha256(data).digest(), inspect_image(data, self._max_image_pixels))
 
     async def _load_files(self, image: ImagePart) -> list[bytes]:
         """Load an image, or the frames of a video. Errors name its location."""

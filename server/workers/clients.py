@@ -48,13 +48,24 @@ class VisionClient:
             description: vision_pb2.VisionDescription = await self._stub.Describe(
                 pb.DescribeRequest(), timeout=timeout, metadata=self._credentials.metadata
             )
-        return description
+        return rpc.require_message(description, "vision worker")
 
     async def encode(self, request: vision_pb2.EncodeRequest, timeout: float) -> vision_pb2.EncodeReply:
-        """Encode images, within `timeout` seconds. Raises what the worker raises, or `WorkerUnavailable`."""
+        """Encode images, within `timeout` seconds.
+
+        Raises:
+            DvdError: What the worker raises.
+            WorkerUnavailable: The worker does not answer, or with no message.
+            InternalError: Its reply does not match the call.
+        """
         with rpc.translate_errors("vision worker"):
             metadata = (*logs.request_metadata(), *self._credentials.metadata)
             reply: vision_pb2.EncodeReply = await self._stub.Encode(request, timeout=timeout, metadata=metadata)
+        rpc.require_message(reply, "vision worker")
+        if [image.key for image in reply.images] != [image.key for image in request.images]:
+            raise errors.InternalError("The vision worker replied with other images than those of the call.")
+        if not all(image.tokens for image in reply.images):
+            raise errors.InternalError("The vision worker replied with an embedding of no tokens.")
         return reply
 
     async def close(self) -> None:
@@ -93,6 +104,7 @@ class LanguageClient:
             description: pb.LanguageDescription = await self._sink.Describe(
                 pb.DescribeRequest(), timeout=timeout, metadata=self._credentials.metadata
             )
+        rpc.require_message(description, "language worker")
         if self._tls_clock.has_changed():
             self._read_tls()
         if description.http != self._http:
@@ -103,7 +115,10 @@ class LanguageClient:
         """Return the number of visual tokens that the sink has under each key, 0 for none."""
         with rpc.translate_errors("language worker"):
             reply = await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout, metadata=self._credentials.metadata)
-            return list(reply.tokens)
+        tokens = list(rpc.require_message(reply, "language worker").tokens)
+        if len(tokens) != len(keys):
+            raise errors.WorkerUnavailable(f"The sink replied with {len(tokens)} counts for {len(keys)} keys.")
+        return tokens
 
     async def get(self, path: str, timeout: float) -> Any:
         """Return a JSON response of vLLM, None if its body is empty. Raises `WorkerUnavailable`, `DeadlineExceeded`."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 
 from common import errors, messages
+from common.probing import POLL_INTERVAL_SECONDS, PROBE_TIMEOUT_SECONDS
 from common.security import OPEN, Credentials
 from common.tasks import SingleFlight
 from server.metrics import Metrics, WorkerStatus
@@ -23,10 +24,6 @@ from server.workers.pool import Pool, WorkerT
 from server.workers.worker import LanguageWorker, VisionWorker
 
 log = logging.getLogger(__name__)
-
-POLL_INTERVAL_SECONDS = 0.5
-PROBE_TIMEOUT_SECONDS = 1.75
-"""Two late probes and the pauses before them are 4.5 s: after this time a worker that hangs is down."""
 
 
 class WorkerPools:

@@ -51,6 +51,35 @@ def test_a_caller_that_comes_back_at_once_gets_no_second_turn() -> None:
     assert order.count("a") >= 9
 
 
+def test_turns_are_kept_while_the_queue_is_empty_and_what_was_taken_is_in_service() -> None:
+    """A keeps one unit waiting behind the one in service, as the window of a worker does; B sends one after the other."""
+    queue, order = queue_of(("a", "A", 1)), ""
+    for number in range(60):
+        order += queue.take()[0]
+        if not queue or queue.first()[0] == "b":
+            queue.add(f"a{number}", "A", 1)
+        if order[-1] == "a" and len(queue) == 1:
+            queue.add(f"b{number}", "B", 1)
+    assert order.count("aa") <= 1, "B waits for the unit that is in service, and for no further one"
+
+
+def test_nobody_has_an_advantage_once_all_that_was_taken_is_done() -> None:
+    queue = queue_of(("a", "A", 400))
+    queue.take_item()
+    queue.forget()
+    queue.add("a", "A", 10)
+    queue.add("b", "B", 10)
+    assert take(queue, 20) == "ab" * 10
+
+
+def test_turns_are_not_forgotten_while_items_wait() -> None:
+    queue = queue_of(("a", "A", 10), ("b", "B", 1))
+    assert take(queue, 2) == "ab"
+    queue.forget()
+    queue.add("b", "B", 10)
+    assert take(queue, 2) == "ab"
+
+
 def test_a_stream_of_new_callers_does_not_starve_one_that_waits() -> None:
     """Each of them would be due at once, if virtual time passed only with the start tags of what is served."""
     queue = queue_of(("a", "A", 5), ("b", "B", 100))

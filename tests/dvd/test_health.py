@@ -1,8 +1,11 @@
 """`dvd health`: its exit status tells whether a process can do its work."""
 
 import asyncio
+import contextlib
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,15 @@ from tests.ports import free_port
 from tests.server.fakes.language_worker import FakeLanguageWorker
 from tests.server.fakes.stack import start_stack
 from tests.server.fakes.vision_worker import FakeVisionWorker
+
+
+@contextlib.asynccontextmanager
+async def running(*workers: FakeVisionWorker | FakeLanguageWorker) -> AsyncIterator[None]:
+    for worker in workers:
+        await worker.start()
+    yield
+    for worker in workers:
+        await worker.stop()
 
 
 async def test_a_vision_worker_is_healthy_while_it_answers(tmp_path: Path) -> None:
@@ -25,6 +37,26 @@ async def test_a_vision_worker_is_healthy_while_it_answers(tmp_path: Path) -> No
     await vision.stop()
     with pytest.raises(errors.Unavailable, match=r"no worker answers \(unavailable\)"):
         await check(vision.address, 20)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"draining": True}, "the worker is draining"),
+        ({"stalled": "a batch on cpu has used no CPU time for more than 3 s"}, "makes no progress: a batch on cpu has used"),
+    ],
+)
+async def test_a_worker_that_should_get_no_requests_is_not_healthy(tmp_path: Path, state: dict[str, Any], message: str) -> None:
+    vision = FakeVisionWorker(f"unix:{tmp_path}/vision")
+    language = FakeLanguageWorker(tmp_path, 0)
+    async with running(vision, language):
+        vision.description = state
+        with pytest.raises(errors.Unavailable, match=message):
+            await check(vision.address, 20)
+        if state.get("draining"):
+            language.sink.draining = True
+            with pytest.raises(errors.Unavailable, match=message):
+                await check(language.sink.address, 20)
 
 
 async def test_a_language_worker_needs_its_sink_and_vllm(tmp_path: Path) -> None:

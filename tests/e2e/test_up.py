@@ -101,6 +101,22 @@ def test_a_worker_that_ends_is_named_and_ends_the_others() -> None:
     assert "language-0 | dvd language: vLLM's flags: argument --max-model-len: " in reason
 
 
+def test_a_language_worker_that_is_killed_is_noticed_although_its_engine_has_its_output() -> None:
+    served = start("up", CHECKPOINT, "--port=0", "--", *QUICK)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not any("EngineCore" in line for line in alive(served.mark)):
+            assert served.process.poll() is None, served.lines
+            assert time.monotonic() < deadline, served.lines
+            time.sleep(0.05)
+        os.kill(pid_of(served.mark, "-m\0lm_worker\0"), signal.SIGKILL)
+        assert served.process.wait(60) == 1
+        assert "language-0 ended with -9" in served.lines
+        assert gone(served.mark, 45) == []
+    finally:
+        stop(served)
+
+
 def test_a_start_and_a_stop_name_their_phases_without_noise_of_libraries(tmp_path: Path) -> None:
     """Runs a language worker alone, without a home folder. Its output is JSON down to the last line."""
     flags = [f"--listen=unix:{tmp_path}/sink", f"--http=unix:{tmp_path}/vllm", "--log-format=json"]

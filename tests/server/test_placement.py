@@ -30,7 +30,7 @@ from tests.server.fakes.requests import image_file
 from tests.server.fakes.vision_worker import FakeVisionWorker
 from tests.server.workers.helpers import start_pools
 
-FILES = [ImageFile(image_file(i), digest(image_file(i))) for i in range(3)]
+FILES = [ImageFile(image_file(i), digest(image_file(i)), (8, 8)) for i in range(3)]
 OPTIONS = ImageOptions("images[0]", "auto", None, pb.Router())
 
 

@@ -213,6 +213,22 @@ async def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_wa
     bench.queue.admit("caller", 10, 100.0)
 
 
+async def test_the_speed_that_this_process_gets_counts_and_not_the_whole_speed_of_a_worker(tasks: asyncio.TaskGroup) -> None:
+    """Other gateways, and other processes of this one, take their share of it, and have queues of their own."""
+    bench = Bench(max_wait=4.0)
+    (worker,) = bench.pool.workers
+    worker.mark_up(vision_pb2.VisionDescription(checkpoint=CHECKPOINT, batch_tiles=8, tiles_per_second=10))
+    tasks.create_task(bench.call("first", 30))
+    await settle()
+    bench.queue.admit("caller", 1, 100.0)
+    assert bench.queue.wait_seconds("caller", 1) == pytest.approx(3.0)
+    bench.set_speed(5)
+    assert bench.queue.wait_seconds("caller", 1) == pytest.approx(6.0, rel=0.1)
+    assert worker.window == 9, "a second of this process's share, and at least a batch"
+    with pytest.raises(errors.Overloaded):
+        bench.queue.admit("caller", 1, 100.0)
+
+
 async def test_another_caller_is_admitted_beside_one_that_fills_the_queue(tasks: asyncio.TaskGroup) -> None:
     bench = Bench(max_wait=4.0)
     await bench.occupy(tasks, calls=3, caller="many")

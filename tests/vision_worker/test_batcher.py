@@ -363,3 +363,40 @@ async def test_warming_up_runs_the_largest_batch() -> None:
         await batcher.warm_up()
     assert [len(batch) for batch in encoder.batches] == [5, 5], "the second one is measured"
     assert batcher.times.tiles_per_second > 0
+
+
+class OneByOneEncoder(RecordingEncoder):
+    """Computes a batch for each `release` of its semaphore."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_compute = threading.Semaphore(0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = super().forward(pixels)
+        assert self.may_compute.acquire(timeout=10)
+        return features
+
+
+async def test_a_caller_waits_for_the_tile_in_service_and_for_no_other_one() -> None:
+    """Beside a caller that always has two calls in flight, which is a gateway's window on a slow tower."""
+    encoder = OneByOneEncoder()
+    async with Batcher(encoder, 1) as batcher:
+        batcher.times.seconds_per_batch = 1.0  # no batch is staged in advance
+
+        async def send(caller: str, value: int) -> None:
+            while True:
+                await encode(batcher, image_of(value), caller=caller)
+
+        senders = [asyncio.create_task(send(caller, value)) for caller, value in (("many", 1), ("many", 1), ("one", 2))]
+        for number in range(30):
+            async with asyncio.timeout(10):
+                while len(encoder.batches) <= number or len(batcher._queue) < 2:
+                    await asyncio.sleep(0.001)
+            batcher.times.seconds_per_batch = 1.0
+            encoder.may_compute.release()
+        for sender in senders:
+            sender.cancel()
+        encoder.may_compute.release(10)
+    order = "".join(str(value) for (value,) in encoder.batches[4:30])
+    assert "11" not in order

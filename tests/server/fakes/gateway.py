@@ -3,7 +3,7 @@
 import asyncio
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def _command_line(pid: str) -> bytes:
 
 
 @asynccontextmanager
-async def start_gateway(stack: Stack, *flags: str) -> AsyncIterator[Gateway]:
-    """Start `python -m server` with these flags, and yield it when it is ready."""
+async def start_gateway(stack: Stack, *flags: str, program: Sequence[str] = ("-m", "server")) -> AsyncIterator[Gateway]:
+    """Start `python -m server`, or another program, with these flags, and yield it when it is ready."""
     addresses = {
         "vision-workers": ",".join(worker.address for worker in stack.vision_workers),
         "language-workers": ",".join(worker.sink.address for worker in stack.language_workers),
     }
-    command = ["-m", "server", "--port=0", *(f"--{name}={value}" for name, value in addresses.items()), *flags]
+    command = [*program, "--port=0", *(f"--{name}={value}" for name, value in addresses.items()), *flags]
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
     assert process.stderr is not None
     try:

@@ -23,6 +23,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         checkpoint: The description that Describe returns.
         rows: Number of rows by key of the embedding. A test removes a key to lose an embedding.
         dtype: The language model's dtype that Describe returns.
+        draining: What Describe returns.
         responsive: Describe waits for this event; it is set at first.
         error: Deliver raises it unless it is None.
     """
@@ -33,6 +34,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self.checkpoint = checkpoint_description()
         self.rows: dict[str, int] = {}
         self.dtype: int = pb.FLOAT32
+        self.draining = False
         self.responsive = asyncio.Event()
         self.responsive.set()
         self.error: Exception | None = None
@@ -52,7 +54,8 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def Describe(self, request: Any, context: Any) -> pb.LanguageDescription:  # noqa: N802
         await self.responsive.wait()
-        return pb.LanguageDescription(checkpoint=self.checkpoint, dtype=self.dtype, http=self.http)  # type: ignore[arg-type]
+        dtype: Any = self.dtype  # protobuf's enums are numbers
+        return pb.LanguageDescription(checkpoint=self.checkpoint, dtype=dtype, http=self.http, draining=self.draining)
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
         return pb.HasReply(tokens=[self.rows.get(key, 0) for key in request.keys])

@@ -8,14 +8,19 @@ from common import errors
 from protos import vision_pb2 as pb
 from server.apis.image_options import ImageOptions
 from server.apis.request import ImagePart, ParsedRequest
-from server.media.loader import ImageFile, MediaLoader
+from server.media.loader import MediaLoader
 from tests.server.fakes.requests import image_file
 
 OPTIONS = ImageOptions("images[0]", "auto", None, pb.Router())
 
 
+def file_of(url: str) -> bytes:
+    """Return an image of its own for a URL, or for a URL and the number of a frame."""
+    return image_file(sum(url.encode()), (len(url) + 1, 4))
+
+
 class FakeFetcher:
-    """Loads the URL itself as the file, and frames as the URL with a number. Records the calls."""
+    """Loads an image for each URL, and one for each frame. Records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -24,16 +29,16 @@ class FakeFetcher:
         self.calls.append((url, 0))
         if url == "invalid":
             raise errors.InvalidImage("not an image")
-        return url.encode()
+        return file_of(url)
 
     async def load_frames(self, url: str, count: int) -> list[bytes]:
         self.calls.append((url, count))
         if url == "invalid":
             raise errors.InvalidImage("not an image")
-        return [f"{url}-{i}".encode() for i in range(count)]
+        return [file_of(f"{url}-{i}") for i in range(count)]
 
 
-def make_loader(max_total_bytes: int = 1000) -> tuple[MediaLoader, FakeFetcher]:
+def make_loader(max_total_bytes: int = 10_000) -> tuple[MediaLoader, FakeFetcher]:
     fetcher: Any = FakeFetcher()
     return MediaLoader(fetcher, max_total_bytes, 1000), fetcher
 
@@ -47,7 +52,7 @@ async def test_files_are_in_the_order_of_the_images_and_equal_urls_are_loaded_on
     loader, fetcher = make_loader()
     request = make_request(("a", 0), ("b", 0), ("a", 0))
     loaded, files = await loader.load(request)
-    assert [file.data for file in files] == [b"a", b"b", b"a"]
+    assert [file.data for file in files] == [file_of(url) for url in ("a", "b", "a")]
     assert len({file.digest for file in files}) == 2
     assert loaded.images == request.images
     assert sorted(fetcher.calls) == [("a", 0), ("b", 0)]
@@ -56,7 +61,7 @@ async def test_files_are_in_the_order_of_the_images_and_equal_urls_are_loaded_on
 async def test_a_video_becomes_labelled_frames_at_its_path() -> None:
     loader, _ = make_loader()
     loaded, files = await loader.load(make_request(("a", 0), ("v", 2), ("b", 0)))
-    assert [file.data for file in files] == [b"a", b"v-0", b"v-1", b"b"]
+    assert [file.data for file in files] == [file_of(url) for url in ("a", "v-0", "v-1", "b")]
     assert [image.path for image in loaded.images] == [("images", 0), ("images", 1), ("images", 1), ("images", 2)]
     assert [image.label for image in loaded.images] == ["", "Frame1: ", "Frame2: ", ""]
     assert not any(image.frames for image in loaded.images)
@@ -65,15 +70,16 @@ async def test_a_video_becomes_labelled_frames_at_its_path() -> None:
 async def test_a_url_is_loaded_for_each_number_of_frames() -> None:
     loader, fetcher = make_loader()
     _, files = await loader.load(make_request(("v", 1), ("v", 2), ("v", 1)))
-    assert [file.data for file in files] == [b"v-0", b"v-0", b"v-1", b"v-0"]
+    assert [file.data for file in files] == [file_of(url) for url in ("v-0", "v-0", "v-1", "v-0")]
     assert sorted(fetcher.calls) == [("v", 1), ("v", 2)]
 
 
 async def test_the_total_size_is_limited() -> None:
     request = make_request(("abc", 0), ("de", 0))
-    await make_loader(5)[0].load(request)
-    with pytest.raises(errors.ImageTooLarge, match="exceed 4 bytes in total") as error_info:
-        await make_loader(4)[0].load(request)
+    size = len(file_of("abc")) + len(file_of("de"))
+    await make_loader(size)[0].load(request)
+    with pytest.raises(errors.ImageTooLarge, match=f"exceed {size - 1} bytes in total") as error_info:
+        await make_loader(size - 1)[0].load(request)
     assert error_info.value.param == "images"
 
 
@@ -85,5 +91,5 @@ async def test_an_error_names_the_first_image_that_has_the_url(frames: int) -> N
 
 
 async def test_sizes_are_read_from_the_headers() -> None:
-    files = [ImageFile(image_file(size=size), b"") for size in ((8, 4), (5, 9))]
-    assert await make_loader()[0].sizes(files) == [(8, 4), (5, 9)]
+    _, files = await make_loader()[0].load(make_request(("a", 0), ("abc", 0), ("v", 1)))
+    assert [file.size for file in files] == [(2, 4), (4, 4), (4, 4)]
