@@ -44,6 +44,18 @@ def altered(grant: bytes) -> bytes:
         (sign(sink="other"), "another sink"),
         (sign(max_bytes=HEADER.length - 1), "its grant allows 127"),
     ],
+    ids=[
+        "none",
+        "no message",
+        "too long",
+        "another token",
+        "altered",
+        "no signature",
+        "expired",
+        "another key",
+        "another sink",
+        "too large",
+    ],
 )
 def test_a_grant_that_does_not_fit_is_refused(grant: bytes, message: str) -> None:
     sink = SinkGrants("sink", SIGNER)
