@@ -38,6 +38,7 @@ DRAIN_LINE = b"drain\n"
 """What a language worker writes to the sink's standard input when it begins to stop."""
 
 _STOP_GRACE_SECONDS = 5.0
+_MAX_EXPECT_SECONDS = 86400.0
 _HANG_SECONDS = 5.0
 """Time after the grace period until a sink that hangs is ended."""
 
@@ -109,7 +110,8 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
         """Visual tokens of each key, 0 if its embedding is not stored. Renews the leases."""
-        return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
+        expect_seconds = min(max(request.expect_seconds, 0.0), _MAX_EXPECT_SECONDS)
+        return pb.HasReply(tokens=[self._store.rows(key, expect_seconds) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
         """Store the embedding of a stream: a header, then its values."""

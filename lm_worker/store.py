@@ -12,7 +12,7 @@ from pathlib import Path
 from common import embedding, errors
 from common.embedding import Header
 from lm_worker.incoming import IncomingFile
-from lm_worker.shared_memory import INCOMING
+from lm_worker.shared_memory import INCOMING, mark_expected, unmark_expected, validate_key
 
 _FULL_RETRY_SECONDS = 1
 
@@ -38,10 +38,11 @@ class _Entry:
 
 @dataclass
 class _PendingDelivery:
-    """A key that was requested before its embedding was delivered."""
+    """A key that was requested before its embedding was delivered, and the monotonic time until which it is remembered."""
 
     requests: int
-    leased_until: float
+    until: float
+    is_marked: bool
 
 
 class Store:
@@ -75,12 +76,17 @@ class Store:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    def rows(self, key: str) -> int:
-        """Visual tokens stored under `key`; 0 if it is not stored. Counts as a request: renews the lease."""
+    def rows(self, key: str, expect_seconds: float = 0) -> int:
+        """Visual tokens stored under `key`; 0 if it is not stored. Counts as a request: renews the lease.
+
+        Args:
+            key: Key of the embedding.
+            expect_seconds: Time in which it may be delivered if it is not stored; vLLM waits for it so long. 0: unknown.
+        """
         leased_until = time.monotonic() + self._lease
         entry = self._entries.get(key)
         if entry is None:
-            self._expect_delivery(key, leased_until)
+            self._expect_delivery(key, expect_seconds)
             return 0
         file = self._file_status(key)
         entry.requests = 1 if self._is_evictable(entry, file) else entry.requests + 1
@@ -88,12 +94,22 @@ class Store:
         self._entries.move_to_end(key)
         return entry.rows
 
-    def _expect_delivery(self, key: str, leased_until: float) -> None:
+    def _expect_delivery(self, key: str, expect_seconds: float) -> None:
         now = time.monotonic()
-        while self._pending and next(iter(self._pending.values())).leased_until < now:
-            self._pending.popitem(last=False)
+        while self._pending and next(iter(self._pending.values())).until < now:
+            self._forget_pending(next(iter(self._pending)))
         previous = self._pending.pop(key, None)
-        self._pending[key] = _PendingDelivery(previous.requests + 1 if previous else 1, leased_until)
+        until = max(now + max(self._lease, expect_seconds), previous.until if previous else now)
+        is_marked = expect_seconds > 0 or (previous is not None and previous.is_marked)
+        self._pending[key] = _PendingDelivery(previous.requests + 1 if previous else 1, until, is_marked)
+        if expect_seconds > 0:
+            mark_expected(self.folder, validate_key(key), until - now)
+
+    def _forget_pending(self, key: str) -> _PendingDelivery | None:
+        pending = self._pending.pop(key, None)
+        if pending is not None and pending.is_marked:
+            unmark_expected(self.folder, key)
+        return pending
 
     @contextlib.contextmanager
     def writing(self, header: Header) -> Iterator[IncomingFile]:
@@ -128,7 +144,7 @@ class Store:
         if header.key in self._entries:  # values of a key are equal: keep the older file, which may be pinned
             raise errors.InvalidRequest(f"Embedding {header.key} is being delivered twice at the same time.")
         temporary.rename(self.folder / header.key)
-        pending = self._pending.pop(header.key, None)
+        pending = self._forget_pending(header.key)
         self._entries[header.key] = _Entry(
             rows=header.rows,
             size=size,

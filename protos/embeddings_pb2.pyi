@@ -67,10 +67,12 @@ class LanguageDescription(_message.Message):
     def __init__(self, checkpoint: _Optional[_Union[CheckpointDescription, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., http: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., language_fingerprint: _Optional[str] = ...) -> None: ...
 
 class HasRequest(_message.Message):
-    __slots__ = ("keys",)
+    __slots__ = ("keys", "expect_seconds")
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    EXPECT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, keys: _Optional[_Iterable[str]] = ...) -> None: ...
+    expect_seconds: float
+    def __init__(self, keys: _Optional[_Iterable[str]] = ..., expect_seconds: _Optional[float] = ...) -> None: ...
 
 class HasReply(_message.Message):
     __slots__ = ("tokens",)
