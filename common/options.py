@@ -46,13 +46,14 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 KNOWN_NAMES = frozenset({
     "address", "admin", "allow_private_images", "allow_vir", "api_key", "cache", "cors_origins", "degrade_after",
-    "degrade_threshold", "degrade_tiles", "device", "docs", "early_prefill", "fetch_timeout", "fetch_user_agent", "hedge_share", "host", "http",
-    "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format", "log_level", "max_batch_tiles",
-    "max_bodies_bytes", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_images", "max_in_flight",
-    "max_queue_seconds", "max_tiles", "max_video_bytes", "metrics_port", "model", "partial_prefill_share", "port", "prepare_threads",
-    "progress_timeout", "request_timeout", "retry_share", "router_scope", "shutdown_delay", "shutdown_grace", "sink_bytes",
-    "sink_lease", "stream_keep_alive", "timeout", "trace", "vir", "vir_absolute_threshold", "vir_relative_threshold",
-    "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "vllm", "wait", "wait_for_embeddings", "workers",
+    "degrade_threshold", "degrade_tiles", "device", "docs", "early_prefill", "fetch_timeout", "fetch_user_agent",
+    "hedge_share", "host", "http", "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format",
+    "log_level", "max_batch_tiles", "max_bodies_bytes", "max_body_bytes", "max_image_bytes", "max_image_pixels",
+    "max_images", "max_in_flight", "max_queue_seconds", "max_tiles", "max_video_bytes", "metrics_port", "model",
+    "partial_prefill_share", "port", "prepare_threads", "progress_timeout", "request_timeout", "retry_share",
+    "router_scope", "shutdown_delay", "shutdown_grace", "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "trace",
+    "vir", "vir_absolute_threshold", "vir_relative_threshold", "vision_backend", "vision_compile", "vision_dtype",
+    "vision_workers", "vllm", "wait", "wait_for_embeddings", "workers",
 })  # fmt: skip
 """Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""
 

@@ -3,8 +3,8 @@
 In vLLM's scheduler it pins a request's embeddings as they arrive, and while the request lives. A request is prefilled up to
 the first embedding that is missing, within the bounds of `lm_worker/partial_prefill.py`. One whose embedding has the wrong
 number of rows fails, and so does one whose embedding is missing for too long although no vision worker is expected to
-deliver it. In a worker of vLLM it maps what the scheduler has pinned. On a CPU the encoder cache then *is* the shared memory; on a GPU it is copied once to the
-device. Every rank of tensor parallelism maps the same bytes, so all ranks of a language worker must be on one machine.
+deliver it. In a worker of vLLM it maps what the scheduler has pinned. On a CPU the encoder cache then *is* the shared
+memory; on a GPU it is copied once to the device. Every rank of tensor parallelism maps the same bytes, so all ranks of a language worker must be on one machine.
 """
 
 import logging
@@ -100,7 +100,7 @@ class SharedMemoryConnector(ECConnectorBase):
         return missing
 
     def _limit_wait(self, request: "Request", missing: list[int]) -> None:
-        """Fail a request that has been waiting for too long. Time in which an embedding may still be delivered does not count."""
+        """Fail a request that waits for too long. Time in which an embedding may still be delivered does not count."""
         if any(is_expected(self._folder, request.mm_features[index].identifier) for index in missing):
             self._waits_for_delivery = True
             self._waiting_since.pop(request.request_id, None)

@@ -29,9 +29,7 @@ class PinnedEncoderCacheManager(EncoderCacheManager):
         assert vllm_config.ec_transfer_config is not None
         return cls(cache_size, pins_of_process(vllm_config.ec_transfer_config.get_from_extra_config("folder", "")))
 
-    def can_allocate(
-        self, request: "Request", input_id: int, encoder_compute_budget: int, num_embeds_to_schedule: int
-    ) -> bool:
+    def can_allocate(self, request: "Request", input_id: int, encoder_compute_budget: int, num_embeds_to_schedule: int) -> bool:
         """Whether the item may enter the cache in the step that is being scheduled; called by vLLM."""
         is_pinned = self._pins.is_pinned(request.mm_features[input_id].identifier)
         return is_pinned and super().can_allocate(request, input_id, encoder_compute_budget, num_embeds_to_schedule)

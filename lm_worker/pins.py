@@ -49,5 +49,5 @@ class Pins:
 
 @functools.cache
 def pins_of_process(folder: str) -> Pins:
-    """Return the pins of this process' scheduler in a folder: its connector pins, and its encoder cache reads what is pinned."""
+    """Return the pins of this process' scheduler in a folder: its connector pins, its encoder cache asks what is pinned."""
     return Pins(Path(folder))

@@ -81,10 +81,14 @@ class LanguageClient:
             await self._connect(description.http)
         return description
 
-    async def has(self, keys: Sequence[str], timeout: float) -> list[int]:
-        """Return the number of visual tokens that the sink has under each key, 0 for none."""
+    async def has(self, keys: Sequence[str], timeout: float, expect_seconds: float = 0) -> list[int]:
+        """Return the number of visual tokens that the sink has under each key, 0 for none.
+
+        For `expect_seconds` vLLM waits for those that are missing.
+        """
+        request = pb.HasRequest(keys=keys, expect_seconds=expect_seconds)
         with rpc.translate_errors("language worker"):
-            return list((await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout)).tokens)
+            return list((await self._sink.Has(request, timeout=timeout)).tokens)
 
     async def get(self, path: str, timeout: float) -> Any:
         """Return a JSON response of vLLM, None if its body is empty. Raises `WorkerUnavailable`, `DeadlineExceeded`."""
