@@ -4,7 +4,8 @@ In vLLM's scheduler it pins a request's embeddings as they arrive, and while the
 the first embedding that is missing, within the bounds of `lm_worker/partial_prefill.py`. One whose embedding has the wrong
 number of rows fails, and so does one whose embedding is missing for too long although no vision worker is expected to
 deliver it. In a worker of vLLM it maps what the scheduler has pinned. On a CPU the encoder cache then *is* the shared
-memory; on a GPU it is copied once to the device. Every rank of tensor parallelism maps the same bytes, so all ranks of a language worker must be on one machine.
+memory; on a GPU it is copied once to the device. Every rank of tensor parallelism maps the same bytes, so all ranks of a
+language worker must be on one machine.
 """
 
 import logging

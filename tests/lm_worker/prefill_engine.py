@@ -20,6 +20,8 @@ TWO_IMAGES, THREE_IMAGES = CASES[11], CASES[12]
 FRAMES = 16
 BLOCK_TOKENS, BLOCKS, SHARE, CHUNK_TOKENS = 32, 200, 0.75, 1000
 """A KV cache of 6,400 tokens, of which 4,800 may be held by partial prefills; chunks end within images."""
+WORDS = 480
+"""A prompt of so many words fits beside two of three images, but not beside all."""
 
 
 def encode(folder: Path) -> None:
@@ -241,22 +243,22 @@ def video(run: Run) -> dict[str, Any]:
 
 
 def prefix_hit(run: Run) -> dict[str, Any]:
-    """The first images are in the KV cache, and their embeddings are gone."""
-    keys = [key_of(image) for image in THREE_IMAGES["images"]]
-    run.deliver(*keys[:2])
-    first = run.add(run.messages("what else?", *keys[:2]))
-    run.finish(first)
-    run.settle()
-    for key in keys[:2]:
+    """The first frames of a video are in the KV cache, their embeddings are gone, and the others come one by one."""
+    keys = [f"frame-{index}" for index in range(FRAMES)]
+    run.deliver(*keys)
+    expected = run.finish(run.add(run.messages("what happens?", *keys)))
+    run.reset()
+    run.deliver(*keys[:8])
+    run.finish(run.add(run.messages("what happens?", *keys[:8])))
+    for key in keys[:7]:
         run.evict(key)
-    request = run.add_case(THREE_IMAGES)
-    computed = run.settle(request)
-    hit = request.num_cached_tokens if hasattr(request, "num_cached_tokens") else None
-    run.deliver(keys[0])  # the last tokens of an image may lie outside the last whole block
-    run.deliver(keys[1])
-    computed += run.settle(request)
-    run.deliver(keys[2])
-    return {"computed": computed, "hit": hit, "tokens": run.finish(request)}
+    request = run.add(run.messages("what happens?", *keys))
+    computed = []
+    for key in keys[8:]:  # the last tokens of frame 7 may lie outside the last whole block
+        computed += run.settle(request)
+        run.deliver(key)
+    offsets = [feature.mm_position.offset for feature in request.mm_features]
+    return {"expected": expected, "offsets": offsets, "computed": computed, "tokens": run.finish(request)}
 
 
 def preempted_while_waiting(run: Run) -> dict[str, Any]:
@@ -278,14 +280,16 @@ def cache_full(run: Run) -> dict[str, Any]:
     request = run.add_case(THREE_IMAGES)
     run.deliver(*map(key_of, THREE_IMAGES["images"][:2]))
     computed = run.settle(request)
-    other = run.add(run.messages("word " * 2400), max_tokens=60)
+    other = run.add(run.messages("word " * WORDS), max_tokens=60)
     run.step()
     run.step()
     run.deliver(key_of(THREE_IMAGES["images"][2]))
     tokens = run.finish(request, other)
-    result = {"computed": computed, "preemptions": other.num_preemptions, "tokens": tokens}
+    result = {
+        "computed": computed, "prompt": other.num_prompt_tokens, "preemptions": other.num_preemptions, "tokens": tokens
+    }  # fmt: skip
     run.reset()
-    return {**result, "other_alone": run.finish(run.add(run.messages("word " * 2400), max_tokens=60))}
+    return {**result, "other_alone": run.finish(run.add(run.messages("word " * WORDS), max_tokens=60))}
 
 
 def share_used_up(run: Run) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         dtype: The language model's dtype that Describe returns.
         responsive: Describe waits for this event; it is set at first.
         error: Deliver raises it unless it is None.
+        expect_seconds: How long each Has call expected the embeddings that are missing.
     """
 
     def __init__(self, address: str, http: str) -> None:
@@ -34,6 +35,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self.responsive = asyncio.Event()
         self.responsive.set()
         self.error: Exception | None = None
+        self.expect_seconds: list[float] = []
         self._server: Any = None
 
     async def start(self) -> None:
@@ -53,6 +55,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         return pb.LanguageDescription(checkpoint=self.checkpoint, dtype=self.dtype, http=self.http)  # type: ignore[arg-type]
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
+        self.expect_seconds.append(request.expect_seconds)
         return pb.HasReply(tokens=[self.rows.get(key, 0) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[pb.DeliverChunk], context: Any) -> pb.DeliverReply:  # noqa: N802
