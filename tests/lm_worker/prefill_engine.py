@@ -108,7 +108,7 @@ class Run:
                 encoder_cache_manager_cls="lm_worker.encoder_cache.PinnedEncoderCacheManager"
             ),
         )
-        self.scheduler: Any = self.engine.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+        self.scheduler: Any = self.engine.llm_engine.engine_core.engine_core.scheduler
         self._answers: dict[str, list[int]] = {}
 
     def reset(self) -> None:
@@ -146,7 +146,7 @@ class Run:
 
         before = set(self.scheduler.requests)
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        self.engine.enqueue_chat([messages], sampling, use_tqdm=False)  # type: ignore[list-item]
+        self.engine.enqueue_chat([messages], sampling, use_tqdm=False)
         (name,) = set(self.scheduler.requests) - before
         return self.scheduler.requests[name]
 
@@ -170,7 +170,7 @@ class Run:
         """Run one step of the engine, and keep the tokens of requests that end."""
         for output in self.engine.llm_engine.step():
             if output.finished:
-                self._answers[output.request_id] = list(output.outputs[0].token_ids)  # type: ignore[union-attr]
+                self._answers[output.request_id] = list(output.outputs[0].token_ids)
 
     def settle(self, *requests: Any) -> list[int]:
         """Step until the requests make no progress. Returns how many of their tokens are computed."""
