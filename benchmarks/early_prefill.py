@@ -22,7 +22,7 @@ IMAGE_SIZE = (448, 448)  # one tile
 IMAGE_COUNTS = (8, 16)
 PROMPT = "What happens?"
 TOKENS = 4
-SATURATED_REQUESTS, IN_FLIGHT, SATURATED_IMAGES = 12, 4, 8
+SATURATED_REQUESTS, IN_FLIGHT, SATURATED_IMAGES = 9, 3, 8
 FLAGS = {"on": (), "off": ("--early-prefill=false",)}
 
 

@@ -188,7 +188,9 @@ class Run:
                 break
             self.step()
         names = [request.request_id for request in requests]
-        return [next((tokens for known, tokens in self._answers.items() if name.startswith(known)), []) for name in names]
+        return [
+            next((tokens for known, tokens in self._answers.items() if name.rpartition("-")[0] == known), []) for name in names
+        ]
 
     def leftovers(self) -> dict[str, int]:
         """Return what requests may hold, once none is left: blocks in use, pins, and partial prefills."""
