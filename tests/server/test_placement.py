@@ -77,10 +77,12 @@ async def test_a_request_without_images_needs_no_vision_worker(stack: PlacerStac
 
 async def test_the_report_counts_reused_shared_and_encoded_embeddings(stack: PlacerStack) -> None:
     first = await stack.place(FILES[0])
-    assert (first.report.encoded, first.report.reused) == (1, 0)
+    assert first.report == ImageReport(images=1, tiles=2, compressed=1, tokens=first.image_tokens, encoded=1)
     stack.vision.cached = True
     second = await stack.place(FILES[0], FILES[1])
-    assert (second.report.images, second.report.reused, second.report.shared, second.report.encoded) == (2, 1, 1, 0)
+    assert second.report == ImageReport(
+        images=2, tiles=4, compressed=2, tokens=second.image_tokens, reused=1, shared=1
+    )  # fmt: skip
     assert second.keys[0] == first.keys[0]
     assert set(second.keys) == set(stack.language.sink.rows)
 
