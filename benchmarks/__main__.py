@@ -16,6 +16,7 @@ MODULES = {
     "gateway": "benchmarks.gateway",
     "overlap": "benchmarks.overlap",
     "reuse": "benchmarks.reuse",
+    "early-prefill": "benchmarks.early_prefill",
     "overload": "benchmarks.overload",
     "interference": "benchmarks.interference",
     "equal-hardware": "benchmarks.equal_hardware",

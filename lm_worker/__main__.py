@@ -167,7 +167,7 @@ async def _serve(
         sink = await stack.enter_async_context(
             SinkProcess(_sink_options(options, checkpoint, folder, dtype, credentials), credentials.token)
         )
-        await stack.enter_async_context(Watchdog(engine, options.progress_timeout))
+        await stack.enter_async_context(Watchdog(engine, options.progress_timeout, folder))
         drain = Drain(options.shutdown_grace, engine.get_num_unfinished_requests, sink.drain)
         begin = functools.partial(drain.start, "dvd drain")
         stack.enter_context(admin_of_worker(options.admin, begin, lambda: drain.is_draining, credentials))

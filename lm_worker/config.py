@@ -12,7 +12,8 @@ from common.options import Address, AdminOptions, CheckpointOptions, ConfigError
 from common.security import ProcessOptions
 from lm_worker import vllm_flags
 
-_OWN_FLAGS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--enable-mm-embeds", "--limit-mm-per-prompt")
+_OWN_FLAGS = ("--host", "--port", "--uds", "--model", "--ec-transfer-config", "--ec-manager-config", "--enable-mm-embeds",
+              "--limit-mm-per-prompt")  # fmt: skip
 _TLS_FLAGS = ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--enable-ssl-refresh")
 _LOGGING_FLAGS = ("--log-level", "--log-config-file", "--logging-config")
 
@@ -54,7 +55,14 @@ class SinkStoreOptions(Options):
         60.0, gt=0, description="seconds during which a delivered or requested embedding is not evicted before vLLM read it"
     )
     wait_for_embeddings: float = Field(
-        10.0, gt=0, description="seconds a request waits in vLLM for an embedding that has not arrived"
+        10.0, gt=0, description="seconds a request waits in vLLM for a missing embedding that no vision worker is to deliver"
+    )
+    partial_prefill_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="largest share of the KV cache, and of vLLM's --max-num-seqs, that requests hold which are prefilled "
+        "while an image is missing; 0: none",
     )
 
 

@@ -1,9 +1,11 @@
 """vLLM's encoder-cache connector: embeddings from the sink's shared memory into vLLM's encoder cache.
 
-In vLLM's scheduler it makes a request wait until all of its embeddings have arrived, pins them while the request lives,
-and fails a request whose embedding does not arrive in time or has the wrong number of rows. In a worker of vLLM it maps
-what the scheduler has pinned. On a CPU the encoder cache then *is* the shared memory; on a GPU it is copied once to the
-device. Every rank of tensor parallelism maps the same bytes, so all ranks of a language worker must be on one machine.
+In vLLM's scheduler it pins a request's embeddings as they arrive, and while the request lives. A request is prefilled up to
+the first embedding that is missing, within the bounds of `lm_worker/partial_prefill.py`. One whose embedding has the wrong
+number of rows fails, and so does one whose embedding is missing for too long although no vision worker is expected to
+deliver it. In a worker of vLLM it maps what the scheduler has pinned. On a CPU the encoder cache then *is* the shared
+memory; on a GPU it is copied once to the device. Every rank of tensor parallelism maps the same bytes, so all ranks of a
+language worker must be on one machine.
 """
 
 import logging
@@ -19,8 +21,9 @@ from vllm.platforms import current_platform
 
 from common import errors
 from common.embedding import HEADER_SIZE
-from lm_worker.pins import Pins
-from lm_worker.shared_memory import map_embedding, read_header
+from lm_worker.partial_prefill import create_partial_prefills
+from lm_worker.pins import pins_of_process
+from lm_worker.shared_memory import WAITING, is_expected, map_embedding, read_header
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger(__name__)
+
+_IDLE_STEP_SECONDS = 0.003
+"""Pause of the engine after a step in which all requests waited for embeddings: it would use a core that encodes."""
 
 
 @dataclass
@@ -40,15 +46,19 @@ class EmbeddingFiles(ECConnectorMetadata):
 class SharedMemoryConnector(ECConnectorBase):
     """One instance in vLLM's scheduler and one in each worker; vLLM calls the methods of its role only.
 
-    Options in `ec_connector_extra_config`: `folder`, the sink's shared memory, and `wait`, the seconds that a request
-    waits for an embedding.
+    Options in `ec_connector_extra_config`: `folder`, the sink's shared memory; `wait`, the seconds that a request waits for
+    an embedding that nobody is expected to deliver; and `partial_share`, the largest share of the KV cache held by requests
+    that are prefilled in part.
     """
 
     def __init__(self, vllm_config: "VllmConfig", role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
         option = vllm_config.ec_transfer_config.get_from_extra_config
-        self._pins = Pins(Path(option("folder", "")))
+        self._folder = Path(option("folder", ""))
+        self._pins = pins_of_process(option("folder", ""))
         self._wait_seconds = float(option("wait", 10.0))
+        self._partial_prefills = create_partial_prefills(vllm_config, float(option("partial_share", 0.0)))
+        self._waits_for_delivery = False  # in the step that is being scheduled, for an embedding that is expected
         self._pinned_by_request: dict[str, set[str]] = {}
         self._waiting_since: dict[str, float] = {}
         self._unavailable: set[str] = set()
@@ -60,23 +70,47 @@ class SharedMemoryConnector(ECConnectorBase):
     # Called in the scheduler.
 
     def ensure_cache_available(self, request: "Request", num_computed_tokens: int) -> bool:
-        """Whether `request` may be scheduled: every embedding that is not covered by the KV cache has been pinned."""
+        """Whether `request` may be scheduled: up to its end, or up to the first embedding that is missing.
+
+        Embeddings of images that the KV cache covers are not needed.
+        """
+        missing = self._pin_missing(request, num_computed_tokens)
+        if request.request_id in self._unavailable:
+            return False
+        if not missing:
+            self._waiting_since.pop(request.request_id, None)
+            self._partial_prefills.release(request.request_id)
+            return True
+        first = request.mm_features[missing[0]].mm_position.offset
+        if self._partial_prefills.admit(request.request_id, first, num_computed_tokens):
+            self._waiting_since.pop(request.request_id, None)
+            return True
+        self._limit_wait(request, missing)
+        return False
+
+    def _pin_missing(self, request: "Request", num_computed_tokens: int) -> list[int]:
+        """Pin what has arrived of the images that the KV cache does not cover. Returns those whose embedding is missing."""
         pinned = self._pinned_by_request.setdefault(request.request_id, set())
-        missing = False
+        missing = []
         for index, feature in enumerate(request.mm_features):
             position = feature.mm_position
             if position.offset + position.length <= num_computed_tokens or feature.identifier in pinned:
                 continue
-            missing |= not self._pin(request, index, pinned)
-        if not missing:
+            if not self._pin(request, index, pinned):
+                missing.append(index)
+        return missing
+
+    def _limit_wait(self, request: "Request", missing: list[int]) -> None:
+        """Fail a request that waits for too long. Time in which an embedding may still be delivered does not count."""
+        if any(is_expected(self._folder, request.mm_features[index].identifier) for index in missing):
+            self._waits_for_delivery = True
             self._waiting_since.pop(request.request_id, None)
-            return request.request_id not in self._unavailable
+            return
         since = self._waiting_since.setdefault(request.request_id, time.monotonic())
         if time.monotonic() - since > self._wait_seconds:
             self._fail(
                 request.request_id, f"an embedding did not arrive within {self._wait_seconds:g} s (--wait-for-embeddings)"
             )
-        return False
 
     def _pin(self, request: "Request", index: int, pinned: set[str]) -> bool:
         """Pin the embedding of image `index`, or fail the request. False if it has not arrived or cannot be used."""
@@ -115,6 +149,10 @@ class SharedMemoryConnector(ECConnectorBase):
         its embeddings are unpinned.
         """
         files, self._paths = EmbeddingFiles(self._paths), {}
+        if self._waits_for_delivery and not scheduler_output.total_num_scheduled_tokens:
+            (self._folder / WAITING).touch()
+            time.sleep(_IDLE_STEP_SECONDS)
+        self._waits_for_delivery = False
         self._keys_of_steps.append(list(files.paths))
         while len(self._keys_of_steps) > self._max_concurrent_steps:
             for key in self._keys_of_steps.popleft():
@@ -135,6 +173,7 @@ class SharedMemoryConnector(ECConnectorBase):
         for key in self._pinned_by_request.pop(request.request_id, set()):
             self._pins.unpin(key)
         self._waiting_since.pop(request.request_id, None)
+        self._partial_prefills.release(request.request_id)
         self._unavailable.discard(request.request_id)
         return False, None
 

@@ -1,5 +1,6 @@
 """Pins protect an embedding from eviction while a reader in vLLM uses it."""
 
+import functools
 import os
 import secrets
 from pathlib import Path
@@ -45,3 +46,9 @@ class Pins:
         if self._counts[key] == 0:
             del self._counts[key]
             self.path(key).unlink(missing_ok=True)
+
+
+@functools.cache
+def pins_of_process(folder: str) -> Pins:
+    """Return the pins of this process' scheduler in a folder: its connector pins, its encoder cache asks what is pinned."""
+    return Pins(Path(folder))

@@ -5,14 +5,18 @@ One folder per language worker:
     KEY                 one complete embedding: header, then rows × width values (`common/embedding.py`)
     .pinned/READER-KEY  hard link to it, while a reader needs it (`lm_worker/pins.py`)
     .incoming/NUMBER    an embedding that is still being written (`lm_worker/incoming.py`)
+    .expected/KEY       an embedding that is being encoded; it is expected until the file's modification time
+    .waiting            touched while all of vLLM's work waits for expected embeddings
 
-A key has no dot, so none can name one of the folders.
+A key has no dot, so none can name one of the folders or files beside it.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
 import shutil
+import time
 from pathlib import Path
 
 from common import embedding
@@ -20,6 +24,8 @@ from common.embedding import Header
 
 PINNED = ".pinned"
 INCOMING = ".incoming"
+EXPECTED = ".expected"
+WAITING = ".waiting"
 
 _ROOT = Path("/dev/shm")
 _MAX_DEFAULT_BUDGET_BYTES = 8 << 30
@@ -36,7 +42,7 @@ def folder_of(listen: str) -> Path:
 def create_folder(folder: Path) -> None:
     """Create an empty folder; embeddings that a killed predecessor left in it are removed."""
     shutil.rmtree(folder, ignore_errors=True)
-    for part in (folder, folder / PINNED, folder / INCOMING):
+    for part in (folder, folder / PINNED, folder / INCOMING, folder / EXPECTED):
         part.mkdir(mode=0o700)
 
 
@@ -72,3 +78,24 @@ def map_embedding(path: Path) -> tuple[Header, mmap.mmap]:
         # ACCESS_COPY, although nothing is written and no page copied: torch warns about read-only buffers
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return embedding.parse_header(memoryview(mapping)[: embedding.HEADER_SIZE]), mapping
+
+
+def mark_expected(folder: Path, key: str, seconds: float) -> None:
+    """Note that the embedding `key` may still arrive within so many seconds: readers wait for it."""
+    marker, until = folder / EXPECTED / key, time.time() + seconds
+    with contextlib.suppress(OSError):  # no memory left: readers then wait as for any other embedding
+        marker.touch(mode=0o600)
+        os.utime(marker, (until, until))
+
+
+def unmark_expected(folder: Path, key: str) -> None:
+    """Remove the mark of `mark_expected`, if there is one."""
+    (folder / EXPECTED / key).unlink(missing_ok=True)
+
+
+def is_expected(folder: Path, key: str) -> bool:
+    """Whether the embedding `key`, which is missing, may still arrive."""
+    try:
+        return (folder / EXPECTED / key).stat().st_mtime > time.time()
+    except FileNotFoundError:
+        return False

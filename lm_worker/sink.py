@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -125,16 +126,18 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         )  # fmt: skip
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
-        """Visual tokens of each key, 0 if its embedding is not stored. Renews the leases.
+        """Visual tokens of each key, 0 if its embedding is not stored: vLLM then waits for it. Renews the leases.
 
         Raises:
-            InvalidRequest: There are too many keys, or one is not a key.
+            InvalidRequest: There are too many keys, one is not a key, or the time is no number of seconds.
         """
         if len(request.keys) > _MAX_KEYS:
             raise errors.InvalidRequest(f"Has was called with {len(request.keys)} keys; expected at most {_MAX_KEYS}.")
+        if not 0 <= request.expect_seconds < math.inf:
+            raise errors.InvalidRequest(f"expect_seconds is {request.expect_seconds}; expected a number of at least 0.")
         for key in request.keys:
             validate_key(key)
-        return pb.HasReply(tokens=[self._store.rows(key) for key in request.keys])
+        return pb.HasReply(tokens=[self._store.rows(key, request.expect_seconds) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[bytes], context: Any) -> pb.DeliverReply:  # noqa: N802
         """Store the embedding of a stream: a header, then its values."""

@@ -12,11 +12,10 @@ from pathlib import Path
 from common import embedding, errors
 from common.embedding import Header
 from lm_worker.incoming import IncomingFile
+from lm_worker.pending import PendingDeliveries
 from lm_worker.shared_memory import INCOMING
 
 _FULL_RETRY_SECONDS = 1
-_MAX_PENDING = 1 << 16
-"""Keys that are remembered as requested; the oldest is forgotten first."""
 
 
 @dataclass
@@ -36,14 +35,6 @@ class _Entry:
     leased_until: float
     requests: int
     changed_ns: int
-
-
-@dataclass
-class _PendingDelivery:
-    """A key that was requested before its embedding was delivered."""
-
-    requests: int
-    leased_until: float
 
 
 class Store:
@@ -68,7 +59,7 @@ class Store:
         self.evictions = 0
         self._lease = lease
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._pending: OrderedDict[str, _PendingDelivery] = OrderedDict()
+        self._pending = PendingDeliveries(folder, lease)
         self._writes = 0
 
     def __len__(self) -> int:
@@ -77,25 +68,23 @@ class Store:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    def rows(self, key: str) -> int:
-        """Visual tokens stored under `key`; 0 if it is not stored. Counts as a request: renews the lease."""
+    def rows(self, key: str, expect_seconds: float = 0) -> int:
+        """Visual tokens stored under `key`; 0 if it is not stored. Counts as a request: renews the lease.
+
+        Args:
+            key: Key of the embedding.
+            expect_seconds: Time in which it may be delivered if it is not stored; vLLM waits for it so long. 0: unknown.
+        """
         leased_until = time.monotonic() + self._lease
         entry = self._entries.get(key)
         if entry is None:
-            self._expect_delivery(key, leased_until)
+            self._pending.record_request(key, expect_seconds)
             return 0
         file = self._file_status(key)
         entry.requests = 1 if self._is_evictable(entry, file) else entry.requests + 1
         entry.changed_ns, entry.leased_until = file.st_ctime_ns, leased_until
         self._entries.move_to_end(key)
         return entry.rows
-
-    def _expect_delivery(self, key: str, leased_until: float) -> None:
-        now = time.monotonic()
-        previous = self._pending.pop(key, None)
-        while self._pending and (next(iter(self._pending.values())).leased_until < now or len(self._pending) >= _MAX_PENDING):
-            self._pending.popitem(last=False)
-        self._pending[key] = _PendingDelivery(previous.requests + 1 if previous else 1, leased_until)
 
     @contextlib.contextmanager
     def writing(self, header: Header) -> Iterator[IncomingFile]:
@@ -130,12 +119,12 @@ class Store:
         if header.key in self._entries:  # values of a key are equal: keep the older file, which may be pinned
             raise errors.InvalidRequest(f"Embedding {header.key} is being delivered twice at the same time.")
         temporary.rename(self.folder / header.key)
-        pending = self._pending.pop(header.key, None)
+        requests = self._pending.forget(header.key)
         self._entries[header.key] = _Entry(
             rows=header.rows,
             size=size,
             leased_until=time.monotonic() + self._lease,
-            requests=pending.requests if pending else 1,
+            requests=requests or 1,
             changed_ns=self._file_status(header.key).st_ctime_ns,
         )
 

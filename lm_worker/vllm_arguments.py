@@ -46,8 +46,11 @@ def vllm_arguments(
         "ec_connector": "SharedMemoryConnector",
         "ec_connector_module_path": "lm_worker.connector",
         "ec_role": "ec_consumer",
-        "ec_connector_extra_config": {"folder": str(folder), "wait": options.wait_for_embeddings},
-    }
+        "ec_connector_extra_config": {
+            "folder": str(folder), "wait": options.wait_for_embeddings, "partial_share": options.partial_prefill_share
+        },
+    }  # fmt: skip
+    encoder_cache = {"encoder_cache_manager_cls": "lm_worker.encoder_cache.PinnedEncoderCacheManager"}
     parser = make_arg_parser(_Parser(prog="dvd language … --"))
     args: Namespace = parser.parse_args([
         f"--model={model}",
@@ -63,6 +66,7 @@ def vllm_arguments(
         "--enable-mm-embeds",
         '--limit-mm-per-prompt={"image":0}',
         f"--ec-transfer-config={json.dumps(connector)}",
+        f"--ec-manager-config={json.dumps(encoder_cache)}",
         *_http_flags(options.http),
         *_tls_flags(options.http, tls),
         "--middleware=lm_worker.authentication.RequireToken",

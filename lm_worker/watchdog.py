@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from lm_worker.engine import core_processes
 from lm_worker.engine_processes import ProcessTree
 from lm_worker.progress import GPU_SILENCE_SECONDS, SILENCE_SECONDS, Progress
+from lm_worker.shared_memory import WAITING
 
 log = logging.getLogger("dvd.language")
 
@@ -32,14 +34,15 @@ class Watchdog:
     log, metric or cache.
     """
 
-    def __init__(self, engine: AsyncLLM, progress_timeout: float) -> None:
+    def __init__(self, engine: AsyncLLM, progress_timeout: float, folder: Path) -> None:
         """Prepare to watch an engine.
 
         Args:
             engine: The engine; it has started.
             progress_timeout: See `Progress`.
+            folder: The sink's shared memory, where the engine notes that all its work waits for embeddings.
         """
-        self._engine = engine
+        self._engine, self._waiting_note = engine, folder / WAITING
         silence = SILENCE_SECONDS if current_platform.is_cpu() else GPU_SILENCE_SECONDS
         self._progress = Progress(time.monotonic(), progress_timeout, silence)
         self._processes = ProcessTree(process.pid for process in core_processes(engine) if process.pid is not None)
@@ -97,6 +100,8 @@ class Watchdog:
 
     async def _observe(self) -> None:
         now, unfinished = time.monotonic(), self._engine.get_num_unfinished_requests()
+        if _seconds_since_change(self._waiting_note) < 2 * _INTERVAL_SECONDS:
+            self._progress.record_token(now)  # it can generate none: the images are still being encoded
         search = self._progress.is_silent(now, _SILENCE_BEFORE_SEARCH_SECONDS)
         processes = await asyncio.to_thread(self._processes.read, find_descendants=search)
         self._report(now, self._progress.stall(now, unfinished, processes))
@@ -125,3 +130,10 @@ class Watchdog:
         elif self._stall and not stall:
             log.warning("the engine makes progress again after %.0f s", now - self._stalled_at)
         self._stall = stall
+
+
+def _seconds_since_change(file: Path) -> float:
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")

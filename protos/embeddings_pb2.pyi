@@ -91,10 +91,12 @@ class Grant(_message.Message):
     def __init__(self, terms: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class HasRequest(_message.Message):
-    __slots__ = ("keys",)
+    __slots__ = ("keys", "expect_seconds")
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    EXPECT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, keys: _Optional[_Iterable[str]] = ...) -> None: ...
+    expect_seconds: float
+    def __init__(self, keys: _Optional[_Iterable[str]] = ..., expect_seconds: _Optional[float] = ...) -> None: ...
 
 class HasReply(_message.Message):
     __slots__ = ("tokens",)

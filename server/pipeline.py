@@ -74,9 +74,12 @@ class Pipeline:
             attempts += 1
             engine_request = await self._placer.place(request, files, context, exclude, is_retry=attempts > 1)
             language = engine_request.language
-            with language.marking_down_if_gone():
-                async with language.giving_up_if_hung():
-                    response = await self._forward(engine_request, request, context)
+            # outside: a vision worker that is gone does not mark the language worker down
+            async with engine_request.encoding():
+                await engine_request.wait_until_useful()
+                with language.marking_down_if_gone():
+                    async with language.giving_up_if_hung():
+                        response = await self._forward(engine_request, request, context)
             if response.status_code < 500:
                 language.record_served()
                 for worker in failed:  # only now: had all failed, the request would be to blame
@@ -136,6 +139,8 @@ class Pipeline:
     async def _forward(self, request: EngineRequest, parsed: ParsedRequest, context: RequestContext) -> Response:
         """Send a request to vLLM and return its response, a stream from its first event with content on.
 
+        It is returned when all images are encoded, unless vLLM rejects the request.
+
         Args:
             request: The request as vLLM gets it.
             parsed: The same as the caller has sent it.
@@ -146,8 +151,7 @@ class Pipeline:
             DeadlineExceeded: The deadline passed.
         """
         stats = context.stats
-        stats.images, stats.error_code = vars(request.report) if request.keys else {}, None
-        report_header = request.headers()
+        stats.images, stats.error_code = vars(request.report) if request.report else {}, None
         async with AsyncExitStack() as resources:
             resources.enter_context(request.language.generating(parsed.sequences))
             resources.enter_context(self._trace.span("answer", request=stats.request_id))
@@ -162,26 +166,36 @@ class Pipeline:
                 content_type = response.headers.get("Content-Type", "application/json")
                 if response.status != 200:
                     failure = vllm_response.Failure.parse(response.status, await vllm_response.read_error(response))
-                    return _error_response(failure.about(constraint_field(parsed.body)), context, report_header)
+                    if failure.status >= 500:
+                        await self._wait_until_encoded(request, context)  # it may be due to an image
+                    return _error_response(failure.about(constraint_field(parsed.body)), context, request.headers())
                 if not content_type.startswith("text/event-stream"):
                     body = await vllm_response.read_all(response)
+                    await self._wait_until_encoded(request, context)
                     if request.keys:
-                        body = vllm_response.add_image_tokens(body, request.report.tokens)
-                    return Response(body, media_type=content_type, headers=report_header)
+                        body = vllm_response.add_image_tokens(body, request.image_tokens)
+                    return Response(body, media_type=content_type, headers=request.headers())
                 stream = vllm_response.EventStream(
                     response,
                     StreamTimer(self._metrics, stats),
                     context.error_format,
-                    request.report.tokens,
+                    request.image_tokens,
                     self._options.stream_keep_alive,
                 )
-                if stream_failure := await stream.start():
-                    return _error_response(stream_failure.about(constraint_field(parsed.body)), context, report_header)
+                stream_failure = await stream.start()
+                await self._wait_until_encoded(request, context)
+                if stream_failure:
+                    return _error_response(stream_failure.about(constraint_field(parsed.body)), context, request.headers())
             resources.enter_context(self._metrics.stage("stream", stats))
             # moved to the request here: the deadline may pass before the handler gets the response
             context.resources.push_async_exit(resources.pop_all())
-            stream_headers = {**STREAM_HEADERS, **report_header}
+            stream_headers = {**STREAM_HEADERS, **request.headers()}
             return StreamWithResources(stream.events(), stream.stop, media_type=content_type, headers=stream_headers)
+
+    @staticmethod
+    async def _wait_until_encoded(request: EngineRequest, context: RequestContext) -> None:
+        await request.wait_until_encoded()
+        context.stats.images = vars(request.report) if request.report else {}
 
 
 async def _check_constraint(request: ParsedRequest, language: LanguageWorker) -> None:

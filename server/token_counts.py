@@ -59,6 +59,13 @@ def most_tokens(
     return sum(tiles) * checkpoint.tokens_per_tile
 
 
+def fixed_tokens_per_tile(router: pb.Router, checkpoint: embeddings_pb2.CheckpointDescription) -> int | None:
+    """Return the visual tokens of each tile; None if the router decides about each."""
+    if not checkpoint.compressed_tokens_per_tile or router.mode == pb.Router.OFF:
+        return checkpoint.tokens_per_tile
+    return checkpoint.compressed_tokens_per_tile if router.mode == pb.Router.ALL else None
+
+
 def tile_count(size: tuple[int, int], bounds: pb.Tiling, checkpoint: embeddings_pb2.CheckpointDescription) -> int:
     """Return the number of tiles of an image of this width and height, thumbnail included."""
     tiling = Tiling(bounds.min_tiles, bounds.max_tiles, checkpoint.thumbnail, checkpoint.tile_size)

@@ -10,7 +10,18 @@ import pytest
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 
 _TESTS = Path(__file__).parent
-_VLLM_UNITS = ("connector", "engine", "main", "media", "renderer", "serving", "vllm_arguments", "vllm_flags", "watchdog")
+_VLLM_UNITS = (
+    "connector",
+    "engine",
+    "main",
+    "media",
+    "prefill_engine",
+    "renderer",
+    "serving",
+    "vllm_arguments",
+    "vllm_flags",
+    "watchdog",
+)
 _NEED_VLLM = ("e2e", *(f"lm_worker/test_{name}.py" for name in _VLLM_UNITS))
 """Folders and files whose tests start vLLM or import it, which takes longer than all the rest of a test."""
 

@@ -19,6 +19,7 @@ from server.metrics import EngineLoad
 log = logging.getLogger(__name__)
 
 _LOAD_METRICS = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+_WAITING_BY_REASON = "vllm:num_requests_waiting_by_reason"
 _MAX_METRICS_BYTES = 4 << 20
 _LARGE_BODY_BYTES = 1 << 20
 _IDLE_CONNECTION_SECONDS = 2
@@ -111,10 +112,14 @@ class LanguageClient:
             await self._connect(description.http)
         return description
 
-    async def has(self, keys: Sequence[str], timeout: float) -> list[int]:
-        """Return the number of visual tokens that the sink has under each key, 0 for none."""
+    async def has(self, keys: Sequence[str], timeout: float, expect_seconds: float = 0) -> list[int]:
+        """Return the number of visual tokens that the sink has under each key, 0 for none.
+
+        For `expect_seconds` vLLM waits for those that are missing.
+        """
+        request = pb.HasRequest(keys=keys, expect_seconds=expect_seconds)
         with rpc.translate_errors("language worker"):
-            reply = await self._sink.Has(pb.HasRequest(keys=keys), timeout=timeout, metadata=self._credentials.metadata)
+            reply = await self._sink.Has(request, timeout=timeout, metadata=self._credentials.metadata)
         tokens = list(rpc.require_message(reply, "language worker").tokens)
         if len(tokens) != len(keys):
             raise errors.WorkerUnavailable(f"The sink replied with {len(tokens)} counts for {len(keys)} keys.")
@@ -160,7 +165,7 @@ class LanguageClient:
 
     async def load(self, timeout: float) -> EngineLoad | None:
         """Return the load that vLLM reports in its metrics; None if it reports none."""
-        query = "&".join(f"name[]={name}" for name in _LOAD_METRICS)
+        query = "&".join(f"name[]={name}" for name in (*_LOAD_METRICS, _WAITING_BY_REASON))
         try:
             # with the slash: only at this path does vLLM honour name[], which selects a few of a thousand lines
             text = await self.text(f"/metrics/?{query}", timeout, _MAX_METRICS_BYTES)
@@ -256,15 +261,21 @@ class LanguageClient:
 
 
 def _parse_load(text: str) -> EngineLoad | None:
-    """Parse vLLM's metrics; with data parallelism there is a sample per engine. Raises `ValueError` on malformed text."""
+    """Parse vLLM's metrics; with data parallelism there is a sample per engine. Raises `ValueError` on malformed text.
+
+    Requests that wait for images and not for vLLM do not count as waiting.
+    """
     samples: dict[str, list[float]] = {name: [] for name in _LOAD_METRICS}
+    deferred = 0.0
     for family in text_string_to_metric_families(text):
         if family.name in samples:
             samples[family.name] += [sample.value for sample in family.samples]
+        elif family.name == _WAITING_BY_REASON:
+            deferred += sum(sample.value for sample in family.samples if sample.labels.get("reason") == "deferred")
     if not all(samples.values()):
         return None
     waiting, running, kv_cache = samples.values()
-    return EngineLoad(sum(waiting), sum(running), max(kv_cache))
+    return EngineLoad(max(sum(waiting) - deferred, 0.0), sum(running), max(kv_cache))
 
 
 async def _send(

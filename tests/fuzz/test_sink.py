@@ -28,9 +28,14 @@ GOOD = [
     header_message(Header("c" * 64, DESCRIPTION.fingerprint, "float32", ROWS, WIDTH)), *data_messages(memoryview(VALUES))
 ]  # fmt: skip
 NUMBERS = st.sampled_from([0, 1, 2, ROWS, WIDTH, 2**31, 2**32 - 1])
+KEYS = (
+    st.text("abcdef0123456789", max_size=130)
+    | st.text(max_size=200)
+    | st.sampled_from(["", "..", "a/b", "a\0", "é", "k" * 5000, ".expected", ".waiting"])
+)
 HEADERS = st.builds(
     pb.EmbeddingHeader,
-    key=st.text("abcdef0123456789", max_size=130) | st.sampled_from(["", "..", "a/b", "a\0", "é", "k" * 5000]),
+    key=KEYS,
     fingerprint=st.sampled_from([DESCRIPTION.fingerprint, "", "é" * 40]),
     dtype=st.sampled_from([0, 1, 2, 3, 99]),
     rows=NUMBERS, width=NUMBERS, length=NUMBERS | st.just(2**64 - 1),
@@ -67,13 +72,13 @@ async def outcome(channel: Any, messages: Sequence[bytes]) -> str:
 
 
 @settings(max_examples=60)
-@given(DELIVERIES, st.lists(st.text(max_size=200), max_size=5))
-async def test_a_sink_survives_any_delivery(address: str, messages: list[bytes], keys: list[str]) -> None:
+@given(DELIVERIES, st.lists(KEYS, max_size=5), st.floats(0, 1e6) | st.floats())
+async def test_a_sink_survives_any_delivery(address: str, messages: list[bytes], keys: list[str], seconds: float) -> None:
     async with rpc.open_channel(address) as channel, asyncio.timeout(60):
         assert await outcome(channel, messages) not in ("internal_error", "worker_unavailable", "deadline_exceeded")
         sink = embeddings_pb2_grpc.EmbeddingSinkStub(channel)
         with contextlib.suppress(errors.InvalidRequest), rpc.translate_errors("sink"):
-            reply: pb.HasReply = await sink.Has(pb.HasRequest(keys=keys))
+            reply: pb.HasReply = await sink.Has(pb.HasRequest(keys=keys, expect_seconds=seconds))
             assert len(reply.tokens) == len(keys)
         description: pb.LanguageDescription = await sink.Describe(pb.DescribeRequest())
         assert description.used_bytes <= description.budget_bytes

@@ -11,10 +11,15 @@ from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 
 from common.embedding import Header
 from lm_worker.connector import EmbeddingFiles, SharedMemoryConnector
-from lm_worker.shared_memory import create_folder
+from lm_worker.encoder_cache import PinnedEncoderCacheManager
+from lm_worker.shared_memory import WAITING, create_folder
 from lm_worker.store import Store
 
 ROWS, WIDTH, WAIT_SECONDS = 4, 8, 0.2
+NOTHING_SCHEDULED, SOMETHING_SCHEDULED = (
+    SimpleNamespace(total_num_scheduled_tokens=0),
+    SimpleNamespace(total_num_scheduled_tokens=9),
+)
 
 
 @pytest.fixture
@@ -23,12 +28,23 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", budget=1 << 20, lease=0)
 
 
-def connector(store: Store, role: ECConnectorRole, max_concurrent_steps: int = 1) -> SharedMemoryConnector:
-    extra = {"folder": str(store.folder), "wait": WAIT_SECONDS}
-    transfer = SimpleNamespace(is_ec_producer=False, is_ec_consumer=True, get_from_extra_config=extra.get)
-    return SharedMemoryConnector(
-        SimpleNamespace(ec_transfer_config=transfer, max_concurrent_batches=max_concurrent_steps), role
+def vllm_config(store: Store, max_concurrent_steps: int = 1, partial_share: float = 0.0) -> Any:
+    """What the connector reads of an engine with 1,000 tokens of KV cache and eight running requests."""
+    extra = {"folder": str(store.folder), "wait": WAIT_SECONDS, "partial_share": partial_share}
+    return SimpleNamespace(
+        ec_transfer_config=SimpleNamespace(is_ec_producer=False, is_ec_consumer=True, get_from_extra_config=extra.get),
+        max_concurrent_batches=max_concurrent_steps,
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=True, max_num_seqs=8, max_num_active_seqs=None),
+        model_config=SimpleNamespace(is_hybrid=False),
+        cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=10),
+        num_prefill_lookahead_tokens=0,
     )
+
+
+def connector(
+    store: Store, role: ECConnectorRole, max_concurrent_steps: int = 1, partial_share: float = 0.0
+) -> SharedMemoryConnector:
+    return SharedMemoryConnector(vllm_config(store, max_concurrent_steps, partial_share), role)
 
 
 @pytest.fixture
@@ -107,8 +123,8 @@ def test_a_worker_maps_a_pinned_embedding_after_its_eviction(store: Store, sched
     assert scheduler.ensure_cache_available(image_request, 0)
     scheduler.update_state_after_alloc(image_request, 0)
     (store.folder / "a").unlink()  # evicted
-    files = scheduler.build_connector_meta(None)
-    assert scheduler.build_connector_meta(None) == EmbeddingFiles({})
+    files = scheduler.build_connector_meta(SOMETHING_SCHEDULED)
+    assert scheduler.build_connector_meta(SOMETHING_SCHEDULED) == EmbeddingFiles({})
 
     worker, cache = connector(store, ECConnectorRole.WORKER), dict[str, torch.Tensor]()
     worker.bind_connector_metadata(files)
@@ -127,16 +143,76 @@ def test_embeddings_of_a_step_stay_pinned_until_it_ends(store: Store, max_concur
     for each in (first, second):
         assert scheduler.ensure_cache_available(each, 0)
         scheduler.update_state_after_alloc(each, 0)
-    files = scheduler.build_connector_meta(None)
+    files = scheduler.build_connector_meta(SOMETHING_SCHEDULED)
     scheduler.request_finished(first)
     scheduler.request_finished(second)
     for _ in range(max_concurrent_steps - 1):  # steps that are built while the first one runs
-        scheduler.build_connector_meta(None)
+        scheduler.build_connector_meta(SOMETHING_SCHEDULED)
     worker, cache = connector(store, ECConnectorRole.WORKER, max_concurrent_steps), dict[str, torch.Tensor]()
     worker.bind_connector_metadata(files)
     worker.start_load_caches(cache)
     assert torch.equal(cache["a"], values)
     assert scheduler.has_pending_push_work(), "an idle engine would never unpin it"
-    scheduler.build_connector_meta(None)
+    scheduler.build_connector_meta(SOMETHING_SCHEDULED)
     assert not scheduler.has_pending_push_work()
     assert not list((store.folder / ".pinned").iterdir())
+
+
+def test_a_request_goes_on_up_to_its_first_missing_embedding(store: Store) -> None:
+    scheduler = connector(store, ECConnectorRole.SCHEDULER, partial_share=0.5)
+    image_request = request("r", "a", "b", "c", rows=100)
+    assert not scheduler.ensure_cache_available(image_request, 0), "nothing is in front of the first image"
+    put(store, "a", torch.ones(100, WIDTH))
+    assert scheduler.ensure_cache_available(image_request, 0)
+    assert [scheduler.has_cache_item(key) for key in "abc"] == [True, False, False]
+    assert not scheduler.ensure_cache_available(image_request, 102), "it has come to image b"
+    put(store, "c", torch.ones(100, WIDTH))
+    assert not scheduler.ensure_cache_available(image_request, 102)
+    put(store, "b", torch.ones(100, WIDTH))
+    assert scheduler.ensure_cache_available(image_request, 102)
+
+
+def test_a_prefix_that_ends_within_a_missing_image_does_not_help(store: Store) -> None:
+    scheduler = connector(store, ECConnectorRole.SCHEDULER, partial_share=0.5)
+    image_request = request("r", "a", "b", rows=100)
+    put(store, "b", torch.ones(100, WIDTH))
+    assert not scheduler.ensure_cache_available(image_request, 90)
+
+
+def test_the_encoder_cache_admits_only_what_is_pinned(store: Store) -> None:
+    config = vllm_config(store, partial_share=0.5)
+    scheduler = SharedMemoryConnector(config, ECConnectorRole.SCHEDULER)
+    manager = PinnedEncoderCacheManager.create_manager(cache_size=1000, vllm_config=config)
+    image_request = request("r", "a", "b", rows=100)
+    put(store, "a", torch.ones(100, WIDTH))
+    scheduler.ensure_cache_available(image_request, 0)
+    assert [manager.can_allocate(image_request, index, 1000, 0) for index in (0, 1)] == [True, False]
+    assert not manager.can_allocate(image_request, 0, 1000, 950), "vLLM's own bound holds too"
+
+
+def test_time_does_not_count_while_an_embedding_is_expected(store: Store, scheduler: SharedMemoryConnector) -> None:
+    image_request = request("r", "a")
+    assert store.rows("a", expect_seconds=60) == 0
+    for _ in range(2):
+        assert not scheduler.ensure_cache_available(image_request, 0)
+        time.sleep(WAIT_SECONDS * 1.5)
+    assert scheduler.take_unavailable_requests() == set()
+    put(store, "a", torch.ones(ROWS, WIDTH))
+    (store.folder / "a").unlink()  # evicted
+    for _ in range(2):
+        assert not scheduler.ensure_cache_available(image_request, 0), "it was evicted before it was pinned"
+        time.sleep(WAIT_SECONDS * 1.5)
+    assert scheduler.take_unavailable_requests() == {"r"}
+
+
+def test_an_engine_that_only_waits_for_what_is_expected_says_so(store: Store, scheduler: SharedMemoryConnector) -> None:
+    image_request = request("r", "a")
+    scheduler.ensure_cache_available(image_request, 0)
+    scheduler.build_connector_meta(NOTHING_SCHEDULED)
+    store.rows("a", expect_seconds=60)
+    scheduler.ensure_cache_available(image_request, 0)
+    scheduler.build_connector_meta(SOMETHING_SCHEDULED)
+    assert not (store.folder / WAITING).exists()
+    scheduler.ensure_cache_available(image_request, 0)
+    scheduler.build_connector_meta(NOTHING_SCHEDULED)
+    assert (store.folder / WAITING).exists()

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from common.checkpoint import open_checkpoint
 from common.embedding import HEADER_SIZE, Header
 from common.grants import GrantSigner
 from common.security import TOKEN_VARIABLE, Credentials
-from lm_worker.shared_memory import create_folder, map_embedding
+from lm_worker.shared_memory import create_folder, is_expected, map_embedding
 from lm_worker.sink import SinkOptions
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
@@ -32,7 +34,10 @@ FINGERPRINT = open_checkpoint(CHECKPOINT).fingerprint
 WIDTH, ROWS = 128, 256
 LENGTH = ROWS * WIDTH * 4
 STALL_SECONDS = 3.0
-BAD_KEYS = ["", "../../etc/passwd", ".pinned", ".incoming", "schlüssel", "key\n", "key\0", "٣", "k" * 129, "k" * 1_000_000]
+BAD_KEYS = [
+    "", "../../etc/passwd", ".pinned", ".incoming", ".expected", ".waiting", ".expected/key", "schlüssel", "key\n", "key\0",
+    "٣", "k" * 129, "k" * 1_000_000,
+]  # fmt: skip
 
 
 @dataclass
@@ -247,6 +252,33 @@ async def test_a_lookup_of_too_many_keys_is_refused(sink: embeddings_pb2_grpc.Em
     assert (await sink.Has(pb.HasRequest(keys=keys[:-1]))).tokens == [0] * 4096
     with pytest.raises(errors.InvalidRequest, match=r"4097 keys; expected at most 4096"), rpc.translate_errors("sink"):
         await sink.Has(pb.HasRequest(keys=keys))
+
+
+async def test_what_a_lookup_expects_is_marked_until_it_is_delivered(
+    running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub
+) -> None:
+    folder = Path(running.options.folder)
+    assert (await sink.Has(pb.HasRequest(keys=["expected", "late"], expect_seconds=1e300))).tokens == [0, 0]
+    assert is_expected(folder, "expected")
+    assert (folder / ".expected/late").stat().st_mtime < time.time() + 86_401, "at most for a day"
+    assert not (await deliver(sink, header("expected"), bytes(LENGTH))).already_here
+    assert not is_expected(folder, "expected")
+    assert is_expected(folder, "late")
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -1.0])
+async def test_a_time_that_is_no_number_of_seconds_is_refused(
+    running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub, seconds: float
+) -> None:
+    with pytest.raises(errors.InvalidRequest, match="expect_seconds is"), rpc.translate_errors("sink"):
+        await sink.Has(pb.HasRequest(keys=["never"], expect_seconds=seconds))
+    assert not (Path(running.options.folder) / ".expected/never").exists()
+
+
+async def test_a_lookup_with_a_bad_key_marks_none(running: RunningSink, sink: embeddings_pb2_grpc.EmbeddingSinkStub) -> None:
+    with pytest.raises(errors.InvalidRequest), rpc.translate_errors("sink"):
+        await sink.Has(pb.HasRequest(keys=["unmarked", ".waiting"], expect_seconds=60))
+    assert not (Path(running.options.folder) / ".expected/unmarked").exists()
 
 
 async def deliver_messages(sink: embeddings_pb2_grpc.EmbeddingSinkStub, *parts: pb.DeliverChunk, stall: bool = False) -> None:

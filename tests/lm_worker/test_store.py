@@ -1,5 +1,6 @@
 """The store: embeddings are complete or absent, memory is bounded, and nothing in use is evicted."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from common import errors
 from common.embedding import HEADER_SIZE, Header
 from lm_worker.pins import Pins
-from lm_worker.shared_memory import create_folder, map_embedding, read_header
+from lm_worker.shared_memory import create_folder, is_expected, map_embedding, read_header
 from lm_worker.store import Store
 
 ROWS, WIDTH = 4, 8
@@ -142,4 +143,34 @@ def test_an_embedding_larger_than_the_budget_names_the_option(folder: Path) -> N
 def test_create_folder_removes_the_embeddings_of_a_predecessor(folder: Path) -> None:
     put(Store(folder, budget=SIZE, lease=0), "a")
     create_folder(folder)
+    assert not (folder / "a").exists()
+
+
+def test_an_embedding_is_expected_until_it_is_delivered(folder: Path) -> None:
+    store = Store(folder, budget=10 * SIZE, lease=0)
+    assert not is_expected(folder, "a")
+    assert store.rows("a") == 0
+    assert not is_expected(folder, "a"), "nobody has said that it will be delivered"
+    store.rows("a", expect_seconds=60)
+    assert store.rows("a") == 0
+    assert is_expected(folder, "a"), "another lookup does not end it"
+    put(store, "a")
+    assert not is_expected(folder, "a")
+    assert store.rows("a", expect_seconds=60) == ROWS
+    assert not list((folder / ".expected").iterdir())
+
+
+def test_what_does_not_arrive_in_time_is_not_expected_any_more(folder: Path) -> None:
+    store = Store(folder, budget=10 * SIZE, lease=0)
+    store.rows("a", expect_seconds=1e-3)
+    time.sleep(0.01)
+    assert not is_expected(folder, "a")
+    store.rows("b", expect_seconds=60)
+    assert [file.name for file in (folder / ".expected").iterdir()] == ["b"], "old marks are removed"
+
+
+def test_a_key_that_is_no_file_name_is_not_expected(folder: Path) -> None:
+    store = Store(folder, budget=10 * SIZE, lease=0)
+    with pytest.raises(errors.InvalidRequest):
+        store.rows("../a", expect_seconds=60)
     assert not (folder / "a").exists()

@@ -1,5 +1,7 @@
 """Placement of embeddings: what the gateway's tests do not show, such as lookups that fail and bounds of memory."""
 
+import dataclasses
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -77,10 +79,12 @@ async def test_a_request_without_images_needs_no_vision_worker(stack: PlacerStac
 
 async def test_the_report_counts_reused_shared_and_encoded_embeddings(stack: PlacerStack) -> None:
     first = await stack.place(FILES[0])
-    assert (first.report.encoded, first.report.reused) == (1, 0)
+    assert first.report == ImageReport(images=1, tiles=2, compressed=1, tokens=first.image_tokens, encoded=1)
     stack.vision.cached = True
     second = await stack.place(FILES[0], FILES[1])
-    assert (second.report.images, second.report.reused, second.report.shared, second.report.encoded) == (2, 1, 1, 0)
+    assert second.report == ImageReport(
+        images=2, tiles=4, compressed=2, tokens=second.image_tokens, reused=1, shared=1
+    )  # fmt: skip
     assert second.keys[0] == first.keys[0]
     assert set(second.keys) == set(stack.language.sink.rows)
 
@@ -126,3 +130,9 @@ async def test_the_oldest_routes_are_forgotten(stack: PlacerStack, monkeypatch: 
     await stack.placer.route(stack.request(FILES[0]), [FILES[0]], stack.context)
     assert len(stack.vision.calls) == 4
     assert all(call.dry_run for call in stack.vision.calls)
+
+
+async def test_without_a_deadline_an_image_is_expected_for_a_day(stack: PlacerStack) -> None:
+    stack.context = dataclasses.replace(stack.context, deadline=math.inf)
+    await stack.placer._lookup(stack.workers.language.workers[0], ["a"], stack.context)
+    assert stack.language.sink.expect_seconds == [86_400.0]

@@ -26,6 +26,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         draining: What Describe returns.
         responsive: Describe waits for this event; it is set at first.
         error: Deliver raises it unless it is None.
+        expect_seconds: How long each Has call expected the embeddings that are missing.
     """
 
     def __init__(self, address: str, http: str, credentials: Credentials = OPEN) -> None:
@@ -38,6 +39,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self.responsive = asyncio.Event()
         self.responsive.set()
         self.error: Exception | None = None
+        self.expect_seconds: list[float] = []
         self._server: Any = None
 
     async def start(self) -> None:
@@ -58,6 +60,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         return pb.LanguageDescription(checkpoint=self.checkpoint, dtype=dtype, http=self.http, draining=self.draining)
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
+        self.expect_seconds.append(request.expect_seconds)
         return pb.HasReply(tokens=[self.rows.get(key, 0) for key in request.keys])
 
     async def Deliver(self, request: AsyncIterator[pb.DeliverChunk], context: Any) -> pb.DeliverReply:  # noqa: N802

@@ -43,6 +43,9 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         failures: Encode raises the first of them and removes it.
         cached: Whether Encode reports a cache hit.
         may_encode: Encode waits for this event; it is set at first.
+        may_encode_image: Encode waits for the event of an image file that is in here.
+        error_of_image: Encode raises the error of an image file that is in here.
+        tokens: Visual tokens of every image; None: they differ between files.
         responsive: Describe waits for this event; it is set at first.
         waiting_probes: Number of Describe calls that wait for it.
     """
@@ -61,6 +64,9 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         self.cached = False
         self.may_encode = asyncio.Event()
         self.may_encode.set()
+        self.may_encode_image: dict[bytes, asyncio.Event] = {}
+        self.error_of_image: dict[bytes, Exception] = {}
+        self.tokens: int | None = None
         self.responsive = asyncio.Event()
         self.responsive.set()
         self.waiting_probes = 0
@@ -91,6 +97,9 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
         self.deadlines.append(context.time_remaining())
         try:
             await self.may_encode.wait()
+            for image in request.images:
+                if event := self.may_encode_image.get(image.data):
+                    await event.wait()
             if self.delay:
                 async with self._tower:
                     await asyncio.sleep(self.delay)
@@ -101,13 +110,16 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
             raise self.failures.pop(0)
         if self.error is not None:
             raise self.error
+        for image in request.images:
+            if image.data in self.error_of_image:
+                raise self.error_of_image[image.data]
         if not request.dry_run:
             await asyncio.gather(*(self._deliver(request, image) for image in request.images))
-        images = [_encode(image, request.router.mode) for image in request.images]
+        images = [_encode(image, request.router.mode, self._rows(image)) for image in request.images]
         return vision_pb2.EncodeReply(images=images, cached=self.cached)
 
     async def _deliver(self, request: vision_pb2.EncodeRequest, image: vision_pb2.Image) -> None:
-        rows = visual_token_count(image.data)
+        rows = self._rows(image)
         header = pb.EmbeddingHeader(
             key=image.key,
             fingerprint=request.fingerprint,
@@ -126,14 +138,15 @@ class FakeVisionWorker(vision_pb2_grpc.VisionServicer):
             await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Deliver(chunks(), metadata=self._credentials.metadata)
         await channel.close()
 
+    def _rows(self, image: vision_pb2.Image) -> int:
+        return self.tokens or visual_token_count(image.data)
+
     @property
     def images(self) -> list[bytes]:
         """The files of all images in all calls, in order of the calls."""
         return [image.data for call in self.calls for image in call.images]
 
 
-def _encode(image: vision_pb2.Image, mode: int) -> vision_pb2.EncodedImage:
+def _encode(image: vision_pb2.Image, mode: int, tokens: int) -> vision_pb2.EncodedImage:
     compressed = [mode == vision_pb2.Router.ALL, mode != vision_pb2.Router.OFF]
-    return vision_pb2.EncodedImage(
-        key=image.key, tokens=visual_token_count(image.data), columns=1, rows=1, compressed=compressed, scores=[0.1, 0.9]
-    )
+    return vision_pb2.EncodedImage(key=image.key, tokens=tokens, columns=1, rows=1, compressed=compressed, scores=[0.1, 0.9])

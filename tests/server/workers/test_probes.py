@@ -99,6 +99,8 @@ async def test_a_vllm_that_does_not_report_its_load_is_up(
         client = workers.language.workers[0].client
         language.engine.metrics = METRICS
         assert await client.load(20) == (8, 5, 0.5), "requests of both engines, and the fullest KV cache"
+        language.engine.metrics = METRICS + 'vllm:num_requests_waiting_by_reason{engine="0",reason="deferred"} 3.0\n'
+        assert await client.load(20) == (5, 5, 0.5), "three wait for images"
         language.engine.metrics = metrics
         assert await client.load(20) is None
         assert await workers.probe() == (True, True)
