@@ -41,8 +41,8 @@ async def test_an_idle_channel_is_closed_when_another_is_opened(
     channels: list[Any] = []
     open_channel = rpc.open_channel
 
-    def record_channel(address: str) -> Any:
-        channels.append(open_channel(address))
+    def record_channel(*arguments: Any) -> Any:
+        channels.append(open_channel(*arguments))
         return channels[-1]
 
     monkeypatch.setattr(rpc, "open_channel", record_channel)

@@ -295,7 +295,7 @@ async def test_threads_that_hang_while_images_wait_are_reported(tmp_path: Path) 
         calls = [worker.encode(key="a")]
         await asyncio.sleep(2)
         assert await worker.stalled() == "", "one image alone does not wait"
-        calls.append(worker.encode(key="b"))
+        calls.append(worker.encode("tiny_33x21.png", key="b"))
         await worker.until("decoding has used no CPU time")
         worker.encoder.decoder.set()
         await worker.until("")
