@@ -23,7 +23,7 @@ from common import errors
 from common.embedding import HEADER_SIZE
 from lm_worker.partial_prefill import create_partial_prefills
 from lm_worker.pins import pins_of_process
-from lm_worker.shared_memory import WAITING, is_expected, map_embedding, read_header
+from lm_worker.shared_memory import is_expected, map_embedding, mark_waiting, read_header
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -150,7 +150,7 @@ class SharedMemoryConnector(ECConnectorBase):
         """
         files, self._paths = EmbeddingFiles(self._paths), {}
         if self._waits_for_delivery and not scheduler_output.total_num_scheduled_tokens:
-            (self._folder / WAITING).touch()
+            mark_waiting(self._folder)
             time.sleep(_IDLE_STEP_SECONDS)
         self._waits_for_delivery = False
         self._keys_of_steps.append(list(files.paths))

@@ -6,13 +6,14 @@ One folder per language worker:
     .pinned/READER-KEY  hard link to it, while a reader needs it (`lm_worker/pins.py`)
     .incoming/NUMBER    an embedding that is still being written (`lm_worker/incoming.py`)
     .expected/KEY       an embedding that is being encoded; it is expected until the file's modification time
-    .waiting            touched while all of vLLM's work waits for expected embeddings
+    .waiting            its modification time is when all of vLLM's work waited for expected embeddings last
 
-A key has no dot, so none can name one of the folders or files beside it.
+A key has no dot, so none can name one of the folders or files beside it. These modification times are monotonic.
 """
 
 import contextlib
 import hashlib
+import math
 import mmap
 import os
 import shutil
@@ -82,10 +83,7 @@ def map_embedding(path: Path) -> tuple[Header, mmap.mmap]:
 
 def mark_expected(folder: Path, key: str, seconds: float) -> None:
     """Note that the embedding `key` may still arrive within so many seconds: readers wait for it."""
-    marker, until = folder / EXPECTED / key, time.time() + seconds
-    with contextlib.suppress(OSError):  # no memory left: readers then wait as for any other embedding
-        marker.touch(mode=0o600)
-        os.utime(marker, (until, until))
+    _write_time(folder / EXPECTED / key, time.monotonic() + seconds)
 
 
 def unmark_expected(folder: Path, key: str) -> None:
@@ -95,7 +93,28 @@ def unmark_expected(folder: Path, key: str) -> None:
 
 def is_expected(folder: Path, key: str) -> bool:
     """Whether the embedding `key`, which is missing, may still arrive."""
+    return _read_time(folder / EXPECTED / key) > time.monotonic()
+
+
+def mark_waiting(folder: Path) -> None:
+    """Note that all of vLLM's work waits for expected embeddings now."""
+    _write_time(folder / WAITING, time.monotonic())
+
+
+def seconds_since_waiting(folder: Path) -> float:
+    """Seconds since the last `mark_waiting`; infinite if there was none."""
+    return time.monotonic() - _read_time(folder / WAITING)
+
+
+def _write_time(file: Path, seconds: float) -> None:
+    """Store a monotonic time, which all processes of a machine share, as the modification time of a file."""
+    with contextlib.suppress(OSError):  # no memory left: it is then as if the time were not known
+        file.touch(mode=0o600)
+        os.utime(file, (seconds, seconds))
+
+
+def _read_time(file: Path) -> float:
     try:
-        return (folder / EXPECTED / key).stat().st_mtime > time.time()
+        return file.stat().st_mtime
     except FileNotFoundError:
-        return False
+        return -math.inf

@@ -18,7 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from lm_worker.engine import core_processes
 from lm_worker.engine_processes import ProcessTree
 from lm_worker.progress import GPU_SILENCE_SECONDS, SILENCE_SECONDS, Progress
-from lm_worker.shared_memory import WAITING
+from lm_worker.shared_memory import seconds_since_waiting
 
 log = logging.getLogger("dvd.language")
 
@@ -42,7 +42,7 @@ class Watchdog:
             progress_timeout: See `Progress`.
             folder: The sink's shared memory, where the engine notes that all its work waits for embeddings.
         """
-        self._engine, self._waiting_note = engine, folder / WAITING
+        self._engine, self._folder = engine, folder
         silence = SILENCE_SECONDS if current_platform.is_cpu() else GPU_SILENCE_SECONDS
         self._progress = Progress(time.monotonic(), progress_timeout, silence)
         self._processes = ProcessTree(process.pid for process in core_processes(engine) if process.pid is not None)
@@ -100,7 +100,7 @@ class Watchdog:
 
     async def _observe(self) -> None:
         now, unfinished = time.monotonic(), self._engine.get_num_unfinished_requests()
-        if _seconds_since_change(self._waiting_note) < 2 * _INTERVAL_SECONDS:
+        if seconds_since_waiting(self._folder) < 2 * _INTERVAL_SECONDS:
             self._progress.record_token(now)  # it can generate none: the images are still being encoded
         search = self._progress.is_silent(now, _SILENCE_BEFORE_SEARCH_SECONDS)
         processes = await asyncio.to_thread(self._processes.read, find_descendants=search)
@@ -130,10 +130,3 @@ class Watchdog:
         elif self._stall and not stall:
             log.warning("the engine makes progress again after %.0f s", now - self._stalled_at)
         self._stall = stall
-
-
-def _seconds_since_change(file: Path) -> float:
-    try:
-        return time.time() - file.stat().st_mtime
-    except FileNotFoundError:
-        return float("inf")
