@@ -23,7 +23,7 @@ IMAGE_COUNTS = (8, 16)
 PROMPT = "What happens?"
 TOKENS = 4
 SATURATED_REQUESTS, IN_FLIGHT, SATURATED_IMAGES = 9, 3, 8
-FLAGS = {"on": (), "off": ("--early-prefill=false",)}
+FLAGS = {"on": ("--early-prefill=true",), "off": ("--early-prefill=false",)}
 
 
 def run(options: Options) -> Result:

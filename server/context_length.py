@@ -49,8 +49,8 @@ def check_texts(request: ParsedRequest, limit: int | None, max_characters: int |
         max_characters: The operator's bound; None for the default one.
 
     Raises:
-        BudgetExceeded: The texts have too many characters.
-        ContextLengthExceeded: A list of token ids is longer than the context.
+        BudgetExceeded: The texts have more characters than the operator allows.
+        ContextLengthExceeded: They have more than any prompt that fits the context, or a list of token ids is longer than it.
     """
     default = CHARACTERS_PER_TOKEN * limit if limit else UNKNOWN_CONTEXT_CHARACTERS
     most = max_characters or default
@@ -61,10 +61,20 @@ def check_texts(request: ParsedRequest, limit: int | None, max_characters: int |
         if (characters := sum(sizes.values()) - images) > most:
             image_field = request.images[0].path[0] if request.images else None
             field = max(sizes, key=lambda name: sizes[name] - images * (name == image_field))
-            hint = "send a shorter text (--max-prompt-characters)"
-            raise over_budget("prompt_characters", field, characters, most, "characters", hint)
+            raise _too_many_characters(field, characters, most, None if max_characters else limit)
     if limit is not None:
         _check_ids(request.body, limit)
+
+
+def _too_many_characters(field: str, characters: int, most: int, context: int | None) -> errors.InvalidRequest:
+    """Return the error of a text: by the context it has the code for which clients shorten a chat."""
+    error = over_budget(
+        "prompt_characters", field, characters, most, "characters", "send a shorter text (--max-prompt-characters)"
+    )
+    if context is None:
+        return error
+    text = f"{field} has {characters} characters; the context of {context} tokens holds at most {most}: send a shorter text."
+    return errors.ContextLengthExceeded(text, param=field)
 
 
 def count_characters(value: Any) -> int:
