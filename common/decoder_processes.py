@@ -235,6 +235,9 @@ class DecoderProcesses:
         self._metrics.starts.inc()
         with self._lock:
             self._all.add(process)
+            is_late = self._is_closed
+        if is_late:  # closed while it started: nobody else would end it
+            process.kill("closed")
         return process
 
     def _put_back(self, process: "_DecoderProcess") -> None:
