@@ -20,7 +20,8 @@ _X32 = 0x40000000
 
 _DENIED = {
     # execve, execveat, socket, connect, bind, listen, ptrace, process_vm_readv, process_vm_writev, kill, tkill, tgkill,
-    # rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, bpf, io_uring_setup, pidfd_open, pidfd_getfd, unshare, mount, keyctl
+    # rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, bpf, io_uring_setup, pidfd_open, pidfd_getfd, unshare, mount,
+    # keyctl
     "x86_64": (
         0xC000003E,
         (59, 322, 41, 42, 49, 50, 101, 310, 311, 62, 200, 234, 129, 297, 424, 321, 425, 434, 438, 272, 165, 250),

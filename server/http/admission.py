@@ -78,8 +78,8 @@ class Admission:
         if self._body_bytes > held and self._body_bytes + size > self._max_body_bytes:
             self._metrics.refused.labels("bodies").inc()
             raise errors.Overloaded(
-                f"Server is at capacity ({self._max_body_bytes} bytes of request bodies). Retry after {_RETRY_SECONDS} s, "
-                "or send URLs of images instead of their bytes.",
+                f"Server is at capacity ({self._max_body_bytes} bytes of request bodies and fetched files). "
+                f"Retry after {_RETRY_SECONDS} s.",
                 retry_after=_RETRY_SECONDS,
             )
         self._change_bytes(size)

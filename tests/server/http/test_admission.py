@@ -121,7 +121,6 @@ def test_a_body_alone_is_admitted_however_many_pieces_it_comes_in() -> None:
     with admission.body_memory() as only:
         for _ in range(5):
             only.add(60)
-        with admission.body_memory() as other:
-            with pytest.raises(errors.Overloaded):
-                other.add(1)
+        with admission.body_memory() as other, pytest.raises(errors.Overloaded):
+            other.add(1)
         assert only.size == 300
