@@ -4,6 +4,7 @@ A module that decodes runs as `python -m MODULE` and ends with `serve(decode)`. 
 again whenever a file exceeds its limits.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -64,11 +65,17 @@ def _decode(decode: Decode, call: dict[str, Any], input_file: int, output_file: 
 
 
 def _limit_resources(memory_bytes: int) -> None:
-    """Limit private memory to what is used now and `memory_bytes` more, and every file to `memory_bytes`."""
+    """Limit private memory to what is used now and `memory_bytes` more, and every file to `memory_bytes`.
+
+    Where the system has a smaller limit already, that one stays.
+    """
     with open("/proc/self/status") as status:
         used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
     limits = {resource.RLIMIT_DATA: used + memory_bytes, resource.RLIMIT_FSIZE: memory_bytes, resource.RLIMIT_CORE: 0}
     for kind, limit in limits.items():
-        resource.setrlimit(kind, (limit, limit))
-    with open("/proc/self/oom_score_adj", "w") as score:  # where memory runs out, this process ends first
+        most = resource.getrlimit(kind)[1]
+        least = limit if most == resource.RLIM_INFINITY else min(limit, most)
+        resource.setrlimit(kind, (least, least))
+    # where memory runs out, this process ends first; not every container may write there
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write(_OOM_SCORE)

@@ -210,7 +210,7 @@ class DecoderProcesses:
                 reply = process.call(arguments, data, cpu_seconds)
             if reply.get("error") == OUT_OF_MEMORY:
                 raise _Ended("memory")
-            reason = None
+            reason = process.kill_reason  # the caller may have left when the reply was here already
             if "error" in reply:
                 raise self._reported(reply)
             with process.output(reply["written"]) as output:
@@ -235,6 +235,9 @@ class DecoderProcesses:
         self._metrics.starts.inc()
         with self._lock:
             self._all.add(process)
+            is_late = self._is_closed
+        if is_late:  # closed while it started: nobody else would end it
+            process.kill("closed")
         return process
 
     def _put_back(self, process: "_DecoderProcess") -> None:
@@ -301,6 +304,11 @@ class _DecoderProcess:
     def pid(self) -> int:
         """Process id."""
         return int(self._process.pid)
+
+    @property
+    def kill_reason(self) -> str | None:
+        """Why `kill` was called; None if it was not."""
+        return self._reason
 
     def call(self, arguments: Mapping[str, Any], data: bytes, cpu_seconds: float) -> dict[str, Any]:
         """Serve a call. Raises: _Ended."""

@@ -76,7 +76,9 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
         description="maximum number of concurrent sequences, of requests with images and of others; more are answered 429",
     )
     max_bodies_bytes: int = Field(
-        1 << 30, ge=1, description="maximum size of all request bodies in flight in bytes; more are answered 429"
+        1 << 30,
+        ge=1,
+        description="maximum size of all request bodies in flight, with the files fetched for them, in bytes; more: 429",
     )
     max_sequences: int = Field(
         128, ge=1, description="maximum number of sequences of a request: n times its prompts; each one counts as a request"

@@ -132,7 +132,7 @@ class Pipeline:
         if not request.images:
             return request, []
         with self._metrics.stage("fetch", context.stats), self._trace.span("fetch"):
-            request, files = await self._media.load(request)
+            request, files = await self._media.load(request, context.reserve_bytes)
         self._metrics.images.inc(len(files))
         return request, files
 

@@ -8,6 +8,10 @@ from server.http.error_format import ErrorFormat
 from server.request_stats import RequestStats
 
 
+def unbounded(_size: int) -> None:
+    """Reserve memory that has no bound."""
+
+
 @dataclass(frozen=True)
 class RequestContext:
     """The context of one request.
@@ -22,6 +26,7 @@ class RequestContext:
         resources: Permit, workers in use and connections, which the request holds until the last byte of its response.
         max_tokens_fields: Names of the field with the maximum number of tokens of the response, of which the first one that is
             set counts; empty if the API generates no text.
+        reserve_bytes: Reserves memory for what is fetched, beside that of the body. Raises `Overloaded` if it is not left.
         cache_salt: Makes the salt of vLLM's prefix cache from the caller's own salt; None if the API generates no text.
     """
 
@@ -32,5 +37,6 @@ class RequestContext:
     stats: RequestStats
     deadline: float
     resources: AsyncExitStack
+    reserve_bytes: Callable[[int], None] = unbounded
     max_tokens_fields: tuple[str, ...] = ()
     cache_salt: Callable[[str], str] | None = None

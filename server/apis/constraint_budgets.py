@@ -5,6 +5,7 @@ megabytes takes minutes and gigabytes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -36,6 +37,8 @@ MAX_GRAMMAR_CHARACTERS = 16_384
 MAX_GRAMMAR_SIZE = 16_384
 MAX_GRAMMAR_LOOPS = 1024
 MAX_GRAMMAR_RULES = 512
+MAX_EXPRESSION_CHARACTERS = 65_536
+"""Maximum number of characters of all regular expressions and grammars of a request: to measure one takes 1 µs each."""
 MAX_EXPRESSION_DEPTH = 64
 """How deeply groups of an expression or a grammar may be nested."""
 
@@ -54,6 +57,23 @@ _KINDS = {
 _json = msgspec.json.Decoder()
 
 
+@dataclass
+class _Totals:
+    """What all constraints of a request have had so far."""
+
+    nodes: int = 0
+    expression_characters: int = 0
+
+    def add_expression(self, budget: str, location: str, text: str) -> None:
+        """Count a regular expression or a grammar. Raises `BudgetExceeded` if all of them together are too long."""
+        self.expression_characters += len(text)
+        if self.expression_characters > MAX_EXPRESSION_CHARACTERS:
+            raise over_budget(
+                budget, location, self.expression_characters, MAX_EXPRESSION_CHARACTERS,
+                "characters together with the expressions and grammars before it", "send fewer or shorter ones",
+            )  # fmt: skip
+
+
 def check_constraints(body: Mapping[str, Any]) -> None:
     """Check all constraints of a request.
 
@@ -61,18 +81,18 @@ def check_constraints(body: Mapping[str, Any]) -> None:
         BudgetExceeded: One is too large, with the field, its size and the bound.
         InvalidRequest: A schema or a grammar refers to itself without an end.
     """
-    nodes = 0
+    totals = _Totals()
     for path, kind, value in _constraints(body):
         location = format_path(path)
         if kind == "choice":
             _check_choices(location, value)
         elif kind == "regex":
-            _check_regex(location, value)
+            _check_regex(location, value, totals)
         elif kind == "grammar":
-            _check_grammar(location, value)
+            _check_grammar(location, value, totals)
         else:
             schema = _parsed(location, value)
-            nodes = _check_tree(location, schema, nodes)
+            _check_tree(location, schema, totals)
             for root in [schema] if kind == "schema" else _schemas_of_format(schema):
                 _check_loops(location, root)
 
@@ -114,19 +134,21 @@ def _check_choices(location: str, choices: Any) -> None:
         raise over_budget("choices", location, characters, MAX_CHOICE_CHARACTERS, "characters", "send fewer or shorter choices")
 
 
-def _check_regex(location: str, regex: Any) -> None:
+def _check_regex(location: str, regex: Any, totals: _Totals) -> None:
     if not isinstance(regex, str):
         return
     if len(regex) > MAX_REGEX_CHARACTERS:
         raise over_budget("regex", location, len(regex), MAX_REGEX_CHARACTERS, "characters", "send a shorter expression")
+    totals.add_expression("regex", location, regex)
     _check_cost("regex", location, regex_cost(regex), MAX_REGEX_SIZE, MAX_REGEX_LOOPS)
 
 
-def _check_grammar(location: str, text: Any) -> None:
+def _check_grammar(location: str, text: Any, totals: _Totals) -> None:
     if not isinstance(text, str):
         return
     if len(text) > MAX_GRAMMAR_CHARACTERS:
         raise over_budget("grammar", location, len(text), MAX_GRAMMAR_CHARACTERS, "characters", "send a shorter grammar")
+    totals.add_expression("grammar", location, text)
     grammar = parse_grammar(text)
     _check_cost("grammar", location, grammar.cost, MAX_GRAMMAR_SIZE, MAX_GRAMMAR_LOOPS)
     if len(grammar.rules) > MAX_GRAMMAR_RULES:
@@ -175,24 +197,24 @@ def _check_loops(location: str, schema: Any) -> None:
         )
 
 
-def _check_tree(location: str, schema: Any, nodes: int) -> int:
-    """Check everything inside of a schema. Returns the number of nodes of this one and the `nodes` of those before it."""
+def _check_tree(location: str, schema: Any, totals: _Totals) -> None:
+    """Check everything inside of a schema."""
     enum_values, level = 0, [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
-        nodes += len(level)
-        if nodes > MAX_SCHEMA_NODES:
+        totals.nodes += len(level)
+        if totals.nodes > MAX_SCHEMA_NODES:
             hint = "send a smaller schema, or fewer tools"
-            raise over_budget("schema", location, nodes, MAX_SCHEMA_NODES, "values (all schemas counted)", hint)
-        enum_values += sum(_check_object(location, node) for node in level if isinstance(node, dict))
+            raise over_budget("schema", location, totals.nodes, MAX_SCHEMA_NODES, "values (all schemas counted)", hint)
+        enum_values += sum(_check_object(location, node, totals) for node in level if isinstance(node, dict))
         if enum_values > MAX_ENUM_VALUES:
             raise over_budget("schema", location, enum_values, MAX_ENUM_VALUES, "values in enum", "send fewer")
         level = [child for node in level for child in _children(node)]
         if not level:
-            return nodes
+            return
     raise over_budget("schema", location, MAX_SCHEMA_DEPTH + 1, MAX_SCHEMA_DEPTH, "levels", "nest it less")
 
 
-def _check_object(location: str, node: dict[str, Any]) -> int:
+def _check_object(location: str, node: dict[str, Any], totals: _Totals) -> int:
     """Check one object of a schema. Returns the number of values in its `enum`."""
     if _CHECKED_KEYS.isdisjoint(node):
         return 0
@@ -206,11 +228,11 @@ def _check_object(location: str, node: dict[str, Any]) -> int:
                 "schema", f"{location}: {name} is {value}; the maximum is {MAX_REPETITIONS}: omit it.", location
             )
     for name in ("pattern", "regex"):
-        _check_regex(f"{location}.{name}", node.get(name))
+        _check_regex(f"{location}.{name}", node.get(name), totals)
     for pattern in node["patternProperties"] if isinstance(node.get("patternProperties"), dict) else ():
-        _check_regex(f"{location}.patternProperties", pattern)
+        _check_regex(f"{location}.patternProperties", pattern, totals)
     for name in ("grammar", "definition"):
-        _check_grammar(f"{location}.{name}", node.get(name))
+        _check_grammar(f"{location}.{name}", node.get(name), totals)
     return len(enum) if isinstance(enum, list) else 0
 
 

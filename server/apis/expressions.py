@@ -8,16 +8,20 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-_REPETITION = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
+# Every quantifier is possessive, and what opens a text matches without its end too: else a few kilobytes of white space,
+# of quotes or of brackets would take minutes.
+_REPETITION = re.compile(r"\{\s*+(\d*+)\s*+(?:,\s*+(\d*+)\s*+)?+\}")
 _MAX_DIGITS = 9
+_MAX_COST = 10**_MAX_DIGITS
+"""Sizes are not counted further: nested repetitions would make numbers of thousands of digits."""
 _GROUP = re.compile(r"\((?:\?(?:[:=!>]|<[=!]|P?<\w+>))?")
-_CHARACTER_CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]?", re.DOTALL)
+_CHARACTER_CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*+\]?", re.DOTALL)
 
 _TOKENS = re.compile(
-    r"""(?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\[(?:[^\]\\]|\\.)*\]|/(?:[^/\\\n]|\\.)+/[a-z]*|\.)"""
-    r"""|(?P<skip>\#[^\n]*|//[^\n]*|\s+)"""
-    r"""|(?P<name>[A-Za-z_][\w-]*(?:\.\d+)?)"""
-    r"""|(?P<repetition>\{\s*\d*\s*(?:,\s*\d*\s*)?\}|~\s*\d+(?:\s*\.\.\s*\d+)?|[*+?])"""
+    r"""(?P<text>"(?:[^"\\\n]|\\.)*+"?|'(?:[^'\\\n]|\\.)*+'?|\[(?:[^\]\\]|\\.)*+\]?|/(?:[^/\\\n]|\\.)++(?:/[a-z]*+)?|\.)"""
+    r"""|(?P<skip>\#[^\n]*+|//[^\n]*+|\s++)"""
+    r"""|(?P<name>[A-Za-z_][\w-]*+(?:\.\d++)?)"""
+    r"""|(?P<repetition>\{\s*+\d*+\s*+(?:,\s*+\d*+\s*+)?+\}|~\s*+\d++(?:\s*+\.\.\s*+\d++)?|[*+?])"""
     r"""|(?P<define>::=|:)"""
     r"""|(?P<other>.)""",
     re.DOTALL,
@@ -68,7 +72,7 @@ class _Sizes:
         total, (size, loops) = self._groups[-1]
         count = max(_largest(repetition), 1)
         is_loop = repetition in "*+" or re.search(r",\s*\}", repetition) is not None
-        self._groups[-1] = total, (size * count, loops * count + is_loop)
+        self._groups[-1] = total, (min(size * count, _MAX_COST), min(loops * count + is_loop, _MAX_COST))
 
     def cost(self) -> Cost:
         """Return the cost of everything."""

@@ -69,13 +69,17 @@ class Admission:
         finally:
             memory.release()
 
-    def reserve_bytes(self, size: int) -> None:
-        """Reserve memory for a body. Raises `Overloaded` if it is not left; a body alone is always admitted."""
-        if self._body_bytes and self._body_bytes + size > self._max_body_bytes:
+    def reserve_bytes(self, size: int, held: int = 0) -> None:
+        """Reserve more memory for a body that holds some already.
+
+        Raises:
+            Overloaded: It is not left. A body alone is always admitted: it has a bound of its own.
+        """
+        if self._body_bytes > held and self._body_bytes + size > self._max_body_bytes:
             self._metrics.refused.labels("bodies").inc()
             raise errors.Overloaded(
-                f"Server is at capacity ({self._max_body_bytes} bytes of request bodies). Retry after {_RETRY_SECONDS} s, "
-                "or send URLs of images instead of their bytes.",
+                f"Server is at capacity ({self._max_body_bytes} bytes of request bodies and fetched files). "
+                f"Retry after {_RETRY_SECONDS} s.",
                 retry_after=_RETRY_SECONDS,
             )
         self._change_bytes(size)
@@ -114,7 +118,7 @@ class BodyMemory:
 
     def add(self, size: int) -> None:
         """Reserve more memory in bytes. Raises `Overloaded`, and reserves nothing then."""
-        self._admission.reserve_bytes(size)
+        self._admission.reserve_bytes(size, self.size)
         self.size += size
 
     def release(self) -> None:

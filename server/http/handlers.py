@@ -70,9 +70,11 @@ class ApiHandlers:
             deadline, fields = time.monotonic() + timeout, api.max_tokens_fields
             flow = _flow(request, caller)
             salt = self._authenticator.cache_salt(caller) if api.generates_text else None
-            context = RequestContext(caller, flow, api.path, api.error_format, stats, deadline, resources, fields, salt)
             self._admission.check_any_left()
             memory = resources.enter_context(self._admission.body_memory())
+            context = RequestContext(
+                caller, flow, api.path, api.error_format, stats, deadline, resources, memory.add, fields, salt
+            )
             try:
                 async with asyncio.timeout(timeout):
                     with self._metrics.stage("receive", stats):
@@ -80,6 +82,8 @@ class ApiHandlers:
                     has_images = bool(parsed.images)
                     resources.enter_context(self._admission.permits(flow, parsed.sequences, has_images=has_images))
                     response = await cancel_on_disconnect(request, api.respond(self._pipeline, parsed, context))
+                    if has_images:  # a stream may last for minutes, and needs none of their bytes
+                        memory.release()
             except TimeoutError:
                 raise deadline_exceeded(timeout) from None
             except errors.BudgetExceeded as error:

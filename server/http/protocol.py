@@ -281,7 +281,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             *([f"Retry-After: {error.retry_after:g}"] if error.retry_after else []), "", "",
         ]  # fmt: skip
         self.transport.write("\r\n".join(head).encode() + body)
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # one with TLS cannot
+            self.transport.write_eof()
         self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
         self._connections.record_error(request_id, error.code, error.status.value)
 

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
@@ -22,6 +23,7 @@ from server.config import ServingOptions
 from server.media.data_urls import BASE64_PIECE, decode_data_url, too_large
 from server.media.urls import is_public, join_url, not_public, origin_of, parse_url, printable, trim
 from server.media.video_decoder import VideoDecoder
+from server.request_context import unbounded
 
 _LOOKUP_THREADS = 32
 _MAX_PENDING_LOOKUPS = 256
@@ -101,37 +103,45 @@ class MediaFetcher:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def load(self, url: str) -> bytes:
-        """Load an image file. Raises `InvalidRequest`, `InvalidImage`, `ImageTooLarge`, `ImageFetchFailed`."""
-        data = await self._load(url, self._options.max_image_bytes)
+    async def load(self, url: str, reserve: Callable[[int], None] = unbounded) -> bytes:
+        """Load an image file. `reserve` reserves memory for the bytes that are fetched, as they arrive.
+
+        Raises:
+            InvalidRequest, InvalidImage, ImageTooLarge, ImageFetchFailed: The image cannot be loaded.
+            Overloaded: The memory is not left.
+        """
+        data = await self._load(url, self._options.max_image_bytes, reserve)
         await asyncio.to_thread(inspect_image, data, self._options.max_image_pixels)
         return data
 
-    async def load_frames(self, url: str, count: int) -> list[bytes]:
+    async def load_frames(self, url: str, count: int, reserve: Callable[[int], None] = unbounded) -> list[bytes]:
         """Load at most `count` frames of a video, as PNG files.
 
         Raises:
             InvalidVideo: The file cannot be decoded, or exceeds a limit of CPU time or memory.
-            InvalidRequest, ImageTooLarge, ImageFetchFailed: As for `load`.
+            InvalidRequest, ImageTooLarge, ImageFetchFailed, Overloaded: As for `load`.
         """
-        return await self._videos.sample_frames(await self._load(url, self._options.max_video_bytes), count)
+        video = await self._load(url, self._options.max_video_bytes, reserve)
+        frames = await self._videos.sample_frames(video, count)
+        reserve(sum(map(len, frames)))
+        return frames
 
-    async def _load(self, url: str, limit: int) -> bytes:
+    async def _load(self, url: str, limit: int, reserve: Callable[[int], None]) -> bytes:
         url = trim(url)
         if url[:5].lower() != "data:":
-            return await self._fetch(url, limit)
+            return await self._fetch(url, limit, reserve)
         if len(url) < BASE64_PIECE:
             return decode_data_url(url, limit)
         return await asyncio.to_thread(decode_data_url, url, limit)
 
-    async def _fetch(self, url: str, limit: int) -> bytes:
+    async def _fetch(self, url: str, limit: int, reserve: Callable[[int], None]) -> bytes:
         try:
             target = self._parse_url(url)
             async with asyncio.timeout(self._options.fetch_timeout):
                 for _ in range(_MAX_REDIRECTS + 1):
                     async with self._session.get(target, allow_redirects=False) as response:
                         if response.status not in _REDIRECT_STATUSES:
-                            return await _read_body(response, limit, url)
+                            return await _read_body(response, limit, url, reserve)
                         target = self._redirect(url, target, response.headers.get("Location", ""))
         except TimeoutError:
             raise errors.ImageFetchFailed(
@@ -154,7 +164,7 @@ class MediaFetcher:
         return parse_url(url, ("https", "http") if allow_private else ("https",), allow_private, shown)
 
 
-async def _read_body(response: aiohttp.ClientResponse, limit: int, url: str) -> bytes:
+async def _read_body(response: aiohttp.ClientResponse, limit: int, url: str, reserve: Callable[[int], None]) -> bytes:
     """Read a file. Errors name `url`, which the caller knows, also after redirects."""
     if response.status != 200:
         raise errors.ImageFetchFailed(f"{printable(url)} answered with status {response.status}.")
@@ -162,9 +172,10 @@ async def _read_body(response: aiohttp.ClientResponse, limit: int, url: str) -> 
         raise errors.ImageFetchFailed(f"{printable(url)} sent a compressed body, which was not requested.")
     body = bytearray()
     async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > limit:
+        if len(body) + len(chunk) > limit:
             raise too_large(limit)
+        reserve(len(chunk))
+        body += chunk
     return bytes(body)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from common import errors
@@ -10,6 +10,7 @@ from common.image_header import inspect_image
 from common.tasks import gather_or_cancel
 from server.apis.request import ImagePart, ParsedRequest, format_path
 from server.media.fetch import MediaFetcher
+from server.request_context import unbounded
 
 _MAX_PARALLEL_FETCHES = 8
 
@@ -31,33 +32,40 @@ class MediaLoader:
         self._max_total_bytes = max_total_bytes
         self._max_image_pixels = max_image_pixels
 
-    async def load(self, request: ParsedRequest) -> tuple[ParsedRequest, list[ImageFile]]:
+    async def load(
+        self, request: ParsedRequest, reserve: Callable[[int], None] = unbounded
+    ) -> tuple[ParsedRequest, list[ImageFile]]:
         """Load the images, and replace each video by its frames. Equal URLs are loaded once, for the first of their images.
+
+        Args:
+            request: The request.
+            reserve: Reserves memory for the bytes that are fetched.
 
         Returns:
             The request with one `ImagePart` for each image file, and the files in the same order.
 
         Raises:
             InvalidRequest: An image or video cannot be fetched or decoded, or is too large. `param` is its location.
+            Overloaded: The memory is not left.
         """
         sources: dict[tuple[str, int], ImagePart] = {}
         for image in request.images:
             sources.setdefault((image.url, image.frames), image)
-        loaded = dict(zip(sources, await self._load_all(list(sources.values())), strict=True))
+        loaded = dict(zip(sources, await self._load_all(list(sources.values()), reserve), strict=True))
         files = [loaded[image.url, image.frames] for image in request.images]
         images = [
             part for image, image_files in zip(request.images, files, strict=True) for part in _frame_parts(image, image_files)
         ]
         return replace(request, images=images), [file for image_files in files for file in image_files]
 
-    async def _load_all(self, images: Sequence[ImagePart]) -> list[list[ImageFile]]:
+    async def _load_all(self, images: Sequence[ImagePart], reserve: Callable[[int], None]) -> list[list[ImageFile]]:
         """Load each image, or the frames of each video; together they may be as large as a body."""
         slots, remaining = asyncio.Semaphore(_MAX_PARALLEL_FETCHES), self._max_total_bytes
 
         async def load_one(image: ImagePart) -> list[ImageFile]:
             nonlocal remaining
             async with slots:
-                files = await self._load_files(image)
+                files = await self._load_files(image, reserve)
             remaining -= sum(map(len, files))
             if remaining < 0:
                 raise errors.ImageTooLarge(
@@ -71,12 +79,12 @@ class MediaLoader:
     def _image_file(self, data: bytes) -> ImageFile:
         return ImageFile(data, hashlib.sha256(data).digest(), inspect_image(data, self._max_image_pixels))
 
-    async def _load_files(self, image: ImagePart) -> list[bytes]:
+    async def _load_files(self, image: ImagePart, reserve: Callable[[int], None]) -> list[bytes]:
         """Load an image, or the frames of a video. Errors name its location."""
         try:
             if image.frames:
-                return await self._fetcher.load_frames(image.url, image.frames)
-            return [await self._fetcher.load(image.url)]
+                return await self._fetcher.load_frames(image.url, image.frames, reserve)
+            return [await self._fetcher.load(image.url, reserve)]
         except errors.InvalidRequest as error:
             raise error.at(format_path(image.path)) from None
 

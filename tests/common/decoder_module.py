@@ -1,5 +1,6 @@
 """A decoder that does what the tests of `common/decoder_processes.py` ask for."""
 
+import ctypes
 import os
 import resource
 import signal
@@ -47,6 +48,8 @@ def _inspect() -> dict[str, Any]:
         "socket": socket.socket,
         "program": lambda: subprocess.run(["true"], check=False),
         "signal": lambda: os.kill(os.getppid(), signal.SIGCONT),
+        "queued signal": lambda: _queue_signal(os.getppid(), signal.SIGCONT),
+        "memory of its parent": lambda: os.close(os.open(f"/proc/{os.getppid()}/mem", os.O_RDONLY)),
     }
     folder = "/proc/self/fd"
     links = {name: os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if os.path.lexists(f"{folder}/{name}")}
@@ -56,6 +59,13 @@ def _inspect() -> dict[str, Any]:
         "denied": [name for name, attempt in attempts.items() if _error(attempt) == "PermissionError"],
         "core_bytes": resource.getrlimit(resource.RLIMIT_CORE)[1],
     }
+
+
+def _queue_signal(pid: int, number: int) -> None:
+    """Send a signal as sigqueue(3) does. Raises: `OSError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.sigqueue(pid, number, None):
+        raise OSError(ctypes.get_errno(), "sigqueue")
 
 
 def _error(function: Callable[[], Any]) -> str:

@@ -1,5 +1,6 @@
 """Decoder processes: their limits, what they inherit, and how they end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from common import errors
 from common.decoder_processes import Call, DecoderKind, DecoderProcesses
 from common.metrics import DecoderMetrics
+from common.sandbox import has_landlock
 
 MODULE = "tests.common.decoder_module"
 KIND = DecoderKind(MODULE, "image", errors.InvalidImage)
@@ -152,6 +154,21 @@ def test_a_call_that_is_abandoned_before_or_after_it_runs_ends_no_other(
     assert processes.pids == pids
 
 
+def test_a_call_that_is_abandoned_when_its_reply_is_here_ends_no_other(
+    processes: DecoderProcesses, metrics: DecoderMetrics
+) -> None:
+    class AbandonedAtItsEnd(Call):
+        @contextlib.contextmanager
+        def served_by(self, process: Any) -> Iterator[None]:
+            with super().served_by(process):
+                yield
+                self.abandon()
+
+    assert run(processes, "copy", b"x", call=AbandonedAtItsEnd())[1] == b"x"
+    assert run(processes, "copy", b"y")[1] == b"y"
+    assert ends(metrics) == {"abandoned": 1}
+
+
 def test_all_processes_end_with_their_owner(metrics: DecoderMetrics) -> None:
     before = set(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(2) as pool:
@@ -177,7 +194,7 @@ def test_a_process_has_no_secrets_no_sockets_and_cannot_open_any(
     found = run(processes, "inspect")[0]
     assert "secret" not in json.dumps(found["environment"])
     assert [link.split(":")[0] for link in found["descriptors"].values()].count("socket") == 1
-    assert found["denied"] == ["socket", "program", "signal"]
+    assert found["denied"] == ["socket", "program", "signal", "queued signal", *["memory of its parent"] * has_landlock()]
     assert found["core_bytes"] == 0
 
 

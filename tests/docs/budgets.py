@@ -61,6 +61,7 @@ _CONSTRAINTS = (  # what, bound, budget
     ("elements of a grammar, its repetitions written out", constraint.MAX_GRAMMAR_SIZE, "grammar"),
     ("`*`, `+` and `{n,}` of a grammar, likewise", constraint.MAX_GRAMMAR_LOOPS, "grammar"),
     ("rules of a grammar", constraint.MAX_GRAMMAR_RULES, "grammar"),
+    ("characters of all regular expressions and grammars of a request", constraint.MAX_EXPRESSION_CHARACTERS, "regex, grammar"),
     ("nested groups of a regular expression or a grammar", constraint.MAX_EXPRESSION_DEPTH, "regex, grammar"),
 )
 

@@ -92,3 +92,17 @@ def test_a_long_chain_of_rules_is_followed() -> None:
     chain = "\n".join([*(f"r{i} ::= r{i + 1} r{i + 1}" for i in range(500)), 'r500 ::= "a"'])
     assert parse_grammar(chain).endless_rule() is None
     assert parse_grammar(chain.replace('"a"', "r0")).endless_rule() == "r0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a{" + " " * 8000 + "," + " " * 8000 + "x", "[" * 16_000, '"\\' * 8000, "'\\" * 8000, "/\\" * 8000, "~" + " " * 16_000],
+    ids=["repetition", "brackets", "double quotes", "single quotes", "slashes", "tilde"],
+)
+def test_what_has_no_end_is_scanned_once(text: str) -> None:
+    """Scanned from each of its characters, any of these would take from ten seconds to hours."""
+    assert regex_cost(text).depth == parse_grammar(f"root ::= {text}").cost.depth == 0
+
+
+def test_nested_repetitions_have_a_cost_that_can_be_printed() -> None:
+    assert parse_grammar("root ::= a" + "{999999999}" * 1000).cost.size == 10**9

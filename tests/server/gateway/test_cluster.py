@@ -1,5 +1,8 @@
 """A gateway and its workers over TCP, with a token and TLS."""
 
+import asyncio
+import contextlib
+import socket
 import ssl
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +80,33 @@ async def test_the_gateway_itself_serves_https_and_replaces_its_certificate(tmp_
         serials.append(await _serial(server.config.ssl, authority))
         authority.issue("gateway")
     assert serials[0] != serials[1]
+
+
+async def test_errors_of_the_protocol_reach_a_client_over_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A connection with TLS cannot be closed in one direction only."""
+    authority = Authority(tmp_path)
+    tls = authority.issue("gateway")
+    options = GatewayOptions(
+        vision_workers=["127.0.0.1:9"], language_workers=["127.0.0.1:9"], head_timeout=1.0, shutdown_delay=0.0,
+        tls_cert=tls.cert, tls_key=tls.key, tls_ca=tls.ca,
+    )  # fmt: skip
+    server, listener = create_server(options), socket.create_server(("127.0.0.1", 0))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    context = ssl.create_default_context(cafile=str(authority.file))
+    for data, status in ((b"no HTTP\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\n", b"408")):
+        reader, writer = await asyncio.open_connection(*listener.getsockname(), ssl=context)
+        writer.write(data)
+        async with asyncio.timeout(30):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 " + status)
+            await reader.read()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    server.end_now()
+    await serving
+    assert "Traceback" not in caplog.text
 
 
 async def _serial(server: ssl.SSLContext, authority: Authority) -> Any:

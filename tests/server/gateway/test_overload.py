@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from tests.server.fakes.file_server import file_server
+from tests.server.fakes.handlers import event_stream, respond_with
 from tests.server.fakes.language_worker import FakeLanguageWorker
-from tests.server.fakes.requests import image_file, image_part
+from tests.server.fakes.requests import chat, image_file, image_part
 from tests.server.fakes.stack import Response, Stack, start_stack
 from tests.server.fakes.vision_worker import FakeVisionWorker, checkpoint_description
+from tests.server.fakes.vllm import EVENTS
 from tests.server.fakes.waiting import wait_until
 from tests.server.gateway.helpers import A
 
@@ -176,6 +179,40 @@ async def test_bodies_share_a_memory(tmp_path: Path) -> None:
         stack.vision.may_encode.set()
         assert (await first).status == 200
         assert (await stack.chat("y" * 100_000)).status == 200
+
+
+async def test_fetched_files_share_the_memory_of_bodies(tmp_path: Path) -> None:
+    handlers = {name: respond_with(image_file(i, (10, 10)) + bytes(150_000)) for i, name in enumerate("ab")}
+    async with (
+        file_server(**handlers) as url,
+        start_stack(tmp_path, max_bodies_bytes=200_000, allow_private_images=True) as stack,
+    ):
+        parts = [{"type": "image_url", "image_url": {"url": f"{url}/{name}"}} for name in handlers]
+        stack.vision.may_encode.clear()
+        first = asyncio.create_task(stack.chat(parts[0]))
+        await wait_until(lambda: stack.vision.calls, "the first is in flight")
+        second = await stack.chat(parts[1])
+        assert (second.status, second.error["code"]) == (429, "overloaded")
+        stack.vision.may_encode.set()
+        assert (await first).status == 200
+        assert (await stack.chat(parts[1])).status == 200
+        await stack.wait_for_metric("dvd_request_body_bytes", 0)
+
+
+async def test_a_stream_holds_no_memory_for_its_images(tmp_path: Path) -> None:
+    end_stream = asyncio.Event()
+
+    async def wait_for_end(_request: Any) -> Any:
+        await end_stream.wait()
+
+    async with start_stack(tmp_path, max_bodies_bytes=200_000) as stack:
+        stack.engine.respond = event_stream(EVENTS[0], EVENTS[1], then=wait_for_end)
+        reader, writer = await stack.start_chat(chat(image_part(A), "x" * 150_000, stream=True))
+        await asyncio.wait_for(reader.readuntil(b"data: "), 60)
+        assert await stack.metric("dvd_requests_in_flight") == 1
+        await stack.wait_for_metric("dvd_request_body_bytes", 0)
+        end_stream.set()
+        writer.close()
 
 
 async def test_a_degraded_request_has_a_header_and_a_key_of_its_own(tmp_path: Path, vision: FakeVisionWorker) -> None:

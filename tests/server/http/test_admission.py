@@ -113,3 +113,14 @@ def test_bodies_share_a_memory_and_one_alone_is_always_admitted() -> None:
     assert value(metrics, "dvd_request_body_bytes") == 0
     with admission.body_memory() as third:
         third.add(100)
+
+
+def test_a_body_alone_is_admitted_however_many_pieces_it_comes_in() -> None:
+    """With `--workers`, the share of a process may be smaller than the largest body."""
+    admission = Admission(2, 100, Metrics())
+    with admission.body_memory() as only:
+        for _ in range(5):
+            only.add(60)
+        with admission.body_memory() as other, pytest.raises(errors.Overloaded):
+            other.add(1)
+        assert only.size == 300

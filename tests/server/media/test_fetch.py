@@ -193,3 +193,18 @@ async def test_the_message_about_a_file_behind_a_redirect_names_the_url_that_the
             await fetcher.load(f"{url}/a")
     assert f"{url}/a" in str(error_info.value)
     assert "secret" not in str(error_info.value)
+
+
+async def test_memory_is_reserved_for_what_is_fetched_as_it_arrives() -> None:
+    reserved: list[int] = []
+
+    def reserve(size: int) -> None:
+        reserved.append(size)
+        if sum(reserved) > len(PNG):
+            raise errors.Overloaded("full")
+
+    async with file_server(a=respond_with(PNG)) as url, open_fetcher(allow_private_images=True) as fetcher:
+        assert await fetcher.load(f"{url}/a", reserve) == PNG
+        assert sum(reserved) == len(PNG)
+        with pytest.raises(errors.Overloaded):
+            await fetcher.load(f"{url}/a", reserve)

@@ -1,5 +1,6 @@
 """Loading of all images of a request: order, equal URLs, frames of videos, and the total size."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,13 +26,13 @@ class FakeFetcher:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
-    async def load(self, url: str) -> bytes:
+    async def load(self, url: str, reserve: Callable[[int], None]) -> bytes:
         self.calls.append((url, 0))
         if url == "invalid":
             raise errors.InvalidImage("not an image")
         return file_of(url)
 
-    async def load_frames(self, url: str, count: int) -> list[bytes]:
+    async def load_frames(self, url: str, count: int, reserve: Callable[[int], None]) -> list[bytes]:
         self.calls.append((url, count))
         if url == "invalid":
             raise errors.InvalidImage("not an image")
