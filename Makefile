@@ -166,13 +166,13 @@ test: dev
 .PHONY: test-vllm test-other
 # One process: its servers start side by side and are shared by all files. 5: ARGS select no test of this half
 test-vllm: dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m 'vllm and not long and not clients' $(ARGS) || [ $$? = 5 ]
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -o cache_dir=.pytest_cache/vllm -m 'vllm and not long and not clients' $(ARGS) || [ $$? = 5 ]
 
 test-long: dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m long $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -o cache_dir=.pytest_cache/long -m long $(ARGS) || [ $$? = 5 ]
 
 test-other: dev
-	$(PYTEST) $(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -o cache_dir=.pytest_cache/other $(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
 
 # Three processes on two cores: some tests wait for a deadline
 test-fast: dev
