@@ -6,7 +6,6 @@ measured, without image decoding and projector. `python -m benchmarks.gpu` has t
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.shapes import INTERN_VIT_300M, PUBLISHED
+from benchmarks.gpu.timing import run_seconds
+from benchmarks.gpu.towers import randomize
 from benchmarks.options import Options
 from benchmarks.result import Result, median_ratio
 from common.layouts.base import Tower
@@ -67,25 +68,12 @@ def _measure_rates(towers: dict[str, TowerFunction], pixels: Tensor, repeats: in
 
 @torch.inference_mode()
 def _forward_seconds(tower: TowerFunction, pixels: Tensor) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started_at = time.perf_counter()
-    tower(pixels)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started_at
-
-
-def _randomize(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
-    return model.eval()
+    return run_seconds(lambda: tower(pixels), pixels.device)
 
 
 def _our_tower(tower: Tower, device: str, dtype: torch.dtype) -> nn.Module:
     with torch.device(device):
-        return _randomize(InternViT(tower, 1025)).to(dtype)
+        return randomize(InternViT(tower, 1025)).to(dtype)
 
 
 def _transformers_tower(device: str, dtype: torch.dtype) -> nn.Module:
@@ -98,7 +86,8 @@ def _transformers_tower(device: str, dtype: torch.dtype) -> nn.Module:
     )  # fmt: skip
     config._attn_implementation = "eager"
     with torch.device(device):
-        return _randomize(InternVLVisionModel(config)).to(dtype)
+        model: nn.Module = InternVLVisionModel(config)
+        return randomize(model).to(dtype)
 
 
 def _vllm_tower(device: str, dtype: torch.dtype) -> nn.Module:
@@ -117,7 +106,7 @@ def _vllm_tower(device: str, dtype: torch.dtype) -> nn.Module:
     with set_current_vllm_config(settings), torch.device(device):
         init_distributed_environment(1, 0, _VLLM_GROUP, 0, "nccl" if device == "cuda" else "gloo")
         initialize_model_parallel(1, 1)
-        model = _randomize(InternVisionModel(config)).to(dtype)
+        model = randomize(InternVisionModel(config)).to(dtype)
         for layer in model.modules():  # vLLM's loader does this after it has loaded the weights
             if method := getattr(layer, "quant_method", None):
                 method.process_weights_after_loading(layer)

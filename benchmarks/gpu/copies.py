@@ -1,7 +1,6 @@
 """Copies of tiles to the device: bytes/s from pinned memory, and how much of their time a running tower hides."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from benchmarks.gpu.kit import Kit, Measurement
 from benchmarks.gpu.shapes import Shape
-from benchmarks.gpu.timing import measure_seconds, rate, synchronize
+from benchmarks.gpu.timing import measure_seconds, rate, run_seconds
 from benchmarks.gpu.towers import dtype_of, random_tower
 from vision_worker.encoder import Stager
 from vision_worker.models.internvl import normalize
@@ -36,9 +35,9 @@ def _measure(kit: Kit, shape: Shape) -> dict[str, Any]:
         tower(normalize(staged).to(dtype))
 
     forward()
-    alone = _seconds(lambda: [forward() for _ in range(batches)], kit.device)
-    in_turn = sum(_seconds(lambda: (stager.stage(tiles), forward()), kit.device) for _ in range(batches))
-    beside = _seconds(lambda: _run_beside(lambda: stager.stage(tiles), forward, batches), kit.device)
+    alone = run_seconds(lambda: [forward() for _ in range(batches)], kit.device)
+    in_turn = sum(run_seconds(lambda: (stager.stage(tiles), forward()), kit.device) for _ in range(batches))
+    beside = run_seconds(lambda: _run_beside(lambda: stager.stage(tiles), forward, batches), kit.device)
     return {
         "GB/s": round(copied["per second"] / 1e9, 3), "tower alone, s": round(alone, 4),
         "copies and tower in turn, s": round(in_turn, 4), "copies beside the tower, s": round(beside, 4),
@@ -53,11 +52,3 @@ def _run_beside(stage: Callable[[], Any], forward: Callable[[], None], batches: 
     for _ in range(batches):
         forward()
     thread.join()
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    started_at = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started_at

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.kit import Kit, Measurement
 from benchmarks.gpu.shapes import Shape
 from benchmarks.gpu.timing import measure_seconds, rate
-from benchmarks.gpu.towers import dtype_of
+from benchmarks.gpu.towers import dtype_of, randomize
 from vision_worker.models.internvl import build_compressing_projector, build_projector, pixel_shuffle
 from vision_worker.models.vir import Gating, Pooling
 
@@ -55,7 +55,4 @@ def _compressing_projector(kit: Kit, shape: Shape) -> Head:
 
 
 def _place(module: nn.Module, kit: Kit) -> Head:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.02)
-    return cast(Head, module.to(kit.device, dtype_of(kit.device)).eval())
+    return cast(Head, randomize(module).to(kit.device, dtype_of(kit.device)))

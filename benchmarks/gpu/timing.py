@@ -27,9 +27,9 @@ def measure_seconds(work: Callable[[], Any], device: torch.device, budget: float
         budget: Seconds for all measured runs together. There are at least three and at most fifty of them.
     """
     for _ in range(2):
-        last = _run_seconds(work, device)
+        last = run_seconds(work, device)
     runs = max(_MIN_RUNS, min(_MAX_RUNS, int(budget / max(last, 1e-6))))
-    return [_run_seconds(work, device) for _ in range(runs)]
+    return [run_seconds(work, device) for _ in range(runs)]
 
 
 def rate(count: int, seconds: list[float]) -> dict[str, float]:
@@ -38,7 +38,8 @@ def rate(count: int, seconds: list[float]) -> dict[str, float]:
     return {"per second": round(count / median, 3), "spread": round((max(seconds) - min(seconds)) / median, 3)}
 
 
-def _run_seconds(work: Callable[[], Any], device: torch.device) -> float:
+def run_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one run, until the device has done it."""
     synchronize(device)
     started_at = time.perf_counter()
     work()

@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gpu.kit import Kit, Measurement, Skipped
 from benchmarks.gpu.shapes import Shape
@@ -17,6 +17,7 @@ PEAK_TFLOPS = {"NVIDIA H200": 790.0, "NVIDIA H100": 790.0}
 """Dense bf16 TFLOP/s that are reachable in practice, by prefix of the card's name."""
 _SECONDS_PER_MEASUREMENT = 3.0
 
+Module = TypeVar("Module", bound=nn.Module)
 TowerFunction = Callable[[Tensor], Tensor]
 Variant = Callable[[InternViT, Tensor], TowerFunction]
 
@@ -63,11 +64,15 @@ def random_tower(shape: Shape, device: torch.device) -> InternViT:
     dtype = dtype_of(device)
     with torch.device("meta"):
         tower = InternViT(shape.tower, shape.patches + 1).to(dtype)
-    tower = tower.to_empty(device=device)
+    return randomize(tower.to_empty(device=device))
+
+
+def randomize(module: Module) -> Module:
+    """Give a module random weights, and return it for inference."""
     with torch.no_grad():
-        for parameter in tower.parameters():
+        for parameter in module.parameters():
             parameter.normal_(std=0.02)
-    return tower.eval()
+    return module.eval()
 
 
 def _eager(tower: InternViT, pixels: Tensor) -> TowerFunction:
