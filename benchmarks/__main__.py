@@ -18,6 +18,7 @@ MODULES = {
     "reuse": "benchmarks.reuse",
     "early-prefill": "benchmarks.early_prefill",
     "overload": "benchmarks.overload",
+    "degradation": "benchmarks.degradation",
     "interference": "benchmarks.interference",
     "equal-hardware": "benchmarks.equal_hardware",
     "plan": "benchmarks.plan",
