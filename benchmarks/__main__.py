@@ -21,6 +21,7 @@ MODULES = {
     "degradation": "benchmarks.degradation",
     "interference": "benchmarks.interference",
     "equal-hardware": "benchmarks.equal_hardware",
+    "baselines": "benchmarks.baselines",
     "plan": "benchmarks.plan",
 }
 """Module of each benchmark by its public name, in the order in which all of them run."""
