@@ -19,6 +19,7 @@ MODULES = {
     "early-prefill": "benchmarks.early_prefill",
     "overload": "benchmarks.overload",
     "degradation": "benchmarks.degradation",
+    "scheduling": "benchmarks.scheduling",
     "interference": "benchmarks.interference",
     "equal-hardware": "benchmarks.equal_hardware",
     "baselines": "benchmarks.baselines",

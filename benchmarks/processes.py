@@ -102,11 +102,17 @@ def returns_ok(url: str) -> bool:
 
 
 def vision_worker(
-    folder: Path, model: Path, cores: Sequence[int], *flags: str, name: str = "vision", niceness: int = 0
+    folder: Path,
+    model: Path,
+    cores: Sequence[int],
+    *flags: str,
+    name: str = "vision",
+    niceness: int = 0,
+    runner: Sequence[str] = (),
 ) -> Server:
-    """A vision worker that listens at `unix:FOLDER/NAME`."""
+    """A vision worker that listens at `unix:FOLDER/NAME`. `runner`: modules that run it, the first one as `__main__`."""
     path = folder / name
-    command = [sys.executable, "-m", "vision_worker", str(model), f"--listen=unix:{path}", *flags]
+    command = [sys.executable, "-m", *runner, "vision_worker", str(model), f"--listen=unix:{path}", *flags]
     return Server(name, command, cores, folder, lambda: _accepts_connections(path), niceness=niceness)
 
 
@@ -151,12 +157,18 @@ def _vllm_environment(cores: Sequence[int]) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
-def gateway(folder: Path, cores: Sequence[int], *flags: str, vision_names: Sequence[str] = ("vision",)) -> Server:
+def gateway(
+    folder: Path,
+    cores: Sequence[int],
+    *flags: str,
+    vision_names: Sequence[str] = ("vision",),
+    runner: Sequence[str] = (),
+) -> Server:
     """A gateway in front of the workers of a folder, whose queue is not bounded unless a flag says so."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     addresses = ",".join(f"unix:{folder / name}" for name in vision_names)
     command = [
-        sys.executable, "-m", "server", f"--port={port}", f"--vision-workers={addresses}",
+        sys.executable, "-m", *runner, "server", f"--port={port}", f"--vision-workers={addresses}",
         f"--language-workers=unix:{folder / 'language'}", "--max-queue-seconds=3600", *flags,
     ]  # fmt: skip
     return Server("gateway", command, cores, folder, lambda: returns_ok(f"{url}/health/ready"), url=url)
