@@ -59,6 +59,17 @@ def configure(level: str, log_format: str) -> None:
     threading.excepthook = lambda raised: _log_uncaught(raised.exc_type, raised.exc_value, raised.exc_traceback)
 
 
+def print_answer(source: str, message: str, log_format: str) -> None:
+    """Print what a command was asked for, one line to standard output.
+
+    Args:
+        source: the command, such as `dvd health`, which only JSON contains.
+        message: the answer.
+        log_format: `text` or `json`.
+    """
+    print(message if log_format != "json" else _json_line(source, message, "info"))
+
+
 def print_line(source: str, message: str, log_format: str, level: str = "info") -> None:
     """Print a line of a command that has no logger yet, or none at all: a status, or the reason why it cannot start.
 
@@ -68,11 +79,13 @@ def print_line(source: str, message: str, log_format: str, level: str = "info") 
         log_format: `text` or `json`.
         level: severity, which only JSON contains.
     """
-    line = f"{source}: {message}"
-    if log_format == "json":
-        fields = {"name": source.replace(" ", "."), "levelname": level, "msg": message}
-        line = JsonFormatter().format(logging.makeLogRecord(fields))
+    line = f"{source}: {message}" if log_format != "json" else _json_line(source, message, level)
     print(line, file=sys.stderr, flush=True)
+
+
+def _json_line(source: str, message: str, level: str) -> str:
+    fields = {"name": source.replace(" ", "."), "levelname": level, "msg": message}
+    return JsonFormatter().format(logging.makeLogRecord(fields))
 
 
 def exit_with_error(source: str, reason: str, log_format: str, status: int = 1) -> NoReturn:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
 
@@ -39,6 +39,14 @@ def _check_address(text: str) -> str:
 Address = Annotated[str, AfterValidator(_check_address)]
 """Address to listen on."""
 
+
+def _keep_explicit_path(value: object) -> object:
+    """Make `./ORG/NAME` absolute: as a `Path` it would lose its dot, and so be the id of a repository."""
+    return os.path.abspath(value) if isinstance(value, str) and value.startswith(("./", "../")) else value
+
+
+Model = Annotated[Path, BeforeValidator(_keep_explicit_path)]
+"""What names a checkpoint."""
 MODEL_DESCRIPTION = "folder of the checkpoint, or ORG/NAME[@REVISION] on Hugging Face's hub"
 
 KNOWN_NAMES = frozenset({
@@ -110,7 +118,7 @@ class AdminOptions(Options):
 class CheckpointOptions(Options):
     """Options of a process that loads a checkpoint."""
 
-    model: Path = Field(description=MODEL_DESCRIPTION)
+    model: Model = Field(description=MODEL_DESCRIPTION)
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights of the checkpoint's shapes")
 
 

@@ -1,13 +1,12 @@
 """Options of the commands that are not a process of their own: `up`, `describe`, `health`, `drain`."""
 
 import re
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from common.options import ADDRESS_PATTERN, MODEL_DESCRIPTION, Address, Options
+from common.options import ADDRESS_PATTERN, MODEL_DESCRIPTION, Address, Model, Options
 from common.security import PeerOptions
 
 
@@ -22,7 +21,7 @@ class DescribeOptions(Options):
 
     command: ClassVar[str] = "describe"
 
-    model: Path = Field(description=MODEL_DESCRIPTION)
+    model: Model = Field(description=MODEL_DESCRIPTION)
 
 
 class HealthOptions(PeerOptions):

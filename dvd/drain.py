@@ -27,12 +27,12 @@ def main(arguments: Sequence[str]) -> None:
     try:
         credentials = read_credentials(options)
         start_draining(options.address, credentials)
-        if options.wait is None:
-            print(f"{options.address}: draining")
-        else:
-            print(f"{options.address}: ended after {wait_until_ended(options.address, options.wait, credentials):.1f} s")
+        state = "draining"
+        if options.wait is not None:
+            state = f"ended after {wait_until_ended(options.address, options.wait, credentials):.1f} s"
     except errors.DvdError as error:
         logs.exit_with_error("dvd drain", f"{options.address}: {error}", options.log_format)
+    logs.print_answer("dvd drain", f"{options.address}: {state}", options.log_format)
 
 
 def start_draining(address: str, credentials: Credentials = OPEN) -> None:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
         description = asyncio.run(check(options.address, options.timeout, credentials))
     except errors.DvdError as error:
         logs.exit_with_error("dvd health", f"{options.address}: {error}", options.log_format)
-    print(f"{options.address}: {description}")
+    logs.print_answer("dvd health", f"{options.address}: {description}", options.log_format)
 
 
 async def check(address: str, timeout: float, credentials: Credentials = OPEN) -> str:

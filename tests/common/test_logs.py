@@ -139,3 +139,12 @@ def test_below_debug_level_libraries_only_warn() -> None:
     assert [record["message"] for record in records[:2]] == ["own", "warning of a library"]
     assert len(records) == 4
     assert "own" not in "".join(run_script("warning", "text"))
+
+
+def test_an_answer_of_a_command_is_json_if_its_log_is(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.print_answer("dvd health", "host:1: healthy", "text")
+    logs.print_answer("dvd health", "host:1: healthy", "json")
+    text, line = capsys.readouterr().out.splitlines()
+    record = json.loads(line)
+    assert text == record["message"] == "host:1: healthy"
+    assert record["logger"] == "dvd.health"

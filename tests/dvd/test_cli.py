@@ -106,3 +106,12 @@ def test_a_gateway_whose_log_is_json_stops_by_a_signal_and_prints_nothing_else(t
     lines += process.communicate(timeout=60)[1].splitlines()
     assert process.returncode in (0, -signal.SIGTERM)
     assert all("message" in json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["./org/name", "../org/name"])
+def test_a_path_that_begins_with_a_dot_is_no_id(name: str) -> None:
+    """It would be downloaded from the hub."""
+    result = run("describe", name, HF_HUB_OFFLINE="1")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"dvd describe: no checkpoint at '{os.path.abspath(name)}': give a folder")
