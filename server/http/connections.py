@@ -30,7 +30,7 @@ class Connections:
 
     Args:
         limit: Maximum number of connections.
-        head_timeout: Seconds in which a request's head must arrive.
+        head_timeout: Seconds in which a request's head must arrive, and before it a TLS handshake.
         metrics: Where connections and requests are counted that never reach the application.
     """
 
@@ -39,7 +39,12 @@ class Connections:
         self._open: set[Connection] = set()
 
     def add(self, connection: Connection) -> bool:
-        """Add a new connection, if need be in place of another one. Returns False if there is no place for it."""
+        """Add a connection, if need be in place of another one. Returns False if there is no place for it.
+
+        One that was added at the start of its TLS handshake keeps its place.
+        """
+        if connection in self._open:
+            return True
         if len(self._open) >= self._limit and not self._make_room():
             self._metrics.refused.labels("connections").inc()
             return False
@@ -58,6 +63,10 @@ class Connections:
         stats.error_code = code
         self._metrics.record_request(stats, OTHER_ROUTE, status)
         contextvars.copy_context().run(log_request, stats, OTHER_ROUTE, status)  # it sets the request's id
+
+    def record_failed_handshake(self, reason: str) -> None:
+        """Record a TLS handshake that failed: `timeout`, or `error` for a client that left, or does not speak TLS."""
+        self._metrics.failed_handshakes.labels(reason).inc()
 
     def _make_room(self) -> bool:
         waiting = [connection for connection in self._open if connection.is_waiting_for_request]
