@@ -44,6 +44,14 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),
 ]
 
+# what strangers may hold who reach the port: connections that do not finish their handshake, do nothing, or open many streams
+_SERVER_OPTIONS = {
+    "grpc.max_allowed_incoming_connections": 1024,
+    "grpc.server_handshake_timeout_ms": 10_000,
+    "grpc.max_connection_idle_ms": 60_000,
+    "grpc.max_concurrent_streams": 4096,
+}
+
 _ERROR_BY_STATUS = {
     grpc.StatusCode.CANCELLED: errors.WorkerUnavailable,  # by a stopping server; ours raises CancelledError
     grpc.StatusCode.UNAVAILABLE: errors.WorkerUnavailable,
@@ -110,7 +118,8 @@ def create_server(
     Raises:
         OSError: an address cannot be bound; the message names it.
     """
-    options = list((dict(_OPTIONS) | {"grpc.max_receive_message_length": max_message_bytes}).items())
+    own = {**_SERVER_OPTIONS, "grpc.max_receive_message_length": max_message_bytes}
+    options = list((dict(_OPTIONS) | own).items())
     server = grpc.aio.server(interceptors=[_GuardInterceptor(credentials)], options=options)
     for address in addresses:
         ensure_free(address)
@@ -218,10 +227,13 @@ class _GuardInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Return the method's handler with its errors mapped."""
+        """Return the method's handler with its errors mapped, or one that refuses the call before any message is received."""
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
+        metadata: Any = handler_call_details.invocation_metadata
+        if not self._credentials.accepts(dict(metadata or ()).get(HEADER)):
+            return grpc.stream_unary_rpc_method_handler(_refuse)
         if handler.response_streaming:
             raise NotImplementedError("methods with streaming responses are not supported")
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
@@ -232,8 +244,6 @@ class _GuardInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with _abort_on_error(context):
-                if not self._credentials.accepts(dict(context.invocation_metadata() or ()).get(HEADER)):
-                    raise errors.Unauthorized(TOKEN_REJECTED)
                 return await behaviour(_parsed(request, parse) if parse else request, context)
 
         return wrap(
@@ -241,6 +251,11 @@ class _GuardInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=None if parse else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+async def _refuse(_messages: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async with _abort_on_error(context):
+        raise errors.Unauthorized(TOKEN_REJECTED)
 
 
 def _parsed(message: bytes, parse: Callable[[bytes], Any]) -> Any:

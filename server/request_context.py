@@ -18,7 +18,7 @@ class RequestContext:
 
     Attributes:
         caller: Digest of the caller's credentials; part of every embedding key.
-        flow: Who shares capacity fairly with others: the caller's credentials, or its address if there are none.
+        flow: Who shares capacity fairly with others: the caller's API key, or its address if the gateway demands none.
         path: Path of the request, which is also the path on vLLM's server.
         error_format: How the caller's API reports errors.
         stats: Statistics of the request.

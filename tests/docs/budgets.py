@@ -49,11 +49,13 @@ _CONSTRAINTS = (  # what, bound, budget
     ("choices of structured output", constraint.MAX_CHOICES, "choices"),
     ("characters of all choices", constraint.MAX_CHOICE_CHARACTERS, "choices"),
     ("bytes of a JSON schema", constraint.MAX_SCHEMA_BYTES, "schema"),
-    ("objects, lists and values in all schemas of a request, those of tools included", constraint.MAX_SCHEMA_NODES, "schema"),
+    ("objects, lists and values in all schemas of a request", constraint.MAX_SCHEMA_NODES, "schema"),
     ("levels of a schema", constraint.MAX_SCHEMA_DEPTH, "schema"),
     ("`properties` of one object of a schema", constraint.MAX_SCHEMA_PROPERTIES, "schema"),
     ("values in all `enum` of a schema", constraint.MAX_ENUM_VALUES, "schema"),
     ("`minItems`, `maxLength` and the like", constraint.MAX_REPETITIONS, "schema"),
+    ("bytes of all schemas of tools that vLLM does not compile", constraint.MAX_TOOL_BYTES, "schema"),
+    ("objects, lists and values in them", constraint.MAX_TOOL_NODES, "schema"),
     ("characters of a regular expression, those in schemas included", constraint.MAX_REGEX_CHARACTERS, "regex"),
     ("elements of a regular expression, its repetitions written out", constraint.MAX_REGEX_SIZE, "regex"),
     ("`*`, `+` and `{n,}` of a regular expression, likewise", constraint.MAX_REGEX_LOOPS, "regex"),
@@ -114,6 +116,9 @@ _NOTES = f"""* `--max-in-flight` counts sequences: `n`, or the width of a beam s
 * A prompt, with all other texts of its request, has {CHARACTERS_PER_TOKEN} characters for each token of the model's context, or
   {UNKNOWN_CONTEXT_CHARACTERS:,} if vLLM does not report it; several prompts have at most {MAX_LONG_PROMPTS} times as many.
 * JSON values are counted by commas, colons and brackets, those in texts included.
+* The schema of a tool is compiled, and bounded like others, if `tool_choice` is `required` or names a tool, or if the tool is
+  `strict`. Otherwise it is only a part of the prompt. With vLLM's `--tool-strict-level parameter`, or the tool parser of
+  Mistral, vLLM compiles such schemas too: use them only where all callers are trusted.
 * A schema that refers to itself without an end, and a grammar with a rule that never ends, are errors too.
 """
 

@@ -253,20 +253,53 @@ PLACES: dict[str, tuple[str, dict[str, Any], str]] = {
     "guided_regex": (CHAT, {"guided_regex": "(a{1,100}){1,100}"}, "guided_regex"),
     "tool of a chat": (
         CHAT,
-        {"tools": [{"type": "function", "function": {"name": "a", "parameters": LARGE}}]},
+        {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "a", "parameters": LARGE}}]},
+        "tools[0].function.parameters.pattern",
+    ),
+    "strict tool of a chat": (
+        CHAT,
+        {"tools": [{"type": "function", "function": {"name": "a", "strict": True, "parameters": LARGE}}]},
         "tools[0].function.parameters.pattern",
     ),
     "tool of a response": (
         RESPONSES,
-        {"tools": [{"type": "function", "name": "a", "parameters": LARGE}]},
+        {
+            "tool_choice": {"type": "function", "name": "a"},
+            "tools": [{"type": "function", "name": "a", "parameters": LARGE}],
+        },
         "tools[0].parameters.pattern",
+    ),
+    "tool of a namespace": (
+        RESPONSES,
+        {
+            "tool_choice": "required",
+            "tools": [{"type": "namespace", "name": "a", "tools": [{"type": "function", "name": "b", "parameters": LARGE}]}],
+        },
+        "tools[0].tools[0].parameters.pattern",
+    ),
+    "tool with a grammar": (
+        RESPONSES,
+        {
+            "tools": [
+                {
+                    "type": "custom",
+                    "name": "a",
+                    "format": {"type": "grammar", "syntax": "regex", "definition": 'root ::= (("a"{100}){100}){100}'},
+                }
+            ]
+        },
+        "tools[0].format.definition",
     ),
     "format of a response": (
         RESPONSES,
         {"text": {"format": {"type": "json_schema", "name": "a", "schema": LARGE}}},
         "text.format.pattern",
     ),
-    "tool of a message": (MESSAGES, {"tools": [{"name": "a", "input_schema": LARGE}]}, "tools[0].input_schema.pattern"),
+    "tool of a message": (
+        MESSAGES,
+        {"tool_choice": {"type": "any"}, "tools": [{"name": "a", "input_schema": LARGE}]},
+        "tools[0].input_schema.pattern",
+    ),
     "format of a message": (
         MESSAGES,
         {"output_config": {"format": {"type": "json_schema", "schema": LARGE}}},
@@ -291,6 +324,62 @@ async def test_constraints_are_checked_wherever_they_are(bounded: Stack, path: s
     assert (response.status, error["param"], error["code"]) == (400, param, "budget_exceeded")
     assert "10000" in error["message"]
     assert len(bounded.engine.requests) == before
+
+
+REAL_SCHEMAS: dict[str, Any] = {
+    "pattern": {"type": "string", "pattern": "^.{1,4096}$"},
+    "maxLength": {"type": "string", "maxLength": 200_000},
+    "enum": {"enum": [f"city {i}" for i in range(20_000)]},
+    "properties": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}},
+    "itself": {"$ref": "#"},
+}
+"""Schemas of tools that vLLM does not compile unless the model must call them."""
+
+
+@pytest.mark.parametrize("schema", REAL_SCHEMAS.values(), ids=REAL_SCHEMAS)
+async def test_schemas_that_are_not_compiled_may_say_more(bounded: Stack, schema: Any) -> None:
+    function = {"name": "a", "parameters": schema}
+    tools = [{"type": "function", "function": function}]
+    message = {**chat("a"), "max_tokens": 4, "tools": [{"name": "a", "input_schema": schema}]}
+    free: tuple[dict[str, Any], ...] = ({}, {"tool_choice": None}, {"tool_choice": "auto"}, {"tool_choice": "none"})
+    for choice in free:
+        assert (await bounded.chat("a", tools=tools, **choice)).status == 200
+    assert (await bounded.post({**message, "tool_choice": {"type": "auto"}}, path=MESSAGES)).status == 200
+    before = len(bounded.engine.requests)
+    forced: tuple[dict[str, Any], ...] = (
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "a"}}},
+        {"tool_choice": {"function": {"name": "a"}}},
+        {"tools": [{"type": "function", "function": {**function, "strict": True}}]},
+        {"tools": [{"type": "function", "function": {**function, "strict": "true"}}]},
+    )
+    for choice in forced:
+        response = await bounded.chat("a", **{"tools": tools, **choice})
+        assert (response.status, response.error["code"] in ("budget_exceeded", "invalid_request")) == (400, True)
+    assert (await bounded.post({**message, "tool_choice": {"type": "tool", "name": "a"}}, path=MESSAGES)).status == 400
+    assert len(bounded.engine.requests) == before
+
+
+TOOL_LIMITS: dict[str, tuple[Any, Any, int]] = {
+    "bytes": (padded(constraint.MAX_TOOL_BYTES), padded(constraint.MAX_TOOL_BYTES + 1), constraint.MAX_TOOL_BYTES),
+    "levels": (nested(constraint.MAX_SCHEMA_DEPTH), nested(constraint.MAX_SCHEMA_DEPTH + 1), constraint.MAX_SCHEMA_DEPTH),
+    "values": (
+        {"x": [0] * (constraint.MAX_TOOL_NODES - 2)},
+        {"x": [0] * (constraint.MAX_TOOL_NODES - 1)},
+        constraint.MAX_TOOL_NODES,
+    ),
+}
+
+
+@pytest.mark.parametrize(("good", "bad", "limit"), TOOL_LIMITS.values(), ids=TOOL_LIMITS)
+async def test_schemas_that_are_not_compiled_are_bounded_too(
+    tmp_path_factory: pytest.TempPathFactory, good: Any, bad: Any, limit: int
+) -> None:
+    def body(schema: Any) -> dict[str, Any]:
+        return {**chat("a"), "tools": [{"type": "function", "function": {"name": "a", "parameters": schema}}]}
+
+    async with start_stack(tmp_path_factory.mktemp("tools"), max_prompt_characters=2 * constraint.MAX_TOOL_BYTES) as stack:
+        await assert_edge(stack, CHAT, body(good), body(bad), "tools[0].function.parameters", limit)
 
 
 @pytest.mark.parametrize(
@@ -371,14 +460,17 @@ async def test_the_number_of_sequences(bounded: Stack, path: str, good: Any, bad
 
 
 async def test_sequences_take_permits(tmp_path_factory: pytest.TempPathFactory) -> None:
-    async with start_stack(tmp_path_factory.mktemp("permits"), max_in_flight=40) as stack:
+    async with start_stack(tmp_path_factory.mktemp("permits"), max_in_flight=40, trusted_proxies=["127.0.0.1"]) as stack:
         stack.engine.respond = hang
-        many = [await stack.start_chat(chat("a", n=15), "Authorization: Bearer greedy\n") for _ in range(2)]
+        many = [
+            await stack.start_chat(chat("a", n=15), f"X-Forwarded-For: 203.0.113.1\nAuthorization: Bearer {i}\n")
+            for i in range(2)
+        ]
         await stack.wait_for_metric("dvd_requests_in_flight", 30)
-        greedy = {"Authorization": "Bearer greedy"}
+        greedy = {"X-Forwarded-For": "203.0.113.1", "Authorization": "Bearer another key"}
         assert (await stack.chat("a", n=8, headers=greedy)).status == 429, "the last ones are kept for others"
         before = len(stack.engine.requests)
-        other = await stack.start_chat(chat("a", n=4), "Authorization: Bearer other\n")
+        other = await stack.start_chat(chat("a", n=4), "X-Forwarded-For: 203.0.113.2\n")
         await wait_until(lambda: len(stack.engine.requests) == before + 1, "another caller's request is served")
         for _, writer in (*many, other):
             writer.close()
