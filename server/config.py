@@ -83,6 +83,11 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     max_sequences: int = Field(
         128, ge=1, description="maximum number of sequences of a request: n times its prompts; each one counts as a request"
     )
+    max_output_tokens: int = Field(
+        1 << 20,
+        ge=1,
+        description="maximum number of tokens of a request's sequences together, each counted as long as it may become",
+    )
     max_prompt_characters: int | None = Field(
         None,
         ge=1,

@@ -69,14 +69,15 @@ class ApiHandlers:
         async with AsyncExitStack() as resources:
             caller = self._authenticator.authenticate(request.headers)
             timeout = request_timeout(request.headers, self._options.request_timeout)
-            deadline, fields = time.monotonic() + timeout, api.max_tokens_fields
+            deadline = time.monotonic() + timeout
             flow = _flow(request, caller, has_keys=self._options.api_key is not None)
             salt = self._authenticator.cache_salt(caller) if api.generates_text else None
             self._admission.check_any_left()
             memory = resources.enter_context(self._admission.body_memory())
             context = RequestContext(
-                caller, flow, api.path, api.error_format, stats, deadline, resources, memory.add, fields, salt
-            )
+                caller, flow, api.path, api.error_format, stats, deadline, resources, memory.add,
+                api.max_tokens_fields, api.default_max_tokens, salt,
+            )  # fmt: skip
             try:
                 async with asyncio.timeout(timeout):
                     with self._metrics.stage("receive", stats):

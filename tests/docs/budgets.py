@@ -36,6 +36,7 @@ _OPTIONS = (  # option, answer, budget
     ("request_timeout", "504", ""),
     ("max_json_values", "400", "json_values"),
     ("max_sequences", "400", "sequences"),
+    ("max_output_tokens", "400", "output_tokens"),
     ("max_prompt_characters", "400", "prompt_characters"),
     ("max_images", "400", ""),
     ("max_image_bytes", "400", ""),
@@ -110,6 +111,8 @@ def _row(what: str, bound: str, option: str, answer: str, budget: str) -> str:
 
 _NOTES = f"""* `--max-in-flight` counts sequences: `n`, or the width of a beam search, times the prompts. One permit in eight is
   kept for callers that hold few, unless `--api-key` makes all callers one.
+* A request with several sequences counts for `--max-output-tokens` each of them with its maximum of tokens, or with the
+  model's context if it sets none (16 tokens in `/v1/completions`).
 * A permit is taken when the body is complete and checked. Until then a request holds its connection and the memory of its body.
 * A body may fall behind `--min-body-rate` for {body.GRACE_SECONDS:g} s. A caller that reads less than
   {protocol.MIN_READ_RATE} bytes per second of a response in {protocol.STALL_TIMEOUT_SECONDS:g} s is disconnected.

@@ -1,7 +1,9 @@
 """Budgets of a request, each at its edge: what is at the bound is served, one more is rejected with the field and the bound."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +30,14 @@ CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completion
 async def bounded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
     """A gateway whose model has a known context."""
     limits: dict[str, Any] = {"max_sequences": SEQUENCES, "max_json_values": JSON_VALUES}
-    async with start_stack(tmp_path_factory.mktemp("budgets"), **limits) as running:
+    async with start_bounded(tmp_path_factory.mktemp("budgets"), **limits) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def start_bounded(folder: Path, **options: Any) -> AsyncIterator[Stack]:
+    """Starts a gateway that knows its model's context."""
+    async with start_stack(folder, **options) as running:
         running.engine.models["data"][0]["max_model_len"] = CONTEXT
 
         async def is_known() -> bool:
@@ -457,6 +466,59 @@ SEQUENCE_EDGES = {
 @pytest.mark.parametrize(("path", "good", "bad", "param"), SEQUENCE_EDGES.values(), ids=SEQUENCE_EDGES)
 async def test_the_number_of_sequences(bounded: Stack, path: str, good: Any, bad: Any, param: str) -> None:
     await assert_edge(bounded, path, good, bad, param, SEQUENCES)
+
+
+@pytest.mark.parametrize("width", ["12", "many", "1e9", 1.5, [1], {}])
+@pytest.mark.parametrize("field", ["n", "best_of"])
+async def test_a_number_of_sequences_is_no_text(bounded: Stack, field: str, width: Any) -> None:
+    """vLLM reads numbers in texts, which would be counted nowhere."""
+    before = len(bounded.engine.requests)
+    response = await bounded.chat("a", **{field: width})
+    assert (response.status, response.error["param"], response.error["code"]) == (400, field, "invalid_request")
+    assert len(bounded.engine.requests) == before
+    for good in (None, 2, 2.0, True):
+        assert (await bounded.post({**chat("a"), field: good})).status == 200
+
+
+OUTPUT_TOKENS = 40_000
+OUTPUT_EDGES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "chat": (CHAT, {**chat("a"), "n": 8, "max_tokens": 5000}, {**chat("a"), "n": 8, "max_tokens": 5001}, "max_tokens"),
+    "first field": (
+        CHAT,
+        {**chat("a"), "n": 8, "max_completion_tokens": 5000, "max_tokens": 9000},
+        {**chat("a"), "n": 8, "max_completion_tokens": 5001, "max_tokens": 1},
+        "max_completion_tokens",
+    ),
+    "the rest of the context": (CHAT, chat("a"), {**chat("a"), "n": 2}, "max_completion_tokens"),
+    "null": (CHAT, chat("a", max_tokens=None), {**chat("a", max_tokens=None), "n": 2}, "max_completion_tokens"),
+    "a text": (CHAT, chat("a", max_tokens="9999"), {**chat("a", max_tokens="9999"), "n": 2}, "max_tokens"),
+    "less than nothing": (CHAT, chat("a", max_tokens=-1), {**chat("a", max_tokens=-1), "n": 2}, "max_tokens"),
+    "prompts": (
+        COMPLETIONS,
+        {"prompt": ["a"] * 4, "n": 2, "max_tokens": 5000},
+        {"prompt": ["a"] * 5, "n": 2, "max_tokens": 5000},
+        "max_tokens",
+    ),
+    "16 tokens": (COMPLETIONS, {"prompt": ["a"] * 12}, {"prompt": ["a"] * 12, "max_tokens": 3334}, "max_tokens"),
+}
+
+
+@pytest.fixture(scope="module")
+async def short(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """A gateway whose requests may generate few tokens."""
+    async with start_bounded(tmp_path_factory.mktemp("short"), max_output_tokens=OUTPUT_TOKENS) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("path", "good", "bad", "param"), OUTPUT_EDGES.values(), ids=OUTPUT_EDGES)
+async def test_the_number_of_tokens_of_all_sequences(short: Stack, path: str, good: Any, bad: Any, param: str) -> None:
+    await assert_edge(short, path, good, bad, param, OUTPUT_TOKENS)
+
+
+async def test_what_a_normal_service_does_has_few_enough_tokens(bounded: Stack) -> None:
+    assert (await bounded.chat("a", n=8, max_tokens=4096)).status == 200
+    assert (await bounded.chat("a", n=8)).status == 200
+    assert (await bounded.post({"prompt": ["a"] * SEQUENCES, "max_tokens": CONTEXT}, path=COMPLETIONS)).status == 200
 
 
 async def test_sequences_take_permits(tmp_path_factory: pytest.TempPathFactory) -> None:
