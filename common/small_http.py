@@ -139,7 +139,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         """Answer, and end the connection."""
-        headers = {"Content-Length": str(len(data)), "Connection": "close", **headers}
+        headers = {**headers, "Content-Length": str(len(data)), "Connection": "close"}
         head = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
         self.wfile.write("\r\n".join([*head, "", ""]).encode() + data)
 

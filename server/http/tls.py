@@ -57,6 +57,10 @@ class TlsListener:
         for task in self._handshakes:
             task.cancel()
 
+    async def wait_closed(self) -> None:
+        """Wait until all handshakes have ended."""
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
+
     def _listen(self, listener: socket.socket) -> None:
         if not self._is_closed:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
