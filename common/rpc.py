@@ -40,6 +40,7 @@ _OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     # reconnect within a second to a worker that restarts, not within gRPC's default of two minutes
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.client_idle_timeout_ms", 60_000),  # before a server ends the connection, of which gRPC's library writes a line
     ("grpc.enable_http_proxy", 0),
     ("grpc.so_reuseport", 0),
 ]
@@ -48,7 +49,7 @@ _OPTIONS = [
 _SERVER_OPTIONS = {
     "grpc.max_allowed_incoming_connections": 1024,
     "grpc.server_handshake_timeout_ms": 10_000,
-    "grpc.max_connection_idle_ms": 60_000,
+    "grpc.max_connection_idle_ms": 300_000,
     "grpc.max_concurrent_streams": 4096,
 }
 
@@ -106,7 +107,10 @@ class Connection:
 
 
 def create_server(
-    *addresses: str, credentials: Credentials = OPEN, max_message_bytes: int = _MAX_MESSAGE_BYTES
+    *addresses: str,
+    credentials: Credentials = OPEN,
+    max_message_bytes: int = _MAX_MESSAGE_BYTES,
+    on_refused: Callable[[], object] = int,
 ) -> grpc.aio.Server:
     """Return a server bound to each address, not started.
 
@@ -114,13 +118,14 @@ def create_server(
         addresses: `HOST:PORT` or `unix:/PATH`.
         credentials: what it demands of its callers. On a Unix socket that is the token only.
         max_message_bytes: largest message that it receives.
+        on_refused: called for each call that is refused for its token.
 
     Raises:
         OSError: an address cannot be bound; the message names it.
     """
     own = {**_SERVER_OPTIONS, "grpc.max_receive_message_length": max_message_bytes}
     options = list((dict(_OPTIONS) | own).items())
-    server = grpc.aio.server(interceptors=[_GuardInterceptor(credentials)], options=options)
+    server = grpc.aio.server(interceptors=[_GuardInterceptor(credentials, on_refused)], options=options)
     for address in addresses:
         ensure_free(address)
         try:
@@ -219,8 +224,8 @@ class _GuardInterceptor(grpc.aio.ServerInterceptor):
     Unexpected errors are logged here; the caller sees no traceback.
     """
 
-    def __init__(self, credentials: Credentials) -> None:
-        self._credentials = credentials
+    def __init__(self, credentials: Credentials, on_refused: Callable[[], object]) -> None:
+        self._credentials, self._on_refused = credentials, on_refused
 
     async def intercept_service(
         self,
@@ -233,6 +238,7 @@ class _GuardInterceptor(grpc.aio.ServerInterceptor):
             return None
         metadata: Any = handler_call_details.invocation_metadata
         if not self._credentials.accepts(dict(metadata or ()).get(HEADER)):
+            self._on_refused()
             return grpc.stream_unary_rpc_method_handler(_refuse)
         if handler.response_streaming:
             raise NotImplementedError("methods with streaming responses are not supported")
