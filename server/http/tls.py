@@ -89,8 +89,8 @@ class TlsListener:
 
     async def _shake_hands(self, connection: socket.socket, protocol: BoundedHttpProtocol) -> None:
         connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(
                 lambda: protocol, connection, ssl=self._context, ssl_handshake_timeout=self._connections.head_timeout
             )
