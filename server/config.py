@@ -96,6 +96,11 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     max_json_values: int = Field(
         500_000, ge=1000, description="maximum number of values in a request's JSON; separators in texts count too"
     )
+    compiled_tools: bool = Field(
+        False,
+        description="vLLM compiles the schemas of all tools (--tool-strict-level=parameter), so bound them all like those that "
+        "must be called",
+    )
     max_connections: int = Field(
         4096, ge=1, description="maximum number of connections; beyond it, those without a complete request are closed"
     )

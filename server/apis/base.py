@@ -72,7 +72,7 @@ class Api:
         check_fields(body)
         check_integers(body)
         check_budgets(body)
-        check_constraints(body)
+        check_constraints(body, compiled_tools=policy.compiled_tools)
         sequences = count_sequences(body, policy.max_sequences) if self.generates_text else 1
         prepared = self.prepare(body)
         images = self.find_images(prepared, policy)

@@ -82,18 +82,18 @@ class _Totals:
             )  # fmt: skip
 
 
-def check_constraints(body: Mapping[str, Any]) -> None:
+def check_constraints(body: Mapping[str, Any], *, compiled_tools: bool = False) -> None:
     """Check all constraints of a request, and the schemas of tools.
 
     A schema of a tool is compiled if the model must call it, or if it is `strict`. Others only become a part of the prompt:
-    their size is bounded, and not what they say.
+    their size is bounded, and not what they say. With `compiled_tools` all of them are compiled.
 
     Raises:
         BudgetExceeded: One is too large, with the field, its size and the bound.
         InvalidRequest: A schema or a grammar refers to itself without an end.
     """
     totals = _Totals()
-    for path, kind, value in _constraints(body):
+    for path, kind, value in _constraints(body, compiled_tools):
         location = format_path(path)
         if kind == "uncompiled":
             _check_size(location, value, totals)
@@ -110,7 +110,7 @@ def check_constraints(body: Mapping[str, Any]) -> None:
                 _check_loops(location, root)
 
 
-def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[Path, str, Any]]:
+def _constraints(body: Mapping[str, Any], compiled_tools: bool) -> Iterator[tuple[Path, str, Any]]:
     """Yield path, kind and value of each constraint of a request."""
     outputs = body.get("structured_outputs")
     for name, value in outputs.items() if isinstance(outputs, dict) else ():
@@ -122,9 +122,9 @@ def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[Path, str, Any]]:
     for path in _FORMAT_PATHS:
         if (value := _at(body, path)) is not None:
             yield path, "format", value
-    choice = body.get("tool_choice")
+    all_compiled = compiled_tools or requires_tool(body.get("tool_choice"))
     for place, tool in _tools(("tools",), body):
-        kind = "schema" if requires_tool(choice) or _is_strict(tool) else "uncompiled"
+        kind = "schema" if all_compiled or _is_strict(tool) else "uncompiled"
         for path in _TOOL_SCHEMA_PATHS:
             if (value := _at(tool, path)) is not None:
                 yield (*place, *path), kind, value

@@ -51,7 +51,9 @@ class ApiHandlers:
             relative_threshold=options.vir_relative_threshold,
             absolute_threshold=options.vir_absolute_threshold,
         )
-        self._policy = RequestPolicy(options.max_images, router, options.allow_vir, options.max_sequences)
+        self._policy = RequestPolicy(
+            options.max_images, router, options.allow_vir, options.max_sequences, options.compiled_tools
+        )
 
     def endpoint(self, api: Api) -> Endpoint:
         """Return the endpoint of an API."""

@@ -120,8 +120,8 @@ _NOTES = f"""* `--max-in-flight` counts sequences: `n`, or the width of a beam s
   {UNKNOWN_CONTEXT_CHARACTERS:,} if vLLM does not report it; several prompts have at most {MAX_LONG_PROMPTS} times as many.
 * JSON values are counted by commas, colons and brackets, those in texts included.
 * The schema of a tool is compiled, and bounded like others, if `tool_choice` is `required` or names a tool, or if the tool is
-  `strict`. Otherwise it is only a part of the prompt. With vLLM's `--tool-strict-level parameter`, or the tool parsers of
-  Mistral and GLM, vLLM compiles such schemas too: use them only where all callers are trusted.
+  `strict`. Otherwise it is only a part of the prompt. vLLM compiles such schemas too with
+  `--tool-strict-level` or the tool parsers of Mistral and GLM: set `--compiled-tools` then.
 * A schema that refers to itself without an end, and a grammar with a rule that never ends, are errors too.
 """
 

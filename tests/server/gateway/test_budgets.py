@@ -369,6 +369,14 @@ async def test_schemas_that_are_not_compiled_may_say_more(bounded: Stack, schema
     assert len(bounded.engine.requests) == before
 
 
+async def test_an_operator_can_say_that_all_schemas_are_compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    async with start_stack(tmp_path_factory.mktemp("compiled"), compiled_tools=True) as stack:
+        for schema in REAL_SCHEMAS.values():
+            tools = [{"type": "function", "function": {"name": "a", "parameters": schema}}]
+            assert (await stack.chat("a", tools=tools)).status == 400
+        assert (await stack.chat("a", tools=[{"type": "function", "function": {"name": "a"}}])).status == 200
+
+
 TOOL_LIMITS: dict[str, tuple[Any, Any, int]] = {
     "bytes": (padded(constraint.MAX_TOOL_BYTES), padded(constraint.MAX_TOOL_BYTES + 1), constraint.MAX_TOOL_BYTES),
     "levels": (nested(constraint.MAX_SCHEMA_DEPTH), nested(constraint.MAX_SCHEMA_DEPTH + 1), constraint.MAX_SCHEMA_DEPTH),
