@@ -18,8 +18,11 @@ MODULES = {
     "reuse": "benchmarks.reuse",
     "early-prefill": "benchmarks.early_prefill",
     "overload": "benchmarks.overload",
+    "degradation": "benchmarks.degradation",
+    "scheduling": "benchmarks.scheduling",
     "interference": "benchmarks.interference",
     "equal-hardware": "benchmarks.equal_hardware",
+    "baselines": "benchmarks.baselines",
     "plan": "benchmarks.plan",
 }
 """Module of each benchmark by its public name, in the order in which all of them run."""

@@ -6,7 +6,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,10 @@ from dvd.plan.simulation import share_in_window
 
 _REQUEST_TIMEOUT_SECONDS = 900
 _READ_BUFFER_BYTES = 1 << 20
+
+
+Url = str | Iterator[str]
+"""Base URL of a server; or an endless iterator of URLs, of which each request takes the next one."""
 
 
 @dataclass
@@ -71,17 +75,18 @@ def open_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(timeout=timeout, read_bufsize=_READ_BUFFER_BYTES)
 
 
-async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> RequestTiming:
+async def send(session: aiohttp.ClientSession, url: Url, body: bytes) -> RequestTiming:
     """Send one request and read its whole answer. An error is recorded in the timing, not raised."""
     timing = RequestTiming(time.monotonic())
     await _send(session, url, body, timing)
     return timing
 
 
-async def _send(session: aiohttp.ClientSession, url: str, body: bytes, timing: RequestTiming) -> None:
+async def _send(session: aiohttp.ClientSession, url: Url, body: bytes, timing: RequestTiming) -> None:
+    base = url if isinstance(url, str) else next(url)
     try:
         async with session.post(
-            f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
+            f"{base}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
         ) as response:
             if response.status != 200:
                 timing.error = f"{response.status}: {(await response.text())[:300]}"
@@ -97,7 +102,7 @@ async def _send(session: aiohttp.ClientSession, url: str, body: bytes, timing: R
         timing.error = "the response contains no token"
 
 
-async def run_closed_loop(url: str, bodies: Iterable[bytes], in_flight: int) -> list[RequestTiming]:
+async def run_closed_loop(url: Url, bodies: Iterable[bytes], in_flight: int) -> list[RequestTiming]:
     """Send all requests, at most `in_flight` at once, each as soon as another ends.
 
     Returns the timings in the order in which the requests began. Raises `RuntimeError` if a request fails.
@@ -108,7 +113,7 @@ async def run_closed_loop(url: str, bodies: Iterable[bytes], in_flight: int) -> 
     return timings
 
 
-async def saturated_rate(url: str, bodies: Sequence[bytes], in_flight: int) -> float:
+async def saturated_rate(url: Url, bodies: Sequence[bytes], in_flight: int) -> float:
     """Requests per second while `in_flight` requests are always open.
 
     The window begins when `in_flight` requests have ended and closes when none is left to send. Requests that are still
@@ -143,7 +148,7 @@ def _share_in_window(timing: RequestTiming, expected_tokens: int, window: tuple[
     return share_in_window(timing.token_times, received if timing.ended_at else max(expected_tokens, received), *window)
 
 
-async def run_open_loop(url: str, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[RequestTiming]:
+async def run_open_loop(url: Url, bodies: Sequence[bytes], rate: float, seed: int = 0) -> list[RequestTiming]:
     """Send requests with Poisson arrivals, `rate` per second on average, whether or not the server keeps up.
 
     Raises `RuntimeError` if a request fails.
@@ -153,7 +158,7 @@ async def run_open_loop(url: str, bodies: Sequence[bytes], rate: float, seed: in
 
 
 async def arrivals(
-    session: aiohttp.ClientSession, url: str, bodies: Sequence[bytes], rate: float, seed: int = 0
+    session: aiohttp.ClientSession, url: Url, bodies: Sequence[bytes], rate: float, seed: int = 0
 ) -> list[RequestTiming]:
     """Send requests with Poisson arrivals, `rate` per second on average. Returns the failed ones too."""
     rng, due = random.Random(seed), time.monotonic()
@@ -166,7 +171,7 @@ async def arrivals(
 
 
 def _start_senders(
-    session: aiohttp.ClientSession, url: str, bodies: Iterable[bytes], in_flight: int, timings: list[RequestTiming]
+    session: aiohttp.ClientSession, url: Url, bodies: Iterable[bytes], in_flight: int, timings: list[RequestTiming]
 ) -> list[asyncio.Task[None]]:
     """Start `in_flight` tasks that share `bodies`; each request's timing is appended to `timings` when it begins."""
     remaining = iter(bodies)

@@ -41,7 +41,7 @@ _ADDRESSES = {"peak": "127.0.0.2", "many": "127.0.0.3", "one": "127.0.0.4"}
 
 
 @dataclass
-class _Phase:
+class Phase:
     """Requests of one kind under overload, and when they were sent."""
 
     timings: list[load.RequestTiming]
@@ -112,12 +112,12 @@ def _bodies(model: str) -> Iterator[bytes]:
 
 async def _peak(url: str, bodies: Iterator[bytes], seconds: float) -> float:
     """Requests per second of a closed loop that keeps the vision worker busy."""
-    timings = await _closed_loop(url, bodies, seconds, IN_FLIGHT, "peak")
+    timings = await closed_loop(url, bodies, seconds, IN_FLIGHT, "peak")
     answered = [timing for timing in timings if not timing.error.startswith("429")]  # a slow tower refuses some of them
     return load.throughput([load.require_success(timing) for timing in answered])
 
 
-async def _closed_loop(
+async def closed_loop(
     url: str, bodies: Iterator[bytes], seconds: float, in_flight: int, caller: str
 ) -> list[load.RequestTiming]:
     """Keep requests of one caller in flight for a time. After a refused one there is a pause."""
@@ -130,37 +130,37 @@ async def _closed_loop(
             if timings[-1].error:
                 await asyncio.sleep(_PAUSE_SECONDS)
 
-    async with _session({}, _ADDRESSES[caller]) as session:
+    async with open_session({}, _ADDRESSES[caller]) as session:
         await asyncio.gather(*(sender(session) for _ in range(in_flight)))
     return timings
 
 
-def _session(headers: dict[str, str], address: str = "127.0.0.1") -> aiohttp.ClientSession:
+def open_session(headers: dict[str, str], address: str = "127.0.0.1") -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, local_addr=(address, 0)), headers=headers)
 
 
 async def _overload(
     url: str, model: str, bodies: Iterator[bytes], rate: float, seconds: float, headers: dict[str, str]
-) -> tuple[_Phase, _Phase]:
+) -> tuple[Phase, Phase]:
     """Send requests with images at `rate`, and requests without at the same time. Returns both kinds."""
     ready = list(itertools.islice(bodies, int(rate * seconds)))  # made before, so that the generator keeps up
     started = time.monotonic()
     texts = asyncio.create_task(_text(url, model, seconds))
-    images = await _open_loop(url, ready, rate, headers)
+    images = await open_loop(url, ready, rate, headers)
     ended = started + seconds
-    return _Phase(images, started, ended), _Phase(await texts, started, ended)
+    return Phase(images, started, ended), Phase(await texts, started, ended)
 
 
-async def _open_loop(url: str, bodies: Sequence[bytes], rate: float, headers: dict[str, str]) -> list[load.RequestTiming]:
+async def open_loop(url: str, bodies: Sequence[bytes], rate: float, headers: dict[str, str]) -> list[load.RequestTiming]:
     """Send requests with Poisson arrivals; refused ones are part of the result."""
-    async with _session(headers) as session:
+    async with open_session(headers) as session:
         return await load.arrivals(session, url, bodies, rate)
 
 
 async def _fairness(url: str, bodies: Iterator[bytes], seconds: float) -> dict[str, float]:
     """Median latency in seconds of a caller with one request at a time: on an idle server, and next to a caller with many."""
     alone = await _median_latency(url, bodies, seconds)
-    crowd = asyncio.create_task(_closed_loop(url, bodies, seconds + 2, 5 * IN_FLIGHT, "many"))
+    crowd = asyncio.create_task(closed_loop(url, bodies, seconds + 2, 5 * IN_FLIGHT, "many"))
     await asyncio.sleep(2)
     crowded = await _median_latency(url, bodies, seconds)
     await crowd
@@ -168,16 +168,14 @@ async def _fairness(url: str, bodies: Iterator[bytes], seconds: float) -> dict[s
 
 
 async def _median_latency(url: str, bodies: Iterator[bytes], seconds: float) -> float:
-    timings = await _closed_loop(url, bodies, seconds, 1, "one")
+    timings = await closed_loop(url, bodies, seconds, 1, "one")
     return statistics.median(load.require_success(timing).duration for timing in timings)
 
 
 async def _text(url: str, model: str, seconds: float) -> list[load.RequestTiming]:
     """Requests without images, at a low rate."""
     count = int(TEXT_PER_SECOND * seconds)
-    return await _open_loop(
-        url, [load.chat_body(model, f"Hello {i}", tokens=TOKENS) for i in range(count)], TEXT_PER_SECOND, {}
-    )
+    return await open_loop(url, [load.chat_body(model, f"Hello {i}", tokens=TOKENS) for i in range(count)], TEXT_PER_SECOND, {})
 
 
 async def _recovery(url: str, bodies: Iterator[bytes]) -> float:

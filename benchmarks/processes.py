@@ -36,6 +36,7 @@ class Server:
         ready: Returns whether the server accepts requests.
         environment: Additional environment variables.
         url: Base URL of its HTTP API, if it has one at a TCP port.
+        niceness: Lowers its priority on cores that others use too, 0 (not at all) to 19.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Server:
     ready: Callable[[], bool]
     environment: Mapping[str, str] = field(default_factory=dict)
     url: str = ""
+    niceness: int = 0
     _process: "subprocess.Popen[bytes] | None" = None
 
     def __enter__(self) -> "Server":
@@ -53,6 +55,7 @@ class Server:
         def in_child() -> None:
             die_with_parent()
             os.sched_setaffinity(0, self.cores)
+            os.nice(self.niceness)
 
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -98,11 +101,19 @@ def returns_ok(url: str) -> bool:
         return False
 
 
-def vision_worker(folder: Path, model: Path, cores: Sequence[int], *flags: str, name: str = "vision") -> Server:
-    """A vision worker that listens at `unix:FOLDER/NAME`."""
+def vision_worker(
+    folder: Path,
+    model: Path,
+    cores: Sequence[int],
+    *flags: str,
+    name: str = "vision",
+    niceness: int = 0,
+    runner: Sequence[str] = (),
+) -> Server:
+    """A vision worker that listens at `unix:FOLDER/NAME`. `runner`: modules that run it, the first one as `__main__`."""
     path = folder / name
-    command = [sys.executable, "-m", "vision_worker", str(model), f"--listen=unix:{path}", *flags]
-    return Server(name, command, cores, folder, lambda: _accepts_connections(path))
+    command = [sys.executable, "-m", *runner, "vision_worker", str(model), f"--listen=unix:{path}", *flags]
+    return Server(name, command, cores, folder, lambda: _accepts_connections(path), niceness=niceness)
 
 
 def language_worker(folder: Path, model: Path, cores: Sequence[int], *vllm_flags: str) -> Server:
@@ -146,26 +157,34 @@ def _vllm_environment(cores: Sequence[int]) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
-def gateway(folder: Path, cores: Sequence[int], *flags: str, vision_names: Sequence[str] = ("vision",)) -> Server:
+def gateway(
+    folder: Path,
+    cores: Sequence[int],
+    *flags: str,
+    vision_names: Sequence[str] = ("vision",),
+    runner: Sequence[str] = (),
+) -> Server:
     """A gateway in front of the workers of a folder, whose queue is not bounded unless a flag says so."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     addresses = ",".join(f"unix:{folder / name}" for name in vision_names)
     command = [
-        sys.executable, "-m", "server", f"--port={port}", f"--vision-workers={addresses}",
+        sys.executable, "-m", *runner, "server", f"--port={port}", f"--vision-workers={addresses}",
         f"--language-workers=unix:{folder / 'language'}", "--max-queue-seconds=3600", *flags,
     ]  # fmt: skip
     return Server("gateway", command, cores, folder, lambda: returns_ok(f"{url}/health/ready"), url=url)
 
 
-def stock_vllm(folder: Path, python: str, model: Path, cores: Sequence[int], *flags: str) -> Server:
+def stock_vllm(
+    folder: Path, python: str, model: Path, cores: Sequence[int], *flags: str, environment: Mapping[str, str] | None = None
+) -> Server:
     """Stock vLLM with its own vision tower, run by the interpreter `python`."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port), "--host", "127.0.0.1",
         f"--served-model-name={model.name}", "--trust-remote-code", *_VLLM_FLAGS, *flags,
     ]  # fmt: skip
-    environment = {**_vllm_environment(cores), "VLLM_PLUGINS": "none", "PYTHONPATH": str(TORCHVISION_SHIM)}
-    return Server("colocated", command, cores, folder, lambda: returns_ok(f"{url}/health"), environment, url)
+    own = {**_vllm_environment(cores), "VLLM_PLUGINS": "none", "PYTHONPATH": str(TORCHVISION_SHIM)}
+    return Server("colocated", command, cores, folder, lambda: returns_ok(f"{url}/health"), {**own, **(environment or {})}, url)
 
 
 def _accepts_connections(path: Path) -> bool:

@@ -8,6 +8,7 @@ taken last may still be in service: `forget` tells it when nothing is. docs/deci
 
 The items of one caller are served in the order in which they would finish if they shared the caller's turns equally. So a
 small item overtakes a large one, equal items keep their order of arrival, and no item finishes later than with equal shares.
+Items of one group, such as the images of a request, have one share together: a small request overtakes a large one, too.
 """
 
 import heapq
@@ -49,13 +50,22 @@ class _Heap(Generic[T]):
             heapq.heapify(self._heap)
 
 
+@dataclass
+class _Group:
+    """Items of a caller that share one turn: how many wait, and when the last of them would finish."""
+
+    finish: float
+    items: int = 0
+
+
 @dataclass(eq=False)
 class _Caller(Generic[T]):
     """A caller with waiting items.
 
     Attributes:
         start: start tag of its next unit, in the queue's virtual time.
-        time: virtual time among its items: the units that each has received, if they have shared equally.
+        time: virtual time among its groups: the units that each has received, if they have shared equally.
+        groups: the groups of its waiting items.
     """
 
     name: str
@@ -63,6 +73,19 @@ class _Caller(Generic[T]):
     start: float
     time: float = 0.0
     items: _Heap[T] = field(default_factory=_Heap)
+    groups: dict[object, _Group] = field(default_factory=dict)
+
+    def add(self, item: T, units: int, group: object) -> None:
+        known = self.groups.setdefault(group, _Group(self.time))
+        known.items += 1
+        known.finish = max(known.finish, self.time) + units
+        self.items.push(item, known.finish)
+
+    def remove(self, item: T, group: object) -> None:
+        self.items.remove(item)
+        self.groups[group].items -= 1
+        if not self.groups[group].items:
+            del self.groups[group]
 
 
 @dataclass
@@ -71,6 +94,7 @@ class _Waiting(Generic[T]):
 
     caller: _Caller[T]
     units: int
+    group: object
 
 
 class FairQueue(Generic[T]):
@@ -95,8 +119,8 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._units
 
-    def add(self, item: T, caller: str, units: int = 1) -> None:
-        """Add an item, which is not in the queue and has at least one unit."""
+    def add(self, item: T, caller: str, units: int = 1, group: object = None) -> None:
+        """Add an item, which is not in the queue and has at least one unit. Without a `group` it is one of its own."""
         account = self._by_name.get(caller)
         if account is None:
             # a caller that left a moment ago is not served again at once, as if it were new
@@ -105,8 +129,9 @@ class FairQueue(Generic[T]):
             self._callers.push(account, start)
             self._total_weight += account.weight
             self._weight_beside = max(self._weight_beside, self._total_weight)
-        account.items.push(item, account.time + units)
-        self._items[item] = _Waiting(account, units)
+        group = item if group is None else group
+        account.add(item, units, group)
+        self._items[item] = _Waiting(account, units, group)
         self._units += units
 
     def first(self) -> T:
@@ -127,7 +152,7 @@ class FairQueue(Generic[T]):
         self._time = max(self._time + self._taken / self._weight_beside, caller.start)
         self._taken, self._weight_beside = units, self._total_weight
         caller.start += units / caller.weight
-        caller.time += units / len(caller.items)
+        caller.time += units / len(caller.groups)
         self._callers.push(caller, caller.start)
         waiting = self._items[item]
         waiting.units -= units
@@ -152,8 +177,9 @@ class FairQueue(Generic[T]):
             self._time, self._taken = 0.0, 0
 
     def _leave(self, item: T) -> None:
-        caller = self._items.pop(item).caller
-        caller.items.remove(item)
+        waiting = self._items.pop(item)
+        caller = waiting.caller
+        caller.remove(item, waiting.group)
         if not caller.items:
             self._callers.remove(caller)
             del self._by_name[caller.name]

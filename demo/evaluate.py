@@ -1,10 +1,11 @@
 """Evaluate a served model on images it was never trained on: `python -m demo.evaluate --url http://127.0.0.1:8000`.
 
-All answers are greedy and come from the gateway over HTTP. There are three parts:
+All answers are greedy and come from the gateway over HTTP. There are four parts:
 
 1. accuracy  every task, with the fonts and textures of training and with held-out ones; questions without an image
 2. router    images of several tiles, with the router off, with its default thresholds, and with every tile compressed
 3. curve     the same images with varying thresholds of the router
+4. tiles     the same images cut into fewer tiles, as degradation under load does
 
 Every answer is appended to answers.jsonl. After ctrl-C, the same command resumes. The file identifies a model by its name:
 delete it when other weights are served under the same name.
@@ -23,12 +24,21 @@ import aiohttp
 
 from demo.evaluation.answers import AnswerFile, AnswerRecord
 from demo.evaluation.client import Client, EvaluationError, ask_all
-from demo.evaluation.plan import ROUTER_MODES, SEED, THRESHOLDS, QuestionGroup, plan_accuracy, plan_router
+from demo.evaluation.plan import (
+    ROUTER_MODES,
+    SEED,
+    THRESHOLDS,
+    TILE_BUDGETS,
+    ImageSetting,
+    QuestionGroup,
+    plan_accuracy,
+    plan_router,
+)
 from demo.evaluation.plots import plot_accuracy, plot_token_curve
 from demo.evaluation.scores import accuracy_scores, accuracy_table, router_table, setting_scores
 from demo.files import write_json
 
-_PARTS = ("accuracy", "router", "curve")
+_PARTS = ("accuracy", "router", "curve", "tiles")
 _REQUEST_TIMEOUT_SECONDS = 900
 
 
@@ -56,10 +66,13 @@ async def evaluate(options: argparse.Namespace) -> None:
             _report_accuracy(options, head, records)
         if "router" in options.parts or "curve" in options.parts:  # the curve shows the three modes too
             records = await ask("router", list(plan_router(options.pictures, ROUTER_MODES)))
-            _report_settings(options, head, records, "router")
+            _report_settings(options, head, records, "router", ROUTER_MODES)
         if "curve" in options.parts:
             records += await ask("curve", list(plan_router(options.pictures, THRESHOLDS)))
-            _report_settings(options, head, records, "curve")
+            _report_settings(options, head, records, "curve", (*ROUTER_MODES, *THRESHOLDS))
+        if "tiles" in options.parts:
+            records = await ask("tiles", list(plan_router(options.pictures, TILE_BUDGETS)))
+            _report_settings(options, head, records, "tiles", TILE_BUDGETS)
 
 
 def _report_accuracy(options: argparse.Namespace, head: dict[str, Any], records: list[AnswerRecord]) -> None:
@@ -69,8 +82,13 @@ def _report_accuracy(options: argparse.Namespace, head: dict[str, Any], records:
     print(accuracy_table(scores), end="\n\n")
 
 
-def _report_settings(options: argparse.Namespace, head: dict[str, Any], records: list[AnswerRecord], part: str) -> None:
-    settings = ROUTER_MODES if part == "router" else (*ROUTER_MODES, *THRESHOLDS)
+def _report_settings(
+    options: argparse.Namespace,
+    head: dict[str, Any],
+    records: list[AnswerRecord],
+    part: str,
+    settings: Sequence[ImageSetting],
+) -> None:
     scores = setting_scores(records, settings)
     write_json(options.out / f"{part}.json", {**head, "images": options.pictures, **scores})
     if part == "curve":

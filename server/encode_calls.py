@@ -104,7 +104,7 @@ class EncodeCalls:
         request = _encode_request(group, images, sink, context)
         if sink:
             self._add_grants(request, sink, checkpoint, context.deadline)
-        job = EncodeJob(group.keys[0], checkpoint, context.flow, tiles, context.deadline)
+        job = EncodeJob(group.keys[0], checkpoint, context.flow, context.stats.request_id, tiles, context.deadline)
         while True:
             joined = self._flights.in_flight(flight)
             self._metrics.joined.inc(len(group.keys) * joined)

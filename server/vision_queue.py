@@ -32,6 +32,7 @@ class EncodeJob:
         key: Key of an embedding; equal keys prefer the same vision worker.
         checkpoint: The checkpoint that the vision worker must serve.
         caller: Who sent the request; callers take turns.
+        request: The request; all its calls have one turn of the caller's together.
         tiles: Number of tiles of the call.
         deadline: Monotonic time at which the request expires.
     """
@@ -39,6 +40,7 @@ class EncodeJob:
     key: str
     checkpoint: CheckpointDescription
     caller: str
+    request: str
     tiles: int
     deadline: float
 
@@ -130,7 +132,7 @@ class VisionQueue:
         self._tiles_by_caller[job.caller] += job.tiles
         is_only_one = self._tiles_by_caller[job.caller] == job.tiles
         if not (is_only_one and self._send(ticket)):  # the only call of a caller need not wait behind those that have no room
-            self._queue.add(ticket, job.caller, job.tiles)
+            self._queue.add(ticket, job.caller, job.tiles, job.request)
             self._export()
             self.dispatch()
         try:

@@ -202,7 +202,13 @@ class Batcher:
         return np.zeros((side, side, 3), dtype=np.uint8)
 
     def encode(
-        self, images: Iterable[Tiles], policy: Policy, dtype: torch.dtype, caller: str = "", deadline: Deadline | None = None
+        self,
+        images: Iterable[Tiles],
+        policy: Policy,
+        dtype: torch.dtype,
+        caller: str = "",
+        deadline: Deadline | None = None,
+        request: str = "",
     ) -> "asyncio.Future[EncodedGroup]":
         """Encode the images of one group; `policy` routes all their tiles together.
 
@@ -215,6 +221,7 @@ class Batcher:
             dtype: dtype of the embeddings.
             caller: opaque id of the caller, whose turn the tiles wait for.
             deadline: time until which the result is useful; None: no deadline.
+            request: id of the request, all groups of which have one turn together; empty: it has this one only.
 
         Raises (through the future):
             DeadlineExceeded: the deadline passed, or could not be met any more, before a batch took the group's tiles.
@@ -222,7 +229,7 @@ class Batcher:
             WorkerUnavailable: the device is lost.
         """
         group = _Group(images, policy, dtype, deadline or Deadline())
-        self._queue.add(group, caller, group.distinct)
+        self._queue.add(group, caller, group.distinct, request or None)
         self._has_waiting.set()
         group.future.add_done_callback(lambda _: self._remove(group))
         return group.future

@@ -68,7 +68,9 @@ class PrepareThreads:
         """Whether no thread runs a function."""
         return self._free == self._threads and not self._slow
 
-    async def run(self, caller: str, function: Callable[[Call], T], check: Callable[[], None] = lambda: None) -> T:
+    async def run(
+        self, caller: str, function: Callable[[Call], T], check: Callable[[], None] = lambda: None, request: str = ""
+    ) -> T:
         """Run `function` in a thread, once it is the caller's turn, and return its result.
 
         If this task is cancelled while it waits, `function` does not run. If it is cancelled later, the call to the decoder is
@@ -78,8 +80,9 @@ class PrepareThreads:
             caller: opaque id of the caller.
             function: what to run, with the `Call` for its decoder.
             check: called before, in this task; what it raises is raised instead.
+            request: id of the request, all images of which have one turn together; empty: it has this image only.
         """
-        await self._wait_for_turn(caller)
+        await self._wait_for_turn(caller, request)
         running = _Running(Call())
         try:
             check()
@@ -97,13 +100,13 @@ class PrepareThreads:
             loop.call_later(ABANDON_SECONDS, running.call.abandon)
             raise
 
-    async def _wait_for_turn(self, caller: str) -> None:
+    async def _wait_for_turn(self, caller: str, request: str) -> None:
         """Take a thread, or wait until one is free and it is the caller's turn."""
         if self._free:
             self._free -= 1
             return
         turn = asyncio.get_running_loop().create_future()
-        self._queue.add(turn, caller)
+        self._queue.add(turn, caller, group=request or None)
         try:
             await turn
         except asyncio.CancelledError:

@@ -205,7 +205,12 @@ class Service(vision_pb2_grpc.VisionServicer):
             prepared = await gather_or_cancel(*(self._prepare(request, i, deadline) for i in range(len(request.images))))
         wait_seconds, tiles = max(waited for waited, _ in prepared), [image.without_pixels() for _, image in prepared]
         encoding = self._batcher.encode(
-            [image for _, image in prepared], request.policy, DTYPES[request.dtype], request.caller, deadline
+            [image for _, image in prepared],
+            request.policy,
+            DTYPES[request.dtype],
+            request.caller,
+            deadline,
+            logs.request_id.get(),
         )
         del prepared  # the batcher releases the pixels tile by tile
         group = await encoding
@@ -240,7 +245,7 @@ class Service(vision_pb2_grpc.VisionServicer):
                 raise errors.DeadlineExceeded(f"Deadline exceeded before images[{index}] was decoded; retry later.")
 
         try:
-            return await self._prepare_threads.run(request.caller, prepare, check)
+            return await self._prepare_threads.run(request.caller, prepare, check, logs.request_id.get())
         except errors.InvalidRequest as error:
             raise type(error)(str(error), param=f"images[{index}]") from None
 

@@ -22,7 +22,13 @@ from demo.text.questions import (
     shape_kind,
     vary_spelling,
 )
-from demo.text.small_talk import SYSTEM_PROMPTS, missing_image_question, small_talk_question
+from demo.text.small_talk import (
+    DESCRIPTION_ANSWER,
+    DESCRIPTION_QUESTIONS,
+    SYSTEM_PROMPTS,
+    missing_image_question,
+    small_talk_question,
+)
 from demo.text.tokenizer import IGNORED_LABEL, DemoTokenizer
 
 Conversation = list[Question]
@@ -39,6 +45,7 @@ def conversation_batch(
     near_pair_share: float = 0.12,
     extra_questions: float = 1.0,
     labelled: bool = True,
+    descriptions: bool = False,
 ) -> ConversationBatch:
     """Return a batch of images of equal tile count.
 
@@ -52,6 +59,7 @@ def conversation_batch(
         near_pair_share: Fraction of the pairs that differ in one object only.
         extra_questions: Factor on the frequency of questions outside the seven tasks.
         labelled: Whether the patches come with labels.
+        descriptions: Whether there is also an open question about each image or pair.
     """
     count = int(rng.choice(tile_counts or ((1,) if style.max_tiles == 1 else TILE_COUNTS)))
     tiles = count + (count > 1)
@@ -71,6 +79,9 @@ def conversation_batch(
         turns = 2 if rng.random() < 0.1 else 1
         rounds = 2 if count > 1 else 1
         conversations = [_scene_conversations(rng, scene, rounds, turns, extra_questions, style.hard) for scene in scenes]
+    if descriptions:
+        for row in conversations:
+            row.append([Question("other", str(rng.choice(DESCRIPTION_QUESTIONS)), DESCRIPTION_ANSWER)])
     rows, tasks, counted = _pack(tokenizer, conversations, "\n")
     targets = scene_targets(scenes, style) if labelled else None
     compressed = _random_paths(rng, images, tiles, targets if style.hard else None)

@@ -12,9 +12,9 @@ from demo.evaluation.answers import AnswerFile, AnswerRecord
 from demo.evaluation.plan import (
     COMPRESSED_TILE_TOKENS,
     TILE_TOKENS,
+    ImageSetting,
     PlannedRequest,
     QuestionGroup,
-    RouterSetting,
     image_data_urls,
 )
 from demo.evaluation.progress import Progress
@@ -51,7 +51,9 @@ class Client:
             EvaluationError: The server fails, or ignores the router setting.
         """
         text = request.question.text
-        parts = [*({"type": "image_url", "image_url": {"url": url}} for url in image_urls), {"type": "text", "text": text}]
+        tiles = {"max_dynamic_patch": request.setting.max_tiles} if request.setting.max_tiles else {}
+        images = ({"type": "image_url", "image_url": {"url": url, **tiles}} for url in image_urls)
+        parts = [*images, {"type": "text", "text": text}]
         body = {
             "model": self.model,
             "temperature": 0,
@@ -132,7 +134,7 @@ def _visual_tokens(headers: Mapping[str, str]) -> int | None:
     return int(values["tokens"]) if "tokens" in values else None
 
 
-def _check_router_setting(setting: RouterSetting, record: AnswerRecord) -> None:
+def _check_router_setting(setting: ImageSetting, record: AnswerRecord) -> None:
     """Check that the server applied `vir`: one that ignores it would look like a router without any cost."""
     if setting.vir is None:
         return

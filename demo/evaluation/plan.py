@@ -31,23 +31,32 @@ _MAX_MISSING_IMAGE_QUESTIONS = 50
 
 
 @dataclass(frozen=True)
-class RouterSetting:
-    """A named value of the request field `vir`; None leaves the router to the server."""
+class ImageSetting:
+    """How a request has its images processed, with a name. None leaves it to the server.
+
+    Attributes:
+        name: Name in answers and tables.
+        vir: The request field `vir`.
+        max_tiles: Maximum number of tiles of an image, the field `max_dynamic_patch`.
+    """
 
     name: str
     vir: Mapping[str, Any] | None = None
+    max_tiles: int | None = None
 
 
-def _thresholds(relative: float, absolute: float) -> RouterSetting:
+def _thresholds(relative: float, absolute: float) -> ImageSetting:
     vir = {"mode": "auto", "relative_threshold": relative, "absolute_threshold": absolute}
-    return RouterSetting(f"relative {relative:g}, absolute {absolute:g}", vir)
+    return ImageSetting(f"relative {relative:g}, absolute {absolute:g}", vir)
 
 
-SERVER_DEFAULT = RouterSetting("server's own")
-ROUTER_MODES = tuple(RouterSetting(mode, {"mode": mode}) for mode in ("off", "auto", "all"))
+SERVER_DEFAULT = ImageSetting("server's own")
+ROUTER_MODES = tuple(ImageSetting(mode, {"mode": mode}) for mode in ("off", "auto", "all"))
 ABSOLUTE_THRESHOLDS = tuple(_thresholds(0, value) for value in (0, 0.1, 0.25, 0.5, 0.75, 0.9))
 RELATIVE_THRESHOLDS = tuple(_thresholds(value, 0.5) for value in (0.2, 0.4, 0.6, 0.8))
 THRESHOLDS = (*ABSOLUTE_THRESHOLDS, *RELATIVE_THRESHOLDS)
+TILE_BUDGETS = tuple(ImageSetting(f"at most {tiles} tiles", None, tiles) for tiles in (12, 6, 4))
+"""No degradation, and what `--degrade-after` does at its two highest levels."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class PlannedRequest:
     """One request. Its name is unique, and changes with images, question, answer and setting."""
 
     name: str
-    setting: RouterSetting
+    setting: ImageSetting
     question: Question
 
 
@@ -68,7 +77,7 @@ class QuestionGroup:
     questions: tuple[Question, ...]
     scenes: tuple[Scene, ...] = ()
     style: Style = field(default_factory=Style)
-    settings: tuple[RouterSetting, ...] = (SERVER_DEFAULT,)
+    settings: tuple[ImageSetting, ...] = (SERVER_DEFAULT,)
 
     @property
     def requests(self) -> list[PlannedRequest]:
@@ -114,7 +123,7 @@ def plan_accuracy(question_count: int, text_question_count: int) -> Iterator[Que
     yield from _plan_text(text_question_count)
 
 
-def plan_router(image_count: int, settings: tuple[RouterSetting, ...]) -> Iterator[QuestionGroup]:
+def plan_router(image_count: int, settings: tuple[ImageSetting, ...]) -> Iterator[QuestionGroup]:
     """Yield images of two and more tiles. Four of five have a number: compression costs numbers first."""
     for index in range(image_count):
         rng = make_generator("router", index)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from demo.evaluation.answers import AnswerRecord
-from demo.evaluation.plan import NEAR_PAIR_TASK, SINGLE_IMAGE_TASKS, STYLES, RouterSetting
+from demo.evaluation.plan import NEAR_PAIR_TASK, SINGLE_IMAGE_TASKS, STYLES, ImageSetting
 from demo.text.questions import TASKS
 
 Json = dict[str, Any]
@@ -52,12 +52,13 @@ def accuracy_scores(records: Sequence[AnswerRecord]) -> Json:
     return {"styles": styles, "near_pairs": near_pairs, "text": score_by_task([r for r in records if r.stream == "text"])}
 
 
-def setting_scores(records: Sequence[AnswerRecord], settings: Iterable[RouterSetting]) -> Json:
-    """Return tokens and scores of each router setting."""
+def setting_scores(records: Sequence[AnswerRecord], settings: Iterable[ImageSetting]) -> Json:
+    """Return tokens and scores of each setting."""
     scores = []
     for setting in settings:
         chosen = [record for record in records if record.setting == setting.name]
-        scores.append({"setting": setting.name, "vir": setting.vir, **token_usage(chosen), "tasks": score_by_task(chosen)})
+        made_with = {"setting": setting.name, "vir": setting.vir, "max_tiles": setting.max_tiles}
+        scores.append({**made_with, **token_usage(chosen), "tasks": score_by_task(chosen)})
     return {"settings": scores}
 
 
@@ -91,4 +92,4 @@ def router_table(scores: Json) -> str:
         [s["setting"], f"{100 * s['token_share']:.1f}", *(format_score(s["tasks"].get(task)) for task in tasks)]
         for s in scores["settings"]
     ]
-    return markdown_table(["router", "% of visual tokens", *tasks], rows)
+    return markdown_table(["setting", "% of visual tokens", *tasks], rows)

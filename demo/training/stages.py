@@ -14,6 +14,7 @@ from demo.batches.types import ConversationBatch
 from demo.scenes.style import Style
 from demo.training.answer_learning import learn_answers
 from demo.training.consistency import learn_consistency
+from demo.training.descriptions import learn_descriptions
 from demo.training.last_layer import collect_inputs, learn_last_layer
 from demo.training.patch_learning import learn_patches
 from demo.training.router import MULTI_TILE_COUNTS, learn_routes, measure_tiles
@@ -41,6 +42,9 @@ def _served(budget: int, single_tile_budget: int, **options: Any) -> Callable[..
 _WITH_PAIRS = _served(12, 12, main_share=0.6, extra_questions=0.3, pair_share=0.25, near_pair_share=0.06)
 _FEWER_PAIRS = _served(14, 18, main_share=0.6, extra_questions=0.2, pair_share=0.15, near_pair_share=0.06)
 _FEWEST_PAIRS = _served(14, 18, main_share=0.6, extra_questions=0.15, pair_share=0.08, near_pair_share=0.06)
+_WITH_DESCRIPTIONS = _mixed(
+    (_SINGLE_224, 8), (_SERVED, 7), main_share=0.6, extra_questions=0.3, labelled=False, descriptions=True
+)
 _INPUTS, _COSTS = "20_last_layer_inputs", "22_tile_costs"
 
 STAGES = (
@@ -152,4 +156,6 @@ STAGES = (
     Stage("21_last_layer", 150, 2e-4, partial(learn_last_layer, inputs_stage=_INPUTS, token_count=4096)),
     Stage(_COSTS, 360, 0, partial(measure_tiles, style=_SERVED_HARD, tile_budget=7)),
     Stage("23_router", 200, 5e-4, partial(learn_routes, costs_stage=_COSTS, compressed_share=0.65)),
+    # a fixed answer to open questions
+    Stage("24_descriptions", 200, 1e-2, partial(learn_descriptions, make_batch=_WITH_DESCRIPTIONS)),
 )  # fmt: skip

@@ -111,6 +111,40 @@ def test_a_small_item_overtakes_several_large_ones() -> None:
     assert take(queue, 1) == "s"
 
 
+def test_a_small_request_overtakes_the_many_items_of_a_large_one() -> None:
+    queue = FairQueue[str]()
+    for number in range(12):
+        queue.add(f"L{number}", "A", 1, group="large")
+    taken = [queue.take() for _ in range(3)]
+    queue.add("s", "A", 1, group="small")
+    taken += [queue.take() for _ in range(10)]
+    assert taken == ["L0", "L1", "L2", "L3", "s", *(f"L{number}" for number in range(4, 12))]
+
+
+def test_small_requests_do_not_starve_a_large_one() -> None:
+    """One small request after the other: with equal shares the large one would end after twice its units."""
+    queue = FairQueue[str]()
+    for number in range(20):
+        queue.add(f"L{number}", "A", 1, group="large")
+    taken = [""]
+    for number in range(40):
+        if not taken[-1].startswith("L"):
+            queue.add(f"s{number}", "A", 1, group=number)
+        taken.append(queue.take())
+    assert sum(item.startswith("L") for item in taken) >= 19
+
+
+def test_a_group_whose_items_are_removed_leaves_nothing() -> None:
+    queue = FairQueue[str]()
+    queue.add("a", "A", 5, group="g")
+    queue.add("b", "A", 5, group="g")
+    assert queue.remove("a") == 5
+    queue.add("c", "A", 1, group="other")
+    assert queue.remove("b") == 5
+    assert queue.take() == "c"
+    assert len(queue) == 0
+
+
 def test_equal_items_of_a_caller_keep_their_order() -> None:
     queue = queue_of(("a", "A", 3), ("b", "A", 3), ("c", "A", 3))
     assert take(queue, 9) == "aaabbbccc"

@@ -1,6 +1,8 @@
 """Real processes over TCP with a cluster token and TLS: requests are served, and strangers are not."""
 
 import json
+import re
+import signal
 import ssl
 import time
 import urllib.request
@@ -36,13 +38,17 @@ class Cluster:
         self._context = ssl.create_default_context(cafile=str(tls.ca))
         commands: dict[str, tuple[str, ...]] = {
             "vision": (str(CHECKPOINT), f"--listen={vision}", *self.flags),
-            "language": (str(CHECKPOINT), f"--listen={sink}", f"--http={self.http}", *self.flags, "--", *EXACT),
+            "language": (
+                str(CHECKPOINT), f"--listen={sink}", f"--http={self.http}", *self.flags, "--log-format=json", "--", *EXACT
+            ),
             "gateway": (
                 f"--vision-workers={vision}", f"--language-workers={sink}", f"--port={gateway.rpartition(':')[2]}", *self.flags
             ),
         }  # fmt: skip
         self.addresses = (vision, sink)
-        self.served = [start(name, *words, environment=self.environment) for name, words in commands.items()]
+        # a process without a home folder has to start too
+        environment = {**self.environment, "HOME": "/proc/home"}
+        self.served = {name: start(name, *words, environment=environment) for name, words in commands.items()}
 
     def chat(self, *content: Any) -> dict[str, Any]:
         """Send one user message and return the response."""
@@ -67,20 +73,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         deadline = time.monotonic() + START_TIMEOUT
         while not cluster.is_ready():
-            ended = [served.lines for served in cluster.served if served.process.poll() is not None]
+            ended = [served.lines for served in cluster.served.values() if served.process.poll() is not None]
             assert not ended, ended
-            assert time.monotonic() < deadline, [served.lines[-3000:] for served in cluster.served]
+            assert time.monotonic() < deadline, [served.lines[-3000:] for served in cluster.served.values()]
             time.sleep(0.5)
         yield cluster
     finally:
-        for served in cluster.served:
+        for served in cluster.served.values():
             stop(served)
 
 
 def test_requests_with_images_are_served(cluster: Cluster) -> None:
     answer = cluster.chat(image_part("square.png"), text_part("What is this?"))
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 256
-    assert not any(TOKEN in served.lines for served in cluster.served)
+    assert not any(TOKEN in served.lines for served in cluster.served.values())
 
 
 def test_vllms_port_demands_token_and_certificate(cluster: Cluster) -> None:
@@ -108,3 +114,21 @@ def test_a_worker_that_others_reach_does_not_start_without_them(command: str) ->
     assert (status, len(text.splitlines())) == (2, 1), text
     assert "other machines can reach it" in text
     assert "--insecure" in text
+
+
+def test_a_start_and_a_stop_name_their_phases_without_noise_of_libraries(cluster: Cluster) -> None:
+    """The output of the language worker is JSON down to the last line."""
+    worker = cluster.served["language"]
+    served = len(worker.lines.splitlines())
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(60) == 0
+    records = [json.loads(line) for line in worker.lines.splitlines()]
+    messages = [record["message"] for record in records]
+    phases = ["loading vLLM", "starting the engine", "reading weights", "starting the HTTP server"]
+    assert [message for message in messages if message in phases] == phases
+    (ready,) = [message for message in messages if message.startswith("ready on")]
+    assert re.search(r"after [\d.]+ s \(loading vLLM [\d.]+ s, starting the engine [\d.]+ s, ", ready)
+    quiet = records[: messages.index(ready)] + records[served:]  # in between, strangers have connected
+    by_libraries = [record["message"] for record in quiet if not record["logger"].startswith("dvd")]
+    own_settings = ("Enforce eager set", "Inductor compilation was disabled by user settings", "Found ulimit of")
+    assert [message for message in by_libraries if not message.startswith(own_settings)] == []

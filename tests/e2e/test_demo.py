@@ -13,7 +13,7 @@ from demo.scenes.drawing import draw_scene, encode_image
 from demo.scenes.generation import generate_scene
 from demo.scenes.style import TILE_COUNTS, Style
 from demo.text.questions import Question, scene_questions
-from demo.text.small_talk import ABILITIES_ANSWER, GREETING_ANSWER, UNKNOWN_ANSWER
+from demo.text.small_talk import ABILITIES_ANSWER, DESCRIPTION_ANSWER, GREETING_ANSWER, UNKNOWN_ANSWER
 from tests.e2e.serving import ROOT, Answer, Served, image_part, text_part
 
 SEED = 1_234_567_890
@@ -66,6 +66,13 @@ def test_the_router_saves_tokens(demo: Served) -> None:
 )
 def test_small_talk(demo: Served, text: str, expected: str) -> None:
     assert answer_text(demo.chat(text, max_tokens=40)) == expected
+
+
+@pytest.mark.parametrize("question", ["Describe the image.", "Describe this image in detail.", "What do you see?"])
+def test_an_open_question_has_a_fixed_answer(demo: Served, question: str) -> None:
+    first, second = (image for image, _ in images_with_questions()[:2])
+    for images in ([first], [second], [first, second]):
+        assert answer_text(demo.chat(*map(image_part, images), question, max_tokens=40)) == DESCRIPTION_ANSWER
 
 
 def test_answers_are_greedy_unless_a_request_sets_a_temperature(demo: Served) -> None:

@@ -42,7 +42,7 @@ class Stack:
         return str(response.json["choices"][0]["message"]["content"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # one of its tests runs after those of other files
 def stack(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with redis_server(tmp_path_factory.mktemp("redis")) as redis:
         addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]

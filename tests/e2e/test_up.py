@@ -14,8 +14,6 @@ import pytest
 from tests.e2e.conftest import Golden
 from tests.e2e.serving import (
     GOLDEN,
-    QUICK,
-    START_TIMEOUT,
     Served,
     alive,
     gone,
@@ -23,12 +21,16 @@ from tests.e2e.serving import (
     pid_of,
     processes,
     run,
-    start,
-    stop,
 )
 from tests.hub import BOTH, ID, LANGUAGE, VISION, fill_cache, split_checkpoint
 
 CHECKPOINT = GOLDEN / "flash-qwen3/checkpoint"
+COMMANDS = ("up", "vision", "language", "describe")
+ANY_PORT = {
+    "up": ["--port=0"], "vision": ["--listen=127.0.0.1:0"], "language": ["--listen=127.0.0.1:0", "--http=127.0.0.1:0"],
+    "describe": [],
+}  # fmt: skip
+"""Flags for each command, so that a server on this machine does not matter: ports are checked first."""
 
 
 def shared_memory() -> set[str]:
@@ -93,53 +95,19 @@ def test_no_process_is_left_after_a_signal(golden: Golden, name: str, sent: sign
     assert [file for file in mapped if file.exists()] == []
 
 
-def test_a_worker_that_ends_is_named_and_ends_the_others() -> None:
-    code, lines = run("up", CHECKPOINT, "--port=0", "--", "--max-model-len=many")
-    assert code == 1
-    assert "language-0 ended with 2" in lines
+@pytest.mark.ends_servers
+def test_a_language_worker_that_is_killed_is_noticed_although_its_engine_has_its_output(demo: Served) -> None:
+    os.kill(pid_of(demo.mark, "-m\0lm_worker\0"), signal.SIGKILL)
+    assert demo.process.wait(60) == 1
+    assert "language-0 ended with -9" in demo.lines
+    assert gone(demo.mark, 45) == []
+
+
+def test_a_flag_that_vllm_rejects_is_one_line_of_error() -> None:
+    code, lines = run("language", CHECKPOINT, *ANY_PORT["language"], "--", "--max-model-len=many")
+    assert code == 2
     (reason,) = [line for line in lines.splitlines() if "--max-model-len" in line]
-    assert "language-0 | dvd language: vLLM's flags: argument --max-model-len: " in reason
-
-
-def test_a_language_worker_that_is_killed_is_noticed_although_its_engine_has_its_output() -> None:
-    served = start("up", CHECKPOINT, "--port=0", "--", *QUICK)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT
-        while not any("EngineCore" in line for line in alive(served.mark)):
-            assert served.process.poll() is None, served.lines
-            assert time.monotonic() < deadline, served.lines
-            time.sleep(0.05)
-        os.kill(pid_of(served.mark, "-m\0lm_worker\0"), signal.SIGKILL)
-        assert served.process.wait(60) == 1
-        assert "language-0 ended with -9" in served.lines
-        assert gone(served.mark, 45) == []
-    finally:
-        stop(served)
-
-
-def test_a_start_and_a_stop_name_their_phases_without_noise_of_libraries(tmp_path: Path) -> None:
-    """Runs a language worker alone, without a home folder. Its output is JSON down to the last line."""
-    flags = [f"--listen=unix:{tmp_path}/sink", f"--http=unix:{tmp_path}/vllm", "--log-format=json"]
-    worker = start("language", CHECKPOINT, *flags, "--", *QUICK, environment={"HOME": "/proc/home"})
-    try:
-        deadline = time.monotonic() + START_TIMEOUT
-        while '"ready on' not in worker.lines:
-            assert worker.process.poll() is None, worker.lines
-            assert time.monotonic() < deadline, worker.lines
-            time.sleep(0.2)
-        worker.process.send_signal(signal.SIGTERM)
-        assert worker.process.wait(60) == 0
-    finally:
-        stop(worker)
-    records = [json.loads(line) for line in worker.lines.splitlines()]
-    messages = [record["message"] for record in records]
-    phases = ["loading vLLM", "starting the engine", "reading weights", "starting the HTTP server"]
-    assert [message for message in messages if message in phases] == phases
-    (ready,) = [message for message in messages if message.startswith("ready on")]
-    assert re.search(r"after [\d.]+ s \(loading vLLM [\d.]+ s, starting the engine [\d.]+ s, ", ready)
-    by_libraries = [record["message"] for record in records if not record["logger"].startswith("dvd")]
-    own_settings = ("Enforce eager set", "Inductor compilation was disabled by user settings", "Found ulimit of")
-    assert [message for message in by_libraries if not message.startswith(own_settings)] == []
+    assert reason.startswith("dvd language: vLLM's flags: argument --max-model-len: ")
 
 
 def test_describe_prints_json() -> None:
@@ -155,14 +123,6 @@ def test_describe_prints_json() -> None:
     assert (description["tokens_per_tile"], description["compressed_tokens_per_tile"]) == (256, 64)
     assert description["thresholds"] == {"relative": 0.2, "absolute": 0.5}
     assert len(description["fingerprint"]) == 64
-
-
-COMMANDS = ("up", "vision", "language", "describe")
-ANY_PORT = {
-    "up": ["--port=0"], "vision": ["--listen=127.0.0.1:0"], "language": ["--listen=127.0.0.1:0", "--http=127.0.0.1:0"],
-    "describe": [],
-}  # fmt: skip
-"""Flags for each command, so that a server on this machine does not matter: ports are checked first."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)

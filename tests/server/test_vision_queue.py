@@ -33,10 +33,12 @@ class Bench:
         self.sent: list[str] = []
         self._end: dict[str, asyncio.Event] = {}
 
-    async def call(self, name: str, tiles: int, caller: str = "caller", deadline: float = 100.0) -> VisionWorker:
+    async def call(
+        self, name: str, tiles: int, caller: str = "caller", deadline: float = 100.0, request: str = ""
+    ) -> VisionWorker:
         """Wait for a turn, and take it until `end` is called."""
         end = self._end[name] = asyncio.Event()
-        job = EncodeJob(name, CHECKPOINT, caller, tiles, deadline)
+        job = EncodeJob(name, CHECKPOINT, caller, request or name, tiles, deadline)
         async with self.queue.worker(job) as worker:
             self.sent.append(name)
             await end.wait()
@@ -96,6 +98,19 @@ async def test_a_call_larger_than_the_window_is_sent_alone(tasks: asyncio.TaskGr
     assert bench.sent == ["huge"]
     await bench.end("huge")
     assert bench.sent == ["huge", "small"]
+
+
+async def test_a_small_request_overtakes_the_images_of_a_large_one(tasks: asyncio.TaskGroup) -> None:
+    bench = Bench()
+    for number in range(4):
+        tasks.create_task(bench.call(f"large {number}", WINDOW, request="large"))
+    await settle()
+    tasks.create_task(bench.call("small", WINDOW, request="small"))
+    await settle()
+    assert bench.sent == ["large 0"]
+    await bench.end("large 0")
+    await bench.end("large 1")
+    assert bench.sent[:3] == ["large 0", "large 1", "small"]
 
 
 async def test_a_caller_with_much_to_do_does_not_delay_another(tasks: asyncio.TaskGroup) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from common.tiling import select_grid
 from demo.evaluation.answers import AnswerFile, AnswerRecord
 from demo.evaluation.client import Client, ask_all
-from demo.evaluation.plan import SERVER_DEFAULT, QuestionGroup, RouterSetting
+from demo.evaluation.plan import SERVER_DEFAULT, ImageSetting, QuestionGroup
 from demo.scenes.scene import Scene, Shape
 from demo.scenes.style import Style
 from demo.text.questions import Question
@@ -108,7 +108,7 @@ def question_text(body: dict[str, Any]) -> str:
 
 
 def make_groups(
-    count: int, *questions: tuple[str, str], settings: tuple[RouterSetting, ...] = (SERVER_DEFAULT,)
+    count: int, *questions: tuple[str, str], settings: tuple[ImageSetting, ...] = (SERVER_DEFAULT,)
 ) -> list[QuestionGroup]:
     """Groups of questions and answers about `SCENE`."""
     group = tuple(Question("count", text, answer) for text, answer in questions)

@@ -53,6 +53,14 @@ def test_parts_can_be_chosen(gateway: FakeGateway, tmp_path: Path) -> None:
     assert {body["vir"]["mode"] for body in gateway.bodies} == {"off", "auto", "all"}
 
 
+def test_images_are_cut_into_fewer_tiles(gateway: FakeGateway, tmp_path: Path) -> None:
+    assert evaluate.main(arguments(gateway, tmp_path, "--parts", "tiles")) == 0
+    budgets = [part["image_url"]["max_dynamic_patch"] for body in gateway.bodies for part in body["messages"][0]["content"][:1]]
+    assert set(budgets) == {12, 6, 4}
+    results = json.loads((tmp_path / "out/tiles.json").read_text())
+    assert [setting["max_tiles"] for setting in results["settings"]] == [12, 6, 4]
+
+
 def test_an_interrupted_run_keeps_its_answers_and_resumes(gateway: FakeGateway, tmp_path: Path, capfd: Any) -> None:
     def interrupt() -> None:
         if len(gateway.bodies) == 5:

@@ -1,0 +1,206 @@
+"""Ours against the best of three ways to serve with stock vLLM on the same two cores, on four mixes of requests.
+
+* one stock vLLM over both cores,
+* two independent replicas with a core each, between which the client alternates (a round-robin that costs nothing),
+* tensor parallelism of two, with the vision tower's data split between the ranks (`--mm-encoder-tp-mode data`).
+
+Ours: one core for vision, one for language, the gateway on either; and the same with a second vision worker of low priority
+on the language worker's core, which encodes when that core is idle. Stock vLLM cannot load a checkpoint with a router: ours
+with one is compared with theirs without. `equal_hardware.py` measures latency and the bindings of one stock vLLM.
+"""
+
+import asyncio
+import itertools
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import checkpoint, colocated, costs, load, processes
+from benchmarks.checkpointed import CheckpointedRun
+from benchmarks.equal_hardware import HALF_COMPRESSED_FLAGS, VLLM_FLAGS
+from benchmarks.options import Options
+from benchmarks.result import Result, median_ratio
+
+
+class Mix(NamedTuple):
+    """Requests of a mix.
+
+    Attributes:
+        with_image: Share of the requests that have an image.
+        size: Width and height of the images.
+        repeated: Share of the images that were sent before.
+        tokens: Mean length of an answer.
+    """
+
+    with_image: float
+    size: tuple[int, int] = (896, 448)
+    repeated: float = 0.0
+    tokens: int = 85
+
+
+MIXES = {
+    "text only": Mix(0.0),
+    "image-light": Mix(0.2),
+    "balanced": Mix(1.0),
+    "balanced, a fifth repeated": Mix(1.0, repeated=0.2),
+    "image-heavy": Mix(1.0, (896, 896), tokens=40),
+    "long answers": Mix(1.0, tokens=140),
+}
+"""A balanced request has three tiles, an image-heavy one five. With long answers language is the slower half."""
+STOCK = ("one over both cores", "two replicas", "tensor parallel")
+OURS, SHARED, COMPRESSED = "ours", "ours, second vision worker", "ours, half compressed"
+GOALS = {
+    ("balanced", OURS): 1.0, ("image-heavy", OURS): 1.0, ("long answers", COMPRESSED): 1.2,
+    ("balanced, a fifth repeated", OURS): 1.4,
+}  # fmt: skip
+IN_FLIGHT = 24
+REQUESTS = 72
+_LOW_PRIORITY = 15
+"""Nice value of the second vision worker."""
+
+Start = Callable[[], AbstractContextManager[load.Url]]
+Running = dict[str, tuple[Path, load.Url]]
+"""Model and URL of each server."""
+
+
+def run(options: Options) -> Result:
+    """Measure all mixes. The headline is the smallest of the goals' ratios over their targets; the target is 1.0."""
+    baseline = options.require_baseline("baselines compares with stock vLLM")
+    with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name:
+        folder = Path(name)
+        plain = checkpoint.write_checkpoint(folder / "plain", flash=False)
+        flash = checkpoint.write_checkpoint(folder / "flash")
+        stock = colocated.copy_with_remote_code(plain, folder / "stock")
+        stacks: dict[str, tuple[Path, Start]] = {
+            STOCK[0]: (stock, partial(_stock, folder, baseline, stock)),
+            STOCK[1]: (stock, partial(_replicas, folder, baseline, stock)),
+            STOCK[2]: (stock, partial(_stock, folder, baseline, stock, "-tp=2", "--mm-encoder-tp-mode=data")),
+            OURS: (plain, partial(_ours, folder, plain)),
+            SHARED: (plain, partial(_ours, folder, plain, helper=True)),
+            COMPRESSED: (flash, partial(_ours, folder, flash, *HALF_COMPRESSED_FLAGS)),
+        }
+        return _compare(stacks, options)
+
+
+def _compare(stacks: dict[str, tuple[Path, Start]], options: Options) -> Result:
+    """Measure every mix on every server, all of which are running; an idle one costs only memory."""
+    checkpointed = CheckpointedRun("baselines", options.quick)
+    rates: dict[str, dict[str, list[float]]] = {mix: {} for mix in MIXES}
+    with ExitStack() as servers:
+        running, failed = _start(stacks, servers)
+        seeds = itertools.count()
+        for name, (model, url) in running.items():
+            _log(f"{name}, warm: {_rate(url, model, MIXES['balanced'], seeds, 2 * IN_FLIGHT):.2f} requests/s")
+        for repeat in range(options.repeats(3)):
+            for mix in MIXES:
+                for name in [*running][:: 1 if repeat % 2 else -1]:
+                    model, url = running[name]
+                    measure = partial(_rate, url, model, MIXES[mix], seeds, REQUESTS)
+                    rate = checkpointed.measure(f"{mix}, {name}, {repeat}", measure)
+                    rates[mix].setdefault(name, []).append(rate)
+                    _log(f"{mix}, {name}: {rate:.3f} requests/s")
+    checkpointed.finish()
+    return _result(rates, failed)
+
+
+def _start(
+    stacks: dict[str, tuple[Path, Start]], servers: ExitStack
+) -> tuple[dict[str, tuple[Path, load.Url]], dict[str, str]]:
+    """Start all servers. Returns model and URL of each, and why one of stock vLLM's ways does not run here."""
+    running, failed = dict[str, tuple[Path, load.Url]](), dict[str, str]()
+    for name, (model, start) in stacks.items():
+        try:
+            running[name] = model, servers.enter_context(start())
+        except RuntimeError as error:
+            if name not in STOCK:
+                raise
+            failed[name] = str(error)[-300:]
+            _log(f"{name} does not run: {failed[name]}")
+    return running, failed
+
+
+@contextmanager
+def _stock(folder: Path, python: str, model: Path, *flags: str) -> Iterator[load.Url]:
+    """One stock vLLM over all cores."""
+    cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
+    bind = "|".join(map(str, cores)) if flags else ",".join(map(str, cores))  # a rank for each core, or one for all
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": bind}
+    with processes.stock_vllm(own, python, model, cores, *VLLM_FLAGS, *flags, environment=environment) as server:
+        yield server.url
+
+
+@contextmanager
+def _replicas(folder: Path, python: str, model: Path) -> Iterator[load.Url]:
+    """A stock vLLM on each core; requests alternate between them."""
+    with ExitStack() as servers:
+        urls = []
+        for core in processes.available_cores()[:2]:
+            own = Path(tempfile.mkdtemp(dir=folder))
+            urls.append(servers.enter_context(processes.stock_vllm(own, python, model, [core], *VLLM_FLAGS)).url)
+        yield itertools.cycle(urls)
+
+
+@contextmanager
+def _ours(folder: Path, model: Path, *gateway_flags: str, helper: bool = False) -> Iterator[load.Url]:
+    """Our server, one core for vision and one for language; `helper`: with a second vision worker on the latter."""
+    cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
+    flags = ("--cache=none", f"--max-batch-tiles={costs.BATCH_TILES}")
+    with ExitStack() as servers:
+        names = ["vision"]
+        servers.enter_context(processes.vision_worker(own, model, cores[:1], *flags))
+        if helper:
+            names.append("helper")
+            servers.enter_context(
+                processes.vision_worker(own, model, cores[-1:], *flags, name="helper", niceness=_LOW_PRIORITY)
+            )
+        servers.enter_context(processes.language_worker(own, model, cores[-1:], *VLLM_FLAGS))
+        yield servers.enter_context(processes.gateway(own, cores, *gateway_flags, vision_names=names)).url
+
+
+def _rate(url: load.Url, model: Path, mix: Mix, seeds: Iterator[int], count: int) -> float:
+    """Requests per second of a mix at saturation."""
+    return asyncio.run(load.saturated_rate(url, _bodies(model, mix, seeds, count), IN_FLIGHT))
+
+
+def _bodies(model: Path, mix: Mix, seeds: Iterator[int], count: int) -> list[bytes]:
+    """Requests of a mix. Answers have half to one and a half times the mean length, so that they do not end in waves."""
+    rng, sent, bodies = random.Random(7), list[str](), []
+    for number in range(count):
+        images = []
+        if number * mix.with_image % 1 + mix.with_image >= 1:  # evenly spread
+            repeat = sent and rng.random() < mix.repeated
+            images = [rng.choice(sent) if repeat else load.image_url(next(seeds), *mix.size)]
+            sent += images
+        bodies.append(
+            load.chat_body(model.name, f"What is this? {next(seeds)}", images, round(mix.tokens * rng.uniform(0.5, 1.5)))
+        )
+    return bodies
+
+
+def _result(rates: dict[str, dict[str, list[float]]], failed: dict[str, str]) -> Result:
+    figures: dict[str, Any] = {}
+    for mix, by_server in rates.items():
+        medians = {name: round(statistics.median(values), 3) for name, values in by_server.items()}
+        best = max((name for name in by_server if name in STOCK), key=lambda name: medians[name])
+        ratios = {
+            name: dict(zip(("ratio", "spread"), (round(x, 3) for x in median_ratio(values, by_server[best])), strict=True))
+            for name, values in by_server.items()
+            if name not in STOCK
+        }
+        figures[mix] = {"requests/s": medians, "best of stock vLLM": best, "over the best": ratios}
+    shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in GOALS.items()}
+    spread = max(figures[mix]["over the best"][name]["spread"] for mix, name in GOALS)
+    figures["goals"] = {f"{mix}, {name}": goal for (mix, name), goal in GOALS.items()}
+    if failed:
+        figures["does not run here"] = failed
+    return Result("baselines", min(shares.values()), 1.0, spread, figures)
+
+
+def _log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
