@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import load
+from common.secrets import redact_url
 from dvd.plan.simulation import percentile
 
 _REPEATED_IMAGES = 8
@@ -278,7 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _load_options(parsed)
     except (OSError, LookupError, ValueError) as error:
-        print(f"cannot read the models of {parsed.url}: {error}; is the server running?", file=sys.stderr)
+        problem = redact_url(f"cannot read the models of {parsed.url}: {error}; is the server running?")
+        print(problem, file=sys.stderr)
         return 1
     print(HEAD)
     points = [point for kind in COLOURS for point in asyncio.run(sweep(options, kind, parsed.rates))]
@@ -294,7 +296,8 @@ def _write(points: Sequence[Point], options: LoadOptions, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "load.md").write_text("\n".join([HEAD, *map(row, points), ""]), encoding="utf-8")
     content: dict[str, Any] = {
-        "options": {**asdict(options), "key": bool(options.key)}, "points": [asdict(point) for point in points]
+        "options": {**asdict(options), "key": bool(options.key), "url": redact_url(options.url)},
+        "points": [asdict(point) for point in points],
     }  # fmt: skip
     (folder / "load.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(points, options, folder / "load.png")

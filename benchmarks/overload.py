@@ -36,6 +36,8 @@ IMAGES = 200
 """Number of different images. Each request with one has options of its own, so that no embedding is reused."""
 _TIME_TO_SATURATE = 5.0
 _PAUSE_SECONDS = 0.5
+_ADDRESSES = {"peak": "127.0.0.2", "many": "127.0.0.3", "one": "127.0.0.4"}
+"""Addresses of callers, by which the gateway tells them apart."""
 
 
 @dataclass
@@ -128,13 +130,13 @@ async def closed_loop(
             if timings[-1].error:
                 await asyncio.sleep(_PAUSE_SECONDS)
 
-    async with open_session({"Authorization": f"Bearer {caller}"}) as session:
+    async with open_session({}, _ADDRESSES[caller]) as session:
         await asyncio.gather(*(sender(session) for _ in range(in_flight)))
     return timings
 
 
-def open_session(headers: dict[str, str]) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers)
+def open_session(headers: dict[str, str], address: str = "127.0.0.1") -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, local_addr=(address, 0)), headers=headers)
 
 
 async def _overload(

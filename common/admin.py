@@ -1,39 +1,25 @@
 """The admin listener of a process (`--admin`): plain HTTP that drains it, at an address that no client of the service reaches.
 
-It runs in threads of its own, so it answers while the event loop is busy, and it needs no library. A request is small and
-arrives at once: its size and its time are bounded.
+It answers while the event loop is busy: `common/small_http.py` runs it in threads, and bounds what strangers may send.
 """
 
 import asyncio
 import contextlib
-import http
-import json
-import logging
 import os
-import re
 import socket
-import socketserver
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from http.server import BaseHTTPRequestHandler
-from io import BytesIO
 from types import TracebackType
 from typing import Any, Self
 
-from common import rpc
+from common import rpc, small_http
 from common.security import OPEN, TOKEN_REJECTED, Credentials
-
-log = logging.getLogger(__name__)
 
 DRAIN_PATH = "/admin/drain"
 STATUS_PATH = "/admin/status"
 
-_MAX_REQUEST_BYTES = 16 << 10
-_REQUEST_SECONDS = 5.0
 _POLL_SECONDS = 0.1
-_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*\r\n", re.I)
 _METHODS = {DRAIN_PATH: "POST", STATUS_PATH: "GET"}
 
 
@@ -103,19 +89,11 @@ class AdminServer:
             os.unlink(self._address.removeprefix("unix:"))
 
 
-class _Server(socketserver.ThreadingTCPServer):
-    # not http.server's: it resolves the name of its address, which can take long, and cannot listen on a path
-    daemon_threads = True
-    allow_reuse_address = True
-    request_queue_size = 128
+class _Server(small_http.Server):
     drain: Callable[[], object]
     status: Callable[[], dict[str, Any]]
     credentials: Credentials = OPEN
     is_draining = False
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log that a client has disconnected, or what is wrong with a handler."""
-        log.debug("an admin request failed", exc_info=True)
 
 
 class _Server6(_Server):
@@ -137,85 +115,31 @@ def _create_server(address: str, drain: Callable[[], object], status: Callable[[
     host, _, port = address.rpartition(":")
     server: _Server
     if path != address:
-        server = _UnixServer(path, _Handler)  # type: ignore[arg-type]  # socketserver knows hosts and ports only
+        server = _UnixServer(path, _Handler)
     else:
         server = (_Server6 if "[" in host else _Server)((host.strip("[]"), int(port)), _Handler)
     server.drain, server.status = drain, status
     return server
 
 
-class _TooLargeError(Exception):
-    """A request is larger than `_MAX_REQUEST_BYTES`."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One request, after which the connection is closed."""
-
+class _Handler(small_http.RequestHandler):
     server: _Server
 
-    def handle(self) -> None:
-        """Read the whole request within bounds, and answer it."""
-        try:
-            self.rfile = BytesIO(_read_request(self.request))
-        except TimeoutError:
-            self._answer(408, {"error": f"The request did not arrive within {_REQUEST_SECONDS:g} s."})
-        except _TooLargeError:
-            self._answer(413, {"error": f"The request exceeds {_MAX_REQUEST_BYTES} bytes; the admin listener needs no body."})
-        else:
-            self.handle_one_request()
-
-    def parse_request(self) -> bool:
-        """Parse the head, and answer the request. Returns False: nothing is left to do for the base class."""
-        if not super().parse_request():
-            return False
+    def respond(self) -> None:
+        """Drain the process, or report its status."""
         path = self.path.partition("?")[0]
         if (method := _METHODS.get(path)) is None:
             paths = " and ".join(f"{method} {known}" for known, method in _METHODS.items())
-            self._answer(404, {"error": f"Path {path[:100]!r} does not exist: expected {paths}."})
+            self.answer_error(404, f"Path {path[:100]!r} does not exist: expected {paths}.")
         elif self.command != method:
-            self._answer(405, {"error": f"Method {self.command[:20]} is not allowed: expected {method}."}, {"Allow": method})
+            self.answer_error(405, f"Method {self.command[:20]} is not allowed: expected {method}.", {"Allow": method})
         elif "Origin" in self.headers:  # a page in the operator's browser may send a POST to any address
-            self._answer(403, {"error": "Requests of web pages (with the header Origin) are not allowed."})
+            self.answer_error(403, "Requests of web pages (with the header Origin) are not allowed.")
         elif not self.server.credentials.accepts(self.headers.get("Authorization")):
-            self._answer(401, {"error": f"{TOKEN_REJECTED[0].upper()}{TOKEN_REJECTED[1:]}."})
+            self.answer_error(401, f"{TOKEN_REJECTED[0].upper()}{TOKEN_REJECTED[1:]}.")
         elif method == "POST":
             self.server.drain()
             self.server.is_draining = True
-            self._answer(202, {"status": "draining"})
+            self.answer_json(202, {"status": "draining"})
         else:  # the event loop may not have begun yet
-            self._answer(200, self.server.status() | ({"status": "draining"} if self.server.is_draining else {}))
-        return False
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what cannot be parsed. The base class calls this method."""
-        self._answer(code, {"error": message or http.HTTPStatus(code).phrase})
-
-    def _answer(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(body).encode()
-        lines = {"Content-Type": "application/json", "Content-Length": len(data), "Connection": "close", **(headers or {})}
-        head = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in lines.items())]
-        self.wfile.write("\r\n".join([*head, "", ""]).encode() + data)
-
-
-def _read_request(connection: socket.socket) -> bytes:
-    """Return a whole request, or nothing if the client leaves. Raises `TimeoutError` or `_TooLargeError`."""
-    deadline, data = time.monotonic() + _REQUEST_SECONDS, b""
-    while len(data) < _length(data):
-        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-        chunk = connection.recv(4096)
-        if not chunk:
-            return b""  # the client has left: a part of a request must not drain anything
-        data += chunk
-        if len(data) > _MAX_REQUEST_BYTES or (b"\r\n\r\n" in data and _length(data) > _MAX_REQUEST_BYTES):
-            raise _TooLargeError
-    connection.settimeout(_REQUEST_SECONDS)
-    return data
-
-
-def _length(data: bytes) -> int:
-    """Return the size of the request that begins with `data`; one byte more than there are if its head is incomplete."""
-    head, end, _ = data.partition(b"\r\n\r\n")
-    if not end:
-        return len(data) + 1
-    length = _CONTENT_LENGTH.search(head + b"\r\n")
-    return len(head) + len(end) + (int(length[1]) if length else 0)
+            self.answer_json(200, self.server.status() | ({"status": "draining"} if self.server.is_draining else {}))

@@ -31,7 +31,9 @@ ABANDON_SECONDS = 0.2
 """Time that a call may go on after its caller has left: ordinary files are decoded by then, and the process is kept."""
 
 _WALL_FACTOR = 5
-"""A call may take so many times its CPU time: the rest is for processes that compete for the CPU."""
+"""In so many times its CPU time a call must get `_MIN_CPU_SHARE` of a CPU; else it hangs."""
+_MIN_CPU_SHARE = 0.01
+"""A call with less makes no progress. With more it goes on, up to its CPU time or its deadline: others compete for the CPU."""
 
 _START_SECONDS = 60.0
 """Time for a process to start: Python and Pillow or FFmpeg are loaded."""
@@ -170,7 +172,7 @@ class DecoderProcesses:
         Args:
             arguments: passed to the decoder.
             data: the file.
-            cpu_seconds: limit of CPU time; `_WALL_FACTOR` times as much is the limit of time.
+            cpu_seconds: limit of CPU time; `_WALL_FACTOR` times as much is the limit of time without progress.
             consume: gets the decoder's result, and what it has written, read-only and valid only meanwhile. A decoder that was
                 taken over may change what is read.
             call: lets another thread abandon the call.
@@ -272,7 +274,7 @@ class DecoderProcesses:
             case "cpu":
                 text = f"takes more than {cpu_seconds:.3g} s of CPU time to decode (--decode-timeout)"
             case "time":
-                text = f"was not decoded within {_WALL_FACTOR * cpu_seconds:.3g} s (--decode-timeout)"
+                text = f"makes no progress: it was not decoded within {_WALL_FACTOR * cpu_seconds:.3g} s (--decode-timeout)"
             case "memory":
                 text = f"needs more than {self._memory_bytes} bytes of memory to decode (--decode-memory)"
             case "crash":
@@ -316,21 +318,29 @@ class _DecoderProcess:
         self._wait_until_ready()
         self._cpu_seconds_before = self.cpu_seconds()
         message = json.dumps({"arguments": arguments, "cpu_seconds": cpu_seconds}).encode()
-        self._socket.settimeout(_WALL_FACTOR * cpu_seconds)
         with _memory_file("input") as source:
             _write_all(source, data)
             os.lseek(self._output, 0, os.SEEK_SET)
             try:
                 socket.send_fds(self._socket, [message], [source, self._output])
-                reply = self._socket.recv(MAX_MESSAGE_BYTES)
-            except TimeoutError:
-                raise _Ended("time") from None
+                reply = self._receive(_WALL_FACTOR * cpu_seconds)
             except OSError:  # it has closed the socket: it has ended
                 reply = b""
         if not reply:
             raise _Ended(self._why_it_ended())
         parsed: dict[str, Any] = json.loads(reply)
         return parsed
+
+    def _receive(self, window_seconds: float) -> bytes:
+        """Wait for a reply as long as the process makes progress. Raises: OSError, _Ended if it makes none in the window."""
+        used = 0.0
+        self._socket.settimeout(window_seconds)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return self._socket.recv(MAX_MESSAGE_BYTES)
+            before, used = used, self.cpu_seconds_of_call()
+            if used - before < _MIN_CPU_SHARE * window_seconds:
+                raise _Ended(self._reason or "time")
 
     def _wait_until_ready(self) -> None:
         """Wait until a new process can serve. Raises: InternalError if it does not start, _Ended."""

@@ -3,12 +3,15 @@
 import asyncio
 import errno
 import importlib.metadata
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
+
+from common import small_http
 
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """In seconds: from the tiling of a small image to a fetch that times out."""
@@ -113,10 +116,27 @@ class CacheEventsCollector(Collector):
         yield family
 
 
+class _MetricsHandler(small_http.RequestHandler):
+    app: Callable[..., list[bytes]]
+
+    def respond(self) -> None:
+        """Answer as prometheus-client's own server does."""
+        path, _, query = self.path.partition("?")
+        environment = {
+            "REQUEST_METHOD": self.command, "PATH_INFO": path, "QUERY_STRING": query,
+            "HTTP_ACCEPT": self.headers.get("Accept"), "HTTP_ACCEPT_ENCODING": self.headers.get("Accept-Encoding"),
+        }  # fmt: skip
+        start: list[tuple[str, list[tuple[str, str]]]] = []
+        body = self.app(environment, lambda *line: start.append(line))
+        self.answer(int(start[0][0].split()[0]), b"".join(body), dict(start[0][1]))
+
+
 def serve_metrics(registry: CollectorRegistry, port: int) -> None:
-    """Serve `/metrics` on a port of every address, from a thread of its own. Raises: `OSError` naming the port."""
+    """Serve `/metrics` on a port of every address, from threads of its own. Raises: `OSError` naming the port."""
+    handler = type("Handler", (_MetricsHandler,), {"app": staticmethod(make_wsgi_app(registry))})
     try:
-        start_http_server(port, registry=registry)
+        server = small_http.Server(("0.0.0.0", port), handler)  # Prometheus runs elsewhere
     except OSError as error:
         reason = "another process uses it" if error.errno == errno.EADDRINUSE else error.strerror
         raise OSError(f"cannot serve metrics on port {port}: {reason}; choose another --metrics-port") from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -40,9 +40,18 @@ _OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     # reconnect within a second to a worker that restarts, not within gRPC's default of two minutes
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.client_idle_timeout_ms", 60_000),  # before a server ends the connection, of which gRPC's library writes a line
     ("grpc.enable_http_proxy", 0),
     ("grpc.so_reuseport", 0),
 ]
+
+# what strangers may hold who reach the port: connections that do not finish their handshake, do nothing, or open many streams
+_SERVER_OPTIONS = {
+    "grpc.max_allowed_incoming_connections": 1024,
+    "grpc.server_handshake_timeout_ms": 10_000,
+    "grpc.max_connection_idle_ms": 300_000,
+    "grpc.max_concurrent_streams": 4096,
+}
 
 _ERROR_BY_STATUS = {
     grpc.StatusCode.CANCELLED: errors.WorkerUnavailable,  # by a stopping server; ours raises CancelledError
@@ -98,7 +107,10 @@ class Connection:
 
 
 def create_server(
-    *addresses: str, credentials: Credentials = OPEN, max_message_bytes: int = _MAX_MESSAGE_BYTES
+    *addresses: str,
+    credentials: Credentials = OPEN,
+    max_message_bytes: int = _MAX_MESSAGE_BYTES,
+    on_refused: Callable[[], object] = int,
 ) -> grpc.aio.Server:
     """Return a server bound to each address, not started.
 
@@ -106,12 +118,14 @@ def create_server(
         addresses: `HOST:PORT` or `unix:/PATH`.
         credentials: what it demands of its callers. On a Unix socket that is the token only.
         max_message_bytes: largest message that it receives.
+        on_refused: called for each call that is refused for its token.
 
     Raises:
         OSError: an address cannot be bound; the message names it.
     """
-    options = list((dict(_OPTIONS) | {"grpc.max_receive_message_length": max_message_bytes}).items())
-    server = grpc.aio.server(interceptors=[_GuardInterceptor(credentials)], options=options)
+    own = {**_SERVER_OPTIONS, "grpc.max_receive_message_length": max_message_bytes}
+    options = list((dict(_OPTIONS) | own).items())
+    server = grpc.aio.server(interceptors=[_GuardInterceptor(credentials, on_refused)], options=options)
     for address in addresses:
         ensure_free(address)
         try:
@@ -210,18 +224,22 @@ class _GuardInterceptor(grpc.aio.ServerInterceptor):
     Unexpected errors are logged here; the caller sees no traceback.
     """
 
-    def __init__(self, credentials: Credentials) -> None:
-        self._credentials = credentials
+    def __init__(self, credentials: Credentials, on_refused: Callable[[], object]) -> None:
+        self._credentials, self._on_refused = credentials, on_refused
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Return the method's handler with its errors mapped."""
+        """Return the method's handler with its errors mapped, or one that refuses the call before any message is received."""
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
+        metadata: Any = handler_call_details.invocation_metadata
+        if not self._credentials.accepts(dict(metadata or ()).get(HEADER)):
+            self._on_refused()
+            return grpc.stream_unary_rpc_method_handler(_refuse)
         if handler.response_streaming:
             raise NotImplementedError("methods with streaming responses are not supported")
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
@@ -232,8 +250,6 @@ class _GuardInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with _abort_on_error(context):
-                if not self._credentials.accepts(dict(context.invocation_metadata() or ()).get(HEADER)):
-                    raise errors.Unauthorized(TOKEN_REJECTED)
                 return await behaviour(_parsed(request, parse) if parse else request, context)
 
         return wrap(
@@ -241,6 +257,11 @@ class _GuardInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=None if parse else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+async def _refuse(_messages: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async with _abort_on_error(context):
+        raise errors.Unauthorized(TOKEN_REJECTED)
 
 
 def _parsed(message: bytes, parse: Callable[[bytes], Any]) -> Any:

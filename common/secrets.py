@@ -6,13 +6,18 @@ from typing import Any
 from pydantic import SecretStr
 
 _CREDENTIALS = re.compile(r"(?<=//)[^/?#\s]*[@＠﹫]")
+_CREDENTIALS_WITHOUT_SCHEME = re.compile(r"^(['\"]?)[^/?#\s:@＠﹫]+:[^/?#\s@＠﹫]*[@＠﹫]")
 _SECRET_FIELD = re.compile(r"((?:^|[?&])(?:password|passwd|secret|token|key|api_key)=)[^&#\s]*", re.IGNORECASE)
 _MASK = "***"
 
 
 def redact_url(text: str) -> str:
-    """Return a text with the credentials of its URLs masked: `redis://***@cache:6379/0?password=***`."""
-    return _SECRET_FIELD.sub(rf"\1{_MASK}", _CREDENTIALS.sub(f"{_MASK}@", text))
+    """Return a text with the credentials of its URLs masked: `redis://***@cache:6379/0?password=***`.
+
+    Those of an URL without a scheme are masked at the begin of the text only: `***@cache:6379`.
+    """
+    text = _CREDENTIALS_WITHOUT_SCHEME.sub(rf"\1{_MASK}@", _CREDENTIALS.sub(f"{_MASK}@", text))
+    return _SECRET_FIELD.sub(rf"\1{_MASK}", text)
 
 
 def is_secret(value: Any) -> bool:

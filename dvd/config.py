@@ -11,7 +11,7 @@ from common.security import PeerOptions
 
 
 def _health_address(text: str) -> str:
-    if not re.fullmatch(rf"{ADDRESS_PATTERN}|https?://[^/\s]+/\S+", text):
+    if not re.fullmatch(rf"{ADDRESS_PATTERN}|https?://[^/@＠﹫?#\s]+/\S+", text):
         raise PydanticCustomError("address", "expected HOST:PORT, [IPV6]:PORT, unix:/PATH, or http://HOST:PORT/health/ready")
     return text
 

@@ -15,6 +15,7 @@ from common import errors, logs, messages, rpc
 from common.addresses import is_unreachable_loopback, vllm_address
 from common.http_get import http_get
 from common.options import ConfigError, logging_options, read_options
+from common.secrets import redact_url
 from common.security import OPEN, Credentials, read_credentials
 from dvd.config import HealthOptions
 from protos import embeddings_pb2 as pb
@@ -30,11 +31,12 @@ def main(arguments: Sequence[str]) -> None:
         credentials = read_credentials(options)
     except ConfigError as error:
         logs.exit_with_error("dvd health", str(error), logging_options(arguments).log_format, 2)
+    shown = redact_url(options.address)
     try:
         description = asyncio.run(check(options.address, options.timeout, credentials))
     except errors.DvdError as error:
-        logs.exit_with_error("dvd health", f"{options.address}: {error}", options.log_format)
-    logs.print_answer("dvd health", f"{options.address}: {description}", options.log_format)
+        logs.exit_with_error("dvd health", f"{shown}: {error}", options.log_format)
+    logs.print_answer("dvd health", f"{shown}: {description}", options.log_format)
 
 
 async def check(address: str, timeout: float, credentials: Credentials = OPEN) -> str:

@@ -15,6 +15,7 @@ class Metrics:
         self.deliveries = Counter("dvd_sink_deliveries", "Deliveries that succeeded", ["outcome"], registry=registry)
         self.received = Counter("dvd_sink_received_bytes", "Bytes of embeddings that were stored", registry=registry)
         self.refusals = Counter("dvd_sink_refusals", "Deliveries that were rejected or failed", ["code"], registry=registry)
+        self.refused_calls = Counter("dvd_sink_calls_refused", "Calls without the cluster token", registry=registry)
         used = Gauge("dvd_sink_used_bytes", "Shared memory in use", registry=registry)
         used.set_function(lambda: store.used)
         embeddings = Gauge("dvd_sink_embeddings", "Embeddings in shared memory", registry=registry)

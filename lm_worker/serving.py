@@ -15,6 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from lm_worker.drain import Drain
 from lm_worker.errors import EngineDiedError
+from lm_worker.http_protocol import BoundedProtocol
 
 log = logging.getLogger("dvd.language")
 
@@ -45,7 +46,9 @@ async def serve(
     """
     # log_config: uvicorn's records go to our handler
     server = asyncio.create_task(
-        build_and_serve(engine, address, listening, args, log_config=None, timeout_graceful_shutdown=_CLOSE_SECONDS)
+        build_and_serve(
+            engine, address, listening, args, log_config=None, timeout_graceful_shutdown=_CLOSE_SECONDS, http=BoundedProtocol
+        )
     )
     server.add_done_callback(_retrieve_error)
     waiting: list[asyncio.Task[Any]] = [asyncio.create_task(until_ready), asyncio.create_task(drain.finished())]

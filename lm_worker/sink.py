@@ -274,7 +274,12 @@ class SinkServer:
         self._folder = Path(options.folder)
         self._store = Store(self._folder, options.budget or default_budget(self._folder), options.lease)
         self._metrics = Metrics(self._store)
-        self._server = rpc.create_server(options.listen, credentials=credentials, max_message_bytes=_MAX_MESSAGE_BYTES)
+        self._server = rpc.create_server(
+            options.listen,
+            credentials=credentials,
+            max_message_bytes=_MAX_MESSAGE_BYTES,
+            on_refused=self._metrics.refused_calls.inc,
+        )
         self._measuring: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:

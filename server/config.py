@@ -83,6 +83,11 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     max_sequences: int = Field(
         128, ge=1, description="maximum number of sequences of a request: n times its prompts; each one counts as a request"
     )
+    max_output_tokens: int = Field(
+        1 << 20,
+        ge=1,
+        description="maximum number of tokens of a request's sequences together, each counted as long as it may become",
+    )
     max_prompt_characters: int | None = Field(
         None,
         ge=1,
@@ -90,6 +95,11 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
     )
     max_json_values: int = Field(
         500_000, ge=1000, description="maximum number of values in a request's JSON; separators in texts count too"
+    )
+    compiled_tools: bool = Field(
+        False,
+        description="vLLM compiles the schemas of all tools (--tool-strict-level=parameter), so bound them all like those that "
+        "must be called",
     )
     max_connections: int = Field(
         4096, ge=1, description="maximum number of connections; beyond it, those without a complete request are closed"

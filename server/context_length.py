@@ -10,6 +10,7 @@ from common import errors
 from protos import vision_pb2 as pb
 from server.apis.budgets import over_budget
 from server.apis.request import ImagePart, ParsedRequest
+from server.request_context import RequestContext
 
 CHARACTERS_PER_TOKEN = 16
 """Characters of a prompt for each token of the context. Text has 2 to 6 a token, code with much white space about 10."""
@@ -37,6 +38,36 @@ def check_max_tokens(body: Mapping[str, Any], fields: Sequence[str], limit: int)
             f"{name} {body[name]} exceeds the model's context of {limit} tokens, which holds the prompt too: "
             "send a smaller number.",
             param=name,
+        )
+
+
+def check_output_tokens(request: ParsedRequest, context: RequestContext, limit: int | None, most: int) -> None:
+    """Check the maximum number of tokens of all sequences of a request. One sequence alone is bounded by the model's context.
+
+    Args:
+        request: The request.
+        context: Names the fields with the maximum of a sequence.
+        limit: Maximum number of tokens of a prompt and its response; None if it is not known.
+        most: Maximum number of tokens of all sequences together.
+
+    Raises:
+        BudgetExceeded: Together they may become longer.
+    """
+    if request.sequences == 1 or not context.max_tokens_fields:
+        return
+    name = next((name for name in context.max_tokens_fields if request.body.get(name) is not None), None)
+    tokens = request.body[name] if name else context.default_max_tokens
+    if type(tokens) is not int or tokens < 1:  # to the end of the context, or vLLM reads it as a number, or rejects it
+        tokens = limit or 0
+    tokens = min(tokens, limit or tokens)
+    total = request.sequences * tokens
+    if total > most:
+        field = name or context.max_tokens_fields[0]
+        raise errors.BudgetExceeded.of(
+            "output_tokens",
+            f"{field} allows {total} tokens ({request.sequences} sequences × {tokens}); the maximum is {most} "
+            f"(--max-output-tokens): set {field} to {most // request.sequences} or less, or send several requests.",
+            field,
         )
 
 

@@ -39,6 +39,9 @@ class Metrics:
             "dvd_request_body_bytes", "Memory of the request bodies in flight", registry=registry, multiprocess_mode="livesum"
         )
         self.connections = Gauge("dvd_connections", "Open connections", registry=registry, multiprocess_mode="livesum")
+        self.failed_handshakes = Counter(
+            "dvd_tls_handshakes_failed", "TLS handshakes of clients that failed", ["reason"], registry=registry
+        )
         self.in_stage = Gauge(
             "dvd_stage_requests", "Requests in a stage", ["stage"], registry=registry, multiprocess_mode="livesum"
         )

@@ -61,6 +61,7 @@ class Pipeline:
         context_length.check_texts(request, limit, self._options.max_prompt_characters)
         if limit is not None:
             context_length.check_max_tokens(request.body, context.max_tokens_fields, limit)
+        context_length.check_output_tokens(request, context, limit, self._options.max_output_tokens)
         request, files = await self._load_media(request, context)
         if limit is not None and files and context.max_tokens_fields:
             self._check_images_fit(request, files, context, limit)

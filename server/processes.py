@@ -59,7 +59,8 @@ def create_server(options: GatewayOptions) -> GracefulServer:
         timeout_keep_alive=options.keep_alive_timeout,
         **_tls_options(options),
     )
-    return GracefulServer(config, shutdown, options.shutdown_delay, options.shutdown_grace, read_credentials(options).tls)
+    tls = read_credentials(options).tls
+    return GracefulServer(config, connections, shutdown, options.shutdown_delay, options.shutdown_grace, tls)
 
 
 async def serve(server: GracefulServer, listener: socket.socket) -> None:

@@ -18,7 +18,7 @@ class RequestContext:
 
     Attributes:
         caller: Digest of the caller's credentials; part of every embedding key.
-        flow: Who shares capacity fairly with others: the caller's credentials, or its address if there are none.
+        flow: Who shares capacity fairly with others: the caller's API key, or its address if the gateway demands none.
         path: Path of the request, which is also the path on vLLM's server.
         error_format: How the caller's API reports errors.
         stats: Statistics of the request.
@@ -26,6 +26,7 @@ class RequestContext:
         resources: Permit, workers in use and connections, which the request holds until the last byte of its response.
         max_tokens_fields: Names of the field with the maximum number of tokens of the response, of which the first one that is
             set counts; empty if the API generates no text.
+        default_max_tokens: That number if none of them is set; None: the rest of the model's context.
         reserve_bytes: Reserves memory for what is fetched, beside that of the body. Raises `Overloaded` if it is not left.
         cache_salt: Makes the salt of vLLM's prefix cache from the caller's own salt; None if the API generates no text.
     """
@@ -39,4 +40,5 @@ class RequestContext:
     resources: AsyncExitStack
     reserve_bytes: Callable[[int], None] = unbounded
     max_tokens_fields: tuple[str, ...] = ()
+    default_max_tokens: int | None = None
     cache_salt: Callable[[str], str] | None = None

@@ -41,6 +41,7 @@ _SLOW = (
     "server/test_processes.py",
     "test_entry_points.py",
     "test_secrets.py",
+    "trouble/test_base_lines.py",
     "vision_worker/models/test_compiled.py",
     "vision_worker/models/test_intern_vit.py",
     "vision_worker/models/test_internvl.py",

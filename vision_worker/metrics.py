@@ -21,6 +21,7 @@ class Metrics:
         self.tiles = Counter("dvd_vision_tiles", "Tiles encoded", registry=registry)
         self.delivered = Counter("dvd_vision_delivered_bytes", "Bytes of embeddings sent to sinks", registry=registry)
         self.errors = Counter("dvd_vision_errors", "Encode calls that ended in an error", ["code"], registry=registry)
+        self.refused_calls = Counter("dvd_vision_calls_refused", "Calls without the cluster token", registry=registry)
         self.calls = Gauge("dvd_vision_calls_in_flight", "Encode calls in flight", registry=registry)
         self.waiting_images = Gauge("dvd_vision_waiting_images", "Images waiting for a thread to decode in", registry=registry)
         self.waiting_tiles = Gauge("dvd_vision_waiting_tiles", "Tiles waiting for a batch", registry=registry)

@@ -126,7 +126,7 @@ async def _serve(
     service: Service, options: VisionOptions, metrics: Metrics, credentials: Credentials
 ) -> AsyncIterator[grpc.aio.Server]:
     """Serve gRPC and metrics. On leaving, calls in flight are cancelled."""
-    server = rpc.create_server(options.listen, credentials=credentials)
+    server = rpc.create_server(options.listen, credentials=credentials, on_refused=metrics.refused_calls.inc)
     vision_pb2_grpc.add_VisionServicer_to_server(service, server)
     if options.metrics_port:
         serve_metrics(metrics.registry, options.metrics_port)

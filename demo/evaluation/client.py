@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 
+from common.secrets import redact_url
 from demo.evaluation.answers import AnswerFile, AnswerRecord
 from demo.evaluation.plan import (
     COMPRESSED_TILE_TOKENS,
@@ -95,7 +96,7 @@ class Client:
                 problem = f"{type(error).__name__}: {error}"
             if wait is not None:
                 await asyncio.sleep(wait)
-        raise EvaluationError(f"{method} {self._url}{path} failed with {problem}")
+        raise EvaluationError(redact_url(f"{method} {self._url}{path} failed with {problem}"))
 
 
 async def ask_all(client: Client, part: str, groups: Sequence[QuestionGroup], answers: AnswerFile, concurrency: int) -> None:

@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from common.secrets import redact_url
+
 _TIMEOUT_SECONDS = 120.0
 _SAMPLE = re.compile(r"^(\w[\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _TIMING = re.compile(r"(\w+);dur=([\d.]+)")
+_BEFORE_HOST = re.compile(r"^(\w+://)?.*[@＠﹫]", re.DOTALL)
 _COUNT = re.compile(r"(\w+)=(\d+)")
 
 
@@ -62,9 +65,15 @@ class Probe:
     """A gateway, and the requests that were sent to it."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ProbeError(f"{url!r}: expected http://HOST:PORT of a gateway")
+        shown = redact_url(_BEFORE_HOST.sub(r"\1***@", url))
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # brackets without an address
+            parts = urlsplit("")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ProbeError(f"{shown!r}: expected http://HOST:PORT of a gateway")
+        if parts.username is not None or parts.password is not None or shown != url:
+            raise ProbeError(f"{shown!r}: a user name or password is not accepted; DVD_API_KEY is sent if it is set")
         self._url = url.rstrip("/")
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._headers = {"Content-Type": "application/json"}

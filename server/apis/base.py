@@ -50,6 +50,7 @@ class Api:
         error_format: The format in which the API reports errors.
         generates_text: Whether the response is generated text; its duration is then exported as `dvd_request_seconds`.
         max_tokens_fields: Names of the field that bounds the generated text, of which the first one that is set counts.
+        default_max_tokens: Length of the generated text if none of them is set; None: the rest of the model's context.
         respond: Answers a request; by default `Pipeline.answer`, which forwards it to vLLM.
     """
 
@@ -62,6 +63,7 @@ class Api:
     error_format: ErrorFormat = OPENAI
     generates_text: bool = False
     max_tokens_fields: tuple[str, ...] = ()
+    default_max_tokens: int | None = None
     respond: Respond = Pipeline.answer
 
     def parse(self, raw: bytes, policy: RequestPolicy) -> ParsedRequest:
@@ -70,7 +72,7 @@ class Api:
         check_fields(body)
         check_integers(body)
         check_budgets(body)
-        check_constraints(body)
+        check_constraints(body, compiled_tools=policy.compiled_tools)
         sequences = count_sequences(body, policy.max_sequences) if self.generates_text else 1
         prepared = self.prepare(body)
         images = self.find_images(prepared, policy)

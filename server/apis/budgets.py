@@ -83,8 +83,9 @@ def count_sequences(body: Mapping[str, Any], limit: int) -> int:
 
     Raises:
         BudgetExceeded: There are more than `limit`.
+        InvalidRequest: `n` or `best_of` is no whole number.
     """
-    name, width = max(((name, _positive(body.get(name))) for name in ("n", "best_of")), key=lambda item: item[1])
+    name, width = max(((name, _width(name, body.get(name))) for name in ("n", "best_of")), key=lambda item: item[1])
     prompts = _count_prompts(body.get("prompt"))
     sequences = width * prompts
     if sequences > limit:
@@ -98,8 +99,13 @@ def count_sequences(body: Mapping[str, Any], limit: int) -> int:
     return sequences
 
 
-def _positive(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 1
+def _width(field: str, value: Any) -> int:
+    """Return the number in a field, 1 if it has none. Raises `InvalidRequest` for texts: vLLM reads those with digits."""
+    if value is None:
+        return 1
+    if isinstance(value, int | float) and value == value // 1:
+        return min(max(1, int(value)), 1 << 62)  # 0 and less are left to vLLM
+    raise errors.InvalidRequest(f"{field} is {str(value)[:100]!r}: expected a whole number.", param=field)
 
 
 def _count_prompts(prompt: Any) -> int:

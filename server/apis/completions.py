@@ -9,5 +9,6 @@ APIS = (
         example={"model": "InternVL3_5-8B-Flash", "prompt": "Once upon a time", "max_tokens": 32},
         generates_text=True,
         max_tokens_fields=("max_tokens",),
+        default_max_tokens=16,
     ),
 )

@@ -12,6 +12,7 @@ import msgspec
 
 from common import errors
 from server.apis.budgets import over_budget
+from server.apis.constraints import requires_tool
 from server.apis.expressions import Cost, parse_grammar, regex_cost
 from server.apis.request import Path, format_path
 from server.apis.schema_loops import find_loop
@@ -41,6 +42,10 @@ MAX_EXPRESSION_CHARACTERS = 65_536
 """Maximum number of characters of all regular expressions and grammars of a request: to measure one takes 1 µs each."""
 MAX_EXPRESSION_DEPTH = 64
 """How deeply groups of an expression or a grammar may be nested."""
+MAX_TOOL_BYTES = 1 << 20
+"""Maximum size of the schema of a tool that vLLM does not compile, and of all of them together."""
+MAX_TOOL_NODES = 131_072
+"""Maximum number of objects, lists and values in all such schemas."""
 
 _REPETITION_KEYS = frozenset({
     "minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties", "minContains", "maxContains",
@@ -48,6 +53,7 @@ _REPETITION_KEYS = frozenset({
 _CHECKED_KEYS = _REPETITION_KEYS | {"properties", "patternProperties", "enum", "pattern", "regex", "grammar", "definition"}
 _FORMAT_PATHS = (("response_format",), ("text", "format"), ("output_config", "format"), ("output_format",))
 _TOOL_SCHEMA_PATHS = (("function", "parameters"), ("parameters",), ("input_schema",))
+_STRICT_PATHS = (("strict",), ("function", "strict"))
 _KINDS = {
     "json": "schema", "regex": "regex", "whitespace_pattern": "regex", "choice": "choice", "grammar": "grammar",
     "structural_tag": "format",
@@ -63,6 +69,8 @@ class _Totals:
 
     nodes: int = 0
     expression_characters: int = 0
+    uncompiled_bytes: int = 0
+    uncompiled_nodes: int = 0
 
     def add_expression(self, budget: str, location: str, text: str) -> None:
         """Count a regular expression or a grammar. Raises `BudgetExceeded` if all of them together are too long."""
@@ -74,17 +82,22 @@ class _Totals:
             )  # fmt: skip
 
 
-def check_constraints(body: Mapping[str, Any]) -> None:
-    """Check all constraints of a request.
+def check_constraints(body: Mapping[str, Any], *, compiled_tools: bool = False) -> None:
+    """Check all constraints of a request, and the schemas of tools.
+
+    A schema of a tool is compiled if the model must call it, or if it is `strict`. Others only become a part of the prompt:
+    their size is bounded, and not what they say. With `compiled_tools` all of them are compiled.
 
     Raises:
         BudgetExceeded: One is too large, with the field, its size and the bound.
         InvalidRequest: A schema or a grammar refers to itself without an end.
     """
     totals = _Totals()
-    for path, kind, value in _constraints(body):
+    for path, kind, value in _constraints(body, compiled_tools):
         location = format_path(path)
-        if kind == "choice":
+        if kind == "uncompiled":
+            _check_size(location, value, totals)
+        elif kind == "choice":
             _check_choices(location, value)
         elif kind == "regex":
             _check_regex(location, value, totals)
@@ -97,7 +110,7 @@ def check_constraints(body: Mapping[str, Any]) -> None:
                 _check_loops(location, root)
 
 
-def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[Path, str, Any]]:
+def _constraints(body: Mapping[str, Any], compiled_tools: bool) -> Iterator[tuple[Path, str, Any]]:
     """Yield path, kind and value of each constraint of a request."""
     outputs = body.get("structured_outputs")
     for name, value in outputs.items() if isinstance(outputs, dict) else ():
@@ -109,13 +122,28 @@ def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[Path, str, Any]]:
     for path in _FORMAT_PATHS:
         if (value := _at(body, path)) is not None:
             yield path, "format", value
-    tools = body.get("tools")
-    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+    all_compiled = compiled_tools or requires_tool(body.get("tool_choice"))
+    for place, tool in _tools(("tools",), body):
+        kind = "schema" if all_compiled or _is_strict(tool) else "uncompiled"
         for path in _TOOL_SCHEMA_PATHS:
             if (value := _at(tool, path)) is not None:
-                yield ("tools", i, *path), "schema", value
+                yield (*place, *path), kind, value
         if (value := _at(tool, ("format",))) is not None:  # a tool that takes a text with a grammar
-            yield ("tools", i, "format"), "format", value
+            yield (*place, "format"), "format", value
+
+
+def _tools(path: Path, owner: Any) -> Iterator[tuple[Path, Any]]:
+    """Yield all tools of a request, or of a namespace of tools, each with its path."""
+    tools = _at(owner, ("tools",))
+    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+        yield (*path, i), tool
+        if len(path) == 1:
+            yield from _tools((*path, i, "tools"), tool)
+
+
+def _is_strict(tool: Any) -> bool:
+    """Return whether vLLM holds the model to the schema of a tool, although it need not call it."""
+    return any(_at(tool, path) not in (None, False) for path in _STRICT_PATHS)
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:
@@ -187,6 +215,26 @@ def _schemas_of_format(value: Any) -> Iterator[Any]:
     structures = _at(value, ("structures",))
     for structure in structures if isinstance(structures, list) else ():
         yield _at(structure, ("schema",))
+
+
+def _check_size(location: str, schema: Any, totals: _Totals) -> None:
+    """Check the size of a schema that is not compiled."""
+    totals.uncompiled_bytes += len(msgspec.json.encode(schema))
+    if totals.uncompiled_bytes > MAX_TOOL_BYTES:
+        raise over_budget(
+            "schema", location, totals.uncompiled_bytes, MAX_TOOL_BYTES, "bytes (all tools before it counted)",
+            "send smaller schemas, or fewer tools",
+        )  # fmt: skip
+    level = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        totals.uncompiled_nodes += len(level)
+        if totals.uncompiled_nodes > MAX_TOOL_NODES:
+            hint = "send a smaller schema, or fewer tools"
+            raise over_budget("schema", location, totals.uncompiled_nodes, MAX_TOOL_NODES, "values (all tools counted)", hint)
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return
+    raise over_budget("schema", location, MAX_SCHEMA_DEPTH + 1, MAX_SCHEMA_DEPTH, "levels", "nest it less")
 
 
 def _check_loops(location: str, schema: Any) -> None:

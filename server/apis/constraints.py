@@ -16,9 +16,11 @@ def constraint_field(body: Mapping[str, Any]) -> str | None:
             value = value.get(name) if isinstance(value, dict) else None
         if value is not None and not (isinstance(value, dict) and value.get("type") in _FREE_FORMATS):
             return ".".join(path)
-    return "tools" if body.get("tools") and _requires_tool(body.get("tool_choice")) else None
+    return "tools" if body.get("tools") and requires_tool(body.get("tool_choice")) else None
 
 
-def _requires_tool(choice: Any) -> bool:
+def requires_tool(choice: Any) -> bool:
     """Return whether a response must call a tool: `required`, or in an object a tool's name or Anthropic's `any`."""
-    return choice == "required" or (isinstance(choice, dict) and choice.get("type") not in ("auto", "none"))
+    if isinstance(choice, dict):
+        return choice.get("type") not in ("auto", "none")  # without a type, it is the name of a tool
+    return choice not in (None, "auto", "none")

@@ -35,12 +35,14 @@ class RequestPolicy:
         router: Router settings of requests that do not set `vir`.
         allow_vir: Whether a request may set `vir`.
         max_sequences: Maximum number of sequences that a request generates.
+        compiled_tools: Whether vLLM compiles the schemas of tools that the model need not call, too.
     """
 
     max_images: int
     router: pb.Router = field(default_factory=pb.Router)
     allow_vir: bool = True
     max_sequences: int = 128
+    compiled_tools: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A permit is taken when the body has arrived and been checked: a caller that send
 """
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -32,6 +33,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 _BYTES_PER_VALUE = 100
 """Memory of a decoded value: an empty list takes 56 bytes, an object with one field about 200, for three separators."""
+_IPV6_PREFIX_BITS = 64
 _MANY_VALUES = 20_000
 """Values from which on a body is checked in a thread: it takes more than about 10 ms."""
 
@@ -49,7 +51,9 @@ class ApiHandlers:
             relative_threshold=options.vir_relative_threshold,
             absolute_threshold=options.vir_absolute_threshold,
         )
-        self._policy = RequestPolicy(options.max_images, router, options.allow_vir, options.max_sequences)
+        self._policy = RequestPolicy(
+            options.max_images, router, options.allow_vir, options.max_sequences, options.compiled_tools
+        )
 
     def endpoint(self, api: Api) -> Endpoint:
         """Return the endpoint of an API."""
@@ -67,14 +71,15 @@ class ApiHandlers:
         async with AsyncExitStack() as resources:
             caller = self._authenticator.authenticate(request.headers)
             timeout = request_timeout(request.headers, self._options.request_timeout)
-            deadline, fields = time.monotonic() + timeout, api.max_tokens_fields
-            flow = _flow(request, caller)
+            deadline = time.monotonic() + timeout
+            flow = _flow(request, caller, has_keys=self._options.api_key is not None)
             salt = self._authenticator.cache_salt(caller) if api.generates_text else None
             self._admission.check_any_left()
             memory = resources.enter_context(self._admission.body_memory())
             context = RequestContext(
-                caller, flow, api.path, api.error_format, stats, deadline, resources, memory.add, fields, salt
-            )
+                caller, flow, api.path, api.error_format, stats, deadline, resources, memory.add,
+                api.max_tokens_fields, api.default_max_tokens, salt,
+            )  # fmt: skip
             try:
                 async with asyncio.timeout(timeout):
                     with self._metrics.stage("receive", stats):
@@ -102,9 +107,22 @@ class ApiHandlers:
         return await asyncio.to_thread(api.parse, raw, self._policy)
 
 
-def _flow(request: Request, caller: bytes) -> str:
-    """Return who shares capacity fairly with others: the caller's credentials, or its address if it has none."""
-    has_credentials = "authorization" in request.headers or "x-api-key" in request.headers
-    if has_credentials or request.client is None:
+def _flow(request: Request, caller: bytes, *, has_keys: bool) -> str:
+    """Return who shares capacity fairly with others: the owner of an API key, or an address if there are no keys.
+
+    Without keys, credentials are free to choose: a caller with many of them would be many callers.
+    """
+    if has_keys:
         return caller.hex()[:32]
-    return request.client.host
+    return _network(request.client.host) if request.client else ""
+
+
+def _network(host: str) -> str:
+    """Return an address; for IPv6 its network of 64 bits, all of which one machine has."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a trusted proxy may write what it likes
+        return host
+    if isinstance(address, ipaddress.IPv4Address) or address.ipv4_mapped:
+        return host
+    return str(ipaddress.IPv6Network((int(address), _IPV6_PREFIX_BITS), strict=False))

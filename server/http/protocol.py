@@ -78,6 +78,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _unsent_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+    _cancel_handshake: Callable[[], object]
 
     def __init__(self, connections: Connections, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -93,9 +94,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    def start_handshake(self, cancel: Callable[[], object]) -> None:
+        """Start to wait for the end of a TLS handshake, which `cancel` ends: until then there is no transport."""
+        self._cancel_handshake, self.waiting_since = cancel, self.loop.time()
+
     def give_way(self) -> None:
         """Close the connection at once."""
-        self.transport.abort()
+        if self.transport is None:
+            self._cancel_handshake()
+        else:
+            self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer of the first head, or refuse the connection."""

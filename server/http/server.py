@@ -16,6 +16,8 @@ from typing import Any
 import uvicorn
 
 from common.security import TlsClock, TlsFiles
+from server.http.connections import Connections
+from server.http.tls import TlsListener
 from server.shutdown import Shutdown
 
 log = logging.getLogger(__name__)
@@ -30,9 +32,16 @@ class GracefulServer(uvicorn.Server):
     """Drains when a method is called. Its process handles signals: uvicorn's server would end by the signal that it got."""
 
     def __init__(
-        self, config: uvicorn.Config, shutdown: Shutdown, delay: float, grace: float, tls: TlsFiles | None = None
+        self,
+        config: uvicorn.Config,
+        connections: Connections,
+        shutdown: Shutdown,
+        delay: float,
+        grace: float,
+        tls: TlsFiles | None = None,
     ) -> None:
         super().__init__(config)
+        self._connections = connections
         self._tls_clock = TlsClock(tls)
         self._shutdown, self._delay, self._grace = shutdown, min(delay, grace), grace
         self._grace_over = asyncio.Event()
@@ -79,6 +88,19 @@ class GracefulServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the process. uvicorn calls this method."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on the sockets. uvicorn calls this method; with TLS, it shall not accept connections itself."""
+        if self.config.ssl is None or not sockets:
+            await super().startup(sockets)
+            return
+        await super().startup([])
+        listener: Any = TlsListener(sockets, self.config.ssl, self._create_protocol, self._connections)
+        self.servers.append(listener)  # uvicorn closes all of them
+
+    def _create_protocol(self) -> Any:
+        protocol: Any = self.config.http_protocol_class
+        return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=None)
 
     async def on_tick(self, counter: int) -> bool:
         """Read the certificate again once it has been replaced. uvicorn calls this method ten times a second."""

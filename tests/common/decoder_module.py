@@ -31,6 +31,10 @@ def _decode(arguments: dict[str, Any], data: bytes, output: BufferedWriter) -> d
         case "spin":
             while True:
                 pass
+        case "work":
+            end = time.process_time() + float(data)
+            while time.process_time() < end:
+                pass
         case "sleep":
             time.sleep(600)
         case "allocate":

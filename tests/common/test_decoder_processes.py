@@ -84,7 +84,7 @@ def test_errors_for_the_caller_keep_their_class_and_others_do_not(processes: Dec
     ("action", "reason", "factor", "message"),
     [
         ("spin", "cpu", 1000, "takes more than 0.2 s of CPU time to decode .--decode-timeout"),
-        ("sleep", "time", 5, "was not decoded within 1 s .--decode-timeout"),
+        ("sleep", "time", 5, "makes no progress: it was not decoded within 1 s .--decode-timeout"),
     ],
 )
 def test_a_file_that_takes_too_long_ends_its_process(
@@ -102,6 +102,31 @@ def test_a_file_that_takes_too_long_ends_its_process(
     assert ends(metrics) == {reason: 1}
     assert processes.pids == []
     assert run(processes, "copy", b"next")[1] == b"next"
+
+
+def test_a_file_may_take_long_while_its_process_gets_some_of_a_busy_cpu(
+    processes: DecoderProcesses, metrics: DecoderMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.decoder_processes._WALL_FACTOR", 0.01)
+    started = time.monotonic()
+    assert run(processes, "work", b"3")[0] == {}
+    assert time.monotonic() - started > 2 * 0.01 * LONG_SECONDS
+    assert ends(metrics) == {}
+
+
+def test_a_process_that_is_stopped_makes_no_progress(
+    processes: DecoderProcesses, metrics: DecoderMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(processes, "copy")
+    monkeypatch.setattr("common.decoder_processes._WALL_FACTOR", 0.01)
+    call = Call()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run, processes, "spin", call=call)
+        wait_until(lambda: call.cpu_seconds() > 1.5)
+        os.kill(processes.pids[0], signal.SIGSTOP)
+        with pytest.raises(errors.InvalidImage, match="makes no progress"):
+            future.result(60)
+    assert ends(metrics) == {"time": 1}
 
 
 @pytest.mark.parametrize("action", ["allocate", "write"])

@@ -36,6 +36,7 @@ _OPTIONS = (  # option, answer, budget
     ("request_timeout", "504", ""),
     ("max_json_values", "400", "json_values"),
     ("max_sequences", "400", "sequences"),
+    ("max_output_tokens", "400", "output_tokens"),
     ("max_prompt_characters", "400", "prompt_characters"),
     ("max_images", "400", ""),
     ("max_image_bytes", "400", ""),
@@ -49,11 +50,13 @@ _CONSTRAINTS = (  # what, bound, budget
     ("choices of structured output", constraint.MAX_CHOICES, "choices"),
     ("characters of all choices", constraint.MAX_CHOICE_CHARACTERS, "choices"),
     ("bytes of a JSON schema", constraint.MAX_SCHEMA_BYTES, "schema"),
-    ("objects, lists and values in all schemas of a request, those of tools included", constraint.MAX_SCHEMA_NODES, "schema"),
+    ("objects, lists and values in all schemas of a request", constraint.MAX_SCHEMA_NODES, "schema"),
     ("levels of a schema", constraint.MAX_SCHEMA_DEPTH, "schema"),
     ("`properties` of one object of a schema", constraint.MAX_SCHEMA_PROPERTIES, "schema"),
     ("values in all `enum` of a schema", constraint.MAX_ENUM_VALUES, "schema"),
     ("`minItems`, `maxLength` and the like", constraint.MAX_REPETITIONS, "schema"),
+    ("bytes of all schemas of tools that vLLM does not compile", constraint.MAX_TOOL_BYTES, "schema"),
+    ("objects, lists and values in them", constraint.MAX_TOOL_NODES, "schema"),
     ("characters of a regular expression, those in schemas included", constraint.MAX_REGEX_CHARACTERS, "regex"),
     ("elements of a regular expression, its repetitions written out", constraint.MAX_REGEX_SIZE, "regex"),
     ("`*`, `+` and `{n,}` of a regular expression, likewise", constraint.MAX_REGEX_LOOPS, "regex"),
@@ -108,12 +111,17 @@ def _row(what: str, bound: str, option: str, answer: str, budget: str) -> str:
 
 _NOTES = f"""* `--max-in-flight` counts sequences: `n`, or the width of a beam search, times the prompts. One permit in eight is
   kept for callers that hold few, unless `--api-key` makes all callers one.
+* A request with several sequences counts for `--max-output-tokens` each of them with its maximum of tokens, or with the
+  model's context if it sets none (16 tokens in `/v1/completions`).
 * A permit is taken when the body is complete and checked. Until then a request holds its connection and the memory of its body.
 * A body may fall behind `--min-body-rate` for {body.GRACE_SECONDS:g} s. A caller that reads less than
   {protocol.MIN_READ_RATE} bytes per second of a response in {protocol.STALL_TIMEOUT_SECONDS:g} s is disconnected.
 * A prompt, with all other texts of its request, has {CHARACTERS_PER_TOKEN} characters for each token of the model's context, or
   {UNKNOWN_CONTEXT_CHARACTERS:,} if vLLM does not report it; several prompts have at most {MAX_LONG_PROMPTS} times as many.
 * JSON values are counted by commas, colons and brackets, those in texts included.
+* The schema of a tool is compiled, and bounded like others, if `tool_choice` is `required` or names a tool, or if the tool is
+  `strict`. Otherwise it is only a part of the prompt. vLLM compiles such schemas too with
+  `--tool-strict-level` or the tool parsers of Mistral and GLM: set `--compiled-tools` then.
 * A schema that refers to itself without an end, and a grammar with a rule that never ends, are errors too.
 """
 

@@ -122,6 +122,24 @@ def test_structured_output_and_tools_are_forwarded(golden: Golden, served: Serve
     assert "auto" in rejected.error["message"], "vLLM's message: it was started without a tool parser"
 
 
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"type": "string", "pattern": "((a{1,100}){1,100}){1,100}"}])
+def test_vllm_compiles_no_schema_of_a_tool_that_the_model_is_free_to_call(golden: Golden, schema: dict[str, Any]) -> None:
+    """The gateway relies on it: such schemas have larger bounds (`server/apis/constraint_budgets.py`)."""
+    function = {"name": "look", "parameters": schema}
+    free: list[dict[str, Any]] = [{}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"parallel_tool_calls": False}]
+    forced: list[Any] = ["required", {"type": "function", "function": {"name": "look"}}]
+    for fields in free:
+        for strict in ({}, {"strict": False}):
+            tool = {"type": "function", "function": {**function, **strict}}
+            body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "tools": [tool], **fields}
+            answer = request(f"{golden.vllm_url}/v1/chat/completions", json.dumps(body).encode())
+            assert answer.status == 200, answer.text
+            assert golden.flash.chat("x", tools=[tool], max_tokens=4, **fields).status == 200
+    for choice in forced:
+        tools = [{"type": "function", "function": function}]
+        assert golden.flash.chat("x", tools=tools, max_tokens=4, tool_choice=choice).status == 400
+
+
 def test_streams_end_with_usage_when_requested(served: Served) -> None:
     text = served.chat(SQUARE, "x", stream=True, stream_options={"include_usage": True}).text
     events = [line.removeprefix("data: ") for line in text.splitlines() if line]

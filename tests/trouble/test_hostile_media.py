@@ -210,6 +210,21 @@ async def test_an_image_that_takes_too_long_ends_its_process_and_no_other(serve:
         await server.assert_serves()
 
 
+async def test_a_good_image_is_served_however_slow_the_machine_is(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes many times the time after which its process must have made progress."""
+    monkeypatch.setattr("common.decoder_processes._WALL_FACTOR", 1e-3)
+    monkeypatch.setattr("common.decoder_processes._MIN_CPU_SHARE", 0.0)
+    vision, running = serve(decode_timeout=20)
+    async with running as (stack, _):
+        server = Server(stack, vision)
+        response = await server.post(save(Image.new("RGB", (8000, 8000), (1, 2, 3)), "PNG"))
+        assert response.status == 200, response.body
+        assert sum(server.ends(reason) for reason in ("cpu", "time", "crash", "memory")) == 0
+        await server.assert_serves()
+
+
 async def test_an_image_that_needs_too_much_memory_is_refused(serve: Callable[..., Any]) -> None:
     vision, running = serve(memory_bytes=64 << 20)
     async with running as (stack, _):

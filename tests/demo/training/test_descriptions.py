@@ -1,11 +1,13 @@
 """Open questions: only rows are trained that no other question about an image depends on."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from demo.batches.conversations import conversation_batch
+from demo.batches.types import ConversationBatch
 from demo.scenes.style import Style
 from demo.text.small_talk import DESCRIPTION_QUESTIONS
 from demo.text.tokenizer import DemoTokenizer
@@ -31,7 +33,7 @@ def test_each_open_question_has_a_cue(tokenizer: DemoTokenizer) -> None:
 def test_all_other_weights_stay_what_they_are(tmp_path: Path) -> None:
     run = TrainingRun(tmp_path, seed=1, workers=0)
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-    stage = Stage("descriptions", 2, 1e-2, lambda run, stage: learn_descriptions(run, stage, batch_of_two))
+    stage = Stage("descriptions", 2, 1e-2, partial(learn_descriptions, make_batch=batch_of_two))
     stage.train(run, stage)
     after = dict(run.model.named_parameters())
     changed = {name for name, parameter in before.items() if not torch.equal(parameter, after[name])}
@@ -45,5 +47,5 @@ def test_all_other_weights_stay_what_they_are(tmp_path: Path) -> None:
         assert len(different) >= 8
 
 
-def batch_of_two(rng: np.random.Generator, tokenizer: DemoTokenizer) -> object:
+def batch_of_two(rng: np.random.Generator, tokenizer: DemoTokenizer) -> ConversationBatch:
     return conversation_batch(rng, tokenizer, TINY, tile_budget=2, labelled=False, pair_share=0, descriptions=True)

@@ -156,6 +156,22 @@ def test_an_invalid_url_is_an_error(url: str, capsys: pytest.CaptureFixture[str]
     assert re.fullmatch(r"dvd plan: '.*': expected http://HOST:PORT of a gateway\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hunter2@127.0.0.1:9", "http://user:hunter2@127.0.0.1", "https://hunter2@gateway", "http://:hunter2@gateway",
+        "http://gateway/?token=hunter2", "http://gateway#hunter2@", "http://user:hunter2@", "user:hunter2@gateway:8000",
+        "ftp://user:hunter2@gateway", "http://user:hunter2@[::1", "http://user:hunter2＠gateway",
+    ],
+)  # fmt: skip
+def test_no_error_repeats_a_password(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--from", url]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("dvd plan: '")
+    assert "hunter2" not in message
+    assert message.count("\n") == 1
+
+
 def test_a_server_that_does_not_answer_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     assert main(["--from", url]) == 1

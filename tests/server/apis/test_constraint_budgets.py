@@ -9,7 +9,10 @@ from server.apis import constraint_budgets as budgets
 
 
 def tools(count: int, field: str, text: str) -> dict[str, Any]:
-    return {"tools": [{"type": "function", "function": {"name": "f", "parameters": {field: text}}}] * count}
+    return {
+        "tool_choice": "required",
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {field: text}}}] * count,
+    }
 
 
 @pytest.mark.parametrize(

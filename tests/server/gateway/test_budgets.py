@@ -1,7 +1,9 @@
 """Budgets of a request, each at its edge: what is at the bound is served, one more is rejected with the field and the bound."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +30,14 @@ CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completion
 async def bounded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
     """A gateway whose model has a known context."""
     limits: dict[str, Any] = {"max_sequences": SEQUENCES, "max_json_values": JSON_VALUES}
-    async with start_stack(tmp_path_factory.mktemp("budgets"), **limits) as running:
+    async with start_bounded(tmp_path_factory.mktemp("budgets"), **limits) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def start_bounded(folder: Path, **options: Any) -> AsyncIterator[Stack]:
+    """Starts a gateway that knows its model's context."""
+    async with start_stack(folder, **options) as running:
         running.engine.models["data"][0]["max_model_len"] = CONTEXT
 
         async def is_known() -> bool:
@@ -253,20 +262,53 @@ PLACES: dict[str, tuple[str, dict[str, Any], str]] = {
     "guided_regex": (CHAT, {"guided_regex": "(a{1,100}){1,100}"}, "guided_regex"),
     "tool of a chat": (
         CHAT,
-        {"tools": [{"type": "function", "function": {"name": "a", "parameters": LARGE}}]},
+        {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "a", "parameters": LARGE}}]},
+        "tools[0].function.parameters.pattern",
+    ),
+    "strict tool of a chat": (
+        CHAT,
+        {"tools": [{"type": "function", "function": {"name": "a", "strict": True, "parameters": LARGE}}]},
         "tools[0].function.parameters.pattern",
     ),
     "tool of a response": (
         RESPONSES,
-        {"tools": [{"type": "function", "name": "a", "parameters": LARGE}]},
+        {
+            "tool_choice": {"type": "function", "name": "a"},
+            "tools": [{"type": "function", "name": "a", "parameters": LARGE}],
+        },
         "tools[0].parameters.pattern",
+    ),
+    "tool of a namespace": (
+        RESPONSES,
+        {
+            "tool_choice": "required",
+            "tools": [{"type": "namespace", "name": "a", "tools": [{"type": "function", "name": "b", "parameters": LARGE}]}],
+        },
+        "tools[0].tools[0].parameters.pattern",
+    ),
+    "tool with a grammar": (
+        RESPONSES,
+        {
+            "tools": [
+                {
+                    "type": "custom",
+                    "name": "a",
+                    "format": {"type": "grammar", "syntax": "regex", "definition": 'root ::= (("a"{100}){100}){100}'},
+                }
+            ]
+        },
+        "tools[0].format.definition",
     ),
     "format of a response": (
         RESPONSES,
         {"text": {"format": {"type": "json_schema", "name": "a", "schema": LARGE}}},
         "text.format.pattern",
     ),
-    "tool of a message": (MESSAGES, {"tools": [{"name": "a", "input_schema": LARGE}]}, "tools[0].input_schema.pattern"),
+    "tool of a message": (
+        MESSAGES,
+        {"tool_choice": {"type": "any"}, "tools": [{"name": "a", "input_schema": LARGE}]},
+        "tools[0].input_schema.pattern",
+    ),
     "format of a message": (
         MESSAGES,
         {"output_config": {"format": {"type": "json_schema", "schema": LARGE}}},
@@ -291,6 +333,70 @@ async def test_constraints_are_checked_wherever_they_are(bounded: Stack, path: s
     assert (response.status, error["param"], error["code"]) == (400, param, "budget_exceeded")
     assert "10000" in error["message"]
     assert len(bounded.engine.requests) == before
+
+
+REAL_SCHEMAS: dict[str, Any] = {
+    "pattern": {"type": "string", "pattern": "^.{1,4096}$"},
+    "maxLength": {"type": "string", "maxLength": 200_000},
+    "enum": {"enum": [f"city {i}" for i in range(20_000)]},
+    "properties": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}},
+    "itself": {"$ref": "#"},
+}
+"""Schemas of tools that vLLM does not compile unless the model must call them."""
+
+
+@pytest.mark.parametrize("schema", REAL_SCHEMAS.values(), ids=REAL_SCHEMAS)
+async def test_schemas_that_are_not_compiled_may_say_more(bounded: Stack, schema: Any) -> None:
+    function = {"name": "a", "parameters": schema}
+    tools = [{"type": "function", "function": function}]
+    message = {**chat("a"), "max_tokens": 4, "tools": [{"name": "a", "input_schema": schema}]}
+    free: tuple[dict[str, Any], ...] = ({}, {"tool_choice": None}, {"tool_choice": "auto"}, {"tool_choice": "none"})
+    for choice in free:
+        assert (await bounded.chat("a", tools=tools, **choice)).status == 200
+    assert (await bounded.post({**message, "tool_choice": {"type": "auto"}}, path=MESSAGES)).status == 200
+    before = len(bounded.engine.requests)
+    forced: tuple[dict[str, Any], ...] = (
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "a"}}},
+        {"tool_choice": {"function": {"name": "a"}}},
+        {"tools": [{"type": "function", "function": {**function, "strict": True}}]},
+        {"tools": [{"type": "function", "function": {**function, "strict": "true"}}]},
+    )
+    for choice in forced:
+        response = await bounded.chat("a", **{"tools": tools, **choice})
+        assert (response.status, response.error["code"] in ("budget_exceeded", "invalid_request")) == (400, True)
+    assert (await bounded.post({**message, "tool_choice": {"type": "tool", "name": "a"}}, path=MESSAGES)).status == 400
+    assert len(bounded.engine.requests) == before
+
+
+async def test_an_operator_can_say_that_all_schemas_are_compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    async with start_stack(tmp_path_factory.mktemp("compiled"), compiled_tools=True) as stack:
+        for schema in REAL_SCHEMAS.values():
+            tools = [{"type": "function", "function": {"name": "a", "parameters": schema}}]
+            assert (await stack.chat("a", tools=tools)).status == 400
+        assert (await stack.chat("a", tools=[{"type": "function", "function": {"name": "a"}}])).status == 200
+
+
+TOOL_LIMITS: dict[str, tuple[Any, Any, int]] = {
+    "bytes": (padded(constraint.MAX_TOOL_BYTES), padded(constraint.MAX_TOOL_BYTES + 1), constraint.MAX_TOOL_BYTES),
+    "levels": (nested(constraint.MAX_SCHEMA_DEPTH), nested(constraint.MAX_SCHEMA_DEPTH + 1), constraint.MAX_SCHEMA_DEPTH),
+    "values": (
+        {"x": [0] * (constraint.MAX_TOOL_NODES - 2)},
+        {"x": [0] * (constraint.MAX_TOOL_NODES - 1)},
+        constraint.MAX_TOOL_NODES,
+    ),
+}
+
+
+@pytest.mark.parametrize(("good", "bad", "limit"), TOOL_LIMITS.values(), ids=TOOL_LIMITS)
+async def test_schemas_that_are_not_compiled_are_bounded_too(
+    tmp_path_factory: pytest.TempPathFactory, good: Any, bad: Any, limit: int
+) -> None:
+    def body(schema: Any) -> dict[str, Any]:
+        return {**chat("a"), "tools": [{"type": "function", "function": {"name": "a", "parameters": schema}}]}
+
+    async with start_stack(tmp_path_factory.mktemp("tools"), max_prompt_characters=2 * constraint.MAX_TOOL_BYTES) as stack:
+        await assert_edge(stack, CHAT, body(good), body(bad), "tools[0].function.parameters", limit)
 
 
 @pytest.mark.parametrize(
@@ -370,15 +476,71 @@ async def test_the_number_of_sequences(bounded: Stack, path: str, good: Any, bad
     await assert_edge(bounded, path, good, bad, param, SEQUENCES)
 
 
+@pytest.mark.parametrize("width", ["12", "many", "1e9", 1.5, [1], {}])
+@pytest.mark.parametrize("field", ["n", "best_of"])
+async def test_a_number_of_sequences_is_no_text(bounded: Stack, field: str, width: Any) -> None:
+    """vLLM reads numbers in texts, which would be counted nowhere."""
+    before = len(bounded.engine.requests)
+    response = await bounded.chat("a", **{field: width})
+    assert (response.status, response.error["param"], response.error["code"]) == (400, field, "invalid_request")
+    assert len(bounded.engine.requests) == before
+    for good in (None, 2, 2.0, True):
+        assert (await bounded.post({**chat("a"), field: good})).status == 200
+
+
+OUTPUT_TOKENS = 40_000
+OUTPUT_EDGES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "chat": (CHAT, {**chat("a"), "n": 8, "max_tokens": 5000}, {**chat("a"), "n": 8, "max_tokens": 5001}, "max_tokens"),
+    "first field": (
+        CHAT,
+        {**chat("a"), "n": 8, "max_completion_tokens": 5000, "max_tokens": 9000},
+        {**chat("a"), "n": 8, "max_completion_tokens": 5001, "max_tokens": 1},
+        "max_completion_tokens",
+    ),
+    "the rest of the context": (CHAT, chat("a"), {**chat("a"), "n": 2}, "max_completion_tokens"),
+    "null": (CHAT, chat("a", max_tokens=None), {**chat("a", max_tokens=None), "n": 2}, "max_completion_tokens"),
+    "a text": (CHAT, chat("a", max_tokens="9999"), {**chat("a", max_tokens="9999"), "n": 2}, "max_tokens"),
+    "less than nothing": (CHAT, chat("a", max_tokens=-1), {**chat("a", max_tokens=-1), "n": 2}, "max_tokens"),
+    "prompts": (
+        COMPLETIONS,
+        {"prompt": ["a"] * 4, "n": 2, "max_tokens": 5000},
+        {"prompt": ["a"] * 5, "n": 2, "max_tokens": 5000},
+        "max_tokens",
+    ),
+    "16 tokens": (COMPLETIONS, {"prompt": ["a"] * 12}, {"prompt": ["a"] * 12, "max_tokens": 3334}, "max_tokens"),
+}
+
+
+@pytest.fixture(scope="module")
+async def short(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """A gateway whose requests may generate few tokens."""
+    async with start_bounded(tmp_path_factory.mktemp("short"), max_output_tokens=OUTPUT_TOKENS) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("path", "good", "bad", "param"), OUTPUT_EDGES.values(), ids=OUTPUT_EDGES)
+async def test_the_number_of_tokens_of_all_sequences(short: Stack, path: str, good: Any, bad: Any, param: str) -> None:
+    await assert_edge(short, path, good, bad, param, OUTPUT_TOKENS)
+
+
+async def test_what_a_normal_service_does_has_few_enough_tokens(bounded: Stack) -> None:
+    assert (await bounded.chat("a", n=8, max_tokens=4096)).status == 200
+    assert (await bounded.chat("a", n=8)).status == 200
+    assert (await bounded.post({"prompt": ["a"] * SEQUENCES, "max_tokens": CONTEXT}, path=COMPLETIONS)).status == 200
+
+
 async def test_sequences_take_permits(tmp_path_factory: pytest.TempPathFactory) -> None:
-    async with start_stack(tmp_path_factory.mktemp("permits"), max_in_flight=40) as stack:
+    async with start_stack(tmp_path_factory.mktemp("permits"), max_in_flight=40, trusted_proxies=["127.0.0.1"]) as stack:
         stack.engine.respond = hang
-        many = [await stack.start_chat(chat("a", n=15), "Authorization: Bearer greedy\n") for _ in range(2)]
+        many = [
+            await stack.start_chat(chat("a", n=15), f"X-Forwarded-For: 203.0.113.1\nAuthorization: Bearer {i}\n")
+            for i in range(2)
+        ]
         await stack.wait_for_metric("dvd_requests_in_flight", 30)
-        greedy = {"Authorization": "Bearer greedy"}
+        greedy = {"X-Forwarded-For": "203.0.113.1", "Authorization": "Bearer another key"}
         assert (await stack.chat("a", n=8, headers=greedy)).status == 429, "the last ones are kept for others"
         before = len(stack.engine.requests)
-        other = await stack.start_chat(chat("a", n=4), "Authorization: Bearer other\n")
+        other = await stack.start_chat(chat("a", n=4), "X-Forwarded-For: 203.0.113.2\n")
         await wait_until(lambda: len(stack.engine.requests) == before + 1, "another caller's request is served")
         for _, writer in (*many, other):
             writer.close()

@@ -74,11 +74,11 @@ async def test_the_deadline_reaches_the_vision_worker(stack: Stack) -> None:
 
 
 async def test_a_caller_with_much_to_do_does_not_delay_another(tmp_path: Path, vision: FakeVisionWorker) -> None:
-    async with start_stack(tmp_path, [vision], max_queue_seconds=60.0) as stack:
-        many = asyncio.create_task(send_images(stack, range(60), Authorization="Bearer many"))
+    async with start_stack(tmp_path, [vision], max_queue_seconds=60.0, trusted_proxies=["127.0.0.1"]) as stack:
+        many = asyncio.create_task(send_images(stack, range(60), **{"X-Forwarded-For": "203.0.113.1"}))
         await wait_until(lambda: len(vision.calls) > 2, "images are being encoded")
         before = len(vision.calls)
-        (one,) = await send_images(stack, range(100, 101), Authorization="Bearer one")
+        (one,) = await send_images(stack, range(100, 101), **{"X-Forwarded-For": "203.0.113.2"})
         assert one.status == 200
         callers = [call.caller for call in vision.calls]
         other = next(i for i, caller in enumerate(callers) if caller != callers[0])

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.server.fakes.requests import image_part
 from tests.server.fakes.stack import Stack, start_stack
 from tests.server.gateway.helpers import A
@@ -74,6 +76,38 @@ FORWARDED = {"X-Forwarded-For": "203.0.113.7", "Forwarded": "for=203.0.113.7", "
 async def test_a_caller_cannot_choose_its_address(stack: Stack) -> None:
     await stack.chat(image_part(A), headers=FORWARDED)
     assert stack.vision.calls[-1].caller == "127.0.0.1"
+
+
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key"])
+async def test_a_caller_cannot_have_more_turns_by_sending_more_keys(stack: Stack, name: str) -> None:
+    for key in ("Bearer a", "Bearer b", "c"):
+        await stack.chat(image_part(A), headers={name: key})
+        assert stack.vision.calls[-1].caller == "127.0.0.1"
+
+
+async def test_with_an_api_key_its_owner_is_the_caller(tmp_path: Path) -> None:
+    proxies: dict[str, Any] = {"trusted_proxies": ["127.0.0.1"], "api_key": "hunter2"}
+    async with start_stack(tmp_path, **proxies) as stack:
+        for address in ("203.0.113.1", "203.0.113.2"):
+            await stack.chat(image_part(A), headers={"x-api-key": "hunter2", "X-Forwarded-For": address, "X": address})
+        assert len({call.caller for call in stack.vision.calls}) == 1
+        assert "203" not in stack.vision.calls[-1].caller
+
+
+@pytest.mark.parametrize(
+    ("address", "caller"),
+    [
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("::ffff:203.0.113.7", "::ffff:203.0.113.7"),
+        ("nonsense", "nonsense"),
+    ],
+)
+async def test_a_network_of_ipv6_is_one_caller(tmp_path: Path, address: str, caller: str) -> None:
+    async with start_stack(tmp_path, trusted_proxies=["127.0.0.1"]) as stack:
+        await stack.chat(image_part(A), headers={"X-Forwarded-For": address})
+        assert stack.vision.calls[-1].caller == caller
 
 
 async def test_a_trusted_proxy_names_the_callers_address(tmp_path: Path) -> None:

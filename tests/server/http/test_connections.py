@@ -208,6 +208,42 @@ async def test_an_error_without_a_request_is_json_and_names_its_request() -> Non
         assert json.loads(body)["error"]["code"] == "invalid_request"
 
 
+class Waiting:
+    """A connection that waits since a time, as `Connections` sees it."""
+
+    def __init__(self, since: float) -> None:
+        self.waiting_since, self.is_waiting_for_request, self.is_closed = since, True, False
+
+    def give_way(self) -> None:
+        self.is_closed = True
+
+
+def test_the_order_in_which_connections_give_way_survives_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several are found at once; those that were served since, or began to wait anew, are not the oldest any more."""
+    monkeypatch.setattr("server.http.connections._FOUND_AT_ONCE", 5)
+    connections, all_of_them = Connections(8, 60.0, Metrics()), [Waiting(i) for i in range(8)]
+    for connection in reversed(all_of_them):
+        assert connections.add(connection)
+
+    def closed_by_a_new_one(since: float) -> Waiting:
+        before = {connection for connection in all_of_them if connection.is_closed}
+        all_of_them.append(Waiting(since))
+        assert connections.add(all_of_them[-1])
+        (closed,) = {connection for connection in all_of_them if connection.is_closed} - before
+        return closed
+
+    assert closed_by_a_new_one(100).waiting_since == 0
+    all_of_them[1].is_waiting_for_request = False  # it is being served
+    all_of_them[2].waiting_since = 50  # it was, and is idle again
+    connections.remove(all_of_them[3])
+    all_of_them.append(Waiting(200))
+    assert connections.add(all_of_them[-1])
+    assert [closed_by_a_new_one(300 + i).waiting_since for i in range(5)] == [4, 5, 6, 7, 50]
+    for connection in all_of_them:
+        connection.is_waiting_for_request = False
+    assert not connections.add(Waiting(1)), "all of them are served"
+
+
 def test_half_of_the_descriptors_are_for_other_purposes(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [(256, 1024)]
     monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
