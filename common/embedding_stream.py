@@ -92,9 +92,9 @@ async def deliver(
     call = method(timeout=timeout, metadata=(*(metadata or ()), *base.supported_metadata(transports)))
     try:
         await call.write(header_message(header, grant))
-        answer = dict(await call.initial_metadata())
-        if _WANTED_KEY in answer:
-            if name := await _place(transports, answer, header, data):
+        answer = tuple(await call.initial_metadata())
+        if _WANTED_KEY in dict(answer):
+            if name := await base.place(transports, base.parse_offers(answer), header, data):
                 await call.write(placed_message(name, len(data)))
             else:
                 for message in data_messages(data):
@@ -107,17 +107,6 @@ async def deliver(
         raise
     reply: pb.DeliverReply = await call
     return reply
-
-
-async def _place(
-    transports: Sequence[base.Transport], answer: Mapping[str, Any], header: Header, data: memoryview
-) -> str | None:
-    """Write the values by the first transport that the sink offers and that works. Returns its name; None if none does."""
-    for transport in transports:
-        offer = base.offer_for(transport, answer)
-        if offer is not None and await transport.place(offer, header, data):
-            return transport.name
-    return None
 
 
 async def request_values(context: Any, offers: Mapping[str, str]) -> None:

@@ -30,10 +30,11 @@ from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
 from common.processes import die_with_parent
 from common.security import OPEN, TOKEN_VARIABLE, Credentials, TlsFiles, is_private
-from common.transport import base
+from common.transport import base, local_call
 from common.transport.shared_memory import SharedMemoryReceiver
 from common.transport.tcp_receiver import TcpReceiver
 from lm_worker.incoming import IncomingFile
+from lm_worker.local_calls import LocalCallServer
 from lm_worker.metrics import Metrics
 from lm_worker.shared_memory import default_budget, remove_folder
 from lm_worker.store import Store
@@ -341,6 +342,7 @@ class SinkServer:
         self._receivers: list[base.Receiver] = [SharedMemoryReceiver()] if _has_local_senders(options, credentials) else []
         if self._tcp is not None:
             self._receivers.append(self._tcp)
+        self._local_calls: LocalCallServer | None = None
         self._measuring: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -351,6 +353,10 @@ class SinkServer:
         self._measuring = asyncio.create_task(self._metrics.common.measure_loop_lag())
         if self._tcp is not None:
             await self._tcp.start()
+        path = local_call.socket_path(self._options.listen)
+        if path is not None:
+            self._local_calls = LocalCallServer(path, self._sink, self._credentials)
+            await self._local_calls.start()
         await self._server.start()
         log.info("sink ready on %s, %.1f GiB", self._options.listen, self._store.budget / 2**30)
         return self
@@ -365,6 +371,8 @@ class SinkServer:
         if self._measuring is not None:
             self._measuring.cancel()
         await self._server.stop(_STOP_GRACE_SECONDS)
+        if self._local_calls is not None:
+            await self._local_calls.close()
         if self._tcp is not None:
             await self._tcp.close()
         remove_folder(self._folder)  # a killed language worker cannot remove it

@@ -8,7 +8,9 @@ from typing import Self
 from common import embedding_stream, errors, logs, rpc
 from common.embedding import Header
 from common.security import OPEN, Credentials
+from common.transport import local_call
 from common.transport.base import Transport
+from common.transport.local_call import LocalCalls
 from common.transport.shared_memory import SharedMemoryTransport
 from common.transport.tcp import TcpTransport
 
@@ -20,12 +22,15 @@ IDLE_SECONDS = 600.0
 class _Sink:
     connection: rpc.Connection
     transports: Sequence[Transport]
+    local_calls: LocalCalls | None
     deliveries: int = 0
     """Deliveries in flight."""
     last_used: float = 0.0
 
     async def close(self) -> None:
         await self.connection.close()
+        if self.local_calls is not None:
+            await self.local_calls.close()
         for transport in self.transports:
             await transport.close()
 
@@ -72,13 +77,18 @@ class SinkChannels:
         """
         if is_new := address not in self._sinks:
             transports = self._transports(address, self._credentials)
-            self._sinks[address] = _Sink(rpc.Connection(address, self._credentials), transports)
+            path = local_call.socket_path(address)
+            local_calls = LocalCalls(path) if path and transports else None
+            self._sinks[address] = _Sink(rpc.Connection(address, self._credentials), transports, local_calls)
         sink = self._sinks[address]
         sink.deliveries += 1
         try:
             if is_new:
                 await self._close_idle()
             metadata = (*logs.request_metadata(), *self._credentials.metadata)
+            calls = sink.local_calls
+            if calls and await calls.deliver(header, data, seconds, metadata, grant, sink.transports):
+                return
             with rpc.translate_errors("language worker's sink"):
                 await embedding_stream.deliver(sink.connection.channel, header, data, seconds, metadata, grant, sink.transports)
         except errors.WorkerUnavailable as error:  # otherwise the caller would take it for a failure of this vision worker

@@ -114,7 +114,19 @@ def offer_metadata(offers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple((_OFFER_PREFIX + name, offer) for name, offer in offers.items() if offer.isascii() and offer.isprintable())
 
 
-def offer_for(transport: Transport, metadata: Mapping[str, Any]) -> str | None:
-    """The sink's offer for a transport, from its initial metadata; None if it has none."""
-    offer = metadata.get(_OFFER_PREFIX + transport.name)
-    return offer if isinstance(offer, str) else None
+def parse_offers(metadata: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """The sink's offers by the name of their transport, from its initial metadata."""
+    return {
+        key.removeprefix(_OFFER_PREFIX): offer
+        for key, offer in metadata
+        if key.startswith(_OFFER_PREFIX) and isinstance(offer, str)
+    }
+
+
+async def place(transports: Iterable[Transport], offers: Mapping[str, str], header: Header, data: memoryview) -> str | None:
+    """Write values by the first transport that the sink offers and that works. Returns its name; None if none does."""
+    for transport in transports:
+        offer = offers.get(transport.name)
+        if offer is not None and await transport.place(offer, header, data):
+            return transport.name
+    return None

@@ -30,10 +30,11 @@ ROW_BYTES = WIDTH * 4
 
 TRANSPORTS: dict[str, Callable[[str, Credentials], Sequence[Transport]]] = {
     "shm": lambda *_: [SharedMemoryTransport()],
+    "shm-grpc": lambda *_: [SharedMemoryTransport()],
     "tcp": lambda address, _: [TcpTransport(address)],
     "grpc": lambda *_: [],
 }
-"""What a sender may use, by the name of the transport."""
+"""What a sender may use, by the name of the transport; "shm-grpc": by gRPC calls over loopback, not by local calls."""
 
 
 @dataclass
@@ -68,16 +69,17 @@ def start_sink(
 ) -> Iterator[RunningSink]:
     """A sink that senders reach as `transport` needs it. `folder` becomes its memory."""
     create_folder(folder)
-    listen = f"127.0.0.1:{free_port()}" if transport == "tcp" else f"unix:{folder}.sock"
+    listen = f"127.0.0.1:{free_port()}" if transport in ("tcp", "shm-grpc") else f"unix:{folder}.sock"
+    metrics = f"127.0.0.1:{free_port()}"
     options = SinkOptions(
         model=str(CHECKPOINT), listen=listen, http="unix:/nowhere", dtype="float32", folder=str(folder), budget=budget,
-        lease=lease, metrics_port=free_port(), stall_seconds=stall_seconds,
+        lease=lease, metrics_port=int(metrics.rpartition(":")[2]), stall_seconds=stall_seconds,
     )  # fmt: skip
     environment = {**os.environ, TOKEN_VARIABLE: token} if token else None
     process = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE, env=environment)
     assert process.stdin is not None
     try:
-        while process.poll() is None and not _is_listening(listen):
+        while process.poll() is None and not all(map(_is_listening, (listen, metrics))):
             time.sleep(0.02)
         yield RunningSink(options, process)
         process.stdin.close()
