@@ -86,9 +86,11 @@ class SinkChannels:
             if is_new:
                 await self._close_idle()
             metadata = (*logs.request_metadata(), *self._credentials.metadata)
-            calls = sink.local_calls
+            calls, started = sink.local_calls, time.monotonic()
             if calls and await calls.deliver(header, data, seconds, metadata, grant, sink.transports):
                 return
+            if seconds is not None:
+                seconds -= time.monotonic() - started
             with rpc.translate_errors("language worker's sink"):
                 await embedding_stream.deliver(sink.connection.channel, header, data, seconds, metadata, grant, sink.transports)
         except errors.WorkerUnavailable as error:  # otherwise the caller would take it for a failure of this vision worker
