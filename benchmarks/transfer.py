@@ -55,17 +55,22 @@ def _start_sink(folder: Path, model: Path, listen: str) -> _Process:
     return sink
 
 
-def _run_sender(role: str, *arguments: object) -> Sent:
-    """Run a sender to its end. Raises `RuntimeError` if it fails."""
+def _run_sender(role: str, *arguments: object, sink: _Process | None = None) -> tuple[Sent, float]:
+    """Run a sender to its end, and measure the CPU time of its sink meanwhile. Raises `RuntimeError` if it fails."""
     process = _start_endpoint(role, *arguments)
+    assert process.stdout is not None
+    process.stdout.readline()  # its warm-up is over
+    cpu_at = _cpu_seconds(sink)
     output, _ = process.communicate(timeout=_SENDER_TIMEOUT_SECONDS)
     if process.returncode:
         raise RuntimeError(f"{role} ended with status {process.returncode}")
-    return Sent(**json.loads(output))
+    return Sent(**json.loads(output)), _cpu_seconds(sink) - cpu_at
 
 
-def _cpu_seconds(process: _Process) -> float:
+def _cpu_seconds(process: _Process | None) -> float:
     """CPU time of a running process so far."""
+    if process is None:
+        return 0.0
     fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -145,15 +150,12 @@ def _measure(
     """Figures of one setting, the ratio to the raw socket, and its spread. All are measured in turn."""
     raw, memory, ours, sink_cpu_seconds = list[Sent](), list[Sent](), list[Sent](), list[float]()
     for _ in range(repeats):
-        memory.append(_run_sender("raw-memory", folder, size, total))
-        raw.append(_run_sender("raw-sender", route.raw_address, size, total))
-        before = _cpu_seconds(route.sink)
-        ours.append(
-            _run_sender("sender", route.address, route.transport, fingerprint, size, in_flight, total, _SINK_BUDGET_BYTES)
-        )
-        # the sink's clock cannot be read when the warm-up ends: both parts cost it the same per byte
-        sent = ours[-1].bytes + (_SINK_BUDGET_BYTES // size + 1) * size
-        sink_cpu_seconds.append((_cpu_seconds(route.sink) - before) / sent * 1e9)
+        memory.append(_run_sender("raw-memory", folder, size, total)[0])
+        raw.append(_run_sender("raw-sender", route.raw_address, size, total)[0])
+        sizes = (size, in_flight, total, _SINK_BUDGET_BYTES)
+        sent, cpu_seconds = _run_sender("sender", route.address, route.transport, fingerprint, *sizes, sink=route.sink)
+        ours.append(sent)
+        sink_cpu_seconds.append(cpu_seconds / sent.bytes * 1e9)
     ratio, spread = median_ratio([_rate(each) for each in ours], [_rate(each) for each in raw])
     figures = {
         "GB/s": round(statistics.median(map(_rate, ours)) / 1e9, 2),

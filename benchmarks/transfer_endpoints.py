@@ -6,7 +6,8 @@ Roles and their arguments:
     raw-sender ADDRESS SIZE TOTAL: writes to a raw sink.
     raw-memory FOLDER SIZE TOTAL: copies into mapped files of shared memory, one after another.
 
-SIZE, TOTAL and WARM_UP are bytes. All but the raw sink print `Sent` as JSON. The module imports only what an endpoint needs,
+SIZE, TOTAL and WARM_UP are bytes. All but the raw sink print an empty line when they begin to measure, and at the end `Sent` as
+JSON. The module imports only what an endpoint needs,
 so that processes start quickly.
 """
 
@@ -47,6 +48,7 @@ class Sent:
 def _measured(count: int) -> Iterator[Sent]:
     """Measure the block, in which `count` bytes are sent."""
     sent = Sent(count, 0.0, 0.0)
+    print(flush=True)
     started_at, cpu_at = time.monotonic(), time.process_time()
     yield sent
     sent.seconds, sent.cpu_seconds = time.monotonic() - started_at, time.process_time() - cpu_at

@@ -48,6 +48,8 @@ DRAIN_LINE = b"drain\n"
 
 _GRPC = "grpc"
 """Name of the transport by the call itself, in logs and metrics."""
+_MAX_INLINE_CHECK_BYTES = 256 << 10
+"""Largest embedding that the event loop checks itself after it was placed: a thread would take longer to wake up."""
 _STOP_GRACE_SECONDS = 5.0
 _HANG_SECONDS = 5.0
 """Time after the grace period until a sink that hangs is ended."""
@@ -253,7 +255,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
                 raise errors.DeadlineExceeded(
                     f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_received} came."
                 ) from None
-            if transport != _GRPC:  # what was placed is not checked yet: that would block the event loop
+            if transport != _GRPC and header.length > _MAX_INLINE_CHECK_BYTES:  # it would block the event loop
                 await asyncio.to_thread(incoming.finish)
         return transport
 
