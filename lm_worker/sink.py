@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,7 @@ from common.security import OPEN, TOKEN_VARIABLE, Credentials, TlsFiles, is_priv
 from common.transport import base, local_call
 from common.transport.shared_memory import SharedMemoryReceiver
 from common.transport.tcp_receiver import TcpReceiver
-from lm_worker.incoming import IncomingFile
+from lm_worker.delivery_messages import GRPC, StallTimer, first_message, receive_values
 from lm_worker.local_calls import LocalCallServer
 from lm_worker.metrics import Metrics
 from lm_worker.shared_memory import default_budget, remove_folder
@@ -46,8 +46,6 @@ log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 DRAIN_LINE = b"drain\n"
 """What a language worker writes to the sink's standard input when it begins to stop."""
 
-_GRPC = "grpc"
-"""Name of the transport by the call itself, in logs and metrics."""
 _MAX_INLINE_CHECK_BYTES = 256 << 10
 """Largest embedding that the event loop checks itself after it was placed: a thread would take longer to wake up."""
 _STOP_GRACE_SECONDS = 5.0
@@ -181,9 +179,9 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def _store_delivery(self, messages: AsyncIterator[bytes], log_fields: dict[str, Any], context: Any) -> bool:
         """Store the embedding unless it is stored already. Returns whether it was."""
-        stall = _StallTimer(self._stall_seconds)
+        stall = StallTimer(self._stall_seconds)
         messages = stall.messages(messages)
-        first = await _first_message(messages)
+        first = await first_message(messages)
         header = self._validate_header(first)
         self._grants.verify(first.grant, header)
         log_fields["bytes"] = header.length
@@ -237,7 +235,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
             )
         return expected
 
-    async def _receive(self, header: Header, messages: AsyncIterator[bytes], stall: "_StallTimer", context: Any) -> str:
+    async def _receive(self, header: Header, messages: AsyncIterator[bytes], stall: StallTimer, context: Any) -> str:
         """Receive the values into a slot of the store. Returns the name of the transport."""
         supported = base.supported_names(context.invocation_metadata())
         with self._store.writing(header) as incoming, contextlib.ExitStack() as stack:
@@ -250,85 +248,14 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
             seconds = self._stall_seconds + header.length / _MIN_BYTES_PER_SECOND
             try:
                 async with asyncio.timeout(seconds):
-                    transport = await _receive_values(incoming, messages, offers, stack.close)
+                    transport = await receive_values(incoming, messages, offers, stack.close)
             except TimeoutError:
                 raise errors.DeadlineExceeded(
                     f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_received} came."
                 ) from None
-            if transport != _GRPC and header.length > _MAX_INLINE_CHECK_BYTES:  # it would block the event loop
+            if transport != GRPC and header.length > _MAX_INLINE_CHECK_BYTES:  # it would block the event loop
                 await asyncio.to_thread(incoming.finish)
         return transport
-
-
-async def _receive_values(
-    incoming: IncomingFile,
-    messages: AsyncIterator[bytes],
-    offers: Mapping[str, base.Offer],
-    withdraw_offers: Callable[[], None],
-) -> str:
-    """Receive values until the sender has no more, or has placed all of them. Returns the name of the transport."""
-    async for message in messages:
-        part = _parse_values(message)
-        if isinstance(part, pb.Placed):
-            if (offer := offers.get(part.transport)) is None or incoming.bytes_received:
-                raise errors.InvalidRequest(
-                    f"Values were placed by {part.transport[:20]!a}, which was not offered, or after others were sent."
-                )
-            await offer.received()
-            incoming.mark_placed(part.length)
-            return part.transport
-        withdraw_offers()  # the sender could not use them
-        incoming.add(part)
-    return _GRPC
-
-
-class _StallTimer:
-    """Ends a delivery of which nothing arrives for `seconds`."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._timeout: asyncio.Timeout | None = None
-
-    def restart(self) -> None:
-        """Note that something has arrived."""
-        if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds)
-
-    async def messages(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield the messages of a delivery. Raises `DeadlineExceeded` if the next one does not arrive in time."""
-        iterator = aiter(messages)
-        while True:
-            try:
-                async with asyncio.timeout(self._seconds) as self._timeout:
-                    message = await anext(iterator, None)
-            except TimeoutError:
-                raise errors.DeadlineExceeded(
-                    f"The delivery has stalled: no message arrived within {self._seconds:g} s."
-                ) from None
-            finally:
-                self._timeout = None
-            if message is None:
-                return
-            yield message
-
-
-def _parse_values(message: bytes) -> bytes | memoryview | pb.Placed:
-    """Return what is in a message after the first. Raises `InvalidRequest` if it has no values."""
-    chunk = embedding_stream.parse_message(message)
-    if isinstance(chunk, memoryview):
-        return chunk
-    part = chunk.WhichOneof("part")
-    if part not in ("data", "placed"):
-        raise errors.InvalidRequest("A delivery has one header, its first message; expected data in all further ones.")
-    return chunk.placed if part == "placed" else chunk.data
-
-
-async def _first_message(messages: AsyncIterator[bytes]) -> pb.EmbeddingHeader:
-    message = await anext(aiter(messages), None)
-    first = None if message is None else embedding_stream.parse_message(message)
-    if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
-        raise errors.InvalidRequest("The first message of a delivery must be its header.")
-    return first.header
 
 
 class SinkServer:
