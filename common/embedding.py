@@ -23,6 +23,9 @@ _DTYPES = tuple(DTYPE_SIZES)
 # an integer type of the same size, and the exponent bits: a value with all of them set is infinite or NaN
 _EXPONENT_BITS = {"bfloat16": ("<u2", 0x7F80), "float16": ("<u2", 0x7C00), "float32": ("<u4", 0x7F800000)}
 
+_CHECKED_VALUES = 1 << 16
+"""Values of a block of `check_finite`."""
+
 
 def validate_key(key: str) -> str:
     """Return `key` if it is one of an embedding, and so safe as a file name. Raises: `InvalidRequest`."""
@@ -98,8 +101,20 @@ def write_all(file: io.FileIO, data: memoryview) -> None:
 
 def check_finite(data: bytes | memoryview, dtype: str) -> None:
     """Raise `InvalidRequest` if a value is infinite or NaN. An overflow in the tower would spoil each reuse of it."""
+    if not _is_finite(data, dtype):  # no array is left that a traceback could keep: `data` may be a mapping to be closed
+        raise errors.InvalidRequest("embedding contains infinite or undefined values: does the vision tower run in float16?")
+
+
+def _is_finite(data: bytes | memoryview, dtype: str) -> bool:
     import numpy as np
 
     integer, exponent = _EXPONENT_BITS[dtype]
-    if bool(np.any((np.frombuffer(data, dtype=integer) & exponent) == exponent)):
-        raise errors.InvalidRequest("embedding contains infinite or undefined values: does the vision tower run in float16?")
+    sign = exponent + (exponent & -exponent)  # the bit above the exponent's
+    values = np.frombuffer(data, dtype=integer)
+    # Values with all exponent bits set are the largest of their sign: a maximum for each sign needs no temporary array. In
+    # blocks, so that the second one finds the values in the processor's cache.
+    for start in range(0, len(values), _CHECKED_VALUES):
+        block = values[start : start + _CHECKED_VALUES]
+        if block.max() >= exponent | sign or block.view(integer.replace("u", "i")).max() >= exponent:
+            return False
+    return True

@@ -8,15 +8,14 @@ field is a tag, a length and the bytes: this module encodes and decodes it by ha
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
 import asyncio
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from common import errors, messages, rpc
-from common.embedding import HEADER_SIZE, Header, write_all
+from common.embedding import Header
+from common.transport import base
 from protos import embeddings_pb2 as pb
 from protos.embeddings_pb2_grpc import EmbeddingSinkServicer
 
@@ -44,6 +43,11 @@ def data_messages(data: memoryview) -> Iterator[bytes]:
         yield b"".join((_DATA_TAG, _encode_varint(len(part)), part))
 
 
+def placed_message(transport: str, length: int) -> bytes:
+    """Return the message instead of values, after they were written by a transport."""
+    return pb.DeliverChunk(placed=pb.Placed(transport=transport, length=length)).SerializeToString()
+
+
 def parse_message(message: bytes) -> pb.DeliverChunk | memoryview:
     """Return a message's data without a copy if it has nothing else, or the parsed message. Raises: `InvalidRequest`."""
     if message[:1] == _DATA_TAG:
@@ -63,12 +67,12 @@ async def deliver(
     timeout: float | None = None,
     metadata: Any = None,
     grant: bytes = b"",
+    transports: Sequence[base.Transport] = (),
 ) -> pb.DeliverReply:
     """Call `EmbeddingSink.Deliver`: send the header and, once the sink requests them (`request_values`), the values.
 
     A sink that has the embedding already, or no room for it, replies instead of requesting the values: no values
-    are sent needlessly, and none to a call that has ended, which grpc.aio reports as a bare "Internal error". A sink that
-    shares files with this process names a file for the values, and they are written there instead of sent.
+    are sent needlessly, and none to a call that has ended, which grpc.aio reports as a bare "Internal error".
 
     Args:
         channel: channel to the sink.
@@ -77,6 +81,7 @@ async def deliver(
         timeout: deadline of the call in seconds.
         metadata: gRPC metadata of the call.
         grant: allows the delivery; empty in a cluster without a token.
+        transports: those to use if the sink offers them, the best first. Without, the values are sent through gRPC.
 
     Raises:
         grpc.aio.AioRpcError: the call failed.
@@ -84,15 +89,17 @@ async def deliver(
     method: Any = channel.stream_unary(
         f"/{_SERVICE}/Deliver", request_serializer=None, response_deserializer=pb.DeliverReply.FromString
     )
-    call = method(timeout=timeout, metadata=metadata)
+    call = method(timeout=timeout, metadata=(*(metadata or ()), *base.supported_metadata(transports)))
     try:
         await call.write(header_message(header, grant))
-        file = dict(await call.initial_metadata()).get(_WANTED_KEY)
-        if file is not None:
-            if not (file and await asyncio.to_thread(_write_to_sink_file, file, header, data)):
+        answer = tuple(await call.initial_metadata())
+        if _WANTED_KEY in dict(answer):
+            if name := await base.place(transports, base.parse_offers(answer), header, data):
+                await call.write(placed_message(name, len(data)))
+            else:
                 for message in data_messages(data):
                     await call.write(message)
-            await call.done_writing()
+                await call.done_writing()
     except asyncio.InvalidStateError:  # the sink has replied meanwhile
         pass
     except asyncio.CancelledError:
@@ -102,30 +109,15 @@ async def deliver(
     return reply
 
 
-def _write_to_sink_file(file: str, header: Header, data: memoryview) -> bool:
-    """Write the values to the sink's file, which must start with `header`. Returns whether they were written.
-
-    The name comes from the network: the header in the file proves that a sink created it for this embedding.
-    """
-    try:
-        with open(os.open(file, os.O_RDWR | os.O_NOFOLLOW), "r+b", buffering=0) as opened:
-            if opened.read(HEADER_SIZE) != header.pack():
-                return False
-            write_all(opened, data)
-    except OSError:  # no such file here, no permission, or no room: send the values, and the sink reports its own error
-        return False
-    return True
-
-
-async def request_values(context: Any, file: Path | None) -> None:
+async def request_values(context: Any, offers: Mapping[str, str]) -> None:
     """Request, as a sink, the values of the embedding whose header arrived.
 
     Args:
         context: context of the `Deliver` call.
-        file: file that starts with the header, to which a sender that shares files may write the values; None: send them.
+        offers: by name, the transports of the sender by which it may write them instead of sending them.
     """
-    name = str(file) if file is not None and str(file).isascii() else ""  # metadata must be ASCII
-    await context.send_initial_metadata(((_WANTED_KEY, name),))
+    # its value is empty: senders that know no transports expect the path of a file there
+    await context.send_initial_metadata(((_WANTED_KEY, ""), *base.offer_metadata(offers)))
 
 
 def add_sink_to_server(sink: EmbeddingSinkServicer, server: grpc.aio.Server) -> None:

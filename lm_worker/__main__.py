@@ -114,6 +114,8 @@ def _run(options: LanguageOptions, vllm_flags: Sequence[str]) -> None:
     # checked first: otherwise a running worker's shared memory would be removed as if it had died
     rpc.ensure_free(options.listen, "--listen")
     rpc.ensure_free(options.http, "--http")
+    if options.delivery_port > 0:
+        rpc.ensure_free(f"{options.listen.rpartition(':')[0]}:{options.delivery_port}", "--delivery-port")
     if options.metrics_port:
         rpc.ensure_free(f"0.0.0.0:{options.metrics_port}", "--metrics-port")
     checkpoint = find_checkpoint(options.model, "language", weights=options.load_format == "auto")
@@ -202,6 +204,7 @@ def _sink_options(
         log_level=options.log_level,
         log_format=options.log_format,
         tls=_tls_arguments(credentials),
+        delivery_port=options.delivery_port,
     )
 
 

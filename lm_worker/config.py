@@ -90,6 +90,13 @@ class LanguageOptions(
 
     listen: Address = Field("127.0.0.1:50052", description="address of the sink's gRPC server")
     http: Address = Field("127.0.0.1:8001", description="address of vLLM's HTTP server: keep it private")
+    delivery_port: int = Field(
+        0,
+        ge=-1,
+        le=65_535,
+        description="TCP port beside --listen on which embeddings arrive, unless there is TLS; 0: a free "
+        "one; -1: none, they arrive through gRPC",
+    )
     device: str = Field("auto", description="cuda: fail where vLLM finds no GPU; cpu, auto: what vLLM is built for")
 
 

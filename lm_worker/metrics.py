@@ -5,6 +5,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from common.metrics import CacheEventsCollector, ProcessMetrics
 from lm_worker.store import Store
 
+TRANSPORTS = ("shm", "tcp", "grpc")
+"""Label values: the names of transports, and `grpc` for values that were sent through the call itself."""
+
 
 class Metrics:
     """Every metric that the sink exports."""
@@ -13,7 +16,9 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.common = ProcessMetrics(registry, "sink")
         self.deliveries = Counter("dvd_sink_deliveries", "Deliveries that succeeded", ["outcome"], registry=registry)
-        self.received = Counter("dvd_sink_received_bytes", "Bytes of embeddings that were stored", registry=registry)
+        self.received = Counter(
+            "dvd_sink_received_bytes", "Bytes of embeddings that were stored", ["transport"], registry=registry
+        )
         self.refusals = Counter("dvd_sink_refusals", "Deliveries that were rejected or failed", ["code"], registry=registry)
         self.refused_calls = Counter("dvd_sink_calls_refused", "Calls without the cluster token", registry=registry)
         used = Gauge("dvd_sink_used_bytes", "Shared memory in use", registry=registry)
@@ -24,3 +29,5 @@ class Metrics:
         registry.register(CacheEventsCollector("sink", lambda: {"evictions": store.evictions}))
         for outcome in ("stored", "already_here"):
             self.deliveries.labels(outcome)
+        for transport in TRANSPORTS:
+            self.received.labels(transport)

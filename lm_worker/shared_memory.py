@@ -5,6 +5,7 @@ One folder per language worker:
     KEY                 one complete embedding: header, then rows × width values (`common/embedding.py`)
     .pinned/READER-KEY  hard link to it, while a reader needs it (`lm_worker/pins.py`)
     .incoming/NUMBER    an embedding that is still being written (`lm_worker/incoming.py`)
+    .free/NUMBER        file of an evicted embedding, whose pages the next one reuses (`lm_worker/free_files.py`)
     .expected/KEY       an embedding that is being encoded; it is expected until the file's modification time
     .waiting            its modification time is when all of vLLM's work waited for expected embeddings last
 
@@ -25,6 +26,7 @@ from common.embedding import Header
 
 PINNED = ".pinned"
 INCOMING = ".incoming"
+FREE = ".free"
 EXPECTED = ".expected"
 WAITING = ".waiting"
 
@@ -43,7 +45,7 @@ def folder_of(listen: str) -> Path:
 def create_folder(folder: Path) -> None:
     """Create an empty folder; embeddings that a killed predecessor left in it are removed."""
     shutil.rmtree(folder, ignore_errors=True)
-    for part in (folder, folder / PINNED, folder / INCOMING, folder / EXPECTED):
+    for part in (folder, folder / PINNED, folder / INCOMING, folder / FREE, folder / EXPECTED):
         part.mkdir(mode=0o700)
 
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,12 @@ from common.grants import GrantSigner, SinkGrants
 from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
 from common.processes import die_with_parent
-from common.security import OPEN, TOKEN_VARIABLE, Credentials, TlsFiles
+from common.security import OPEN, TOKEN_VARIABLE, Credentials, TlsFiles, is_private
+from common.transport import base, local_call
+from common.transport.shared_memory import SharedMemoryReceiver
+from common.transport.tcp_receiver import TcpReceiver
+from lm_worker.delivery_messages import GRPC, StallTimer, first_message, receive_values
+from lm_worker.local_calls import LocalCallServer
 from lm_worker.metrics import Metrics
 from lm_worker.shared_memory import default_budget, remove_folder
 from lm_worker.store import Store
@@ -41,6 +46,8 @@ log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 DRAIN_LINE = b"drain\n"
 """What a language worker writes to the sink's standard input when it begins to stop."""
 
+_MAX_INLINE_CHECK_BYTES = 256 << 10
+"""Largest embedding that the event loop checks itself after it was placed: a thread would take longer to wake up."""
 _STOP_GRACE_SECONDS = 5.0
 _HANG_SECONDS = 5.0
 """Time after the grace period until a sink that hangs is ended."""
@@ -68,6 +75,7 @@ class SinkOptions:
         log_level: Level of the process' log.
         log_format: `text` or `json`.
         language_fingerprint: Fingerprint of the language weights, which `Describe` returns.
+        delivery_port: TCP port beside `listen` that receives embeddings; 0: a free one; -1: none. None if there is TLS.
         tls: Paths of certificate, key and authorities, and the name in certificates (or none); empty: no TLS. The cluster
             token is no option, since arguments are visible to every user: it comes by variable.
         stall_seconds: Seconds without a message after which a delivery is ended.
@@ -85,6 +93,7 @@ class SinkOptions:
     log_format: str = "text"
     language_fingerprint: str = ""
     stall_seconds: float = 20.0
+    delivery_port: int = 0
     tls: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
@@ -99,7 +108,14 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         draining: Whether `Describe` reports that the language worker is about to stop.
     """
 
-    def __init__(self, options: SinkOptions, store: Store, metrics: Metrics, credentials: Credentials = OPEN) -> None:
+    def __init__(
+        self,
+        options: SinkOptions,
+        store: Store,
+        metrics: Metrics,
+        credentials: Credentials = OPEN,
+        receivers: Sequence[base.Receiver] = (),
+    ) -> None:
         self._id = secrets.token_hex(16)
         self._grants = SinkGrants(self._id, GrantSigner(credentials))
         checkpoint = open_checkpoint(options.model)
@@ -113,7 +129,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._http = options.http
         self._language_fingerprint = options.language_fingerprint
         self._stall_seconds = options.stall_seconds
-        self._senders_are_local = options.listen.startswith("unix:")
+        self._receivers = receivers
         self._checkpoint = checkpoint_message(checkpoint)
         self._in_flight: dict[str, asyncio.Future[None]] = {}
 
@@ -163,8 +179,9 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def _store_delivery(self, messages: AsyncIterator[bytes], log_fields: dict[str, Any], context: Any) -> bool:
         """Store the embedding unless it is stored already. Returns whether it was."""
-        messages = _without_stalls(messages, self._stall_seconds)
-        first = await _first_message(messages)
+        stall = StallTimer(self._stall_seconds)
+        messages = stall.messages(messages)
+        first = await first_message(messages)
         header = self._validate_header(first)
         self._grants.verify(first.grant, header)
         log_fields["bytes"] = header.length
@@ -176,12 +193,12 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._grants.check_unused(first.grant)
         self._in_flight[header.key] = done = asyncio.get_running_loop().create_future()
         try:
-            await self._receive(header, messages, context)
+            log_fields["transport"] = await self._receive(header, messages, stall, context)
             self._grants.use(first.grant)
         finally:
             del self._in_flight[header.key]
             done.set_result(None)
-        self._metrics.received.inc(header.length)
+        self._metrics.received.labels(log_fields["transport"]).inc(header.length)
         return False
 
     def _validate_header(self, header: pb.EmbeddingHeader) -> Header:
@@ -218,52 +235,27 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
             )
         return expected
 
-    async def _receive(self, header: Header, messages: AsyncIterator[bytes], context: Any) -> None:
-        with self._store.writing(header) as incoming:
-            await embedding_stream.request_values(context, incoming.path if self._senders_are_local else None)
+    async def _receive(self, header: Header, messages: AsyncIterator[bytes], stall: StallTimer, context: Any) -> str:
+        """Receive the values into a slot of the store. Returns the name of the transport."""
+        supported = base.supported_names(context.invocation_metadata())
+        with self._store.writing(header) as incoming, contextlib.ExitStack() as stack:
+            offers = {
+                receiver.name: stack.enter_context(receiver.offer(incoming, stall.restart))
+                for receiver in self._receivers
+                if receiver.name in supported
+            }
+            await embedding_stream.request_values(context, {name: offer.text for name, offer in offers.items()})
             seconds = self._stall_seconds + header.length / _MIN_BYTES_PER_SECOND
             try:
                 async with asyncio.timeout(seconds):
-                    async for message in messages:
-                        incoming.add(_values_of(message))
+                    transport = await receive_values(incoming, messages, offers, stack.close)
             except TimeoutError:
                 raise errors.DeadlineExceeded(
-                    f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_added} came."
+                    f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_received} came."
                 ) from None
-            if not incoming.bytes_added:  # the sender has written the file: checking all of it would block the event loop
+            if transport != GRPC and header.length > _MAX_INLINE_CHECK_BYTES:  # it would block the event loop
                 await asyncio.to_thread(incoming.finish)
-
-
-async def _without_stalls(messages: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """Yield the messages of a delivery. Raises `DeadlineExceeded` if the next one does not arrive within `seconds`."""
-    iterator = aiter(messages)
-    while True:
-        try:
-            async with asyncio.timeout(seconds):
-                message = await anext(iterator, None)
-        except TimeoutError:
-            raise errors.DeadlineExceeded(f"The delivery has stalled: no message arrived within {seconds:g} s.") from None
-        if message is None:
-            return
-        yield message
-
-
-def _values_of(message: bytes) -> bytes | memoryview:
-    """Return the values in a message after the first. Raises `InvalidRequest` if it has none."""
-    chunk = embedding_stream.parse_message(message)
-    if isinstance(chunk, memoryview):
-        return chunk
-    if chunk.WhichOneof("part") != "data":
-        raise errors.InvalidRequest("A delivery has one header, its first message; expected data in all further ones.")
-    return chunk.data
-
-
-async def _first_message(messages: AsyncIterator[bytes]) -> pb.EmbeddingHeader:
-    message = await anext(aiter(messages), None)
-    first = None if message is None else embedding_stream.parse_message(message)
-    if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
-        raise errors.InvalidRequest("The first message of a delivery must be its header.")
-    return first.header
+        return transport
 
 
 class SinkServer:
@@ -280,14 +272,25 @@ class SinkServer:
             max_message_bytes=_MAX_MESSAGE_BYTES,
             on_refused=self._metrics.refused_calls.inc,
         )
+        self._tcp = _listen_for_values(options, credentials)
+        self._receivers: list[base.Receiver] = [SharedMemoryReceiver()] if _has_local_senders(options, credentials) else []
+        if self._tcp is not None:
+            self._receivers.append(self._tcp)
+        self._local_calls: LocalCallServer | None = None
         self._measuring: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._sink = Sink(self._options, self._store, self._metrics, self._credentials)
+        self._sink = Sink(self._options, self._store, self._metrics, self._credentials, self._receivers)
         embedding_stream.add_sink_to_server(self._sink, self._server)
         if self._options.metrics_port:
             serve_metrics(self._metrics.registry, self._options.metrics_port)
         self._measuring = asyncio.create_task(self._metrics.common.measure_loop_lag())
+        if self._tcp is not None:
+            await self._tcp.start()
+        path = local_call.socket_path(self._options.listen)
+        if path is not None:
+            self._local_calls = LocalCallServer(path, self._sink, self._credentials, self._metrics.refused_calls.inc)
+            await self._local_calls.start()
         await self._server.start()
         log.info("sink ready on %s, %.1f GiB", self._options.listen, self._store.budget / 2**30)
         return self
@@ -302,7 +305,23 @@ class SinkServer:
         if self._measuring is not None:
             self._measuring.cancel()
         await self._server.stop(_STOP_GRACE_SECONDS)
+        if self._local_calls is not None:
+            await self._local_calls.close()
+        if self._tcp is not None:
+            await self._tcp.close()
         remove_folder(self._folder)  # a killed language worker cannot remove it
+
+
+def _has_local_senders(options: SinkOptions, credentials: Credentials) -> bool:
+    """Whether all senders are on this machine, and may share files with the sink."""
+    return options.listen.startswith("unix:") or (credentials.tls is None and is_private(options.listen))
+
+
+def _listen_for_values(options: SinkOptions, credentials: Credentials) -> TcpReceiver | None:
+    """The receiver of values over TCP, unless it has no port or the connections of this sink are encrypted or local."""
+    if options.delivery_port < 0 or credentials.tls is not None or options.listen.startswith("unix:"):
+        return None
+    return TcpReceiver(options.listen.rpartition(":")[0].strip("[]"), options.delivery_port)
 
 
 async def _run(options: SinkOptions, credentials: Credentials) -> None:

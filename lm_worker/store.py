@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common import embedding, errors
 from common.embedding import Header
+from lm_worker.free_files import FreeFiles
 from lm_worker.incoming import IncomingFile
 from lm_worker.pending import PendingDeliveries
 from lm_worker.shared_memory import INCOMING
@@ -44,6 +45,9 @@ class Store:
     `lease` seconds after it was delivered or requested. The lease ends early if exactly one request needed the embedding
     and has pinned and unpinned it.
 
+    The file of an evicted embedding is reused for the next one, unless a process still has it open. Free files and embeddings
+    together keep to the budget.
+
     Attributes:
         folder: Where the embeddings are (`lm_worker/shared_memory.py`).
         budget: Bytes that may be used.
@@ -60,6 +64,7 @@ class Store:
         self._lease = lease
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._pending = PendingDeliveries(folder, lease)
+        self._free = FreeFiles(folder)
         self._writes = 0
 
     def __len__(self) -> int:
@@ -90,7 +95,8 @@ class Store:
     def writing(self, header: Header) -> Iterator[IncomingFile]:
         """Receive one embedding. It becomes visible under its key when the block ends without an error.
 
-        A file appears under its key by `rename`: complete or not at all.
+        A file appears under its key by `rename`: complete or not at all. After an error the file is removed and not reused,
+        since its sender may still be about to write.
 
         Raises:
             SinkFull: The budget cannot be met without evicting what is in use, or the file system is full.
@@ -102,7 +108,9 @@ class Store:
         self._writes += 1
         temporary = self.folder / INCOMING / str(self._writes)
         try:
-            with contextlib.closing(IncomingFile(temporary, header)) as incoming:
+            self._free.take(temporary, size)
+            self._free.trim(self.budget - self.used)
+            with IncomingFile(temporary, header) as incoming:
                 yield incoming
                 incoming.finish()
             self._publish(header, temporary, size)
@@ -153,6 +161,7 @@ class Store:
         return (self.folder / key).stat()
 
     def _evict(self, key: str) -> None:
-        (self.folder / key).unlink(missing_ok=True)
-        self.used -= self._entries.pop(key).size
+        entry = self._entries.pop(key)
+        self._free.add(self.folder / key, entry.size)
+        self.used -= entry.size
         self.evictions += 1

@@ -123,12 +123,22 @@ class EmbeddingHeader(_message.Message):
     def __init__(self, key: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., length: _Optional[int] = ..., grant: _Optional[bytes] = ...) -> None: ...
 
 class DeliverChunk(_message.Message):
-    __slots__ = ("header", "data")
+    __slots__ = ("header", "data", "placed")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    PLACED_FIELD_NUMBER: _ClassVar[int]
     header: EmbeddingHeader
     data: bytes
-    def __init__(self, header: _Optional[_Union[EmbeddingHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    placed: Placed
+    def __init__(self, header: _Optional[_Union[EmbeddingHeader, _Mapping]] = ..., data: _Optional[bytes] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ...) -> None: ...
+
+class Placed(_message.Message):
+    __slots__ = ("transport", "length")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    length: int
+    def __init__(self, transport: _Optional[str] = ..., length: _Optional[int] = ...) -> None: ...
 
 class DeliverReply(_message.Message):
     __slots__ = ("already_here",)

@@ -72,8 +72,9 @@ class EmbeddingSinkServicer:
 
     def Deliver(self, request_iterator, context):
         """Delivers one embedding: its header; then, once the sink has sent the initial metadata "dvd-wanted", its bytes in chunks
-        of whole values. A sink that has the embedding already, or no room for it, replies at once. An embedding becomes visible
-        only when it is complete.
+        of whole values, or "placed" after they were written by one of the transports that both sides have named in metadata.
+        A sink that has the embedding already, or no room for it, replies at once. An embedding becomes visible only when it is
+        complete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,6 +28,7 @@ _NEED_VLLM = ("e2e", *(f"lm_worker/test_{name}.py" for name in _VLLM_UNITS))
 _SLOW = (
     "benchmarks",
     "common/test_hub.py",
+    "common/transport/test_kill.py",
     "demo",
     "deploy/test_health.py",
     "deploy/test_prometheus.py",

@@ -1,12 +1,18 @@
 """Delivers embeddings to the sinks of language workers."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from common import embedding_stream, errors, logs, rpc
 from common.embedding import Header
 from common.security import OPEN, Credentials
+from common.transport import local_call
+from common.transport.base import Transport
+from common.transport.local_call import LocalCalls
+from common.transport.shared_memory import SharedMemoryTransport
+from common.transport.tcp import TcpTransport
 
 IDLE_SECONDS = 600.0
 """Time after which a channel without deliveries may be closed."""
@@ -15,9 +21,25 @@ IDLE_SECONDS = 600.0
 @dataclass(eq=False)
 class _Sink:
     connection: rpc.Connection
+    transports: Sequence[Transport]
+    local_calls: LocalCalls | None
     deliveries: int = 0
     """Deliveries in flight."""
     last_used: float = 0.0
+
+    async def close(self) -> None:
+        await self.connection.close()
+        if self.local_calls is not None:
+            await self.local_calls.close()
+        for transport in self.transports:
+            await transport.close()
+
+
+def transports_to(address: str, credentials: Credentials) -> Sequence[Transport]:
+    """The transports that a vision worker can use to a sink at `address`, the best first."""
+    if address.startswith("unix:"):
+        return (SharedMemoryTransport(),)
+    return () if credentials.tls else (SharedMemoryTransport(), TcpTransport(address))
 
 
 class SinkChannels:
@@ -27,8 +49,11 @@ class SinkChannels:
     `IDLE_SECONDS` are closed.
     """
 
-    def __init__(self, credentials: Credentials = OPEN) -> None:
-        self._credentials = credentials
+    def __init__(
+        self, credentials: Credentials = OPEN, transports: Callable[[str, Credentials], Sequence[Transport]] = transports_to
+    ) -> None:
+        """`transports` returns those to a sink, by its address and the credentials."""
+        self._credentials, self._transports = credentials, transports
         self._sinks: dict[str, _Sink] = {}
 
     async def __aenter__(self) -> Self:
@@ -36,7 +61,7 @@ class SinkChannels:
 
     async def __aexit__(self, *_: object) -> None:
         for sink in self._sinks.values():
-            await sink.connection.close()
+            await sink.close()
 
     async def deliver(self, address: str, header: Header, data: memoryview, seconds: float | None, grant: bytes = b"") -> None:
         """Send one embedding to the sink at `address`; return once the sink has stored it.
@@ -51,15 +76,23 @@ class SinkChannels:
         Raises: what the sink raised; SinkUnavailable where it does not answer.
         """
         if is_new := address not in self._sinks:
-            self._sinks[address] = _Sink(rpc.Connection(address, self._credentials))
+            transports = self._transports(address, self._credentials)
+            path = local_call.socket_path(address)
+            local_calls = LocalCalls(path) if path and transports else None
+            self._sinks[address] = _Sink(rpc.Connection(address, self._credentials), transports, local_calls)
         sink = self._sinks[address]
         sink.deliveries += 1
         try:
             if is_new:
                 await self._close_idle()
             metadata = (*logs.request_metadata(), *self._credentials.metadata)
+            calls, started = sink.local_calls, time.monotonic()
+            if calls and await calls.deliver(header, data, seconds, metadata, grant, sink.transports):
+                return
+            if seconds is not None:
+                seconds -= time.monotonic() - started
             with rpc.translate_errors("language worker's sink"):
-                await embedding_stream.deliver(sink.connection.channel, header, data, seconds, metadata, grant)
+                await embedding_stream.deliver(sink.connection.channel, header, data, seconds, metadata, grant, sink.transports)
         except errors.WorkerUnavailable as error:  # otherwise the caller would take it for a failure of this vision worker
             raise errors.SinkUnavailable(str(error)) from None
         finally:
@@ -71,4 +104,4 @@ class SinkChannels:
         for address, sink in list(self._sinks.items()):
             if not sink.deliveries and now - sink.last_used > IDLE_SECONDS:
                 del self._sinks[address]
-                await sink.connection.close()
+                await sink.close()

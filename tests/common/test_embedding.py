@@ -44,3 +44,13 @@ def test_values_must_be_finite(bad: float) -> None:
             else:
                 with pytest.raises(errors.InvalidRequest):
                     check_finite(data, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_each_value_of_16_bits_is_judged_right(dtype: str) -> None:
+    bits = np.arange(1 << 16, dtype="uint16")
+    floats = bits.view("float16") if dtype == "float16" else (bits.astype("uint32") << 16).view("float32")
+    check_finite(bits[np.isfinite(floats)].tobytes() * 3, dtype)
+    for value in bits[~np.isfinite(floats)]:
+        with pytest.raises(errors.InvalidRequest):
+            check_finite(np.array([0, value, 0], "uint16").tobytes(), dtype)

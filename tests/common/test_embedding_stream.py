@@ -1,12 +1,10 @@
 """Messages encoded by hand are those of protobuf, in both directions."""
 
-from pathlib import Path
-
 import pytest
 
 from common import errors, rpc
-from common.embedding import HEADER_SIZE, Header
-from common.embedding_stream import _write_to_sink_file, data_messages, header_message, parse_message
+from common.embedding import Header
+from common.embedding_stream import data_messages, header_message, parse_message, placed_message
 from protos import embeddings_pb2 as pb
 
 HEADER = Header("key", "f" * 64, "bfloat16", 3, 4)
@@ -32,6 +30,11 @@ def test_messages_are_those_that_protobuf_writes(size: int) -> None:
 def test_a_header_message_is_parsed() -> None:
     message = pb.DeliverChunk(header=pb.EmbeddingHeader(key="k", rows=2))
     assert parse_message(message.SerializeToString()) == message
+
+
+def test_a_placed_message_is_parsed() -> None:
+    message = pb.DeliverChunk(placed=pb.Placed(transport="shm", length=24))
+    assert parse_message(placed_message("shm", 24)) == message
 
 
 def test_data_is_not_copied() -> None:
@@ -74,15 +77,3 @@ def test_unusual_but_valid_encodings_are_parsed(message: bytes, data: bytes) -> 
 def test_an_invalid_message_is_rejected(message: bytes) -> None:
     with pytest.raises(errors.InvalidRequest, match="expected a DeliverChunk"):
         parse_message(message)
-
-
-def test_only_a_file_with_the_same_header_is_written(tmp_path: Path) -> None:
-    ours, other, link = tmp_path / "ours", tmp_path / "other", tmp_path / "link"
-    ours.write_bytes(HEADER.pack())
-    other.write_bytes(Header("another", "f" * 64, "bfloat16", 3, 4).pack())
-    link.symlink_to(ours)
-    data = memoryview(bytes(range(24)))
-    assert [_write_to_sink_file(str(file), HEADER, data) for file in (other, link, tmp_path / "none", tmp_path)] == 4 * [False]
-    assert (other.stat().st_size, ours.stat().st_size) == (HEADER_SIZE, HEADER_SIZE)
-    assert _write_to_sink_file(str(ours), HEADER, data)
-    assert ours.read_bytes() == HEADER.pack() + data

@@ -70,4 +70,4 @@ def test_what_is_no_key_is_neither_remembered_nor_marked(folder: Path) -> None:
         with pytest.raises(errors.InvalidRequest, match="not an embedding key"):
             deliveries.record_request(key, 60)
     assert len(deliveries) == 0
-    assert sorted(file.name for file in folder.iterdir()) == [".expected", ".incoming", ".pinned"]
+    assert sorted(file.name for file in folder.iterdir()) == [".expected", ".free", ".incoming", ".pinned"]

@@ -22,6 +22,7 @@ from common.checkpoint import open_checkpoint
 from common.embedding import HEADER_SIZE, Header
 from common.grants import GrantSigner
 from common.security import TOKEN_VARIABLE, Credentials
+from common.transport.shared_memory import SharedMemoryTransport
 from lm_worker.shared_memory import create_folder, is_expected, map_embedding
 from lm_worker.sink import SinkOptions
 from protos import embeddings_pb2 as pb
@@ -35,8 +36,8 @@ WIDTH, ROWS = 128, 256
 LENGTH = ROWS * WIDTH * 4
 STALL_SECONDS = 3.0
 BAD_KEYS = [
-    "", "../../etc/passwd", ".pinned", ".incoming", ".expected", ".waiting", ".expected/key", "schlüssel", "key\n", "key\0",
-    "٣", "k" * 129, "k" * 1_000_000,
+    "", "../../etc/passwd", ".pinned", ".incoming", ".free", ".expected", ".waiting", ".expected/key", "schlüssel", "key\n",
+    "key\0", "٣", "k" * 129, "k" * 1_000_000,
 ]  # fmt: skip
 
 
@@ -189,7 +190,7 @@ async def test_deliveries_and_rejections_are_counted(running: RunningSink, sink:
         'dvd_sink_deliveries_total{outcome="already_here"}': 1,
         'dvd_sink_refusals_total{code="checkpoint_mismatch"}': 1,
         'dvd_sink_refusals_total{code="invalid_request"}': 1,
-        "dvd_sink_received_bytes_total": LENGTH,
+        'dvd_sink_received_bytes_total{transport="grpc"}': LENGTH,
         "dvd_sink_used_bytes": LENGTH + HEADER_SIZE,
         "dvd_sink_embeddings": 1,
     }
@@ -339,33 +340,12 @@ async def send(running: RunningSink, key: str, rows: int, data: bytes) -> pb.Del
     channel = rpc.open_channel(running.options.listen)
     try:
         with rpc.translate_errors("sink"):
-            return await embedding_stream.deliver(channel, header, memoryview(data), 30)
+            return await embedding_stream.deliver(channel, header, memoryview(data), 30, transports=[SharedMemoryTransport()])
     finally:
         await channel.close()
 
 
 VALUES = np.random.default_rng(1).standard_normal(ROWS * WIDTH).astype("float32").tobytes()
-
-
-async def test_a_sender_on_the_same_machine_writes_the_file(running: RunningSink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding_stream, "data_messages", lambda _data: pytest.fail("the values were sent"))
-    assert not (await send(running, "written", ROWS, VALUES)).already_here
-    _, mapping = map_embedding(Path(running.options.folder) / "written")
-    assert mapping[HEADER_SIZE:] == VALUES
-    with pytest.raises(errors.InvalidRequest, match="infinite or undefined"):
-        await send(running, "written-nan", ROWS, NAN)
-    with pytest.raises(errors.InvalidRequest, match=f"has {LENGTH - 4} bytes"):
-        await send(running, "written-short", ROWS, VALUES[4:])
-    assert not any((Path(running.options.folder) / ".incoming").iterdir())
-
-
-async def test_a_sender_that_cannot_write_the_file_streams_the_values(
-    running: RunningSink, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError()))
-    assert not (await send(running, "sent", ROWS, VALUES)).already_here
-    _, mapping = map_embedding(Path(running.options.folder) / "sent")
-    assert mapping[HEADER_SIZE:] == VALUES
 
 
 async def test_a_full_sink_rejects_large_deliveries_before_their_values_are_sent(running: RunningSink) -> None:
@@ -380,11 +360,11 @@ async def test_a_full_sink_rejects_large_deliveries_before_their_values_are_sent
             await send(running, f"large-{number}", rows, large)
             os.link(folder / f"large-{number}", folder / ".pinned" / f"large-{number}")
             links.append(folder / ".pinned" / f"large-{number}")
-    before = (await asyncio.to_thread(read_metrics, running))["dvd_sink_received_bytes_total"]
+    before = (await asyncio.to_thread(read_metrics, running))['dvd_sink_received_bytes_total{transport="shm"}']
     for number in range(30):
         with pytest.raises(errors.SinkFull):
             await send(running, f"more-{number}", rows, large)
-    assert (await asyncio.to_thread(read_metrics, running))["dvd_sink_received_bytes_total"] == before
+    assert (await asyncio.to_thread(read_metrics, running))['dvd_sink_received_bytes_total{transport="shm"}'] == before
     for path in links:
         path.unlink()
     assert not (await send(running, "more", rows, large)).already_here

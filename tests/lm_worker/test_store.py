@@ -1,5 +1,7 @@
 """The store: embeddings are complete or absent, memory is bounded, and nothing in use is evicted."""
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -51,12 +53,18 @@ def test_a_failed_write_leaves_nothing_behind(folder: Path) -> None:
     assert not list((folder / ".incoming").iterdir())
 
 
-def test_a_full_file_system_raises_sink_full(folder: Path) -> None:
+def test_a_full_file_system_raises_sink_full_before_values_are_received(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(folder, budget=10 * SIZE, lease=0)
-    (folder / ".incoming" / "1").symlink_to("/dev/full")
-    with pytest.raises(errors.SinkFull, match="The file system of .* is full"):
-        put(store, "a")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", fail)
+        with pytest.raises(errors.SinkFull, match="The file system of .* is full"), store.writing(header("a")):
+            pytest.fail("the file is not allocated")
     assert store.used == 0
+    assert not list((folder / ".incoming").iterdir())
     put(store, "a")
     assert store.rows("a") == ROWS
 

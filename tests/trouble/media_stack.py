@@ -103,7 +103,7 @@ class _RequestingSink(FakeSink):
     """A sink that requests the values of an embedding, as a real one does."""
 
     async def Deliver(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await embedding_stream.request_values(context, None)
+        await embedding_stream.request_values(context, {})
         return await super().Deliver(request, context)
 
 

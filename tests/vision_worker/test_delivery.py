@@ -28,7 +28,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def Deliver(self, request: AsyncIterator[Any], context: Any) -> embeddings_pb2.DeliverReply:  # noqa: N802
         self.started.set()
         await self.open.wait()
-        await embedding_stream.request_values(context, None)
+        await embedding_stream.request_values(context, {})
         assert b"".join([chunk.data async for chunk in request]) == DATA
         return embeddings_pb2.DeliverReply()
 

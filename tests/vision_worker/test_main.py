@@ -139,7 +139,7 @@ class HoldingSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
     async def Deliver(self, request: AsyncIterator[Any], context: Any) -> embeddings_pb2.DeliverReply:  # noqa: N802
         self.entered.set()
         await self.may_end.wait()
-        await embedding_stream.request_values(context, None)
+        await embedding_stream.request_values(context, {})
         async for _ in request:
             pass
         return embeddings_pb2.DeliverReply()

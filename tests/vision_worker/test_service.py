@@ -52,7 +52,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         if self.error:
             raise self.error
         header = (await anext(request)).header
-        await embedding_stream.request_values(context, None)
+        await embedding_stream.request_values(context, {})
         parts = [chunk.data async for chunk in request]
         assert all(len(part) <= rpc.CHUNK_BYTES for part in parts)
         self.headers[header.key], self.data[header.key] = header, b"".join(parts)

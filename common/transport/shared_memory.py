@@ -1,0 +1,67 @@
+"""Transport between processes that share files: the offer is the path of the slot's file, and the sender writes into it."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.embedding import HEADER_SIZE, Header, write_all
+from common.transport.base import Slot
+
+NAME = "shm"
+_INLINE_BYTES = 256 << 10
+"""Largest embedding that is written by the event loop itself: a thread would take longer to wake up."""
+
+
+class SharedMemoryTransport:
+    """Implements `Transport`."""
+
+    name: ClassVar[str] = NAME
+
+    async def place(self, offer: str, header: Header, data: memoryview) -> bool:
+        """Write the values into the file, which must begin with `header`."""
+        if len(data) <= _INLINE_BYTES:
+            return write_to_file(offer, header, data)
+        return await asyncio.to_thread(write_to_file, offer, header, data)
+
+    async def close(self) -> None:
+        """Do nothing: no file stays open."""
+
+
+def write_to_file(path: str, header: Header, data: memoryview) -> bool:
+    """Write values into the file of a sink. Returns whether they were written.
+
+    The path comes from the network: the header in the file proves that a sink created it for this embedding. The file is
+    open only meanwhile: a sink does not reuse the file of an evicted embedding while a process has it open.
+    """
+    try:
+        with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b", buffering=0) as file:
+            if file.read(HEADER_SIZE) != header.pack():
+                return False
+            write_all(file, data)
+    except OSError:  # no such file here, no permission, or no room: send the values, and the sink reports its own error
+        return False
+    return True
+
+
+@dataclass
+class _PathOffer:
+    """The path of a slot's file. Implements `Offer`."""
+
+    text: str
+
+    async def received(self) -> None:
+        """Return at once: what the sender has written is in the file."""
+
+
+class SharedMemoryReceiver:
+    """Implements `Receiver`."""
+
+    name: ClassVar[str] = NAME
+
+    @contextlib.contextmanager
+    def offer(self, slot: Slot, on_progress: Callable[[], None]) -> Iterator[_PathOffer]:
+        """Offer the slot's file."""
+        yield _PathOffer(str(slot.path))

@@ -1,0 +1,212 @@
+"""Deliveries without gRPC: they are refused like those through gRPC, and no sender can disturb another."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import errors, rpc
+from common.embedding_stream import header_message, placed_message
+from common.grants import GrantSigner
+from common.security import Credentials
+from common.transport.local_call import LocalCalls, frame, read_message, socket_path
+from common.transport.shared_memory import SharedMemoryTransport
+from lm_worker.shared_memory import create_folder
+from lm_worker.sink import SinkOptions, SinkServer
+from protos import embeddings_pb2 as pb
+from protos import embeddings_pb2_grpc
+from tests.common.transport.sinks import CHECKPOINT, header_of, values_of
+from vision_worker.delivery import SinkChannels
+
+TOKEN = "a-token-of-this-cluster"
+CLUSTER = Credentials(TOKEN)
+STALL_SECONDS = 0.5
+
+
+def options(folder: Path) -> SinkOptions:
+    return SinkOptions(
+        model=str(CHECKPOINT), listen=f"unix:{folder}/sink", http="unix:/nowhere", dtype="float32",
+        folder=str(folder / "store"), budget=1 << 20, lease=0.0, stall_seconds=STALL_SECONDS,
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def sink(tmp_path: Path) -> AsyncIterator[SinkOptions]:
+    create_folder(tmp_path / "store")
+    async with SinkServer(options(tmp_path)) as server:
+        yield server._options
+    assert not (tmp_path / "sink.deliver").exists()
+
+
+@pytest.fixture
+async def guarded(tmp_path: Path) -> AsyncIterator[SinkOptions]:
+    create_folder(tmp_path / "store")
+    async with SinkServer(options(tmp_path), CLUSTER) as server:
+        yield server._options
+
+
+@contextlib.asynccontextmanager
+async def connect(sink: SinkOptions) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    path = socket_path(sink.listen)
+    assert path is not None
+    reader, writer = await asyncio.open_unix_connection(path)
+    async with asyncio.timeout(20):
+        yield reader, writer
+    writer.close()
+    await writer.wait_closed()
+
+
+async def answer(reader: asyncio.StreamReader) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(await read_message(reader))
+    return parsed
+
+
+async def deliver(sink: SinkOptions, number: int = 1, grant: bytes = b"", credentials: Credentials = CLUSTER) -> bool:
+    calls, header = LocalCalls(str(socket_path(sink.listen))), header_of(number, 100)
+    try:
+        return await calls.deliver(header, values_of(header), 20, credentials.metadata, grant, [SharedMemoryTransport()])
+    finally:
+        await calls.close()
+
+
+async def used_bytes(sink: SinkOptions) -> int:
+    async with rpc.open_channel(sink.listen) as channel:
+        description: pb.LanguageDescription = await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Describe(
+            pb.DescribeRequest()
+        )
+        return description.used_bytes
+
+
+METADATA = json.dumps([["dvd-transports", "shm"]]).encode()
+
+
+async def test_one_connection_serves_one_call_after_another(sink: SinkOptions) -> None:
+    calls = LocalCalls(str(socket_path(sink.listen)))
+    for number in (1, 2, 1):
+        header = header_of(number, 100)
+        assert await calls.deliver(header, values_of(header), 20, (), b"", [SharedMemoryTransport()])
+    with pytest.raises(errors.InvalidRequest, match="expected at least 1 row"):
+        await calls.deliver(header_of(3, 0), memoryview(b""), 20, (), b"", [SharedMemoryTransport()])
+    header = header_of(4, 100)
+    assert await calls.deliver(header, values_of(header), 20, (), b"", [SharedMemoryTransport()])
+    assert len(calls._idle) == 1
+    await calls.close()
+
+
+async def test_it_needs_token_and_grant(guarded: SinkOptions) -> None:
+    async with rpc.open_channel(guarded.listen) as channel:
+        stub = embeddings_pb2_grpc.EmbeddingSinkStub(channel)
+        description = await stub.Describe(pb.DescribeRequest(), metadata=CLUSTER.metadata)
+    header = header_of(1, 100)
+    grant = GrantSigner(CLUSTER).sign(description.sink, guarded.listen, header.key, header.length, 60)
+    for credentials in (Credentials(), Credentials("a-token-of-another-cluster")):
+        with pytest.raises(errors.Unauthorized):
+            await deliver(guarded, 1, grant, credentials)
+    with pytest.raises(errors.GrantRefused):
+        await deliver(guarded, 1, b"")
+    assert list((Path(guarded.folder) / ".incoming").iterdir()) == []
+    assert await deliver(guarded, 1, grant)
+
+
+@pytest.mark.parametrize("message", [b"", b"null", b"{", b"[1]", b'[["a", 1]]', b'[["a"]]', b"\xff", b'"text"'])
+async def test_what_is_no_metadata_ends_the_connection(sink: SinkOptions, message: bytes) -> None:
+    async with connect(sink) as (reader, writer):
+        writer.write(frame(message))
+        assert await reader.read() == b""
+    assert await deliver(sink)
+
+
+async def test_a_message_that_is_too_long_is_not_read(sink: SinkOptions) -> None:
+    async with connect(sink) as (reader, writer):
+        writer.write((65 << 10).to_bytes(4, "little"))
+        assert await reader.read() == b""
+    async with connect(sink) as (reader, writer):
+        writer.write(frame(METADATA) + b"\xff\xff\xff\xff")
+        assert (await answer(reader))["error"] == "invalid_request"
+    assert await deliver(sink)
+
+
+@pytest.mark.parametrize(
+    "message", [b"", b"\xff\xff", placed_message("shm", 1), pb.DeliverChunk(data=b"data").SerializeToString()]
+)
+async def test_a_call_that_does_not_begin_with_a_header_is_refused(sink: SinkOptions, message: bytes) -> None:
+    async with connect(sink) as (reader, writer):
+        writer.write(frame(METADATA) + frame(message))
+        assert (await answer(reader))["error"] == "invalid_request"
+    assert await deliver(sink)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        b"\xff",
+        placed_message("tcp", 1),
+        placed_message("shm", 1),
+        header_message(header_of(7, 1)),
+        pb.DeliverChunk().SerializeToString(),
+    ],
+    ids=["no message", "not offered", "another length", "a second header", "empty"],
+)
+async def test_a_second_message_that_does_not_fit_is_refused(sink: SinkOptions, second: bytes) -> None:
+    header = header_of(7, 100)
+    async with connect(sink) as (reader, writer):
+        writer.write(frame(METADATA) + frame(header_message(header)))
+        assert list((await answer(reader))["offers"]) == ["shm"]
+        writer.write(frame(second))
+        assert (await answer(reader))["error"] == "invalid_request"
+    assert await used_bytes(sink) == 0
+    assert await deliver(sink, 7)
+
+
+async def test_a_sender_that_stalls_or_leaves_gives_back_budget_and_key(sink: SinkOptions) -> None:
+    header = header_of(8, 100)
+    async with connect(sink) as (reader, writer):
+        writer.write(frame(METADATA) + frame(header_message(header)))
+        assert "offers" in await answer(reader)
+        assert (await answer(reader))["error"] == "deadline_exceeded"
+    async with connect(sink) as (reader, writer):
+        writer.write(frame(METADATA) + frame(header_message(header)))
+        assert "offers" in await answer(reader)
+    async with asyncio.timeout(20):
+        while await used_bytes(sink):
+            await asyncio.sleep(0.01)
+    assert await deliver(sink, 8)
+
+
+async def test_an_unexpected_error_is_logged_and_tells_nothing(
+    sink: SinkOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr("lm_worker.sink.Sink._validate_header", fail)
+    with caplog.at_level(logging.ERROR), pytest.raises(errors.InternalError) as caught:
+        await deliver(sink)
+    assert "secret" not in str(caught.value)
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_without_the_socket_senders_use_grpc(sink: SinkOptions) -> None:
+    path = str(socket_path(sink.listen))
+    os.rename(path, f"{path}.moved")
+    assert not await deliver(sink)
+    header = header_of(1, 100)
+    async with SinkChannels() as sinks:
+        await sinks.deliver(sink.listen, header, values_of(header), 20)
+    assert (Path(sink.folder) / header.key).exists()
+    os.rename(f"{path}.moved", path)
+
+
+async def test_a_sink_that_hangs_is_left_at_the_deadline(sink: SinkOptions) -> None:
+    header, calls = header_of(1, 100), LocalCalls(str(Path(sink.folder).parent / "hanging"))
+    server = await asyncio.start_unix_server(lambda *_: asyncio.sleep(60), calls._path)
+    with pytest.raises(errors.DeadlineExceeded):
+        await calls.deliver(header, values_of(header), 0.1, (), b"", [SharedMemoryTransport()])
+    assert not calls._idle
+    server.close()
