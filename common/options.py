@@ -44,8 +44,8 @@ MODEL_DESCRIPTION = "folder of the checkpoint, or ORG/NAME[@REVISION] on Hugging
 KNOWN_NAMES = frozenset({
     "address", "admin", "allow_private_images", "allow_vir", "api_key", "cache", "cluster_token", "cluster_token_file",
     "cors_origins", "decode_memory", "decode_timeout", "degrade_after", "degrade_threshold", "degrade_tiles", "device", "docs",
-    "early_prefill", "fetch_timeout", "fetch_user_agent", "head_timeout", "hedge_share", "host", "http", "insecure",
-    "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format", "log_level", "max_batch_tiles",
+    "early_prefill", "embedding_dtype", "fetch_timeout", "fetch_user_agent", "head_timeout", "hedge_share", "host", "http",
+    "insecure", "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format", "log_level", "max_batch_tiles",
     "max_bodies_bytes", "max_body_bytes", "max_connections", "max_image_bytes", "max_image_pixels", "max_images",
     "max_in_flight", "max_json_values", "max_prompt_characters", "max_queue_seconds", "max_sequences", "max_tiles",
     "max_video_bytes", "metrics_port", "min_body_rate", "model", "partial_prefill_share", "port", "prepare_threads",
