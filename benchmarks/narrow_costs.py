@@ -1,11 +1,13 @@
 """What a narrow embedding costs: bytes in each place where it is stored, and CPU time."""
 
 import asyncio
+import base64
 import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +19,7 @@ from redis import Redis
 from torch import Tensor
 
 from benchmarks import checkpoint, load, processes
-from benchmarks.encoder import _our_tower
+from benchmarks.encoder import our_tower
 from benchmarks.gpu.shapes import INTERN_VIT_300M
 from benchmarks.gpu.timing import run_seconds
 from benchmarks.transfer import WIDE_LANGUAGE
@@ -50,32 +52,41 @@ def measure_bytes() -> dict[str, Any]:
         port, cores = free_port(), processes.available_cores()
         flags = ("--vision-backend=fake", f"--cache={redis.url}", f"--metrics-port={port}")
         stack.enter_context(processes.vision_worker(folder, model, cores[:1], *flags))
-        return {dtype: asyncio.run(_bytes_of(dtype, folder, model, Redis.from_url(redis.url), port)) for dtype in DTYPES}
+        return {dtype: _bytes_of(dtype, folder, model, Redis.from_url(redis.url), port) for dtype in DTYPES}
 
 
-async def _bytes_of(dtype: str, folder: Path, model: Path, redis: "Redis[bytes]", metrics_port: int) -> dict[str, int]:
-    listen = f"unix:{folder / f'sink-{dtype}'}"
-    create_folder(folder / f"store-{dtype}")
-    options = SinkOptions(str(model), listen, "", dtype, str(folder / f"store-{dtype}"), 1 << 28, 60.0)
+def _bytes_of(dtype: str, folder: Path, model: Path, redis: Redis, metrics_port: int) -> dict[str, int]:
+    listen, store = f"unix:{folder / f'sink-{dtype}'}", folder / f"store-{dtype}"
+    create_folder(store)
+    options = SinkOptions(str(model), listen, "", dtype, str(store), 1 << 28, 60.0)
     sink = subprocess.Popen([sys.executable, *options.arguments()], stdin=subprocess.PIPE)
+    keys, delivered = set(redis.keys()), _delivered_bytes(metrics_port)
     try:
-        async with rpc.open_channel(listen) as sinks, rpc.open_channel(f"unix:{folder / 'vision'}") as visions:
-            await asyncio.wait_for(sinks.channel_ready(), _START_TIMEOUT_SECONDS)
-            keys, delivered = set(redis.keys()), _delivered_bytes(metrics_port)
-            await vision_pb2_grpc.VisionStub(visions).Encode(vision_pb2.EncodeRequest(
-                images=[vision_pb2.Image(key="tile", data=load.image_file(0, 448, 448))],
-                dtype=messages.dtype_to_proto(dtype), deliver_to=listen,
-            ))  # fmt: skip
-            description = await embeddings_pb2_grpc.EmbeddingSinkStub(sinks).Describe(embeddings_pb2.DescribeRequest())
-        while not (new := set(redis.keys()) - keys):  # the cache is written in the background
-            await asyncio.sleep(0.05)
-        return {
-            "delivered": _delivered_bytes(metrics_port) - delivered, "sink": description.used_bytes,
-            "redis": int(redis.strlen(new.pop())),
-        }  # fmt: skip
+        used = asyncio.run(_deliver_tile(dtype, f"unix:{folder / 'vision'}", listen))
     finally:
         sink.kill()
         sink.wait()
+    while not (new := set(redis.keys()) - keys):  # the cache is written in the background
+        time.sleep(0.05)
+    return {
+        "delivered": _delivered_bytes(metrics_port) - delivered, "sink": used, "redis": int(redis.strlen(new.pop())),
+    }  # fmt: skip
+
+
+async def _deliver_tile(dtype: str, vision: str, sink: str) -> int:
+    """Let the vision worker encode one tile and deliver it to the sink. Returns the bytes that the sink then uses."""
+    async with rpc.open_channel(sink) as sinks, rpc.open_channel(vision) as visions:
+        await asyncio.wait_for(sinks.channel_ready(), _START_TIMEOUT_SECONDS)
+        image = vision_pb2.Image(key="tile", data=_image_bytes(load.image_url(0, 448, 448)))
+        await vision_pb2_grpc.VisionStub(visions).Encode(
+            vision_pb2.EncodeRequest(images=[image], dtype=messages.dtype_to_proto(dtype), deliver_to=sink)
+        )
+        description = await embeddings_pb2_grpc.EmbeddingSinkStub(sinks).Describe(embeddings_pb2.DescribeRequest())
+        return int(description.used_bytes)
+
+
+def _image_bytes(url: str) -> bytes:
+    return base64.b64decode(url.partition(",")[2])
 
 
 def _delivered_bytes(metrics_port: int) -> int:
@@ -112,14 +123,12 @@ def _stage_seconds(tokens: Tensor, dtype: str, repeats: int) -> dict[str, float]
         "widen": lambda: dequantize(*parts, tokens.dtype) if len(parts) == 2 else None,
     }  # fmt: skip
     cpu = torch.device("cpu")
-    return {
-        name: statistics.median(run_seconds(stage, cpu) for _ in range(repeats + 1)) for name, stage in stages.items()
-    }
+    return {name: statistics.median(run_seconds(stage, cpu) for _ in range(repeats + 1)) for name, stage in stages.items()}
 
 
 @torch.inference_mode()
 def _encode_seconds(repeats: int) -> float:
-    tower = _our_tower(INTERN_VIT_300M, "cpu", torch.float32)
+    tower = our_tower(INTERN_VIT_300M, "cpu", torch.float32)
     if onednn.is_supported(torch.device("cpu"), torch.float32):
         onednn.optimize(tower)
     pixels = torch.randn(1, 3, 448, 448)

@@ -59,7 +59,7 @@ def ask(url: str, image: dict[str, Any]) -> list[int]:
 async def deliver(sink: str, key: str, fingerprint: str, values: torch.Tensor) -> None:
     header = Header(key, fingerprint, "float32", *values.shape)
     async with SinkChannels() as sinks:
-        await sinks.deliver(sink, header, memoryview(values.contiguous().numpy()).cast("B"), 60)
+        await sinks.deliver(sink, header, values.contiguous().view(torch.uint8).numpy().data.cast("B"), 60)
 
 
 def test_answers_are_those_of_the_widened_embeddings(golden: Golden, narrow: Narrow) -> None:

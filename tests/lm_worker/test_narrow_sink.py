@@ -28,7 +28,9 @@ ROWS, WIDTH = 2560, 128  # several messages
 LENGTH = ROWS * (WIDTH + 4)
 
 
-@pytest.fixture(scope="module", params=[(dtype, kind) for dtype in sorted(NARROW_DTYPES) for kind in ("tcp", "unix")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(dtype, kind) for dtype in sorted(NARROW_DTYPES) for kind in ("tcp", "unix")], ids="-".join
+)
 def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SinkOptions]:
     """A sink whose language model computes in bfloat16."""
     folder, (dtype, kind) = tmp_path_factory.mktemp("narrow"), request.param
@@ -47,7 +49,9 @@ def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 async def describe(options: SinkOptions) -> pb.LanguageDescription:
     async with rpc.open_channel(options.listen) as channel:
         await asyncio.wait_for(channel.channel_ready(), 30)
-        description: pb.LanguageDescription = await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Describe(pb.DescribeRequest())
+        description: pb.LanguageDescription = await embeddings_pb2_grpc.EmbeddingSinkStub(channel).Describe(
+            pb.DescribeRequest()
+        )
         return description
 
 

@@ -92,7 +92,9 @@ def test_a_narrow_value_must_be_finite_in_every_dtype_of_a_language_model(name: 
     assert torch.isfinite((codes.float() * scales[:, None]).to(torch.float16)).all()
     check_values(Header("key", "", name, 2, 4), join((scales, codes), slice(0, 2)))
     tokens[1, 1] = MAX_NARROW_MAGNITUDE + 32
-    with pytest.raises(errors.InternalError, match=r"65536, and narrow embeddings have at most 65504; .*--embedding-dtype=auto"):
+    with pytest.raises(
+        errors.InternalError, match=r"65536, and narrow embeddings have at most 65504; .*--embedding-dtype=auto"
+    ):
         convert(tokens, NARROW_DTYPES[name])
 
 
@@ -114,7 +116,9 @@ def test_quantising_twice_changes_nothing_more(name: str) -> None:
     assert torch.allclose(codes.float() * scales[:, None], once, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("name", "tower"), itertools.product(["float32", "bfloat16", "float16"], [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(
+    ("name", "tower"), itertools.product(["float32", "bfloat16", "float16"], [torch.float32, torch.bfloat16])
+)
 def test_the_other_dtypes_are_only_cast(name: str, tower: torch.dtype) -> None:
     tokens = (random_tokens() * 1e-3).to(tower)
     (values,) = convert(tokens, EMBEDDING_DTYPES[name])

@@ -88,6 +88,7 @@ async def test_a_vision_worker_that_does_not_deliver_narrow_embeddings_is_a_mism
         assert workers.unpaired() == []
         language.sink.dtype = pb.BFLOAT16
         await workers.probe()
-        assert f"takes embeddings in bfloat16 (--embedding-dtype), but a vision worker delivers float32, {name};" in (
-            workers.mismatch() or pytest.fail("no mismatch")
-        ).summary
+        assert (
+            f"takes embeddings in bfloat16 (--embedding-dtype), but a vision worker delivers float32, {name};"
+            in (workers.mismatch() or pytest.fail("no mismatch")).summary
+        )
