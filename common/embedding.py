@@ -130,12 +130,15 @@ def check_values(header: Header, data: bytes | memoryview, offset: int = 0) -> N
     if not header.scales_length:
         check_finite(data, header.dtype)
         return
-    scales = memoryview(data)[: max(0, header.scales_length - offset)]
-    if len(scales) % SCALE_BYTES or (len(scales) and offset % SCALE_BYTES):
+    # no view of the data in a local variable: the traceback of an error would keep it, and its owner could not be closed
+    scale_bytes = min(len(data), max(0, header.scales_length - offset))
+    if scale_bytes % SCALE_BYTES or (scale_bytes and offset % SCALE_BYTES):
         raise errors.InvalidRequest(f"a part of the embedding ends within a scale, which has {SCALE_BYTES} bytes")
-    _check_scales(scales, header.dtype)
-    if header.dtype == "fp8":
-        _check_fp8(memoryview(data)[len(scales) :])
+    largest = MAX_NARROW_MAGNITUDE / LARGEST_CODES[header.dtype]
+    if (scale := _first_bad_scale(data, scale_bytes, largest)) is not None:
+        raise errors.InvalidRequest(f"embedding has scale {scale:g} of a row; expected 0 to {largest:g} for {header.dtype}")
+    if header.dtype == "fp8" and _has_undefined_fp8(data, scale_bytes):
+        raise errors.InvalidRequest("embedding contains undefined fp8 values (NaN)")
 
 
 def check_finite(data: bytes | memoryview, dtype: str) -> None:
@@ -150,19 +153,15 @@ def check_finite(data: bytes | memoryview, dtype: str) -> None:
         raise errors.InvalidRequest("embedding contains infinite or undefined values: does the vision tower run in float16?")
 
 
-def _check_scales(data: memoryview, dtype: str) -> None:
+def _first_bad_scale(data: bytes | memoryview, scale_bytes: int, largest: float) -> float | None:
     import numpy as np
 
-    scales, largest = np.frombuffer(data, dtype="<f4"), MAX_NARROW_MAGNITUDE / LARGEST_CODES[dtype]
+    scales = np.frombuffer(data, dtype="<f4", count=scale_bytes // SCALE_BYTES)
     allowed = (scales >= 0) & (scales <= np.float32(largest))  # False for NaN
-    if not bool(allowed.all()):
-        raise errors.InvalidRequest(
-            f"embedding has scale {scales[~allowed][0]:g} of a row; expected 0 to {largest:g} for {dtype}"
-        )
+    return None if bool(allowed.all()) else float(scales[~allowed][0])
 
 
-def _check_fp8(codes: memoryview) -> None:
+def _has_undefined_fp8(data: bytes | memoryview, offset: int) -> bool:
     import numpy as np
 
-    if bool(np.any((np.frombuffer(codes, dtype=np.uint8) & 0x7F) == 0x7F)):
-        raise errors.InvalidRequest("embedding contains undefined fp8 values (NaN)")
+    return bool(np.any((np.frombuffer(data, dtype=np.uint8)[offset:] & 0x7F) == 0x7F))

@@ -54,14 +54,14 @@ def quantize(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Raises:
         InternalError: A value is infinite or NaN, or larger than float16 can represent.
     """
-    values, largest = tokens.float(), _LARGEST_CODES[dtype]
+    values, largest = tokens.to(torch.float32, copy=True), _LARGEST_CODES[dtype]
     magnitudes = torch.linalg.vector_norm(values, ord=torch.inf, dim=1)  # unlike abs().amax(), it needs no copy
     if not bool((magnitudes <= MAX_NARROW_MAGNITUDE).all()):
         raise _too_large(magnitudes, tokens.dtype)
     scales = magnitudes / largest
     scales = torch.where(scales < _SMALLEST_SCALE, 0.0, scales)
-    codes = values / torch.where(scales == 0, torch.inf, scales)[:, None]
-    codes = codes.clamp_(-largest, largest)  # a division may round up
+    codes = values.div_(torch.where(scales == 0, torch.inf, scales)[:, None])
+    codes.clamp_(-largest, largest)  # a division may round up
     return scales, (codes.round_() if dtype == torch.int8 else codes).to(dtype)
 
 

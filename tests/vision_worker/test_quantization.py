@@ -1,7 +1,5 @@
 """Embeddings as bytes: bounds of the error of narrow dtypes, rows of zeros, values that cannot be encoded."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,7 @@ def random_tokens(rows: int = 64, width: int = 100) -> torch.Tensor:
     """Rows of very different magnitudes, with some values far larger than the others, as a language model's input has."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(rows, width, generator=generator) * torch.logspace(-30, 3, rows)[:, None]
-    tokens[:, 7] *= 40
+    tokens[:, 3] *= 40
     return tokens
 
 
@@ -116,9 +114,8 @@ def test_quantising_twice_changes_nothing_more(name: str) -> None:
     assert torch.allclose(codes.float() * scales[:, None], once, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "tower"), itertools.product(["float32", "bfloat16", "float16"], [torch.float32, torch.bfloat16])
-)
+@pytest.mark.parametrize("tower", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_the_other_dtypes_are_only_cast(name: str, tower: torch.dtype) -> None:
     tokens = (random_tokens() * 1e-3).to(tower)
     (values,) = convert(tokens, EMBEDDING_DTYPES[name])
