@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import narrow_answers, narrow_costs, processes
 from benchmarks.checkpointed import CheckpointedRun
-from benchmarks.narrow_answers import FULL_VOCABULARY, TOP, VARIANTS, DemoQuestions, LanguageWorker
+from benchmarks.narrow_answers import GOLDEN_VOCABULARY, TOP, VARIANTS, DemoQuestions, LanguageWorker
 from benchmarks.options import Options
 from benchmarks.result import Result
 from common.checkpoint import open_checkpoint
@@ -72,7 +72,7 @@ def _golden(parts: CheckpointedRun) -> dict[str, Any]:
     """How often greedy tokens stay the same, and the mean divergence. The weights are random: margins are small."""
 
     def ask(name: str) -> list[Any]:
-        with _language_worker(golden.FOLDER / name / "checkpoint", FULL_VOCABULARY, "float32") as folder:
+        with _language_worker(golden.FOLDER / name / "checkpoint", GOLDEN_VOCABULARY, "float32") as folder:
             return asyncio.run(narrow_answers.ask_golden(folder, name))
 
     by_checkpoint = {name: parts.measure(f"golden {name}", lambda name=name: ask(name)) for name in golden.NAMES}  # type: ignore[misc]

@@ -37,8 +37,8 @@ from vision_worker.models import vir
 from vision_worker.quantization import convert, quantize
 
 VARIANTS = ("auto", *CODE_DTYPES)
-FULL_VOCABULARY, TOP = 400, 20
-"""Log probabilities of each position: of all tokens of a golden checkpoint, and the largest ones where there are more."""
+GOLDEN_VOCABULARY, TOP = 373, 20
+"""Log probabilities of each position: of all tokens of a golden checkpoint, and the largest ones of the bundled one."""
 _MAX_ANSWER_TOKENS = 64
 _BATCH_TILES = 4
 _TIMEOUT_SECONDS = 600
@@ -140,7 +140,7 @@ async def _ask_case(worker: LanguageWorker, case: golden.Case) -> Part:
     images = [await worker.deliver(f"{case.id} {i}", tokens) for i, tokens in enumerate(embeddings)]
     answers = {
         variant: await worker.ask(
-            _golden_messages(case, [parts[variant] for parts in images]), FULL_VOCABULARY, max_tokens=16, ignore_eos=True
+            _golden_messages(case, [parts[variant] for parts in images]), GOLDEN_VOCABULARY, max_tokens=16, ignore_eos=True
         )
         for variant in VARIANTS
     }
