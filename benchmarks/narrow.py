@@ -21,14 +21,14 @@ from benchmarks.narrow_answers import GOLDEN_VOCABULARY, TOP, VARIANTS, DemoQues
 from benchmarks.options import Options
 from benchmarks.result import Result
 from common.checkpoint import open_checkpoint
-from demo.evaluation.plan import QuestionGroup, plan_accuracy
+from demo.evaluation.plan import NEAR_PAIR_TASK, QuestionGroup, plan_accuracy
 from lm_worker.dequantization import CODE_DTYPES
 from tests.vision_worker import golden
 from vision_worker.encoder import Placement
 from vision_worker.models import internvl
 
 DEMO = Path(__file__).parents[1] / "demo/checkpoint"
-QUESTIONS_PER_TASK = 60
+QUESTIONS_PER_TASK = 50
 """Of each style; a question is asked in each variant."""
 MAX_POINTS_LOST = 0.5
 _GROUPS_PER_PART = 8
@@ -95,7 +95,8 @@ def _demo(parts: CheckpointedRun, questions_per_task: int) -> dict[str, Any]:
     groups = [group for group in plan_accuracy(questions_per_task, 1) if group.scenes]
     records = [record for answers in _ask_groups(parts, groups) for record in answers]
     tasks = list(dict.fromkeys(record["task"] for record in records))
-    accuracies = {variant: _accuracy(records, variant) for variant in VARIANTS}
+    usual = [record for record in records if record["task"] != NEAR_PAIR_TASK]  # as in the table of `make evaluate`
+    accuracies = {variant: _accuracy(usual, variant) for variant in VARIANTS}
     return {
         "questions": len(records),
         "accuracy, %": {
