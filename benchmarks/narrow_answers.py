@@ -27,7 +27,6 @@ from common.tiling import Tiling
 from demo.evaluation.plan import QuestionGroup, image_data_urls
 from lm_worker.dequantization import CODE_DTYPES, dequantize
 from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2
-from server.apis.request import embedding_part
 from tests.e2e.serving import SYSTEM
 from tests.vision_worker import golden
 from tests.vision_worker.images import pixels
@@ -87,7 +86,8 @@ class LanguageWorker:
             header = Header(key, self._fingerprint, str(self.dtype).removeprefix("torch."), *values.shape)
             data = values.contiguous().view(torch.uint8).numpy().data.cast("B")
             await self._sinks.deliver(self._sink, header, data, _TIMEOUT_SECONDS)
-            parts[variant] = embedding_part(key, len(tokens))
+            # as the gateway replaces an image
+            parts[variant] = {"type": "image_embeds", "image_embeds": {"image_num_tokens": [len(tokens)]}, "uuid": key}
         return parts
 
     async def ask(self, messages: list[Part], top: int, **options: Any) -> Answer:

@@ -21,7 +21,6 @@ from torch import Tensor
 from benchmarks import checkpoint, load, processes
 from benchmarks.encoder import our_tower
 from benchmarks.gpu.shapes import INTERN_VIT_300M
-from benchmarks.gpu.timing import run_seconds
 from benchmarks.transfer import WIDE_LANGUAGE
 from common import messages, rpc
 from common.embedding import Header, check_values
@@ -96,9 +95,9 @@ def _delivered_bytes(metrics_port: int) -> int:
 
 
 def measure_costs(repeats: int) -> dict[str, Any]:
-    """Milliseconds per tile on one CPU thread, and their share of the time in which a 300M tower encodes it."""
+    """Milliseconds of CPU time per tile, on one thread, and their share of those in which a 300M tower encodes it."""
     torch.set_num_threads(1)
-    encode = _encode_seconds(max(2, repeats // 10))
+    encode = _encode_seconds(2)
     figures: dict[str, Any] = {"encode, ms": round(1e3 * encode, 1), "tower": "InternViT-300M, float32, one tile, one thread"}
     for width, tower_dtype in itertools.product(WIDTHS, (torch.bfloat16, torch.float32)):
         tokens = torch.randn(ROWS_PER_TILE, width).to(tower_dtype)
@@ -122,8 +121,17 @@ def _stage_seconds(tokens: Tensor, dtype: str, repeats: int) -> dict[str, float]
         # values that are not narrow are mapped
         "widen": lambda: dequantize(*parts, tokens.dtype) if len(parts) == 2 else None,
     }  # fmt: skip
-    cpu = torch.device("cpu")
-    return {name: statistics.median(run_seconds(stage, cpu) for _ in range(repeats + 1)) for name, stage in stages.items()}
+    return {name: _cpu_seconds(stage, repeats) for name, stage in stages.items()}
+
+
+def _cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median CPU time of this thread, so that other processes on the core do not count. The first run is the warm-up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        started_at = time.thread_time()
+        work()
+        seconds.append(time.thread_time() - started_at)
+    return statistics.median(seconds[1:])
 
 
 @torch.inference_mode()
@@ -132,5 +140,4 @@ def _encode_seconds(repeats: int) -> float:
     if onednn.is_supported(torch.device("cpu"), torch.float32):
         onednn.optimize(tower)
     pixels = torch.randn(1, 3, 448, 448)
-    tower(pixels)
-    return statistics.median(run_seconds(lambda: tower(pixels), torch.device("cpu")) for _ in range(repeats))
+    return _cpu_seconds(lambda: tower(pixels), repeats)

@@ -32,10 +32,10 @@ class Narrow:
 
 
 @pytest.fixture(scope="module")
-def narrow(golden: Golden) -> Iterator[Narrow]:
+def narrow(flash: Golden) -> Iterator[Narrow]:
     sink, http, port = (f"127.0.0.1:{free_port()}" for _ in range(3))
     language = start("language", CHECKPOINT, f"--listen={sink}", f"--http={http}", "--embedding-dtype=int8", "--", *EXACT)
-    workers = (f"--vision-workers={golden.vision_at}", f"--language-workers={sink}")
+    workers = (f"--vision-workers={flash.vision_at}", f"--language-workers={sink}")
     gateway = start("gateway", *workers, f"--port={port.rpartition(':')[2]}", url=f"http://{port}")
     try:
         wait_ready(gateway)
@@ -62,7 +62,7 @@ async def deliver(sink: str, key: str, fingerprint: str, values: torch.Tensor) -
         await sinks.deliver(sink, header, values.contiguous().view(torch.uint8).numpy().data.cast("B"), 60)
 
 
-def test_answers_are_those_of_the_widened_embeddings(golden: Golden, narrow: Narrow) -> None:
+def test_answers_are_those_of_the_widened_embeddings(flash: Golden, narrow: Narrow) -> None:
     """The other language worker computes the same model in the same dtype, and gets the widened values as its embeddings."""
     for image in IMAGES:
         before = set(narrow.folder.iterdir())
@@ -72,8 +72,8 @@ def test_answers_are_those_of_the_widened_embeddings(golden: Golden, narrow: Nar
         header = read_header(file)
         assert (header.dtype, header.width) == ("int8", WIDTH)
         assert file.stat().st_size == HEADER_SIZE + header.rows * (WIDTH + 4)
-        asyncio.run(deliver(golden.sink_at, file.name, header.fingerprint, load_embedding(file, torch.float32)))
-        assert ask(golden.vllm_url, embedding_part(file.name, header.rows)) == tokens
+        asyncio.run(deliver(flash.sink_at, file.name, header.fingerprint, load_embedding(file, torch.float32)))
+        assert ask(flash.vllm_url, embedding_part(file.name, header.rows)) == tokens
 
 
 def test_the_description_names_both_dtypes(narrow: Narrow) -> None:
