@@ -11,6 +11,7 @@ from benchmarks.options import Options
 
 MODULES = {
     "wire": "benchmarks.transfer",
+    "narrow": "benchmarks.narrow",
     "preprocessing": "benchmarks.preprocessing",
     "encoder": "benchmarks.encoder",
     "gateway": "benchmarks.gateway",

@@ -34,12 +34,12 @@ def run(options: Options) -> Result:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tiles = 32 if cuda else 2
     pixels = torch.randn(tiles, 3, 448, 448, device=device, dtype=dtype)
-    tower = _our_tower(INTERN_VIT_300M, device, dtype)
+    tower = our_tower(INTERN_VIT_300M, device, dtype)
     if onednn.is_supported(torch.device(device), dtype):
         onednn.optimize(tower)
     towers: dict[str, TowerFunction] = {
         "ours": tower,
-        "ours, compiled": CompiledTower(_our_tower(INTERN_VIT_300M, device, dtype), tiles, torch.device(device)),
+        "ours, compiled": CompiledTower(our_tower(INTERN_VIT_300M, device, dtype), tiles, torch.device(device)),
         "transformers": _transformers_tower(device, dtype),
         "vllm": _vllm_tower(device, dtype),
     }
@@ -71,7 +71,8 @@ def _forward_seconds(tower: TowerFunction, pixels: Tensor) -> float:
     return run_seconds(lambda: tower(pixels), pixels.device)
 
 
-def _our_tower(tower: Tower, device: str, dtype: torch.dtype) -> nn.Module:
+def our_tower(tower: Tower, device: str, dtype: torch.dtype) -> nn.Module:
+    """Return this project's tower of a published shape, with random weights."""
     with torch.device(device):
         return randomize(InternViT(tower, 1025)).to(dtype)
 

@@ -34,5 +34,11 @@ def dtype_to_proto(name: str) -> pb.Dtype:
 def dtype_from_proto(number: int) -> str:
     """Return the name of a dtype's enum value, such as `bfloat16`. Raises: `InvalidRequest` if the value is unknown."""
     if number not in pb.Dtype.values() or number == pb.DTYPE_UNSPECIFIED:
-        raise errors.InvalidRequest(f"unknown dtype number {number}: expected 1 (bfloat16), 2 (float16) or 3 (float32)")
+        known = ", ".join(f"{value} ({pb.Dtype.Name(value).lower()})" for value in pb.Dtype.values() if value)
+        raise errors.InvalidRequest(f"unknown dtype number {number}: expected {known}; run the same version of all processes")
     return pb.Dtype.Name(cast(pb.Dtype, number)).lower()
+
+
+def model_dtype(description: pb.LanguageDescription) -> int:
+    """Return the dtype in which a language worker computes, as an enum value. One of an older version names only one dtype."""
+    return description.model_dtype or description.dtype

@@ -52,15 +52,15 @@ MODEL_DESCRIPTION = "folder of the checkpoint, or ORG/NAME[@REVISION] on Hugging
 KNOWN_NAMES = frozenset({
     "address", "admin", "allow_private_images", "allow_vir", "api_key", "cache", "cluster_token", "cluster_token_file",
     "compiled_tools", "cors_origins", "decode_memory", "decode_timeout", "degrade_after", "degrade_threshold", "degrade_tiles",
-    "delivery_port", "device", "docs", "early_prefill", "fetch_timeout", "fetch_user_agent", "head_timeout", "hedge_share",
-    "host", "http", "insecure", "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format", "log_level",
-    "max_batch_tiles", "max_bodies_bytes", "max_body_bytes", "max_connections", "max_image_bytes", "max_image_pixels",
-    "max_images", "max_in_flight", "max_json_values", "max_output_tokens", "max_prompt_characters", "max_queue_seconds",
-    "max_sequences", "max_tiles", "max_video_bytes", "metrics_port", "min_body_rate", "model", "partial_prefill_share", "port",
-    "prepare_threads", "progress_timeout", "request_timeout", "retry_share", "router_scope", "shutdown_delay", "shutdown_grace",
-    "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "tls_ca", "tls_cert", "tls_key", "tls_name", "trace",
-    "trusted_proxies", "vir", "vir_absolute_threshold", "vir_relative_threshold", "vision_backend", "vision_compile",
-    "vision_dtype", "vision_workers", "vllm", "wait", "wait_for_embeddings", "workers",
+    "delivery_port", "device", "docs", "early_prefill", "embedding_dtype", "fetch_timeout", "fetch_user_agent", "head_timeout",
+    "hedge_share", "host", "http", "insecure", "keep_alive_timeout", "language_workers", "listen", "load_format", "log_format",
+    "log_level", "max_batch_tiles", "max_bodies_bytes", "max_body_bytes", "max_connections", "max_image_bytes",
+    "max_image_pixels", "max_images", "max_in_flight", "max_json_values", "max_output_tokens", "max_prompt_characters",
+    "max_queue_seconds", "max_sequences", "max_tiles", "max_video_bytes", "metrics_port", "min_body_rate", "model",
+    "partial_prefill_share", "port", "prepare_threads", "progress_timeout", "request_timeout", "retry_share", "router_scope",
+    "shutdown_delay", "shutdown_grace", "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "tls_ca", "tls_cert",
+    "tls_key", "tls_name", "trace", "trusted_proxies", "vir", "vir_absolute_threshold", "vir_relative_threshold",
+    "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "vllm", "wait", "wait_for_embeddings", "workers",
 })  # fmt: skip
 """Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""
 

@@ -95,8 +95,11 @@ async def _check_language_worker(channel: grpc.aio.Channel, address: str, timeou
         raise errors.Unavailable(f"vLLM at {vllm} does not answer: {error}") from None
     if status != 200:
         raise errors.Unavailable(f"vLLM at {vllm} answered /health with status {status}, expected 200")
-    usage = f"{description.used_bytes >> 20} of {description.budget_bytes >> 20} MiB of embeddings"
-    return f"language worker of {description.checkpoint.family}, {messages.dtype_from_proto(description.dtype)}, {usage}"
+    model_dtype = messages.dtype_from_proto(messages.model_dtype(description))
+    dtype = messages.dtype_from_proto(description.dtype)
+    narrow = f" in {dtype}" if dtype != model_dtype else ""
+    usage = f"{description.used_bytes >> 20} of {description.budget_bytes >> 20} MiB of embeddings{narrow}"
+    return f"language worker of {description.checkpoint.family}, {model_dtype}, {usage}"
 
 
 async def _check_gateway(url: str, timeout: float, credentials: Credentials) -> str:

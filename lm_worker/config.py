@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field
@@ -50,6 +50,11 @@ class SinkStoreOptions(Options):
 
     sink_bytes: int = Field(
         0, ge=0, description="shared memory for embeddings in bytes; 0: a quarter of the free part of /dev/shm, at most 8 GiB"
+    )
+    embedding_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto",
+        description="dtype of embeddings until vLLM reads them; int8, fp8: narrow, with a scale per visual token; "
+        "auto: the language model's",
     )
     sink_lease: float = Field(
         60.0, gt=0, description="seconds during which a delivered or requested embedding is not evicted before vLLM read it"

@@ -4,11 +4,12 @@ In vLLM's scheduler it pins a request's embeddings as they arrive, and while the
 the first embedding that is missing, within the bounds of `lm_worker/partial_prefill.py`. One whose embedding has the wrong
 number of rows fails, and so does one whose embedding is missing for too long although no vision worker is expected to
 deliver it. In a worker of vLLM it maps what the scheduler has pinned. On a CPU the encoder cache then *is* the shared
-memory; on a GPU it is copied once to the device. Every rank of tensor parallelism maps the same bytes, so all ranks of a
-language worker must be on one machine.
+memory; on a GPU it is copied once to the device. A narrow embedding is widened there to the model's dtype. Every rank of
+tensor parallelism maps the same bytes, so all ranks of a language worker must be on one machine.
 """
 
 import logging
+import mmap
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECCo
 from vllm.platforms import current_platform
 
 from common import errors
-from common.embedding import HEADER_SIZE
+from common.embedding import HEADER_SIZE, Header
+from lm_worker.dequantization import CODE_DTYPES, dequantize
 from lm_worker.partial_prefill import create_partial_prefills
 from lm_worker.pins import pins_of_process
 from lm_worker.shared_memory import is_expected, map_embedding, mark_waiting, read_header
@@ -58,6 +60,7 @@ class SharedMemoryConnector(ECConnectorBase):
         self._pins = pins_of_process(option("folder", ""))
         self._wait_seconds = float(option("wait", 10.0))
         self._partial_prefills = create_partial_prefills(vllm_config, float(option("partial_share", 0.0)))
+        self._dtype = vllm_config.model_config.dtype
         self._waits_for_delivery = False  # in the step that is being scheduled, for an embedding that is expected
         self._pinned_by_request: dict[str, set[str]] = {}
         self._waiting_since: dict[str, float] = {}
@@ -185,16 +188,32 @@ class SharedMemoryConnector(ECConnectorBase):
         assert isinstance(files, EmbeddingFiles)
         for key, path in files.paths.items():
             if key not in encoder_cache:
-                encoder_cache[key] = load_embedding(Path(path))
+                encoder_cache[key] = load_embedding(Path(path), self._dtype)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_kwargs: Any) -> None:
         """Never called for an `ec_consumer`. Raises `RuntimeError`."""
         raise RuntimeError("A language worker consumes embeddings and computes none.")
 
 
-def load_embedding(path: Path) -> torch.Tensor:
-    """The embedding of a file, `[rows, width]`, on this process' device."""
+def load_embedding(path: Path, dtype: torch.dtype) -> torch.Tensor:
+    """The embedding of a file, `[rows, width]`, on this process' device; a narrow one is widened to `dtype`."""
     header, mapping = map_embedding(path)
-    values = torch.frombuffer(mapping, dtype=getattr(torch, header.dtype), offset=HEADER_SIZE, count=header.rows * header.width)
-    values = values.view(header.rows, header.width)
+    if header.dtype in CODE_DTYPES:
+        return _load_narrow(header, mapping, dtype)
+    return _to_device(_values(header, mapping, getattr(torch, header.dtype), HEADER_SIZE))
+
+
+def _load_narrow(header: Header, mapping: mmap.mmap, dtype: torch.dtype) -> torch.Tensor:
+    # on a GPU the copy is narrow too
+    codes = _to_device(_values(header, mapping, CODE_DTYPES[header.dtype], HEADER_SIZE + header.scales_length))
+    scales = _to_device(torch.frombuffer(mapping, dtype=torch.float32, offset=HEADER_SIZE, count=header.rows))
+    return dequantize(scales, codes, dtype)
+
+
+def _values(header: Header, mapping: mmap.mmap, dtype: torch.dtype, offset: int) -> torch.Tensor:
+    values = torch.frombuffer(mapping, dtype=dtype, offset=offset, count=header.rows * header.width)
+    return values.view(header.rows, header.width)
+
+
+def _to_device(values: torch.Tensor) -> torch.Tensor:
     return values if current_platform.is_cpu() else values.to(current_platform.device_type, non_blocking=True)

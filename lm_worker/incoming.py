@@ -68,7 +68,7 @@ class IncomingFile:
             raise errors.InvalidRequest(f"A chunk has {len(values)} bytes, which is not a multiple of {value_size}.")
         if self.bytes_received + len(values) > length:
             raise errors.InvalidRequest(f"The delivery has more than the {length} bytes that its header declares.")
-        embedding.check_finite(values, self.header.dtype)
+        embedding.check_values(self.header, values, self.bytes_received)
         embedding.write_all(self._file, memoryview(values))
         self.bytes_received += len(values)
 
@@ -111,4 +111,4 @@ class IncomingFile:
             if whole[: embedding.HEADER_SIZE] != self.header.pack():
                 raise errors.InvalidRequest("The sender has overwritten the header of the embedding.")
             with whole[embedding.HEADER_SIZE :] as values:
-                embedding.check_finite(values, self.header.dtype)
+                embedding.check_values(self.header, values)

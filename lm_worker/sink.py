@@ -67,7 +67,7 @@ class SinkOptions:
         model: Folder of the checkpoint.
         listen: Address of the gRPC server.
         http: Address of vLLM's HTTP server, which `Describe` returns.
-        dtype: Dtype of the language model, and so of every embedding.
+        dtype: Dtype of every embedding: that of the language model, or a narrow one.
         folder: Shared memory (`lm_worker/shared_memory.py`).
         budget: Bytes of shared memory; 0 chooses a default.
         lease: Seconds for which an embedding is not evicted; see `Store`.
@@ -79,6 +79,7 @@ class SinkOptions:
         tls: Paths of certificate, key and authorities, and the name in certificates (or none); empty: no TLS. The cluster
             token is no option, since arguments are visible to every user: it comes by variable.
         stall_seconds: Seconds without a message after which a delivery is ended.
+        model_dtype: Dtype in which the language model computes; empty: `dtype`.
     """
 
     model: str
@@ -95,6 +96,7 @@ class SinkOptions:
     stall_seconds: float = 20.0
     delivery_port: int = 0
     tls: tuple[str, ...] = ()
+    model_dtype: str = ""
 
     def arguments(self) -> list[str]:
         """Arguments for Python that start this sink."""
@@ -121,8 +123,8 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         checkpoint = open_checkpoint(options.model)
         self.draining = False
         self._store, self._metrics = store, metrics
-        metrics.common.set_model(checkpoint.fingerprint, checkpoint.description.family, options.dtype)
-        self._dtype = options.dtype
+        self._dtype, self._model_dtype = options.dtype, options.model_dtype or options.dtype
+        metrics.common.set_model(checkpoint.fingerprint, checkpoint.description.family, self._model_dtype)
         self._width = checkpoint.description.width
         self._fingerprint = checkpoint.fingerprint
         self._context = checkpoint.description.context
@@ -134,11 +136,11 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self._in_flight: dict[str, asyncio.Future[None]] = {}
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.LanguageDescription:  # noqa: N802
-        """The checkpoint, the dtype, vLLM's address, the use of shared memory, and whether the language worker is draining."""
+        """The checkpoint, the dtypes, vLLM's address, the use of shared memory, and whether the language worker is draining."""
         return pb.LanguageDescription(
             checkpoint=self._checkpoint, dtype=dtype_to_proto(self._dtype), http=self._http,
             used_bytes=self._store.used, budget_bytes=self._store.budget, draining=self.draining,
-            language_fingerprint=self._language_fingerprint, sink=self._id,
+            language_fingerprint=self._language_fingerprint, sink=self._id, model_dtype=dtype_to_proto(self._model_dtype),
         )  # fmt: skip
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
@@ -218,7 +220,9 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
                 f"{self._fingerprint[:12]!r}."
             )
         if (dtype := dtype_from_proto(header.dtype)) != self._dtype:
-            raise errors.InvalidRequest(f"The embedding is in {dtype}; the language model computes in {self._dtype}.")
+            raise errors.InvalidRequest(
+                f"The embedding is in {dtype}; this language worker takes {self._dtype} (--embedding-dtype)."
+            )
         if header.width != self._width or not header.rows:
             raise errors.InvalidRequest(
                 f"The embedding has shape {header.rows} × {header.width}; expected at least 1 row of width {self._width}."

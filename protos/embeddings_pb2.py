@@ -24,37 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/embeddings.proto\x12\x06\x64vd.v1\"\x8c\x02\n\x15\x43heckpointDescription\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x11\n\ttile_size\x18\x04 \x01(\r\x12\x17\n\x0ftokens_per_tile\x18\x05 \x01(\r\x12\"\n\x1a\x63ompressed_tokens_per_tile\x18\x06 \x01(\r\x12\x11\n\tmin_tiles\x18\x07 \x01(\r\x12\x11\n\tmax_tiles\x18\x08 \x01(\r\x12\x11\n\tthumbnail\x18\t \x01(\x08\x12\x1a\n\x12relative_threshold\x18\n \x01(\x02\x12\x1a\n\x12\x61\x62solute_threshold\x18\x0b \x01(\x02\"\x11\n\x0f\x44\x65scribeRequest\"\xdc\x01\n\x13LanguageDescription\x12\x31\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1d.dvd.v1.CheckpointDescription\x12\x1c\n\x05\x64type\x18\x02 \x01(\x0e\x32\r.dvd.v1.Dtype\x12\x0c\n\x04http\x18\x03 \x01(\t\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x1c\n\x14language_fingerprint\x18\x07 \x01(\t\x12\x0c\n\x04sink\x18\x08 \x01(\t\"\\\n\nGrantTerms\x12\x0c\n\x04sink\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x11\n\tmax_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07\x65xpires\x18\x05 \x01(\x01\")\n\x05Grant\x12\r\n\x05terms\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"2\n\nHasRequest\x12\x0c\n\x04keys\x18\x01 \x03(\t\x12\x16\n\x0e\x65xpect_seconds\x18\x02 \x01(\x01\"\x1a\n\x08HasReply\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\x8d\x01\n\x0f\x45mbeddingHeader\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.dvd.v1.Dtype\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06length\x18\x06 \x01(\x04\x12\r\n\x05grant\x18\x07 \x01(\x0c\"s\n\x0c\x44\x65liverChunk\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.dvd.v1.EmbeddingHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12 \n\x06placed\x18\x03 \x01(\x0b\x32\x0e.dvd.v1.PlacedH\x00\x42\x06\n\x04part\"+\n\x06Placed\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\"$\n\x0c\x44\x65liverReply\x12\x14\n\x0c\x61lready_here\x18\x01 \x01(\x08*F\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x42\x46LOAT16\x10\x01\x12\x0b\n\x07\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT32\x10\x03\x32\xb7\x01\n\rEmbeddingSink\x12@\n\x08\x44\x65scribe\x12\x17.dvd.v1.DescribeRequest\x1a\x1b.dvd.v1.LanguageDescription\x12+\n\x03Has\x12\x12.dvd.v1.HasRequest\x1a\x10.dvd.v1.HasReply\x12\x37\n\x07\x44\x65liver\x12\x14.dvd.v1.DeliverChunk\x1a\x14.dvd.v1.DeliverReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/embeddings.proto\x12\x06\x64vd.v1\"\x8c\x02\n\x15\x43heckpointDescription\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x11\n\ttile_size\x18\x04 \x01(\r\x12\x17\n\x0ftokens_per_tile\x18\x05 \x01(\r\x12\"\n\x1a\x63ompressed_tokens_per_tile\x18\x06 \x01(\r\x12\x11\n\tmin_tiles\x18\x07 \x01(\r\x12\x11\n\tmax_tiles\x18\x08 \x01(\r\x12\x11\n\tthumbnail\x18\t \x01(\x08\x12\x1a\n\x12relative_threshold\x18\n \x01(\x02\x12\x1a\n\x12\x61\x62solute_threshold\x18\x0b \x01(\x02\"\x11\n\x0f\x44\x65scribeRequest\"\x80\x02\n\x13LanguageDescription\x12\x31\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1d.dvd.v1.CheckpointDescription\x12\x1c\n\x05\x64type\x18\x02 \x01(\x0e\x32\r.dvd.v1.Dtype\x12\x0c\n\x04http\x18\x03 \x01(\t\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x1c\n\x14language_fingerprint\x18\x07 \x01(\t\x12\x0c\n\x04sink\x18\x08 \x01(\t\x12\"\n\x0bmodel_dtype\x18\t \x01(\x0e\x32\r.dvd.v1.Dtype\"\\\n\nGrantTerms\x12\x0c\n\x04sink\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x11\n\tmax_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07\x65xpires\x18\x05 \x01(\x01\")\n\x05Grant\x12\r\n\x05terms\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"2\n\nHasRequest\x12\x0c\n\x04keys\x18\x01 \x03(\t\x12\x16\n\x0e\x65xpect_seconds\x18\x02 \x01(\x01\"\x1a\n\x08HasReply\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\x8d\x01\n\x0f\x45mbeddingHeader\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.dvd.v1.Dtype\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06length\x18\x06 \x01(\x04\x12\r\n\x05grant\x18\x07 \x01(\x0c\"s\n\x0c\x44\x65liverChunk\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.dvd.v1.EmbeddingHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12 \n\x06placed\x18\x03 \x01(\x0b\x32\x0e.dvd.v1.PlacedH\x00\x42\x06\n\x04part\"+\n\x06Placed\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\"$\n\x0c\x44\x65liverReply\x12\x14\n\x0c\x61lready_here\x18\x01 \x01(\x08*Y\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x42\x46LOAT16\x10\x01\x12\x0b\n\x07\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT32\x10\x03\x12\x08\n\x04INT8\x10\x04\x12\x07\n\x03\x46P8\x10\x05\x32\xb7\x01\n\rEmbeddingSink\x12@\n\x08\x44\x65scribe\x12\x17.dvd.v1.DescribeRequest\x1a\x1b.dvd.v1.LanguageDescription\x12+\n\x03Has\x12\x12.dvd.v1.HasRequest\x1a\x10.dvd.v1.HasReply\x12\x37\n\x07\x44\x65liver\x12\x14.dvd.v1.DeliverChunk\x1a\x14.dvd.v1.DeliverReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.embeddings_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1109
-  _globals['_DTYPE']._serialized_end=1179
+  _globals['_DTYPE']._serialized_start=1145
+  _globals['_DTYPE']._serialized_end=1234
   _globals['_CHECKPOINTDESCRIPTION']._serialized_start=36
   _globals['_CHECKPOINTDESCRIPTION']._serialized_end=304
   _globals['_DESCRIBEREQUEST']._serialized_start=306
   _globals['_DESCRIBEREQUEST']._serialized_end=323
   _globals['_LANGUAGEDESCRIPTION']._serialized_start=326
-  _globals['_LANGUAGEDESCRIPTION']._serialized_end=546
-  _globals['_GRANTTERMS']._serialized_start=548
-  _globals['_GRANTTERMS']._serialized_end=640
-  _globals['_GRANT']._serialized_start=642
-  _globals['_GRANT']._serialized_end=683
-  _globals['_HASREQUEST']._serialized_start=685
-  _globals['_HASREQUEST']._serialized_end=735
-  _globals['_HASREPLY']._serialized_start=737
-  _globals['_HASREPLY']._serialized_end=763
-  _globals['_EMBEDDINGHEADER']._serialized_start=766
-  _globals['_EMBEDDINGHEADER']._serialized_end=907
-  _globals['_DELIVERCHUNK']._serialized_start=909
-  _globals['_DELIVERCHUNK']._serialized_end=1024
-  _globals['_PLACED']._serialized_start=1026
-  _globals['_PLACED']._serialized_end=1069
-  _globals['_DELIVERREPLY']._serialized_start=1071
-  _globals['_DELIVERREPLY']._serialized_end=1107
-  _globals['_EMBEDDINGSINK']._serialized_start=1182
-  _globals['_EMBEDDINGSINK']._serialized_end=1365
+  _globals['_LANGUAGEDESCRIPTION']._serialized_end=582
+  _globals['_GRANTTERMS']._serialized_start=584
+  _globals['_GRANTTERMS']._serialized_end=676
+  _globals['_GRANT']._serialized_start=678
+  _globals['_GRANT']._serialized_end=719
+  _globals['_HASREQUEST']._serialized_start=721
+  _globals['_HASREQUEST']._serialized_end=771
+  _globals['_HASREPLY']._serialized_start=773
+  _globals['_HASREPLY']._serialized_end=799
+  _globals['_EMBEDDINGHEADER']._serialized_start=802
+  _globals['_EMBEDDINGHEADER']._serialized_end=943
+  _globals['_DELIVERCHUNK']._serialized_start=945
+  _globals['_DELIVERCHUNK']._serialized_end=1060
+  _globals['_PLACED']._serialized_start=1062
+  _globals['_PLACED']._serialized_end=1105
+  _globals['_DELIVERREPLY']._serialized_start=1107
+  _globals['_DELIVERREPLY']._serialized_end=1143
+  _globals['_EMBEDDINGSINK']._serialized_start=1237
+  _globals['_EMBEDDINGSINK']._serialized_end=1420
 # @@protoc_insertion_point(module_scope)

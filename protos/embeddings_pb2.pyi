@@ -13,10 +13,14 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BFLOAT16: _ClassVar[Dtype]
     FLOAT16: _ClassVar[Dtype]
     FLOAT32: _ClassVar[Dtype]
+    INT8: _ClassVar[Dtype]
+    FP8: _ClassVar[Dtype]
 DTYPE_UNSPECIFIED: Dtype
 BFLOAT16: Dtype
 FLOAT16: Dtype
 FLOAT32: Dtype
+INT8: Dtype
+FP8: Dtype
 
 class CheckpointDescription(_message.Message):
     __slots__ = ("fingerprint", "family", "width", "tile_size", "tokens_per_tile", "compressed_tokens_per_tile", "min_tiles", "max_tiles", "thumbnail", "relative_threshold", "absolute_threshold")
@@ -49,7 +53,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LanguageDescription(_message.Message):
-    __slots__ = ("checkpoint", "dtype", "http", "used_bytes", "budget_bytes", "draining", "language_fingerprint", "sink")
+    __slots__ = ("checkpoint", "dtype", "http", "used_bytes", "budget_bytes", "draining", "language_fingerprint", "sink", "model_dtype")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HTTP_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +62,7 @@ class LanguageDescription(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SINK_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DTYPE_FIELD_NUMBER: _ClassVar[int]
     checkpoint: CheckpointDescription
     dtype: Dtype
     http: str
@@ -66,7 +71,8 @@ class LanguageDescription(_message.Message):
     draining: bool
     language_fingerprint: str
     sink: str
-    def __init__(self, checkpoint: _Optional[_Union[CheckpointDescription, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., http: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., language_fingerprint: _Optional[str] = ..., sink: _Optional[str] = ...) -> None: ...
+    model_dtype: Dtype
+    def __init__(self, checkpoint: _Optional[_Union[CheckpointDescription, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., http: _Optional[str] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., language_fingerprint: _Optional[str] = ..., sink: _Optional[str] = ..., model_dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class GrantTerms(_message.Message):
     __slots__ = ("sink", "address", "key", "max_bytes", "expires")

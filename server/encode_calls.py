@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from common import errors, messages
 from common.digest import digest
-from common.embedding import DTYPE_SIZES
+from common.embedding import payload_bytes
 from common.grants import NO_GRANTS, GrantSigner
 from common.tasks import SingleFlight
 from protos import vision_pb2 as pb
@@ -104,7 +104,15 @@ class EncodeCalls:
         request = _encode_request(group, images, sink, context)
         if sink:
             self._add_grants(request, sink, checkpoint, context.deadline)
-        job = EncodeJob(group.keys[0], checkpoint, context.flow, context.stats.request_id, tiles, context.deadline)
+        job = EncodeJob(
+            key=group.keys[0],
+            checkpoint=checkpoint,
+            caller=context.flow,
+            request=context.stats.request_id,
+            tiles=tiles,
+            deadline=context.deadline,
+            dtype=group.setting.dtype,
+        )
         while True:
             joined = self._flights.in_flight(flight)
             self._metrics.joined.inc(len(group.keys) * joined)
@@ -119,7 +127,8 @@ class EncodeCalls:
     def _add_grants(self, request: pb.EncodeRequest, sink: Sink, checkpoint: CheckpointDescription, deadline: float) -> None:
         """Allow the delivery of each image of a call until the request's deadline."""
         tiles = max(request.tiling.min_tiles, request.tiling.max_tiles, checkpoint.max_tiles) + checkpoint.thumbnail
-        size = tiles * checkpoint.tokens_per_tile * checkpoint.width * DTYPE_SIZES[messages.dtype_from_proto(request.dtype)]
+        dtype = messages.dtype_from_proto(request.dtype)
+        size = payload_bytes(dtype, tiles * checkpoint.tokens_per_tile, checkpoint.width)
         seconds = max(deadline - time.monotonic(), 0.0)
         for image in request.images:
             image.grant = self._grants.sign(sink.id, sink.address, image.key, size, seconds)

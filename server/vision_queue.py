@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from common import errors
+from common import errors, messages
 from common.fair_queue import FairQueue
 from protos.embeddings_pb2 import CheckpointDescription
 from server.metrics import Metrics
 from server.waits import check_wait
-from server.workers.compatibility import checkpoint_key
+from server.workers.compatibility import can_encode
 from server.workers.pool import Pool, rank
 from server.workers.worker import VisionWorker
 
@@ -35,6 +35,7 @@ class EncodeJob:
         request: The request; all its calls have one turn of the caller's together.
         tiles: Number of tiles of the call.
         deadline: Monotonic time at which the request expires.
+        dtype: Dtype in which the vision worker must deliver, as an enum value.
     """
 
     key: str
@@ -43,6 +44,7 @@ class EncodeJob:
     request: str
     tiles: int
     deadline: float
+    dtype: int
 
 
 @dataclass(eq=False)
@@ -173,13 +175,16 @@ class VisionQueue:
     def _choose(self, ticket: _Ticket) -> VisionWorker | None:
         """Return the worker for a call, None if none has room. Raises `Unavailable`, `DeadlineExceeded`."""
         job = ticket.job
-        wanted = checkpoint_key(job.checkpoint)
         candidates = [
             worker for worker in self._pool.candidates(ticket.exclude)
-            if worker.description is not None and checkpoint_key(worker.description.checkpoint) == wanted
+            if worker.description is not None and can_encode(worker.description, job.checkpoint, job.dtype)
         ]  # fmt: skip
         if not candidates:
-            raise errors.Unavailable("No vision worker serves the language worker's checkpoint; retry later.", retry_after=1)
+            dtype = messages.dtype_from_proto(job.dtype)
+            raise errors.Unavailable(
+                f"No vision worker serves the language worker's checkpoint with embeddings in {dtype}; retry later.",
+                retry_after=1,
+            )
         least = min(worker.tiles for worker in candidates)
         worker = next(
             (worker for worker in rank(candidates, job.key)

@@ -25,6 +25,7 @@ from torch import Tensor
 from common import errors
 from common.fair_queue import FairQueue
 from common.tracing import Trace
+from vision_worker import quantization
 from vision_worker.batch_times import BatchTimes
 from vision_worker.deadline import Deadline
 from vision_worker.encoder import Encoder
@@ -47,7 +48,7 @@ _MAX_BATCHES_IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class ImageEmbedding:
-    """The embedding of one image: `data` holds rows × width values of the requested dtype, row by row.
+    """The embedding of one image: `data` is its payload in the requested dtype (`common/embedding.py`).
 
     `compressed` has an item per tile, thumbnail last. So has `scores`, which is empty if the router did not run.
     """
@@ -218,7 +219,7 @@ class Batcher:
         Args:
             images: the tiles of each image.
             policy: decides which tiles are compressed.
-            dtype: dtype of the embeddings.
+            dtype: dtype of the embeddings, one of `quantization.EMBEDDING_DTYPES`.
             caller: opaque id of the caller, whose turn the tiles wait for.
             deadline: time until which the result is useful; None: no deadline.
             request: id of the request, all groups of which have one turn together; empty: it has this one only.
@@ -342,13 +343,9 @@ class Batcher:
         embedding = self._encoder.project(torch.cat(group.features), group.index, group.policy)
         group.features.clear()
         group.routing_seconds = embedding.routing_seconds
-        tokens = torch.cat(embedding.blocks).to(group.dtype)
-        if not bool(torch.isfinite(tokens).all()):
-            raise errors.InternalError(
-                f"the vision tower computed infinite or undefined values in {tokens.dtype}; run it in bfloat16 or float32"
-            )
+        parts = quantization.convert(torch.cat(embedding.blocks), group.dtype)
         rows = [len(block) for block in embedding.blocks]
-        return _split_by_image(group.tiles_by_image, tokens.cpu(), rows, embedding.compressed, embedding.scores)
+        return _split_by_image(group.tiles_by_image, parts, rows, embedding.compressed, embedding.scores)
 
     def _result_or_error(self, compute: Callable[[], Any]) -> Any:
         """Run `compute` and return its result, or the error for its callers: nothing may end the device thread.
@@ -398,15 +395,14 @@ def _is_usable(device: torch.device) -> bool:
 
 
 def _split_by_image(
-    tiles_by_image: Sequence[int], tokens: Tensor, rows: list[int], compressed: list[bool], scores: list[float]
+    tiles_by_image: Sequence[int], parts: Sequence[Tensor], rows: list[int], compressed: list[bool], scores: list[float]
 ) -> list[ImageEmbedding]:
-    """Split a group's tokens [all rows, width] by image; `rows`, `compressed` and `scores` have an item per tile."""
-    values = tokens.contiguous()
+    """Split a group's parts [all rows, …] by image; `rows`, `compressed` and `scores` have an item per tile."""
     result, first_tile, first_row = [], 0, 0
     for tile_count in tiles_by_image:
         tiles = slice(first_tile, first_tile + tile_count)
         count = sum(rows[tiles])
-        data = values[first_row : first_row + count].view(torch.uint8).numpy().data.cast("B")
+        data = quantization.join(parts, slice(first_row, first_row + count))
         result.append(ImageEmbedding(data, count, compressed[tiles], scores[tiles]))
         first_tile, first_row = first_tile + tile_count, first_row + count
     return result

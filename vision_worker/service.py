@@ -32,7 +32,7 @@ from vision_worker.metrics import Metrics
 from vision_worker.prepare_threads import PrepareThreads
 from vision_worker.preprocessing.image_decoder import ImageDecoder
 from vision_worker.preprocessing.tiling import Tiles
-from vision_worker.weights import DTYPES
+from vision_worker.quantization import EMBEDDING_DTYPES
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -44,7 +44,7 @@ log = logging.getLogger("dvd.encode")
 
 @dataclass(frozen=True)
 class _Embeddings:
-    """A group's embeddings in order, and how long each stage took. `values[i]` are the bytes of `images[i]`.
+    """A group's embeddings in order, and how long each stage took. `values[i]` is the payload of `images[i]`.
 
     The images have the worker's own keys (`keys.py`), since calls with other keys may share the result.
     """
@@ -109,6 +109,7 @@ class Service(vision_pb2_grpc.VisionServicer):
             stalled=self._liveness.stalled,
             batch_tiles=self._batcher.max_tiles,
             tiles_per_second=self._batcher.times.tiles_per_second,
+            embedding_dtypes=map(messages.dtype_to_proto, EMBEDDING_DTYPES),
         )
 
     async def Encode(  # noqa: N802
@@ -207,7 +208,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         encoding = self._batcher.encode(
             [image for _, image in prepared],
             request.policy,
-            DTYPES[request.dtype],
+            EMBEDDING_DTYPES[request.dtype],
             request.caller,
             deadline,
             logs.request_id.get(),

@@ -17,7 +17,7 @@ from common.checkpoint import Checkpoint, CheckpointError, TensorSlice
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""Dtypes that a tower can compute in and an embedding can have, by name."""
+"""Dtypes that a tower can compute in, by name."""
 
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _SEED = 20

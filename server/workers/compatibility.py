@@ -1,17 +1,21 @@
 """Whether the workers serve the same checkpoint, and in dtypes that they can exchange."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common import messages
 from protos import embeddings_pb2 as pb
+from protos.vision_pb2 import VisionDescription
 from server.workers.worker import LanguageWorker, VisionWorker
 
 _COMPARED = ("fingerprint", "width", "tile_size", "tokens_per_tile", "compressed_tokens_per_tile", "min_tiles", "max_tiles",
              "thumbnail", "relative_threshold", "absolute_threshold")  # fmt: skip
-DELIVERED_DTYPES = [number for number in pb.Dtype.values() if number != pb.DTYPE_UNSPECIFIED]
-"""Dtypes that a language worker may compute in: a vision worker casts embeddings to each of them."""
+KNOWN_DTYPES = [number for number in pb.Dtype.values() if number != pb.DTYPE_UNSPECIFIED]
+"""Dtypes of embeddings that this version of the gateway knows."""
+_WIDE_DTYPES = (pb.BFLOAT16, pb.FLOAT16, pb.FLOAT32)
+"""What a vision worker delivers that does not say."""
 
+_UPDATE = "run the same version of all processes."
 _MAX_NAMED_WORKERS = 4
 """Workers that a message names on each side."""
 
@@ -29,13 +33,22 @@ def checkpoint_key(checkpoint: pb.CheckpointDescription) -> tuple[object, ...]:
     return tuple(getattr(checkpoint, name) for name in _COMPARED)
 
 
-def takes_images(language: LanguageWorker, vision_keys: Collection[tuple[object, ...]]) -> bool:
-    """Return whether vision workers with these checkpoint keys can encode for a language worker; False while it is down."""
+def can_encode(vision: VisionDescription, checkpoint: pb.CheckpointDescription, dtype: int) -> bool:
+    """Return whether a vision worker serves a checkpoint and delivers its embeddings in a dtype."""
+    return checkpoint_key(vision.checkpoint) == checkpoint_key(checkpoint) and dtype in _delivered_dtypes(vision)
+
+
+def _delivered_dtypes(vision: VisionDescription) -> Sequence[int]:
+    return [*vision.embedding_dtypes] or _WIDE_DTYPES
+
+
+def takes_images(language: LanguageWorker, vision: Iterable[VisionDescription]) -> bool:
+    """Return whether one of these vision workers can encode for a language worker; False while it is down."""
     description = language.description
     return (
         description is not None
-        and description.dtype in DELIVERED_DTYPES
-        and checkpoint_key(description.checkpoint) in vision_keys
+        and description.dtype in KNOWN_DTYPES
+        and any(can_encode(worker, description.checkpoint, description.dtype) for worker in vision)
     )
 
 
@@ -64,10 +77,29 @@ def find_mismatch(workers: Iterable[VisionWorker | LanguageWorker]) -> Mismatch 
             workers_by_value.setdefault(getattr(description.checkpoint, name), []).append(worker_name)
         if len(workers_by_value) > 1:
             return _different_checkpoints(name, workers_by_value)
+    vision = {name: description for name, description in descriptions if isinstance(description, VisionDescription)}
     for worker_name, description in descriptions:
-        if isinstance(description, pb.LanguageDescription) and description.dtype not in DELIVERED_DTYPES:
-            return _unknown_dtype(description.dtype, worker_name)
+        if isinstance(description, pb.LanguageDescription) and (mismatch := _dtype_mismatch(worker_name, description, vision)):
+            return mismatch
     return None
+
+
+def _dtype_mismatch(name: str, language: pb.LanguageDescription, vision: Mapping[str, VisionDescription]) -> Mismatch | None:
+    """Return why embeddings cannot be delivered in the dtype that a language worker takes."""
+    if language.dtype not in KNOWN_DTYPES:
+        known = _join_dtypes(KNOWN_DTYPES)
+        rest = f"takes embeddings in dtype number {language.dtype}, but this gateway knows {known}; {_UPDATE}"
+        return Mismatch(f"A language worker {rest}", f"{name} {rest}")
+    for vision_name, description in vision.items():
+        if language.dtype not in (delivered := _delivered_dtypes(description)):
+            takes = f"takes embeddings in {messages.dtype_from_proto(language.dtype)} (--embedding-dtype), but"
+            rest = f"delivers {_join_dtypes(delivered)}; {_UPDATE}"
+            return Mismatch(f"A language worker {takes} a vision worker {rest}", f"{name} {takes} {vision_name} {rest}")
+    return None
+
+
+def _join_dtypes(numbers: Iterable[int]) -> str:
+    return ", ".join(messages.dtype_from_proto(number) for number in numbers if number in KNOWN_DTYPES)
 
 
 def _different_checkpoints(name: str, workers_by_value: dict[object, list[str]]) -> Mismatch:
@@ -76,12 +108,6 @@ def _different_checkpoints(name: str, workers_by_value: dict[object, list[str]])
         return f"Workers serve different checkpoints: {name} {values}; start all of them from the same one."
 
     return Mismatch(message(str), message(lambda value: f"{value} ({_join_names(workers_by_value[value])})"))
-
-
-def _unknown_dtype(number: int, worker_name: str) -> Mismatch:
-    known = ", ".join(map(messages.dtype_from_proto, DELIVERED_DTYPES))
-    rest = f"computes in dtype number {number}, but vision workers deliver {known}; run the same version of all processes."
-    return Mismatch(f"A language worker {rest}", f"{worker_name} {rest}")
 
 
 def _join_names(workers: Sequence[str]) -> str:

@@ -13,9 +13,8 @@ from server.metrics import Metrics, WorkerStatus
 from server.workers import discovery
 from server.workers.clients import LanguageClient, VisionClient
 from server.workers.compatibility import (
-    DELIVERED_DTYPES,
+    KNOWN_DTYPES,
     Mismatch,
-    checkpoint_key,
     find_mismatch,
     find_mixed_weights,
     takes_images,
@@ -117,8 +116,8 @@ class WorkerPools:
         return find_mismatch(self._all())
 
     def unpaired(self) -> list[LanguageWorker]:
-        """Return the language workers that can take no image: no available vision worker serves their checkpoint."""
-        vision = {checkpoint_key(w.description.checkpoint) for w in self.vision.available() if w.description is not None}
+        """Return the language workers that can take no image: no available vision worker has their checkpoint and dtype."""
+        vision = [worker.description for worker in self.vision.available() if worker.description is not None]
         return [worker for worker in self.language.available() if vision and not takes_images(worker, vision)]
 
     def warnings(self) -> list[str]:
@@ -177,8 +176,8 @@ class WorkerPools:
         if worker.description is None or not worker.answers_probes:  # a worker that hangs would delay the next probes
             worker.update_load(None)
             return
-        checkpoint, dtype = worker.description.checkpoint, worker.description.dtype
-        dtype_name = messages.dtype_from_proto(dtype) if dtype in DELIVERED_DTYPES else f"number {dtype}"
+        checkpoint, dtype = worker.description.checkpoint, messages.model_dtype(worker.description)
+        dtype_name = messages.dtype_from_proto(dtype) if dtype in KNOWN_DTYPES else f"number {dtype}"
         self._metrics.process.set_model(checkpoint.fingerprint, checkpoint.family, dtype_name)
         with worker.in_use():
             worker.update_load(await worker.client.load(PROBE_TIMEOUT_SECONDS))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common import errors
-from common.embedding import HEADER_SIZE, Header, check_finite, parse_header
+from common.embedding import HEADER_SIZE, Header, check_finite, check_values, parse_header
 
 HEADER = Header("k" * 64, "f" * 64, "bfloat16", 256, 4096)
 
@@ -54,3 +54,50 @@ def test_each_value_of_16_bits_is_judged_right(dtype: str) -> None:
     for value in bits[~np.isfinite(floats)]:
         with pytest.raises(errors.InvalidRequest):
             check_finite(np.array([0, value, 0], "uint16").tobytes(), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_narrow_row_has_a_scale_and_a_byte_per_value(dtype: str) -> None:
+    header = Header("k", "f", dtype, 256, 4096)
+    assert (header.length, header.scales_length) == (256 * (4096 + 4), 256 * 4)
+    assert parse_header(header.pack()) == header
+    assert HEADER.scales_length == 0
+
+
+def narrow_payload(scales: list[float], codes: bytes) -> bytes:
+    return np.array(scales, "<f4").tobytes() + codes
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("scale", "is_valid"),
+    [(0.0, True), (1e-30, True), (146.0, True), (-0.0, True), (-1.0, False), (np.nan, False), (np.inf, False), (516.0, False)],
+)
+def test_scales_must_be_finite_and_in_range(dtype: str, scale: float, is_valid: bool) -> None:
+    header = Header("k", "f", dtype, 3, 2)
+    payload = narrow_payload([1.0, 1.0, scale], bytes(6))
+    for split in (0, 4, 8):
+        check_values(header, payload[:split])
+        if is_valid:
+            check_values(header, payload[split:], split)
+        else:
+            with pytest.raises(errors.InvalidRequest, match=f"scale {scale:g} of a row"):
+                check_values(header, payload[split:], split)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_undefined_fp8_values_are_rejected(code: int) -> None:
+    payload = narrow_payload([1.0, 1.0], bytes([0, 0x7E, 0xFE, code]))
+    check_values(Header("k", "f", "fp8", 2, 2), payload[:-1])
+    check_values(Header("k", "f", "int8", 2, 2), payload)
+    with pytest.raises(errors.InvalidRequest, match="undefined fp8"):
+        check_values(Header("k", "f", "fp8", 2, 2), payload)
+    with pytest.raises(errors.InvalidRequest, match="undefined fp8"):
+        check_values(Header("k", "f", "fp8", 2, 2), payload[-1:], offset=len(payload) - 1)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 3), (4, 7), (1, 4), (3, 11)])
+def test_a_part_must_not_end_within_a_scale(start: int, end: int) -> None:
+    payload = narrow_payload([1.0, 1.0], bytes(8))
+    with pytest.raises(errors.InvalidRequest, match="within a scale"):
+        check_values(Header("k", "f", "int8", 2, 4), payload[start:end], start)

@@ -11,6 +11,7 @@ import pytest
 
 from common import errors
 from dvd.health import check
+from protos import embeddings_pb2 as pb
 from tests.ports import free_port
 from tests.server.fakes.language_worker import FakeLanguageWorker
 from tests.server.fakes.stack import start_stack
@@ -64,6 +65,9 @@ async def test_a_language_worker_needs_its_sink_and_vllm(tmp_path: Path) -> None
     language.sink.http = language.engine.address.replace("127.0.0.1", "0.0.0.0")
     await language.start()
     assert await check(language.sink.address, 20) == "language worker of InternVL, float32, 0 of 0 MiB of embeddings"
+    language.sink.dtype, language.sink.model_dtype = pb.INT8, pb.BFLOAT16
+    expected = "language worker of InternVL, bfloat16, 0 of 0 MiB of embeddings in int8"
+    assert await check(language.sink.address, 20) == expected
     await language.engine.stop()
     with pytest.raises(errors.Unavailable, match="^vLLM at 127.0.0.1:.* does not answer: .*refused"):
         await check(language.sink.address, 20)

@@ -1,10 +1,14 @@
 """Bytes from other processes: headers of embeddings, messages of deliveries, cached values, URLs of embeddings."""
 
+import struct
+from dataclasses import replace
+
+import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common import errors
-from common.embedding import DTYPE_SIZES, HEADER_SIZE, Header, parse_header
+from common.embedding import DTYPE_SIZES, HEADER_SIZE, LARGEST_CODES, Header, parse_header
 from common.embedding_ref import EmbeddingRef, parse_embedding_url
 from common.embedding_stream import data_messages, header_message, parse_message
 from protos import embeddings_pb2 as pb
@@ -69,6 +73,24 @@ def test_a_cached_value_is_the_expected_embedding_or_corrupt(entry: bytes) -> No
     except CorruptCacheEntry:
         return
     assert (image.key, len(values)) == (EXPECTED.key, image.tokens * EXPECTED.width * 4)
+
+
+NARROW = {dtype: replace(HEADER, dtype=dtype) for dtype in LARGEST_CODES}
+NARROW_ENTRIES = [
+    header.pack() + struct.pack("<3f", 0, 1, 2) + bytes(6) + IMAGE.SerializeToString() for header in NARROW.values()
+]
+
+
+@given(st.sampled_from(sorted(NARROW)), damaged([*NARROW_ENTRIES, ENTRY]))
+def test_a_cached_narrow_value_is_finite_or_corrupt(dtype: str, entry: bytes) -> None:
+    try:
+        _, values = _parse_entry(memoryview(entry), replace(EXPECTED, dtype=dtype))
+    except CorruptCacheEntry:
+        return
+    header = parse_header(entry)
+    scales = np.frombuffer(values[: header.scales_length], "<f4")
+    assert (len(values), header.dtype) == (header.length, dtype)
+    assert np.isfinite(scales * np.float32(LARGEST_CODES[dtype])).all()
 
 
 @given(st.from_regex(r"\A(dvd:)?[0-9a-fx]{62,66}/[-+0-9]{0,12}\s?\Z") | st.text(max_size=100))

@@ -10,7 +10,7 @@ import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 
 from common.embedding import Header
-from lm_worker.connector import EmbeddingFiles, SharedMemoryConnector
+from lm_worker.connector import EmbeddingFiles, SharedMemoryConnector, load_embedding
 from lm_worker.encoder_cache import PinnedEncoderCacheManager
 from lm_worker.shared_memory import WAITING, create_folder
 from lm_worker.store import Store
@@ -28,14 +28,16 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", budget=1 << 20, lease=0)
 
 
-def vllm_config(store: Store, max_concurrent_steps: int = 1, partial_share: float = 0.0) -> Any:
+def vllm_config(
+    store: Store, max_concurrent_steps: int = 1, partial_share: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Any:
     """What the connector reads of an engine with 1,000 tokens of KV cache and eight running requests."""
     extra = {"folder": str(store.folder), "wait": WAIT_SECONDS, "partial_share": partial_share}
     return SimpleNamespace(
         ec_transfer_config=SimpleNamespace(is_ec_producer=False, is_ec_consumer=True, get_from_extra_config=extra.get),
         max_concurrent_batches=max_concurrent_steps,
         scheduler_config=SimpleNamespace(enable_chunked_prefill=True, max_num_seqs=8, max_num_active_seqs=None),
-        model_config=SimpleNamespace(is_hybrid=False),
+        model_config=SimpleNamespace(is_hybrid=False, dtype=dtype),
         cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=10),
         num_prefill_lookahead_tokens=0,
     )
@@ -156,6 +158,35 @@ def test_embeddings_of_a_step_stay_pinned_until_it_ends(store: Store, max_concur
     scheduler.build_connector_meta(SOMETHING_SCHEDULED)
     assert not scheduler.has_pending_push_work()
     assert not list((store.folder / ".pinned").iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_narrow_embedding_is_widened_to_the_dtype_of_the_model(store: Store, name: str, dtype: torch.dtype) -> None:
+    """All codes, with scales that no dtype can represent exactly."""
+    code_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[name]
+    undefined = {0x7F, 0xFF} if name == "fp8" else set()
+    codes = torch.tensor([[code for code in range(256) if code not in undefined]] * 5, dtype=torch.uint8).view(code_dtype)
+    scales = torch.tensor([0.0, 1 / 3, 1e-7, 3e-30, 100.7])
+    with store.writing(Header("a", "f" * 64, name, *codes.shape)) as incoming:
+        incoming.add(scales.numpy().tobytes() + codes.view(torch.uint8).numpy().tobytes())
+    worker, cache = SharedMemoryConnector(vllm_config(store, dtype=dtype), ECConnectorRole.WORKER), dict[str, torch.Tensor]()
+    worker.bind_connector_metadata(EmbeddingFiles({"a": str(store.folder / "a")}))
+    worker.start_load_caches(cache)
+    expected = codes.to(torch.float32).mul(scales[:, None]).to(dtype)
+    assert cache["a"].dtype == dtype
+    assert torch.equal(cache["a"], expected)
+    assert torch.isfinite(cache["a"]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_other_embeddings_are_mapped_unchanged(store: Store, dtype: str) -> None:
+    values = torch.randn(ROWS, WIDTH).to(getattr(torch, dtype))
+    with store.writing(Header("a", "f" * 64, dtype, ROWS, WIDTH)) as incoming:
+        incoming.add(values.view(torch.uint8).numpy().tobytes())
+    loaded = load_embedding(store.folder / "a", torch.float32)
+    assert loaded.dtype == values.dtype
+    assert torch.equal(loaded, values)
 
 
 def test_a_request_goes_on_up_to_its_first_missing_embedding(store: Store) -> None:

@@ -149,7 +149,12 @@ NAN = np.full(ROWS * WIDTH, np.nan, "float32").tobytes()
         ({"width": 127}, bytes(LENGTH), errors.InvalidRequest, r"256 × 127; expected at least 1 row of width 128"),
         ({"rows": 0, "length": 0}, b"", errors.InvalidRequest, "expected at least 1 row"),
         ({"rows": 2**32 - 1}, b"", errors.ContextLengthExceeded, "4294967295 visual tokens"),
-        ({"dtype": pb.BFLOAT16}, bytes(LENGTH), errors.InvalidRequest, "in bfloat16; the language model computes in float32"),
+        (
+            {"dtype": pb.BFLOAT16},
+            bytes(LENGTH),
+            errors.InvalidRequest,
+            r"in bfloat16; this language worker takes float32 \(--embedding-dtype\)",
+        ),
         ({"dtype": 0}, bytes(LENGTH), errors.InvalidRequest, "unknown dtype number 0"),
         ({"length": LENGTH + 4}, bytes(LENGTH + 4), errors.InvalidRequest, f"have {LENGTH}"),
         ({"fingerprint": "0" * 64}, bytes(LENGTH), errors.CheckpointMismatch, "000000000000"),

@@ -34,6 +34,12 @@ def test_each_field_of_the_setting_changes_the_key(field: str) -> None:
     assert image_keys(b"me", [changed], [A]) != image_keys(b"me", [SETTING], [A])
 
 
+def test_each_dtype_has_keys_of_its_own() -> None:
+    dtypes = [number for number in embeddings_pb2.Dtype.values() if number]
+    keys = [image_keys(b"me", [dataclasses.replace(SETTING, dtype=dtype)], [A])[0] for dtype in dtypes]
+    assert len(set(keys)) == len(dtypes) == 5
+
+
 def test_a_threshold_of_zero_differs_from_an_unset_one() -> None:
     routers = [
         vision_pb2.Router(),

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from common import errors
-from protos import vision_pb2
+from protos import embeddings_pb2, vision_pb2
 from server.metrics import Metrics
 from server.vision_queue import EncodeJob, VisionQueue
 from server.workers.clients import VisionClient
@@ -34,11 +34,17 @@ class Bench:
         self._end: dict[str, asyncio.Event] = {}
 
     async def call(
-        self, name: str, tiles: int, caller: str = "caller", deadline: float = 100.0, request: str = ""
+        self,
+        name: str,
+        tiles: int,
+        caller: str = "caller",
+        deadline: float = 100.0,
+        request: str = "",
+        dtype: int = embeddings_pb2.FLOAT32,
     ) -> VisionWorker:
         """Wait for a turn, and take it until `end` is called."""
         end = self._end[name] = asyncio.Event()
-        job = EncodeJob(name, CHECKPOINT, caller, request or name, tiles, deadline)
+        job = EncodeJob(name, CHECKPOINT, caller, request or name, tiles, deadline, dtype)
         async with self.queue.worker(job) as worker:
             self.sent.append(name)
             await end.wait()
@@ -181,6 +187,22 @@ async def test_only_workers_of_the_checkpoint_are_used(tasks: asyncio.TaskGroup)
     bench.pool.workers[1].mark_down("stopped")
     with pytest.raises(errors.Unavailable, match="checkpoint"):
         await bench.call("none", 1)
+
+
+async def test_only_workers_that_deliver_the_dtype_are_used(tasks: asyncio.TaskGroup) -> None:
+    bench = Bench(workers=2)  # the first one, of an older version, names no dtypes
+    narrow = [embeddings_pb2.FLOAT32, embeddings_pb2.INT8]
+    bench.pool.workers[1].mark_up(vision_pb2.VisionDescription(checkpoint=CHECKPOINT, batch_tiles=8, embedding_dtypes=narrow))
+    for number in range(10):
+        tasks.create_task(bench.call(f"key {number}", 1, dtype=embeddings_pb2.INT8))
+    await settle()
+    assert [worker.tiles for worker in bench.pool.workers] == [0, 10]
+    for number in range(20):
+        tasks.create_task(bench.call(f"wide {number}", 1))
+    await settle()
+    assert bench.pool.workers[0].tiles > 0, "every worker delivers float32"
+    with pytest.raises(errors.Unavailable, match="in fp8"):
+        await bench.call("none", 1, dtype=embeddings_pb2.FP8)
 
 
 async def test_waiting_calls_fail_if_the_last_worker_is_gone(tasks: asyncio.TaskGroup) -> None:

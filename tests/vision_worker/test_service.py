@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import embedding_stream, errors, logs, rpc
+from common import embedding_stream, errors, logs, messages, rpc
 from common.grants import GrantSigner
 from common.security import OPEN, Credentials
 from common.tiling import Tiling
@@ -34,6 +34,7 @@ from vision_worker.models.internvl import InternVL
 from vision_worker.prepare_threads import PrepareThreads
 from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.process import watch_threads
+from vision_worker.quantization import NARROW_DTYPES, quantize
 from vision_worker.service import Service
 
 STAGES = ("decode", "tile", "encode", "route", "deliver")
@@ -202,6 +203,32 @@ async def test_embeddings_are_delivered_in_the_requested_dtype(flash: Worker, dt
     header = flash.sink.headers["key-0"]
     assert (header.dtype, header.rows, header.width, header.length) == (dtype, 256, 128, 256 * 128 * size)
     assert header.fingerprint == flash.fingerprint
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+async def test_narrow_embeddings_are_quantised_once_and_cached_as_they_are(caching: Worker, name: str) -> None:
+    """Each dtype has its own entry in the cache, so that none is ever read as another one."""
+    await caching.encode("square.png")
+    exact = caching.delivered("key-0")
+    scales, codes = quantize(exact, NARROW_DTYPES[name])
+    expected = scales.numpy().tobytes() + codes.view(torch.uint8).numpy().tobytes()
+    replies = [await caching.encode("square.png", dtype=messages.dtype_to_proto(name), name=f"narrow{i}") for i in range(2)]
+    assert [reply.cached for reply in replies] == [False, True]
+    for i in range(2):
+        header = caching.sink.headers[f"narrow{i}-0"]
+        assert (header.rows, header.width, header.length) == (256, 128, 256 * (128 + 4))
+        assert messages.dtype_from_proto(header.dtype) == name
+        assert caching.sink.data[f"narrow{i}-0"] == expected
+    assert (await caching.encode("square.png", name="again")).cached
+    assert torch.equal(caching.delivered("again-0"), exact)
+    assert caching.count("delivered_bytes") == 2 * len(expected) + 2 * 256 * 128 * 4
+    assert caching.outcomes() == (2, 2, 0)
+
+
+async def test_describe_names_the_dtypes_of_embeddings(flash: Worker) -> None:
+    description = await flash.stub.Describe(embeddings_pb2.DescribeRequest())
+    names = {messages.dtype_from_proto(number) for number in description.embedding_dtypes}
+    assert names == {"bfloat16", "float16", "float32", "int8", "fp8"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Embeddings in a cache: their format, their validation when they are read, and the handling of failures.
 
-A value is the embedding's header, its values and a serialized `EncodedImage`, which holds the tile grid and the routes. A
+A value is the embedding's header, its payload and a serialized `EncodedImage`, which holds the tile grid and the routes. A
 cached value is validated like any bytes from outside. No cache error ever fails a request: it counts as a miss.
 """
 
@@ -119,7 +119,7 @@ def _parse_entry(entry: memoryview, expected: Header) -> tuple[pb.EncodedImage, 
         end = embedding.HEADER_SIZE + header.length
         values = entry[embedding.HEADER_SIZE : end]
         _check_header(header, expected, len(entry))
-        embedding.check_finite(values, header.dtype)
+        embedding.check_values(header, values)
         image = pb.EncodedImage.FromString(bytes(entry[end:]))
     except (errors.InvalidRequest, UnicodeDecodeError, DecodeError) as error:
         raise CorruptCacheEntry(str(error)) from None

@@ -22,7 +22,8 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         http: The address of vLLM's HTTP server that Describe returns.
         checkpoint: The description that Describe returns.
         rows: Number of rows by key of the embedding. A test removes a key to lose an embedding.
-        dtype: The language model's dtype that Describe returns.
+        dtype: The dtype of embeddings that Describe returns.
+        model_dtype: The language model's dtype that Describe returns; 0, as of an older version: it is `dtype`.
         draining: What Describe returns.
         responsive: Describe waits for this event; it is set at first.
         error: Deliver raises it unless it is None.
@@ -35,6 +36,7 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         self.checkpoint = checkpoint_description()
         self.rows: dict[str, int] = {}
         self.dtype: int = pb.FLOAT32
+        self.model_dtype: int = pb.DTYPE_UNSPECIFIED
         self.draining = False
         self.responsive = asyncio.Event()
         self.responsive.set()
@@ -56,8 +58,8 @@ class FakeSink(embeddings_pb2_grpc.EmbeddingSinkServicer):
 
     async def Describe(self, request: Any, context: Any) -> pb.LanguageDescription:  # noqa: N802
         await self.responsive.wait()
-        dtype: Any = self.dtype  # protobuf's enums are numbers
-        return pb.LanguageDescription(checkpoint=self.checkpoint, dtype=dtype, http=self.http, draining=self.draining)
+        dtypes: Any = {"dtype": self.dtype, "model_dtype": self.model_dtype}  # protobuf's enums are numbers
+        return pb.LanguageDescription(checkpoint=self.checkpoint, http=self.http, draining=self.draining, **dtypes)
 
     async def Has(self, request: pb.HasRequest, context: Any) -> pb.HasReply:  # noqa: N802
         self.expect_seconds.append(request.expect_seconds)

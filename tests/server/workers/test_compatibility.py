@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from protos import embeddings_pb2 as pb
 from server.workers.compatibility import find_mismatch
 from tests.server.fakes.vision_worker import checkpoint_description
 from tests.server.fakes.waiting import wait_until
@@ -62,5 +63,32 @@ async def test_a_dtype_that_vision_workers_do_not_deliver_is_a_mismatch(
         mismatch = workers.mismatch()
         assert bool(mismatch) == is_mismatch
         if mismatch:
-            assert f"dtype number {number}, but vision workers deliver bfloat16, float16, float32" in mismatch.summary
-            assert mismatch.details.startswith(f"language worker {language.sink.address} computes in")
+            assert f"dtype number {number}, but this gateway knows bfloat16, float16, float32, int8, fp8" in mismatch.summary
+            assert mismatch.details.startswith(f"language worker {language.sink.address} takes embeddings in")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(pb.INT8, "int8"), (pb.FP8, "fp8")])
+async def test_a_vision_worker_that_does_not_deliver_narrow_embeddings_is_a_mismatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: int, name: str
+) -> None:
+    async with start_pools(tmp_path, monkeypatch) as (workers, vision, language):
+        language.sink.dtype = dtype
+        await workers.probe()
+        mismatch = workers.mismatch()
+        assert mismatch is not None, "a vision worker of an older version names no dtypes"
+        assert f"takes embeddings in {name} (--embedding-dtype), but a vision worker delivers bfloat16, float16, float32;" in (
+            mismatch.summary
+        )
+        for address in (vision.address, language.sink.address):
+            assert address in mismatch.details
+            assert address not in mismatch.summary, "callers do not learn addresses"
+        vision.description = {"embedding_dtypes": [pb.FLOAT32, dtype, 9]}  # 9: of a newer version
+        await workers.probe()
+        assert workers.mismatch() is None
+        assert workers.unpaired() == []
+        language.sink.dtype = pb.BFLOAT16
+        await workers.probe()
+        assert (
+            f"takes embeddings in bfloat16 (--embedding-dtype), but a vision worker delivers float32, {name};"
+            in (workers.mismatch() or pytest.fail("no mismatch")).summary
+        )

@@ -1,8 +1,10 @@
 """Embeddings in any cache: they return unchanged, corrupt entries are misses, and no cache error fails a request."""
 
 import asyncio
+import math
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +27,35 @@ async def test_an_embedding_is_returned_unchanged(cache: Cache) -> None:
     assert entry[0] == IMAGE
     assert bytes(entry[1]) == VALUES
     assert embeddings.counts == {"misses": 1, "hits": 1}
+
+
+NARROW_VALUES = struct.pack("<3f", 0.5, 0.0, 2.0) + bytes(range(6))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+async def test_a_narrow_embedding_is_returned_unchanged_and_only_as_itself(cache: Cache, dtype: str) -> None:
+    embeddings = EmbeddingCache(cache)
+    embeddings.put(replace(HEADER, dtype=dtype), IMAGE, NARROW_VALUES)
+    await writes_done(embeddings)
+    entry = await embeddings.get(replace(EXPECTED, dtype=dtype))
+    assert entry is not None
+    assert bytes(entry[1]) == NARROW_VALUES
+    assert await embeddings.get(EXPECTED) is None
+    assert await embeddings.get(replace(EXPECTED, dtype={"int8": "fp8", "fp8": "int8"}[dtype])) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("int8", struct.pack("<3f", 0.5, math.nan, 2.0) + bytes(6)),
+        ("fp8", struct.pack("<3f", 0.5, -1.0, 2.0) + bytes(6)),
+        ("fp8", struct.pack("<3f", 0.5, 1.0, 2.0) + b"\0\0\0\0\0\x7f"),
+    ],
+)
+def test_a_narrow_entry_that_is_not_finite_is_corrupt(dtype: str, values: bytes) -> None:
+    entry = replace(HEADER, dtype=dtype).pack() + values + IMAGE.SerializeToString()
+    with pytest.raises(CorruptCacheEntry):
+        _parse_entry(memoryview(entry), replace(EXPECTED, dtype=dtype))
 
 
 CORRUPT = {
