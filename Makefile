@@ -172,11 +172,11 @@ test-long: dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -o cache_dir=.pytest_cache/long -m long $(ARGS) || [ $$? = 5 ]
 
 test-other: dev
-	$(PYTEST) -o cache_dir=.pytest_cache/other $(PARALLEL) -m 'not vllm and not install' $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -o cache_dir=.pytest_cache/other $(PARALLEL) -m 'not vllm and not install and not long' $(ARGS) || [ $$? = 5 ]
 
 # Three processes on two cores: some tests wait for a deadline
 test-fast: dev
-	$(PYTEST) -n 3 --dist loadfile -m 'not vllm and not slow and not install' $(ARGS)
+	$(PYTEST) -n 3 --dist loadfile -m 'not vllm and not slow and not long and not install' $(ARGS)
 
 # Apart from `make test`, which has to end within ten minutes.
 test-clients: dev clients
@@ -197,7 +197,7 @@ clients: .venv-clients/installed
 # Apart from `make test`: before Python 3.12 tracing branches costs more than a tenth of a run.
 coverage: dev
 	$(BIN)/coverage erase
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(PARALLEL) -m 'not vllm and not install' $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(PARALLEL) -m 'not vllm and not install and not long' $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -56,6 +56,7 @@ _HAS_CLIENTS = (_TESTS.parent / ".venv-clients/installed").exists()
 
 _LONG = (
     "e2e/test_hostile_fields.py",
+    "e2e/test_narrow.py",
     "e2e/test_real_shapes.py",
     "lm_worker/test_serving.py",
     "lm_worker/test_watchdog.py",

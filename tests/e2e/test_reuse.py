@@ -66,10 +66,10 @@ def test_a_hundred_requests_with_one_image_are_one_encode(stack: Stack) -> None:
     with ThreadPoolExecutor(100) as clients:
         answers = list(clients.map(lambda _: stack.ask(), range(100)))
     assert len(set(answers)) == 1
-    (tiles, delivered), (other_tiles, other_delivered) = sorted(stack.work(), reverse=True)
+    (tiles, delivered), (other_tiles, _) = sorted(stack.work(), reverse=True)  # which may deliver what is in the shared cache
     assert tiles == 7, "three by two tiles and the thumbnail"
     assert delivered > 0
-    assert (other_tiles, other_delivered) == (0, 0)
+    assert other_tiles == 0
 
 
 def test_another_question_delivers_nothing(stack: Stack) -> None:
