@@ -140,8 +140,10 @@ def check_values(header: Header, data: bytes | memoryview, offset: int = 0) -> N
     largest = MAX_NARROW_MAGNITUDE / LARGEST_CODES[header.dtype]
     if (scale := _first_bad_scale(data, scale_bytes, largest)) is not None:
         raise errors.InvalidRequest(f"embedding has scale {scale:g} of a row; expected 0 to {largest:g} for {header.dtype}")
-    if header.dtype == "fp8" and _has_undefined_fp8(data, scale_bytes):
+    if header.dtype == "fp8" and _has_code(data, scale_bytes, 0x7F, 0x7F):
         raise errors.InvalidRequest("embedding contains undefined fp8 values (NaN)")
+    if header.dtype == "int8" and _has_code(data, scale_bytes, 0xFF, 0x80):
+        raise errors.InvalidRequest("embedding contains the int8 value -128; expected -127 to 127")
 
 
 def check_finite(data: bytes | memoryview, dtype: str) -> None:
@@ -176,7 +178,8 @@ def _first_bad_scale(data: bytes | memoryview, scale_bytes: int, largest: float)
     return None if bool(allowed.all()) else float(scales[~allowed][0])
 
 
-def _has_undefined_fp8(data: bytes | memoryview, offset: int) -> bool:
+def _has_code(data: bytes | memoryview, offset: int, mask: int, code: int) -> bool:
+    """Whether a value from `offset` on has this code, of the bits in `mask`."""
     import numpy as np
 
-    return bool(np.any((np.frombuffer(data, dtype=np.uint8)[offset:] & 0x7F) == 0x7F))
+    return bool(np.any((np.frombuffer(data, dtype=np.uint8)[offset:] & mask) == code))

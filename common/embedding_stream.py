@@ -8,7 +8,7 @@ field is a tag, a length and the bytes: this module encodes and decodes it by ha
 from __future__ import annotations  # grpc.aio is generic for type checkers only
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -94,7 +94,8 @@ async def deliver(
         await call.write(header_message(header, grant))
         answer = tuple(await call.initial_metadata())
         if _WANTED_KEY in dict(answer):
-            if name := await base.place(transports, base.parse_offers(answer), header, data):
+            offers = base.parse_offers(answer)
+            if name := await _until_call_ends(call, base.place(transports, offers, header, data)):
                 await call.write(placed_message(name, len(data)))
             else:
                 for message in data_messages(data):
@@ -107,6 +108,20 @@ async def deliver(
         raise
     reply: pb.DeliverReply = await call
     return reply
+
+
+async def _until_call_ends(call: Any, placing: Coroutine[Any, Any, str | None]) -> str | None:
+    """Return the result of `placing`, which is cancelled once the call has ended: nobody receives the values then."""
+    place, ended = asyncio.ensure_future(placing), asyncio.ensure_future(call.code())
+    try:
+        await asyncio.wait([place, ended], return_when=asyncio.FIRST_COMPLETED)
+        if not place.done():
+            raise asyncio.InvalidStateError  # as a write raises after the end
+        return place.result()
+    finally:
+        place.cancel()
+        ended.cancel()
+        await asyncio.gather(place, ended, return_exceptions=True)
 
 
 async def request_values(context: Any, offers: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from common import errors
+from common.descriptors import connection_limit
 from common.security import HEADER, OPEN, TOKEN_REJECTED, Credentials, TlsClock, TlsFiles
 
 T = TypeVar("T")
@@ -46,8 +47,8 @@ _OPTIONS = [
 ]
 
 # what strangers may hold who reach the port: connections that do not finish their handshake, do nothing, or open many streams
+_MAX_CONNECTIONS = 1024
 _SERVER_OPTIONS = {
-    "grpc.max_allowed_incoming_connections": 1024,
     "grpc.server_handshake_timeout_ms": 10_000,
     "grpc.max_connection_idle_ms": 300_000,
     "grpc.max_concurrent_streams": 4096,
@@ -123,7 +124,11 @@ def create_server(
     Raises:
         OSError: an address cannot be bound; the message names it.
     """
-    own = {**_SERVER_OPTIONS, "grpc.max_receive_message_length": max_message_bytes}
+    own = {
+        **_SERVER_OPTIONS,
+        "grpc.max_allowed_incoming_connections": connection_limit(_MAX_CONNECTIONS),
+        "grpc.max_receive_message_length": max_message_bytes,
+    }
     options = list((dict(_OPTIONS) | own).items())
     server = grpc.aio.server(interceptors=[_GuardInterceptor(credentials, on_refused)], options=options)
     for address in addresses:

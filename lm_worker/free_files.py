@@ -40,7 +40,7 @@ class FreeFiles:
             self._sizes[free] = size
             self.bytes += size
         else:
-            free.unlink()
+            free.unlink(missing_ok=True)
 
     def take(self, path: Path, size: int) -> bool:
         """Move the file that fits `size` bytes best to `path`. Returns False if none fits; the file's size is not changed."""
@@ -48,8 +48,11 @@ class FreeFiles:
         if not fitting:
             return False
         best = min(fitting, key=lambda free: abs(self._sizes[free] - size))
-        best.rename(path)
         self.bytes -= self._sizes.pop(best)
+        try:
+            best.rename(path)
+        except FileNotFoundError:  # removed by hand
+            return self.take(path, size)
         return True
 
     def trim(self, limit: int) -> None:
@@ -57,8 +60,8 @@ class FreeFiles:
         while self.bytes > limit:
             path, size = next(iter(self._sizes.items()))
             keep = max(0, size - (self.bytes - limit))
-            if keep < size // _MAX_TIMES_LARGER:
-                path.unlink()
+            if keep < size // _MAX_TIMES_LARGER or not path.exists():
+                path.unlink(missing_ok=True)
                 del self._sizes[path]
                 self.bytes -= size
             else:
@@ -72,15 +75,15 @@ def is_unshared(path: Path) -> bool:
 
     The kernel grants a write lease only on such a file, and counts mappings, which outlive their descriptors, as open files.
     """
-    with path.open("r+b", buffering=0) as file:
-        descriptor = file.fileno()
-        if os.fstat(descriptor).st_nlink > 1:
-            return False
-        try:
+    try:
+        with path.open("r+b", buffering=0) as file:
+            descriptor = file.fileno()
+            if os.fstat(descriptor).st_nlink > 1:
+                return False
             # Whoever opens the file now waits, and this process gets a signal, which by default would end it: SIGURG does not
             fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        except OSError:
-            return False
-        return True
+            return True
+    except OSError:  # also if no descriptor is left to open it with
+        return False

@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 HEAD_SECONDS = 20.0
 """Time for a request's line and headers to arrive. Between two requests, uvicorn's own time counts."""
-MAX_CONNECTIONS = 1024
-"""Gateways need one for each request in flight."""
+MAX_WAITING = 1024
+"""Connections that wait for a head. Those whose requests are served are not bounded: gateways need one for each of them."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -23,16 +23,14 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     _waiting: dict["BoundedProtocol", None] = {}  # noqa: RUF012  # of this process, those that wait longest first
-    _count = 0
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Count a connection, and start to wait for its first head. One for which there is no room is closed."""
+        """Start to wait for the first head of a connection, if need be in place of the one that has waited longest."""
         super().connection_made(transport)
-        BoundedProtocol._count += 1
-        if BoundedProtocol._count > MAX_CONNECTIONS:
-            oldest = next(iter(self._waiting), self)
-            self._waiting.pop(oldest, None)
+        if len(self._waiting) >= MAX_WAITING:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
             oldest.transport.abort()
         self._wait_for_head()
 
@@ -54,14 +52,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._waiting[self] = None
 
     def handle_websocket_upgrade(self) -> None:
-        """Count the connection no more: it gets another protocol, and this one is not told of its end."""
-        BoundedProtocol._count -= 1
+        """Stop to wait: the connection gets another protocol, and this one is not told of its end."""
         self._stop_waiting()
         super().handle_websocket_upgrade()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count the connection no more."""
-        BoundedProtocol._count -= 1
+        """Stop to wait."""
         self._stop_waiting()
         super().connection_lost(exc)
 

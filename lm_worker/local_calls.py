@@ -85,7 +85,7 @@ class LocalCallServer:
         try:
             if not self._credentials.accepts(dict(context.invocation_metadata()).get(HEADER)):
                 self._on_refused()
-                await anext(messages)  # the next message begins the next call
+                await anext(messages, None)  # the next message begins the next call
                 raise errors.Unauthorized(TOKEN_REJECTED)
             reply = await self._sink.Deliver(messages, context)
         except errors.DvdError as error:
@@ -102,7 +102,7 @@ def _parse_metadata(message: bytes) -> dict[str, str]:
     """Return the metadata of a call. Raises `InvalidRequest` if the message is not metadata."""
     try:
         metadata = dict(json.loads(message))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         metadata = {"": None}
     if not all(isinstance(part, str) for item in metadata.items() for part in item):
         raise errors.InvalidRequest("invalid metadata of a local call: expected a list of pairs of texts")

@@ -209,9 +209,9 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         vLLM does not check shapes, so an invalid embedding must never become visible.
 
         Raises:
-            CheckpointMismatch: The embedding belongs to another checkpoint.
+            CheckpointMismatch: The embedding belongs to another checkpoint, or was encoded for another dtype before a restart.
             ContextLengthExceeded: The embedding has more rows than the model's context.
-            InvalidRequest: Key, dtype, shape or length are wrong.
+            InvalidRequest: Key, shape or length are wrong.
         """
         key = validate_key(header.key)
         if header.fingerprint != self._fingerprint:
@@ -220,7 +220,7 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
                 f"{self._fingerprint[:12]!r}."
             )
         if (dtype := dtype_from_proto(header.dtype)) != self._dtype:
-            raise errors.InvalidRequest(
+            raise errors.CheckpointMismatch(
                 f"The embedding is in {dtype}; this language worker takes {self._dtype} (--embedding-dtype)."
             )
         if header.width != self._width or not header.rows:

@@ -162,6 +162,6 @@ class Store:
 
     def _evict(self, key: str) -> None:
         entry = self._entries.pop(key)
-        self._free.add(self.folder / key, entry.size)
         self.used -= entry.size
         self.evictions += 1
+        self._free.add(self.folder / key, entry.size)

@@ -19,11 +19,12 @@ from typing import Any
 from uvicorn.config import STARTUP_FAILURE
 
 from common import logs
+from common.descriptors import connection_limit
 from common.processes import die_with_parent
 from common.security import read_credentials
 from server.app import create_app
 from server.config import GatewayOptions
-from server.http.connections import Connections, connection_limit
+from server.http.connections import Connections
 from server.http.protocol import uvicorn_config
 from server.http.server import GracefulServer
 from server.metrics import Metrics

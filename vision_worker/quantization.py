@@ -58,7 +58,7 @@ def quantize(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     magnitudes = torch.linalg.vector_norm(values, ord=torch.inf, dim=1)  # unlike abs().amax(), it needs no copy
     if not bool((magnitudes <= MAX_NARROW_MAGNITUDE).all()):
         raise _too_large(magnitudes, tokens.dtype)
-    scales = magnitudes / largest
+    scales = magnitudes / torch.full_like(magnitudes, largest)  # by a number, a GPU would multiply with its rounded inverse
     scales = torch.where(scales < _SMALLEST_SCALE, 0.0, scales)
     codes = values.div_(torch.where(scales == 0, torch.inf, scales)[:, None])
     codes.clamp_(-largest, largest)  # a division may round up

@@ -28,6 +28,9 @@ _LENGTH_BYTES = 4
 _MAX_MESSAGE_BYTES = 64 << 10
 """Metadata, header and grant are far shorter."""
 
+_ANSWER_SECONDS = 30.0
+"""Time for each answer of the sink: as long as gRPC waits for a peer that hangs."""
+
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -79,7 +82,7 @@ class LocalCalls:
         Returns:
             Whether the sink has it. If not, the sink cannot be reached like this, or no transport works: use gRPC.
 
-        Raises: what the sink raised; DeadlineExceeded.
+        Raises: what the sink raised; DeadlineExceeded; SinkUnavailable if it hangs.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -141,7 +144,12 @@ class _Call:
 
     async def _exchange(self, messages: bytes) -> dict[str, Any]:
         self._writer.write(messages)
-        answer: dict[str, Any] = json.loads(await read_message(self._reader))
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                message = await read_message(self._reader)
+        except TimeoutError:
+            raise errors.SinkUnavailable(f"the language worker's sink has not answered for {_ANSWER_SECONDS:g} s") from None
+        answer: dict[str, Any] = json.loads(message)
         return answer
 
 

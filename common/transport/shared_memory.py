@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,8 +38,9 @@ def write_to_file(path: str, header: Header, data: memoryview) -> bool:
     open only meanwhile: a sink does not reuse the file of an evicted embedding while a process has it open.
     """
     try:
-        with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b", buffering=0) as file:
-            if file.read(HEADER_SIZE) != header.pack():
+        # O_NONBLOCK: a path that names a device or a pipe must not block the sender
+        with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY), "r+b", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or file.read(HEADER_SIZE) != header.pack():
                 return False
             write_all(file, data)
     except OSError:  # no such file here, no permission, or no room: send the values, and the sink reports its own error

@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.embedding import Header
 
@@ -100,8 +100,17 @@ class TcpTransport:
 
 
 async def _connect(host: str, port: int) -> socket.socket:
+    """Connect to the first address of the host that can be connected to. Raises: `OSError`."""
+    addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for address in addresses[:-1]:
+        with contextlib.suppress(OSError):
+            return await _connect_to(address)
+    return await _connect_to(addresses[-1])
+
+
+async def _connect_to(address: tuple[Any, ...]) -> socket.socket:
     loop = asyncio.get_running_loop()
-    family, kind, protocol, _, target = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+    family, kind, protocol, _, target = address
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(socket.socket(family, kind, protocol))
         connection.setblocking(False)

@@ -78,7 +78,8 @@ class TcpReceiver:
         """Listen at `host`, an address; 0 chooses a free port. Raises: `OSError`, with a message."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         rpc.ensure_free(f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}", "--delivery-port")
-        self._listener = socket.create_server((host, port), family=family, backlog=_MAX_STRANGERS)
+        dual = host == "::" and socket.has_dualstack_ipv6()  # as gRPC at this address
+        self._listener = socket.create_server((host, port), family=family, backlog=_MAX_STRANGERS, dualstack_ipv6=dual)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._offers: dict[bytes, _TcpOffer] = {}

@@ -2,7 +2,6 @@
 
 import contextvars
 import heapq
-import resource
 from typing import Protocol
 
 from server.http.middleware import OTHER_ROUTE, log_request
@@ -101,16 +100,3 @@ class Connections:
 
     def _export(self) -> None:
         self._metrics.connections.set(len(self._open))
-
-
-def connection_limit(max_connections: int) -> int:
-    """Return how many connections this process can have: half of its descriptors are for workers and images.
-
-    The soft limit of descriptors is raised as far as the system allows.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * max_connections
-    if soft < needed:
-        soft = min(needed, hard) if hard != resource.RLIM_INFINITY else needed
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(max_connections, soft // 2))

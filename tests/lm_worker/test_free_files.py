@@ -1,6 +1,7 @@
 """Files of evicted embeddings are reused, but only when no other process could notice."""
 
 import contextlib
+import errno
 import mmap
 import os
 import subprocess
@@ -37,6 +38,10 @@ def put(store: Store, key: str, fill: int, rows: int = 4) -> int:
     with store.writing(header(key, rows)) as incoming:
         incoming.add(bytes([fill]) * header(key, rows).length)
     return (store.folder / key).stat().st_ino
+
+
+def stored_bytes(store: Store) -> int:
+    return sum(file.stat().st_size for file in store.folder.iterdir() if file.is_file())
 
 
 def free_files(store: Store) -> list[int]:
@@ -155,6 +160,37 @@ def test_an_embedding_that_was_removed_by_hand_is_no_free_file(folder: Path) -> 
     free.add(folder / "missing", 1000)
     assert free.bytes == 0
     assert not free.take(folder / "next", 1000)
+
+
+def test_a_free_file_that_was_removed_by_hand_is_forgotten(folder: Path) -> None:
+    store = Store(folder, budget=2 * SIZE, lease=0)
+    for i in range(4):
+        put(store, f"k{i}", i)
+        for file in (folder / ".free").iterdir():
+            file.unlink()
+    put(store, "large", 9, rows=9)
+    assert stored_bytes(store) == store.used
+
+
+def test_without_descriptors_evicted_embeddings_still_give_back_their_budget(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(folder, budget=2 * SIZE, lease=0)
+    put(store, "a", 1)
+    put(store, "b", 2)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        for name in ("c", "d", "e"):
+            with pytest.raises(OSError, match="Too many open files"):
+                put(store, name, 3)
+    put(store, "f", 4)
+    put(store, "g", 5)
+    assert stored_bytes(store) == store.used == 2 * SIZE
+    assert free_files(store) == []
 
 
 def test_where_the_system_grants_no_leases_nothing_is_reused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

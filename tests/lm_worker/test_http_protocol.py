@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import uvicorn
@@ -18,10 +19,10 @@ GET = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 @contextlib.asynccontextmanager
-async def serve(keep_alive: int = 600) -> AsyncIterator[int]:
+async def serve(keep_alive: int = 600, app: Any = answer) -> AsyncIterator[int]:
     """Serve as vLLM does, web sockets included."""
     config = uvicorn.Config(
-        RequireToken(answer), port=0, log_config=None, lifespan="off", http=BoundedProtocol, timeout_keep_alive=keep_alive
+        RequireToken(app), port=0, log_config=None, lifespan="off", http=BoundedProtocol, timeout_keep_alive=keep_alive
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -78,25 +79,47 @@ async def test_a_head_that_does_not_arrive_ends_its_connection(
         await assert_serves(port)
         await asyncio.gather(*strangers)
         await assert_serves(port)
-    assert BoundedProtocol._count == 0
     assert not BoundedProtocol._waiting
 
 
 @pytest.mark.parametrize("data", [b"", b"GET /", GET], ids=["nothing", "half a head", "idle after a request"])
 async def test_more_connections_than_there_may_be_do_not_keep_others_out(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 20)
+    monkeypatch.setattr(http_protocol, "MAX_WAITING", 20)
     async with serve() as port:
         strangers = [await connect(port, data) for _ in range(60)]
         for _ in range(5):
             await assert_serves(port)
-            await wait_until(lambda: BoundedProtocol._count <= 20, "the oldest ones are closed")
+            await wait_until(lambda: len(BoundedProtocol._waiting) <= 20, "the oldest ones are closed")
         for _, writer in strangers:
             writer.close()
-    assert BoundedProtocol._count == 0
+    assert not BoundedProtocol._waiting
+
+
+async def test_requests_that_are_served_are_not_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateways may have more of them than there may be strangers, and each needs a connection."""
+    monkeypatch.setattr(http_protocol, "MAX_WAITING", 5)
+    waiting = asyncio.Event()
+
+    async def answer_later(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/later":
+            await waiting.wait()
+        await answer(scope, receive, send)
+
+    async with serve(app=answer_later) as port:
+        running = [await connect(port, GET.replace(b"/health", b"/later")) for _ in range(20)]
+        strangers = [await connect(port) for _ in range(10)]
+        await assert_serves(port)
+        waiting.set()
+        for reader, writer in running:
+            async with asyncio.timeout(60):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 204 ")
+            writer.close()
+        for _, writer in strangers:
+            writer.close()
 
 
 async def test_web_sockets_of_strangers_are_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 5)
+    monkeypatch.setattr(http_protocol, "MAX_WAITING", 5)
     monkeypatch.setattr(RequireToken, "credentials", CLUSTER)
     upgrade = (
         b"GET /v1/realtime HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -108,7 +131,7 @@ async def test_web_sockets_of_strangers_are_not_counted_for_ever(monkeypatch: py
             async with asyncio.timeout(60):
                 assert (await reader.readline()).startswith(b"HTTP/1.1 403 ")
             writer.close()
-        await wait_until(lambda: BoundedProtocol._count == 0, "none of them is counted")
+        await wait_until(lambda: not BoundedProtocol._waiting, "none of them is counted")
         await assert_serves(port)
 
 

@@ -15,6 +15,7 @@ from common import errors, rpc
 from common.embedding_stream import header_message, placed_message
 from common.grants import GrantSigner
 from common.security import Credentials
+from common.transport import local_call
 from common.transport.local_call import LocalCalls, frame, read_message, socket_path
 from common.transport.shared_memory import SharedMemoryTransport
 from lm_worker.shared_memory import create_folder
@@ -114,7 +115,7 @@ async def test_it_needs_token_and_grant(guarded: SinkOptions) -> None:
     assert await deliver(guarded, 1, grant)
 
 
-@pytest.mark.parametrize("message", [b"", b"null", b"{", b"[1]", b'[["a", 1]]', b'[["a"]]', b"\xff", b'"text"'])
+@pytest.mark.parametrize("message", [b"", b"null", b"{", b"[1]", b'[["a", 1]]', b'[["a"]]', b"\xff", b'"text"', 60_000 * b"["])
 async def test_what_is_no_metadata_ends_the_connection(sink: SinkOptions, message: bytes) -> None:
     async with connect(sink) as (reader, writer):
         writer.write(frame(message))
@@ -201,6 +202,27 @@ async def test_without_the_socket_senders_use_grpc(sink: SinkOptions) -> None:
         await sinks.deliver(sink.listen, header, values_of(header), 20)
     assert (Path(sink.folder) / header.key).exists()
     os.rename(f"{path}.moved", path)
+
+
+async def test_a_sink_that_hangs_is_unavailable_before_the_deadline(sink: SinkOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_call, "_ANSWER_SECONDS", 0.1)
+    header, calls = header_of(1, 100), LocalCalls(str(Path(sink.folder).parent / "hung"))
+    server = await asyncio.start_unix_server(lambda *_: asyncio.sleep(60), calls._path)
+    with pytest.raises(errors.SinkUnavailable, match="has not answered for"):
+        await calls.deliver(header, values_of(header), 600, (), b"", [SharedMemoryTransport()])
+    assert not calls._idle
+    server.close()
+
+
+async def test_a_peer_without_token_that_leaves_leaves_no_traceback(
+    guarded: SinkOptions, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with connect(guarded) as (_, writer):
+        writer.write(frame(b"[]"))
+    async with connect(guarded) as (reader, writer):
+        writer.write(frame(b"[]") + frame(b"x"))
+        assert b"missing or wrong cluster token" in await read_message(reader)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 async def test_a_sink_that_hangs_is_left_at_the_deadline(sink: SinkOptions) -> None:

@@ -96,7 +96,7 @@ async def test_another_dtype_is_rejected(narrow: SinkOptions, dtype: str) -> Non
         dtype = "float16"
     header = Header("other", FINGERPRINT, dtype, ROWS, WIDTH)
     expected = rf"in {dtype}; this language worker takes {narrow.dtype} \(--embedding-dtype\)"
-    with pytest.raises(errors.InvalidRequest, match=expected):
+    with pytest.raises(errors.CheckpointMismatch, match=expected):
         await deliver(narrow, "other", bytes(header.length), dtype=dtype)
 
 
@@ -112,13 +112,10 @@ async def test_a_bad_scale_is_rejected_and_leaves_nothing_behind(narrow: SinkOpt
     assert not (Path(narrow.folder) / "bad").exists()
 
 
-async def test_undefined_fp8_values_are_rejected(narrow: SinkOptions) -> None:
+async def test_codes_that_no_value_has_are_rejected(narrow: SinkOptions) -> None:
     sent = bytearray(payload(narrow.dtype))
-    sent[-1] = 0x7F
-    if narrow.dtype == "int8":
-        await deliver(narrow, "last", bytes(sent))
-        return
-    with pytest.raises(errors.InvalidRequest, match="undefined fp8"):
+    sent[-1], message = (0x80, "int8 value -128") if narrow.dtype == "int8" else (0x7F, "undefined fp8")
+    with pytest.raises(errors.InvalidRequest, match=message):
         await deliver(narrow, "last", bytes(sent))
 
 

@@ -152,7 +152,7 @@ NAN = np.full(ROWS * WIDTH, np.nan, "float32").tobytes()
         (
             {"dtype": pb.BFLOAT16},
             bytes(LENGTH),
-            errors.InvalidRequest,
+            errors.CheckpointMismatch,
             r"in bfloat16; this language worker takes float32 \(--embedding-dtype\)",
         ),
         ({"dtype": 0}, bytes(LENGTH), errors.InvalidRequest, "unknown dtype number 0"),

@@ -246,6 +246,30 @@ async def test_values_are_streamed_where_a_transport_does_not_work(sink: Running
     assert after["grpc"] - before["grpc"] == header.length
 
 
+class Hanging:
+    """TCP whose connection has broken without a sign: it waits for ever."""
+
+    name: ClassVar[str] = "tcp"
+
+    async def place(self, _offer: str, _header: Header, _data: memoryview) -> bool:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("transport", ["tcp"], indirect=True)
+async def test_a_sender_gives_up_placing_when_the_call_ends(sink: RunningSink) -> None:
+    """The sink ends it, since nothing arrives; the sender's own deadline is far."""
+
+    async with SinkChannels(transports=lambda *_: [Hanging()]) as sinks:
+        header = header_of(850, ROWS)
+        with pytest.raises(errors.DeadlineExceeded, match="stalled"):
+            await sinks.deliver(sink.options.listen, header, values_of(header), 600)
+    await expect_nothing_left(sink)
+
+
 async def test_values_that_are_said_to_be_placed_but_are_not_are_refused(sink: RunningSink, name: str) -> None:
     """By a transport that was not offered, and by TCP without a connection."""
     header = header_of(900, ROWS)

@@ -64,6 +64,22 @@ async def test_requests_at_a_hung_language_worker_move_to_the_other(tmp_path: Pa
         assert {(await request).status for request in requests} == {200}
 
 
+async def test_images_for_a_language_worker_that_hangs_move_to_the_other(tmp_path: Path) -> None:
+    """The vision worker still waits for the sink, which does not answer."""
+    async with start_stack(tmp_path, language=2) as stack:
+        stack.vision.may_encode.clear()
+        request = asyncio.create_task(stack.chat(image_part(A)))
+        await wait_until(lambda: stack.vision.calls, "the image is at the vision worker")
+        address = stack.vision.calls[0].deliver_to
+        (hung,) = (worker for worker in stack.language_workers if worker.sink.address == address)
+        hung.sink.responsive.clear()
+        await wait_until(lambda: len(stack.vision.calls) == 2, "the image is encoded for the other one")
+        assert stack.vision.calls[1].deliver_to != address
+        stack.vision.may_encode.set()
+        assert (await request).status == 200
+        hung.sink.responsive.set()
+
+
 @pytest.mark.parametrize("part", ["vision", "engine"])
 async def test_without_another_worker_requests_end_with_503(stack: Stack, part: str) -> None:
     hanging: Any = getattr(stack, part)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.http import protocol
-from server.http.connections import Connections, connection_limit
+from server.http.connections import Connections
 from server.metrics import Metrics
 from tests.server.fakes.waiting import wait_until
 from tests.server.http.test_protocol import GET, parse_error, respond_with_body_size, start_server
@@ -242,15 +242,3 @@ def test_the_order_in_which_connections_give_way_survives_changes(monkeypatch: p
     for connection in all_of_them:
         connection.is_waiting_for_request = False
     assert not connections.add(Waiting(1)), "all of them are served"
-
-
-def test_half_of_the_descriptors_are_for_other_purposes(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = [(256, 1024)]
-    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
-    monkeypatch.setattr("resource.setrlimit", lambda _, new: limits.append(new))
-    assert connection_limit(100) == 100
-    assert limits == [(256, 1024)], "it is enough"
-    assert connection_limit(300) == 300
-    assert limits[-1] == (600, 1024)
-    assert connection_limit(4096) == 512
-    assert limits[-1] == (1024, 1024)
