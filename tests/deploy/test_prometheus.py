@@ -14,7 +14,7 @@ from tests.server.fakes.requests import chat, image_file, image_part
 
 WITHOUT_DATA = {
     "Deliveries to the sinks: {{code}}", "Refused requests: {{resource}}", "Retries and hedges: retries: {{outcome}}",
-    "Requests over a budget: {{budget}}",
+    "Requests over a budget: {{budget}}", "Connections: failed TLS handshakes: {{reason}}",
 }  # fmt: skip
 """Panels that are empty while nothing fails and nothing is refused."""
 

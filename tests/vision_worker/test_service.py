@@ -351,8 +351,8 @@ async def test_a_call_that_joins_extends_the_deadline_of_the_group(flash: Worker
     encode = flash.batcher.encode
 
     async def encode_later(*arguments: Any) -> EncodedGroup:
-        deadlines.append(arguments[-1])
-        assert arguments[-2] == "first"
+        deadlines.append(arguments[4])
+        assert arguments[3] == "first"
         await may_end.wait()
         return await encode(*arguments)
 
@@ -379,7 +379,7 @@ async def test_a_call_does_not_join_a_group_that_was_dropped(flash: Worker, monk
     encode, deadlines, may_fail = flash.batcher.encode, list[Deadline](), asyncio.Event()
 
     async def drop_the_first(*arguments: Any) -> EncodedGroup:
-        deadlines.append(arguments[-1])
+        deadlines.append(arguments[4])
         if len(deadlines) > 1:
             return await encode(*arguments)
         deadlines[0].missed = True
