@@ -204,14 +204,22 @@ async def test_without_the_socket_senders_use_grpc(sink: SinkOptions) -> None:
     os.rename(f"{path}.moved", path)
 
 
+async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer nothing until the sender leaves."""
+    await reader.read()
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_a_sink_that_hangs_is_unavailable_before_the_deadline(sink: SinkOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_call, "_ANSWER_SECONDS", 0.1)
     header, calls = header_of(1, 100), LocalCalls(str(Path(sink.folder).parent / "hung"))
-    server = await asyncio.start_unix_server(lambda *_: asyncio.sleep(60), calls._path)
+    server = await asyncio.start_unix_server(hang, calls._path)
     with pytest.raises(errors.SinkUnavailable, match="has not answered for"):
         await calls.deliver(header, values_of(header), 600, (), b"", [SharedMemoryTransport()])
     assert not calls._idle
     server.close()
+    await server.wait_closed()
 
 
 async def test_a_peer_without_token_that_leaves_leaves_no_traceback(
@@ -227,8 +235,9 @@ async def test_a_peer_without_token_that_leaves_leaves_no_traceback(
 
 async def test_a_sink_that_hangs_is_left_at_the_deadline(sink: SinkOptions) -> None:
     header, calls = header_of(1, 100), LocalCalls(str(Path(sink.folder).parent / "hanging"))
-    server = await asyncio.start_unix_server(lambda *_: asyncio.sleep(60), calls._path)
+    server = await asyncio.start_unix_server(hang, calls._path)
     with pytest.raises(errors.DeadlineExceeded):
         await calls.deliver(header, values_of(header), 0.1, (), b"", [SharedMemoryTransport()])
     assert not calls._idle
     server.close()
+    await server.wait_closed()
