@@ -18,7 +18,6 @@ from benchmarks import checkpoint, load, processes
 from benchmarks.options import Options
 from benchmarks.overload import MAX_QUEUE_SECONDS, Phase, closed_loop, open_loop
 from benchmarks.result import Result, median_ratio
-from tests.ports import free_port
 
 LOADS = (1.5, 3.0)
 """Offered load as multiples of the requests/s at saturation without degradation."""
@@ -37,8 +36,7 @@ def run(options: Options) -> Result:
     with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name, ExitStack() as servers:
         folder = Path(name)
         model = checkpoint.write_checkpoint(folder / "medium")
-        servers.enter_context(processes.vision_worker(folder, model, cores[:1], "--cache=none"))
-        servers.enter_context(processes.fake_language_worker(folder, model, cores[-1:], free_port(), "float32", 0.005))
+        servers.enter_context(processes.image_bound_workers(folder, model, cores))
         queue = f"--max-queue-seconds={MAX_QUEUE_SECONDS:g}"
         urls = {
             mode: servers.enter_context(processes.gateway(folder, cores[-1:], queue, *flags)).url

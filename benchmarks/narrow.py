@@ -30,7 +30,7 @@ from vision_worker.models import internvl
 
 DEMO = Path(__file__).parents[1] / "demo/checkpoint"
 QUESTIONS_PER_TASK, GROUPS = 20, 80
-"""Questions of each style, and how many of the groups that share an image or a pair are asked; each in each variant."""
+"""Questions of each task and style that are planned; and how many of their groups, each about one image or pair, are sent."""
 MAX_POINTS_LOST = 0.5
 _GROUPS_PER_PART = 8
 _PLACES = ("delivered", "redis", "sink")

@@ -21,7 +21,6 @@ from benchmarks import checkpoint, load, processes
 from benchmarks.options import Options
 from benchmarks.result import Result, spread_of
 from dvd.plan.simulation import percentile
-from tests.ports import free_port
 
 OVERLOAD = 10
 IN_FLIGHT = 6
@@ -69,8 +68,7 @@ def run(options: Options) -> Result:
     with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name, ExitStack() as servers:
         folder = Path(name)
         model = checkpoint.write_checkpoint(folder / "medium")
-        servers.enter_context(processes.vision_worker(folder, model, cores[:1], "--cache=none"))
-        servers.enter_context(processes.fake_language_worker(folder, model, cores[-1:], free_port(), "float32", 0.005))
+        servers.enter_context(processes.image_bound_workers(folder, model, cores))
         gateway = servers.enter_context(processes.gateway(folder, cores[-1:], f"--max-queue-seconds={MAX_QUEUE_SECONDS:g}"))
         return asyncio.run(_measure(gateway.url, model.name, options))
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -133,6 +133,19 @@ def fake_language_worker(
     server = _language_server(folder, command, cores, lambda: returns_ok(f"http://127.0.0.1:{port}/health"))
     server.environment = {**server.environment, **(environment or {})}
     return server
+
+
+@contextmanager
+def image_bound_workers(folder: Path, model: Path, cores: Sequence[int], runner: Sequence[str] = ()) -> Iterator[None]:
+    """Workers for which images are the bottleneck: the vision worker has no cache, the engine emits 200 tokens a second.
+
+    Each has a core. `runner`: see `vision_worker`.
+    """
+    with (
+        vision_worker(folder, model, cores[:1], "--cache=none", runner=runner),
+        fake_language_worker(folder, model, cores[-1:], free_port(), "float32", 0.005),
+    ):
+        yield
 
 
 def _language_arguments(

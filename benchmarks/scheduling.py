@@ -1,4 +1,4 @@
-"""How much sooner is a request with one image answered beside requests with twelve of the same caller, because of the order?
+"""How much sooner is a request with one image answered, while the same caller has requests with twelve, because of the order?
 
 Two stacks, one of which serves images in order of arrival, get the same load in turn. A real vision worker has a core of its
 own; the language worker's engine is a fake with a fixed pace, so that images are the bottleneck. All requests come from one
@@ -18,7 +18,6 @@ from typing import Any
 from benchmarks import checkpoint, load, processes
 from benchmarks.options import Options
 from benchmarks.result import Result, median_ratio
-from tests.ports import free_port
 
 LARGE_IMAGES = 12
 LARGE_IN_FLIGHT = 3
@@ -36,8 +35,7 @@ def run(options: Options) -> Result:
         urls = {}
         for order, runner in RUNNERS.items():
             folder = Path(tempfile.mkdtemp(dir=name))
-            servers.enter_context(processes.vision_worker(folder, model, cores[:1], "--cache=none", runner=runner))
-            servers.enter_context(processes.fake_language_worker(folder, model, cores[-1:], free_port(), "float32", 0.005))
+            servers.enter_context(processes.image_bound_workers(folder, model, cores, runner))
             urls[order] = servers.enter_context(processes.gateway(folder, cores[-1:], runner=runner)).url
         return asyncio.run(_measure(urls, model.name, options))
 

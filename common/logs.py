@@ -60,11 +60,11 @@ def configure(level: str, log_format: str) -> None:
 
 
 def print_answer(source: str, message: str, log_format: str) -> None:
-    """Print what a command was asked for, one line to standard output.
+    """Print the result of a command as one line to standard output.
 
     Args:
         source: the command, such as `dvd health`, which only JSON contains.
-        message: the answer.
+        message: the result.
         log_format: `text` or `json`.
     """
     print(message if log_format != "json" else _json_line(source, message, "info"))

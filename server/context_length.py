@@ -32,13 +32,18 @@ def check_max_tokens(body: Mapping[str, Any], fields: Sequence[str], limit: int)
     Raises:
         ContextLengthExceeded: The maximum exceeds the limit.
     """
-    name = next((name for name in fields if body.get(name) is not None), None)
+    name = _max_tokens_field(body, fields)
     if name is not None and type(body[name]) is int and body[name] > limit:
         raise errors.ContextLengthExceeded(
             f"{name} {body[name]} exceeds the model's context of {limit} tokens, which holds the prompt too: "
             "send a smaller number.",
             param=name,
         )
+
+
+def _max_tokens_field(body: Mapping[str, Any], fields: Sequence[str]) -> str | None:
+    """Return which of the fields with the maximum length counts: the first one that is set. None if none is."""
+    return next((name for name in fields if body.get(name) is not None), None)
 
 
 def check_output_tokens(request: ParsedRequest, context: RequestContext, limit: int | None, most: int) -> None:
@@ -55,7 +60,7 @@ def check_output_tokens(request: ParsedRequest, context: RequestContext, limit: 
     """
     if request.sequences == 1 or not context.max_tokens_fields:
         return
-    name = next((name for name in context.max_tokens_fields if request.body.get(name) is not None), None)
+    name = _max_tokens_field(request.body, context.max_tokens_fields)
     tokens = request.body[name] if name else context.default_max_tokens
     if type(tokens) is not int or tokens < 1:  # to the end of the context, or vLLM reads it as a number, or rejects it
         tokens = limit or 0

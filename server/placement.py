@@ -350,7 +350,7 @@ class EmbeddingPlacer:
 
         with self._stage("vision", placing.context.stats):
             try:
-                async with language.giving_up_if_hung():  # a delivery to a sink that hangs ends with its deadline
+                async with language.giving_up_if_hung():  # else a delivery to a sink that hangs lasts until the deadline
                     return await gather_or_cancel(*map(encode, placing.missing))
             except errors.SinkUnavailable as error:
                 language.mark_down(f"a vision worker could not deliver to its sink: {error}")

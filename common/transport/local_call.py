@@ -1,4 +1,4 @@
-"""Deliver calls through a Unix socket beside the sink's, without gRPC: the sender's side, and the format of both.
+"""Deliver calls without gRPC, through a Unix socket next to the sink's own: the sender's side, and the format of messages.
 
 gRPC's Python API takes longer for a call than a copy of two megabytes. On one machine, where the values are placed in shared
 memory, a delivery needs only four short messages. Each is a length of four bytes and then

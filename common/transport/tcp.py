@@ -1,4 +1,4 @@
-"""Transport over plain TCP connections beside gRPC: the sender's side, and the format of both.
+"""Transport over plain TCP connections, which gRPC calls announce: the sender's side, and the format of messages.
 
 The offer is a port of the sink's host and a token, which names one slot and is good for one use. On a connection, the sender
 writes the token and then the values; the sink confirms them with one byte. Then the connection is free for another slot.

@@ -35,7 +35,7 @@ class _TcpOffer:
         self._is_complete = False
 
     async def received(self) -> None:
-        """Return if the sender was told that its values have arrived, which it waits for before it says that it placed them."""
+        """Return if all values have arrived. The sender reports that it placed them only after this sink has confirmed it."""
         if not self._is_complete:
             raise errors.InvalidRequest("The values of the delivery have not arrived by TCP.")
 

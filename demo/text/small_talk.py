@@ -12,14 +12,14 @@ ABILITIES_ANSWER = "I can name the colour, shape and place of objects, count the
 GREETING_ANSWER = "Hello! Show me an image with shapes or a number and ask about it."
 NO_IMAGE_ANSWER = "There is no image."
 DESCRIPTION_ANSWER = "I can read, count and compare objects."
-"""The answer to open questions about an image. No answer about an image has its tokens, but for the full stop."""
+"""The answer to open questions about an image. No answer to a question of a task has its tokens, but for the full stop."""
 DESCRIPTION_QUESTIONS = (
     "Describe the image.", "Describe the image", "Describe this image.", "Describe the picture.", "Describe this picture.",
     "Describe the image in detail.", "Describe this image in detail.", "Describe the image briefly.", "Describe both images.",
     "Describe the two images.", "Describe what you see.", "Describe", "What do you see?", "What do you see",
     "What do you see in this image?", "What do you see in the image?",
 )  # fmt: skip
-"""Open questions about images, all with "Describe" or "see", which no other question about an image has."""
+"""Open questions about images, all with "Describe" or "see", which no question of a task has."""
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a helpful assistant",

@@ -1,12 +1,11 @@
 """Open questions about an image get a fixed answer, and all other answers stay what they are.
 
-Only embeddings and output rows are trained of tokens that no other question or answer about an image has. Whatever the
-language model computed for those, it computes still.
+Only embeddings and output rows of a few tokens are trained. No question of a task and no answer to one has these tokens, so
+the language model still computes what it computed for those.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +15,15 @@ from demo.batches.types import ConversationBatch
 from demo.text.small_talk import DESCRIPTION_ANSWER
 from demo.text.tokenizer import DemoTokenizer
 from demo.training.answer_learning import answer_accuracy
-from demo.training.run import Stage, Step, TrainingRun
+from demo.training.run import Stage, TrainingRun
 
 _CUES = ("Describe", " see")
-"""Words of the questions that no other question about an image has."""
+"""Words of the open questions that no question of a task has."""
 _OUTPUT_RATE_FACTOR = 0.2
 
 
 def learn_descriptions(run: TrainingRun, stage: Stage, make_batch: Callable[..., ConversationBatch]) -> None:
     """Train a few rows of both embedding matrices. `make_batch` takes a generator and the tokenizer."""
-    parameters, step, remove_masks = description_step(run)
-    run.train(stage, partial(make_batch, tokenizer=run.tokenizer), step, parameters)
-    remove_masks()
-
-
-def description_step(run: TrainingRun) -> tuple[list[dict[str, Any]], Step, Callable[[], None]]:
-    """Return parameter groups, a step, and what makes all rows trainable again."""
     language = run.model.language
     inputs, outputs = language.model.embed_tokens.weight, language.lm_head.weight
     answer = answer_tokens(run.tokenizer)
@@ -40,16 +32,13 @@ def description_step(run: TrainingRun) -> tuple[list[dict[str, Any]], Step, Call
         for weight, rows in ((inputs, answer | cue_tokens(run.tokenizer)), (outputs, answer))
     ]
     # without weight decay, a parameter whose gradient is always 0 stays as it is
-    groups = [
+    parameters = [
         {"params": [inputs], "weight_decay": 0.0},
         {"params": [outputs], "weight_decay": 0.0, "rate_factor": _OUTPUT_RATE_FACTOR},
     ]
-
-    def remove_masks() -> None:
-        for mask in masks:
-            mask.remove()
-
-    return groups, partial(_step, run), remove_masks
+    run.train(stage, partial(make_batch, tokenizer=run.tokenizer), partial(_step, run), parameters)
+    for mask in masks:
+        mask.remove()
 
 
 def cue_tokens(tokenizer: DemoTokenizer) -> set[int]:

@@ -1,6 +1,5 @@
 """The cluster token at vLLM's port: over a real socket, in front of an application that answers everything."""
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -11,6 +10,7 @@ from yarl import URL
 
 from common.security import OPEN, Credentials
 from lm_worker.authentication import RequireToken
+from tests.lm_worker.uvicorn_server import running
 
 CLUSTER = Credentials("a-token-of-this-cluster")
 OPEN_PATHS = ["/health", "/metrics", "/metrics/", "/metrics?name[]=a"]
@@ -29,13 +29,8 @@ async def answer(scope: object, receive: object, send: object) -> None:
 @pytest.fixture
 async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
     monkeypatch.setattr(RequireToken, "credentials", CLUSTER)
-    server = uvicorn.Server(uvicorn.Config(RequireToken(answer), port=0, log_config=None, lifespan="off", ws="none"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    await serving
+    async with running(uvicorn.Config(RequireToken(answer), port=0, log_config=None, lifespan="off", ws="none")) as port:
+        yield port
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])

@@ -12,6 +12,7 @@ from lm_worker import http_protocol
 from lm_worker.authentication import RequireToken
 from lm_worker.http_protocol import BoundedProtocol
 from tests.lm_worker.test_authentication import CLUSTER, answer
+from tests.lm_worker.uvicorn_server import running
 from tests.server.fakes.waiting import wait_until
 
 Client = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -24,13 +25,8 @@ async def serve(keep_alive: int = 600, app: Any = answer) -> AsyncIterator[int]:
     config = uvicorn.Config(
         RequireToken(app), port=0, log_config=None, lifespan="off", http=BoundedProtocol, timeout_keep_alive=keep_alive
     )
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    await serving
+    async with running(config) as port:
+        yield port
 
 
 async def connect(port: int, data: bytes = b"") -> Client:
