@@ -4,6 +4,7 @@ Bounds that depend on the model's context are in `server/context_length.py`, tho
 `constraint_budgets.py`.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,14 @@ def _width(field: str, value: Any) -> int:
         return 1
     if isinstance(value, int | float) and value == value // 1:
         return min(max(1, int(value)), 1 << 62)  # 0 and less are left to vLLM
-    raise errors.InvalidRequest(f"{field} is {str(value)[:100]!r}: expected a whole number.", param=field)
+    raise errors.InvalidRequest(f"{field} is {_as_json(value)}: expected a whole number.", param=field)
+
+
+def _as_json(value: Any) -> str:
+    """Return a value of a request as its sender wrote it, cut to 100 characters; of objects and lists only the type."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value[:100] if isinstance(value, str) else value, ensure_ascii=False)
 
 
 def _count_prompts(prompt: Any) -> int:

@@ -476,13 +476,27 @@ async def test_the_number_of_sequences(bounded: Stack, path: str, good: Any, bad
     await assert_edge(bounded, path, good, bad, param, SEQUENCES)
 
 
-@pytest.mark.parametrize("width", ["12", "many", "1e9", 1.5, [1], {}])
+NO_NUMBERS: dict[str, tuple[Any, str]] = {
+    "digits": ("12", '"12"'),
+    "word": ("many", '"many"'),
+    "quotes": ("it's", '"it\'s"'),
+    "exponent": ("1e9", '"1e9"'),
+    "long": ("x" * 3000, '"' + "x" * 100 + '"'),
+    "fraction": (1.5, "1.5"),
+    "list": ([1], "a list"),
+    "object": ({"x": None}, "an object"),
+}
+"""What is no number of sequences, and how the error names it: as JSON, since callers do not write Python."""
+
+
+@pytest.mark.parametrize(("width", "shown"), NO_NUMBERS.values(), ids=NO_NUMBERS)
 @pytest.mark.parametrize("field", ["n", "best_of"])
-async def test_a_number_of_sequences_is_no_text(bounded: Stack, field: str, width: Any) -> None:
+async def test_a_number_of_sequences_is_no_text(bounded: Stack, field: str, width: Any, shown: str) -> None:
     """vLLM reads numbers in texts, which would be counted nowhere."""
     before = len(bounded.engine.requests)
     response = await bounded.chat("a", **{field: width})
     assert (response.status, response.error["param"], response.error["code"]) == (400, field, "invalid_request")
+    assert response.error["message"] == f"{field} is {shown}: expected a whole number."
     assert len(bounded.engine.requests) == before
     for good in (None, 2, 2.0, True):
         assert (await bounded.post({**chat("a"), field: good})).status == 200
