@@ -4,8 +4,8 @@
 * two independent replicas with a core each, between which the client alternates (a round-robin that costs nothing),
 * tensor parallelism of two, with the vision tower's data split between the ranks (`--mm-encoder-tp-mode data`).
 
-Ours: one core for vision, one for language, the gateway on either; and the same with a second vision worker of low priority
-on the language worker's core, which encodes when that core is idle. Stock vLLM cannot load a checkpoint with a router: ours
+Ours: one core for vision, one for language, the gateway on either; and the same with a spare vision worker on the language
+worker's core, which encodes when that core is idle. Stock vLLM cannot load a checkpoint with a router: ours
 with one is compared with theirs without. `equal_hardware.py` measures latency and the bindings of one stock vLLM.
 """
 
@@ -54,15 +54,13 @@ MIXES = {
 }
 """A balanced request has three tiles, an image-heavy one five. With long answers language is the slower half."""
 STOCK = ("one over both cores", "two replicas", "tensor parallel")
-OURS, SHARED, COMPRESSED = "ours", "ours, second vision worker", "ours, half compressed"
+OURS, SPARE, COMPRESSED = "ours", "ours, spare vision worker", "ours, half compressed"
 GOALS = {
     ("balanced", OURS): 1.0, ("image-heavy", OURS): 1.0, ("long answers", COMPRESSED): 1.2,
     ("balanced, a fifth repeated", OURS): 1.4,
 }  # fmt: skip
 IN_FLIGHT = 24
 REQUESTS = 72
-_LOW_PRIORITY = 15
-"""Nice value of the second vision worker."""
 
 Start = Callable[[], AbstractContextManager[load.Url]]
 Running = dict[str, tuple[Path, load.Url]]
@@ -82,7 +80,7 @@ def run(options: Options) -> Result:
             STOCK[1]: (stock, partial(_replicas, folder, baseline, stock)),
             STOCK[2]: (stock, partial(_stock, folder, baseline, stock, "-tp=2", "--mm-encoder-tp-mode=data")),
             OURS: (plain, partial(_ours, folder, plain)),
-            SHARED: (plain, partial(_ours, folder, plain, helper=True)),
+            SPARE: (plain, partial(_ours, folder, plain, spare=True)),
             COMPRESSED: (flash, partial(_ours, folder, flash, *HALF_COMPRESSED_FLAGS)),
         }
         return _compare(stacks, options)
@@ -147,18 +145,16 @@ def _replicas(folder: Path, python: str, model: Path) -> Iterator[load.Url]:
 
 
 @contextmanager
-def _ours(folder: Path, model: Path, *gateway_flags: str, helper: bool = False) -> Iterator[load.Url]:
-    """Our server, one core for vision and one for language; `helper`: with a second vision worker on the latter."""
+def _ours(folder: Path, model: Path, *gateway_flags: str, spare: bool = False) -> Iterator[load.Url]:
+    """Our server, one core for vision and one for language; `spare`: with a spare vision worker on the latter."""
     cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
     flags = ("--cache=none", f"--max-batch-tiles={costs.BATCH_TILES}")
     with ExitStack() as servers:
         names = ["vision"]
         servers.enter_context(processes.vision_worker(own, model, cores[:1], *flags))
-        if helper:
-            names.append("helper")
-            servers.enter_context(
-                processes.vision_worker(own, model, cores[-1:], *flags, name="helper", niceness=_LOW_PRIORITY)
-            )
+        if spare:
+            names.append("spare")
+            servers.enter_context(processes.vision_worker(own, model, cores[-1:], *flags, "--spare", name="spare"))
         servers.enter_context(processes.language_worker(own, model, cores[-1:], *VLLM_FLAGS))
         yield servers.enter_context(processes.gateway(own, cores, *gateway_flags, vision_names=names)).url
 

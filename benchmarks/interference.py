@@ -3,8 +3,8 @@
 The same streams, the same bursts and the same two cores for both sides: decoupled workers, and stock vLLM, which encodes
 images in the loop that it decodes in.
 
-Ours gets two more kinds of bursts, which tell where the rest comes from: prompts of as many text tokens, whose prefill is all that
-they cost; and images that its sink has already, which adds reading embeddings. What images add to these is the tower beside them.
+Ours gets two more kinds of bursts, which tell where the rest comes from: prompts of as many text tokens, whose prefill is all
+that they cost; and images that its sink has already, which adds reading embeddings. What new images add to these is the tower.
 """
 
 import asyncio

@@ -36,7 +36,6 @@ class Server:
         ready: Returns whether the server accepts requests.
         environment: Additional environment variables.
         url: Base URL of its HTTP API, if it has one at a TCP port.
-        niceness: Lowers its priority on cores that others use too, 0 (not at all) to 19.
     """
 
     name: str
@@ -46,7 +45,6 @@ class Server:
     ready: Callable[[], bool]
     environment: Mapping[str, str] = field(default_factory=dict)
     url: str = ""
-    niceness: int = 0
     _process: "subprocess.Popen[bytes] | None" = None
 
     def __enter__(self) -> "Server":
@@ -55,7 +53,6 @@ class Server:
         def in_child() -> None:
             die_with_parent()
             os.sched_setaffinity(0, self.cores)
-            os.nice(self.niceness)
 
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -107,13 +104,12 @@ def vision_worker(
     cores: Sequence[int],
     *flags: str,
     name: str = "vision",
-    niceness: int = 0,
     runner: Sequence[str] = (),
 ) -> Server:
     """A vision worker that listens at `unix:FOLDER/NAME`. `runner`: modules that run it, the first one as `__main__`."""
     path = folder / name
     command = [sys.executable, "-m", *runner, "vision_worker", str(model), f"--listen=unix:{path}", *flags]
-    return Server(name, command, cores, folder, lambda: _accepts_connections(path), niceness=niceness)
+    return Server(name, command, cores, folder, lambda: _accepts_connections(path))
 
 
 def language_worker(folder: Path, model: Path, cores: Sequence[int], *vllm_flags: str) -> Server:

@@ -58,8 +58,8 @@ KNOWN_NAMES = frozenset({
     "max_image_pixels", "max_images", "max_in_flight", "max_json_values", "max_output_tokens", "max_prompt_characters",
     "max_queue_seconds", "max_sequences", "max_tiles", "max_video_bytes", "metrics_port", "min_body_rate", "model",
     "partial_prefill_share", "port", "prepare_threads", "progress_timeout", "request_timeout", "retry_share", "router_scope",
-    "shutdown_delay", "shutdown_grace", "sink_bytes", "sink_lease", "stream_keep_alive", "timeout", "tls_ca", "tls_cert",
-    "tls_key", "tls_name", "trace", "trusted_proxies", "vir", "vir_absolute_threshold", "vir_relative_threshold",
+    "shutdown_delay", "shutdown_grace", "sink_bytes", "sink_lease", "spare", "stream_keep_alive", "timeout", "tls_ca",
+    "tls_cert", "tls_key", "tls_name", "trace", "trusted_proxies", "vir", "vir_absolute_threshold", "vir_relative_threshold",
     "vision_backend", "vision_compile", "vision_dtype", "vision_workers", "vllm", "wait", "wait_for_embeddings", "workers",
 })  # fmt: skip
 """Names of the options of all commands. A process must recognise those of others, whose packages it may not have."""

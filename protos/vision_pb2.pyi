@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class VisionDescription(_message.Message):
-    __slots__ = ("checkpoint", "device", "dtype", "draining", "stalled", "batch_tiles", "tiles_per_second", "embedding_dtypes")
+    __slots__ = ("checkpoint", "device", "dtype", "draining", "stalled", "batch_tiles", "tiles_per_second", "embedding_dtypes", "spare")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class VisionDescription(_message.Message):
     BATCH_TILES_FIELD_NUMBER: _ClassVar[int]
     TILES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_DTYPES_FIELD_NUMBER: _ClassVar[int]
+    SPARE_FIELD_NUMBER: _ClassVar[int]
     checkpoint: _embeddings_pb2.CheckpointDescription
     device: str
     dtype: _embeddings_pb2.Dtype
@@ -26,7 +27,8 @@ class VisionDescription(_message.Message):
     batch_tiles: int
     tiles_per_second: float
     embedding_dtypes: _containers.RepeatedScalarFieldContainer[_embeddings_pb2.Dtype]
-    def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., draining: _Optional[bool] = ..., stalled: _Optional[str] = ..., batch_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ..., embedding_dtypes: _Optional[_Iterable[_Union[_embeddings_pb2.Dtype, str]]] = ...) -> None: ...
+    spare: bool
+    def __init__(self, checkpoint: _Optional[_Union[_embeddings_pb2.CheckpointDescription, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_embeddings_pb2.Dtype, str]] = ..., draining: _Optional[bool] = ..., stalled: _Optional[str] = ..., batch_tiles: _Optional[int] = ..., tiles_per_second: _Optional[float] = ..., embedding_dtypes: _Optional[_Iterable[_Union[_embeddings_pb2.Dtype, str]]] = ..., spare: _Optional[bool] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("key", "data", "grant")

@@ -5,9 +5,10 @@ its deadline and its caller are known, and where an image that waits is a file a
 """
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -77,8 +78,10 @@ class VisionQueue:
     @property
     def tiles_per_second(self) -> float | None:
         """Tiles that all available vision workers encode in a second; None until one of them has been saturated."""
-        rates = [rate for worker in self._pool.available() if (rate := worker.tiles_per_second)]
-        return sum(rates) * len(self._pool.available()) / len(rates) if rates else None
+        available = self._pool.available()
+        regular = [worker for worker in available if not worker.is_spare] or available
+        rates = [rate for worker in regular if (rate := worker.tiles_per_second)]
+        return sum(rates) * len(regular) / len(rates) if rates else None
 
     @property
     def waiting_tiles(self) -> int:
@@ -185,16 +188,33 @@ class VisionQueue:
                 f"No vision worker serves the language worker's checkpoint with embeddings in {dtype}; retry later.",
                 retry_after=1,
             )
-        least = min(worker.tiles for worker in candidates)
-        worker = next(
-            (worker for worker in rank(candidates, job.key)
-             if worker.has_room(job.tiles, is_first=not self._sent[job.caller]) and worker.tiles <= 2 * least + _TILE_SLACK),
-            None,
-        )  # fmt: skip
+        regular = [worker for worker in candidates if not worker.is_spare]
+        worker = self._with_room(regular or candidates, job)
+        if worker is None and regular:
+            return self._spare(candidates, job)
         if worker and (rate := worker.tiles_per_second) and self._clock() + job.tiles / rate > job.deadline:
             self._metrics.dropped_tiles.inc(job.tiles)
             raise errors.DeadlineExceeded("The deadline passed while the images waited for a vision worker.")
         return worker
+
+    def _with_room(self, candidates: Sequence[VisionWorker], job: EncodeJob) -> VisionWorker | None:
+        """Return the worker that the key prefers among those that have room and are not far busier than another one."""
+        least = min(worker.tiles for worker in candidates)
+        is_first = not self._sent[job.caller]
+        return next(
+            (worker for worker in rank(candidates, job.key)
+             if worker.has_room(job.tiles, is_first=is_first) and worker.tiles <= 2 * least + _TILE_SLACK),
+            None,
+        )  # fmt: skip
+
+    def _spare(self, candidates: Sequence[VisionWorker], job: EncodeJob) -> VisionWorker | None:
+        """Return a spare worker that ends the job before the others would end what waits here; None if there is none.
+
+        The speed of a spare worker changes with what else its cores do. It is measured by one job at a time.
+        """
+        left = min(len(self._queue) / (self.tiles_per_second or math.inf), job.deadline - self._clock())
+        idle = (worker for worker in candidates if worker.is_spare and not worker.tiles)
+        return next((worker for worker in idle if job.tiles / (worker.tiles_per_second or math.inf) <= left), None)
 
     def _release(self, ticket: _Ticket) -> None:
         """Undo what a call has been counted for: its place in the queue, or its tiles at a worker."""

@@ -126,6 +126,7 @@ class Batcher:
         max_tiles: maximum number of tiles in a forward pass.
         metrics: where batches and waiting tiles are counted.
         trace: where batches are recorded.
+        on_thread_start: called first in each of the two threads.
 
     Attributes:
         max_tiles: as above.
@@ -133,7 +134,14 @@ class Batcher:
         device_lost: set when the device can no longer compute anything; the process must then be restarted.
     """
 
-    def __init__(self, encoder: Encoder, max_tiles: int, metrics: Metrics | None = None, trace: Trace | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_tiles: int,
+        metrics: Metrics | None = None,
+        trace: Trace | None = None,
+        on_thread_start: Callable[[], None] = lambda: None,
+    ) -> None:
         self._encoder, self._metrics, self._trace = encoder, metrics or Metrics(), trace or Trace(None, "vision")
         self.max_tiles, self.times = max_tiles, BatchTimes(max_tiles)
         self._queue: FairQueue[_Group] = FairQueue()
@@ -141,8 +149,13 @@ class Batcher:
         self._has_waiting, self.device_lost = asyncio.Event(), asyncio.Event()
         self._batch_ended = asyncio.Event()
         self._clock = CpuClock()
-        self._stager_thread = ThreadPoolExecutor(1, "stager", initializer=self._clock.register)
-        self._device_thread = ThreadPoolExecutor(1, "device", initializer=self._clock.register)
+
+        def initialize() -> None:
+            self._clock.register()
+            on_thread_start()
+
+        self._stager_thread = ThreadPoolExecutor(1, "stager", initializer=initialize)
+        self._device_thread = ThreadPoolExecutor(1, "device", initializer=initialize)
         self._in_flight = self._completed = 0  # batches and self-tests
 
     async def __aenter__(self) -> "Batcher":

@@ -38,6 +38,10 @@ class VisionOptions(CheckpointOptions, EncodingOptions, MetricsOptions, Shutdown
     )
     listen: Address = Field("127.0.0.1:50051", description="address of the gRPC server")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto: a GPU if there is one")
+    spare: bool = Field(
+        False,
+        description="compute at low priority, in idle time of cores that others use, and get only what others have no room for",
+    )
     progress_timeout: float = Field(
         60.0, ge=0, description="seconds after which a batch that is not done counts as stalled; 0: never"
     )

@@ -37,11 +37,22 @@ class PrepareThreads:
     Args:
         threads: number of threads.
         cpu_seconds: returns the CPU time of the processes that decode for them.
+        on_thread_start: called first in each thread.
     """
 
-    def __init__(self, threads: int, cpu_seconds: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        threads: int,
+        cpu_seconds: Callable[[], float] = lambda: 0.0,
+        on_thread_start: Callable[[], None] = lambda: None,
+    ) -> None:
         self._clock, self._cpu_seconds = CpuClock(), cpu_seconds
-        self._executor = ThreadPoolExecutor(2 * threads, "prepare", initializer=self._clock.register)
+
+        def initialize() -> None:
+            self._clock.register()
+            on_thread_start()
+
+        self._executor = ThreadPoolExecutor(2 * threads, "prepare", initializer=initialize)
         self._threads = self._free = threads
         self._slow = 0
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue()

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -42,6 +43,9 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOST_DEVICE_GRACE_SECONDS = 10.0
 """Time for calls in flight to finish once the device is lost: they deliver what was computed before, or fail."""
 
+_SPARE_NICENESS = 15
+"""Niceness of the threads of a spare worker that compute: about 3 % of a core that another process uses."""
+
 _TIME_LIMIT_BATCHES = 10
 """A batch is not stalled before it has taken this many times as long as those before, whatever `--progress-timeout` is: on a
 CPU, a batch of a large tower may take minutes."""
@@ -63,11 +67,12 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases, cr
     metrics, trace = Metrics(), Trace(options.trace, "vision")
     metrics.common.set_model(checkpoint.fingerprint, checkpoint.description.family, placement.dtype_name)
     async with AsyncExitStack() as stack:
-        batcher = await stack.enter_async_context(Batcher(encoder, max_tiles, metrics, trace))
+        on_thread_start = lower_priority if options.spare else lambda: None
+        batcher = await stack.enter_async_context(Batcher(encoder, max_tiles, metrics, trace, on_thread_start))
         await _warm_up(batcher, f"{max_tiles} tiles on {placement.device}", options.vision_compile, phases)
         processes = DecoderProcesses(image_decoder.KIND, options.decode_memory, metrics.decoder)
         prepare_threads = stack.enter_context(
-            PrepareThreads(options.prepare_threads or os.cpu_count() or 1, processes.cpu_seconds)
+            PrepareThreads(options.prepare_threads or os.cpu_count() or 1, processes.cpu_seconds, on_thread_start)
         )
         stack.enter_context(processes).start()
         stack.callback(trace.flush)
@@ -81,7 +86,7 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases, cr
         service = Service(
             encoder=encoder, decoder=ImageDecoder(processes, options.decode_timeout, options.max_image_pixels),
             batcher=batcher, sinks=sinks, cache=cache, prepare_threads=prepare_threads, liveness=liveness,
-            draining=draining, metrics=metrics, trace=trace, grants=GrantSigner(credentials),
+            draining=draining, metrics=metrics, trace=trace, grants=GrantSigner(credentials), is_spare=options.spare,
         )  # fmt: skip
         _set_on_signal(draining)
         stack.enter_context(admin_of_worker(options.admin, draining.set, draining.is_set, credentials))
@@ -98,6 +103,15 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases, cr
         logging.shutdown()
         os._exit(0)
     return None
+
+
+def lower_priority() -> None:
+    """Let the calling thread, and threads that it starts, compute only while the core has little else to do.
+
+    The event loop keeps its priority: a worker that answers probes late would count as hung. The lowest priority is not used:
+    a thread that holds the interpreter's lock would then stop the event loop as long as another process computes.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SPARE_NICENESS)
 
 
 def watch_threads(batcher: Batcher, prepare_threads: PrepareThreads, device: str, progress_timeout: float) -> Liveness:

@@ -70,6 +70,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         metrics: counters and histograms to update.
         trace: where stages are recorded.
         grants: verifies what allows a delivery.
+        is_spare: whether the worker has low priority.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class Service(vision_pb2_grpc.VisionServicer):
         metrics: Metrics,
         trace: Trace,
         grants: GrantSigner = NO_GRANTS,
+        is_spare: bool = False,
     ) -> None:
         self._encoder, self._decoder, self._batcher, self._sinks, self._cache = encoder, decoder, batcher, sinks, cache
         self._prepare_threads, self._metrics, self._trace = prepare_threads, metrics, trace
-        self._liveness, self._draining, self._grants = liveness, draining, grants
+        self._liveness, self._draining, self._grants, self._is_spare = liveness, draining, grants, is_spare
         metrics.waiting_images.set_function(lambda: prepare_threads.waiting)
         self._in_flight: SingleFlight[_Embeddings] = SingleFlight()
         # of the groups in flight, by their key; each is referenced by the task that embeds its group, and goes with it
@@ -110,6 +112,7 @@ class Service(vision_pb2_grpc.VisionServicer):
             batch_tiles=self._batcher.max_tiles,
             tiles_per_second=self._batcher.times.tiles_per_second,
             embedding_dtypes=map(messages.dtype_to_proto, EMBEDDING_DTYPES),
+            spare=self._is_spare,
         )
 
     async def Encode(  # noqa: N802

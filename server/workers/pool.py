@@ -124,9 +124,9 @@ class Pool(Generic[WorkerT]):
             self._eject(worker, now, "it fails requests that others serve")
 
     def check_speed(self, worker: WorkerT) -> None:
-        """Eject a worker that is far slower than the others."""
-        own = worker.throughput.per_second
-        rates = [rate for other in self.available() if other is not worker and (rate := other.throughput.per_second)]
+        """Eject a worker that is far slower than the others of its priority."""
+        own, others = worker.throughput.per_second, [other for other in self.available() if other is not worker]
+        rates = [rate for other in others if other.is_spare == worker.is_spare and (rate := other.throughput.per_second)]
         if own and rates and _SLOW_FACTOR * own < statistics.median(rates) and not worker.breaker.is_ejected():
             self._eject(worker, time.monotonic(), f"it is {statistics.median(rates) / own:.0f} times slower than the others")
 

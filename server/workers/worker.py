@@ -78,6 +78,11 @@ class Worker(Generic[ClientT, DescriptionT]):
         return self._description
 
     @property
+    def is_spare(self) -> bool:
+        """Whether the worker computes in idle time only, and is slower than the others for that reason."""
+        return False
+
+    @property
     def outstanding(self) -> int:
         """Number of requests in flight at the worker."""
         return self._outstanding
@@ -185,6 +190,11 @@ class VisionWorker(Worker[VisionClient, vision_pb2.VisionDescription]):
     def tiles(self) -> int:
         """Number of tiles in flight at the worker."""
         return self._tiles
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether the worker computes in idle time only: it gets what the others have no room for."""
+        return self._description is not None and self._description.spare
 
     @property
     def window(self) -> int:

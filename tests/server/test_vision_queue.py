@@ -281,3 +281,75 @@ async def test_a_request_whose_deadline_is_nearer_than_its_turn_is_refused(tasks
     with pytest.raises(errors.Overloaded, match=r"its deadline leaves 5\.0 s") as error_info:
         bench.queue.admit("caller", 10, 6.0)
     assert error_info.value.retry_after == pytest.approx(1.0, rel=0.01)
+
+
+SPARE_SPEED = 5.0
+
+
+class BenchWithSpare(Bench):
+    """A worker of 10 tiles a second, and a spare one of 5."""
+
+    def __init__(self) -> None:
+        super().__init__(workers=2, max_wait=1000.0)
+        self.regular, self.spare = self.pool.workers
+        self.mark_up(self.regular, 10.0)
+        self.mark_up(self.spare, SPARE_SPEED, spare=True)
+
+    @staticmethod
+    def mark_up(worker: VisionWorker, speed: float, spare: bool = False) -> None:
+        worker.mark_up(vision_pb2.VisionDescription(checkpoint=CHECKPOINT, batch_tiles=8, tiles_per_second=speed, spare=spare))
+
+
+async def test_a_spare_worker_gets_nothing_while_the_others_have_room(tasks: asyncio.TaskGroup) -> None:
+    bench = BenchWithSpare()
+    for number in range(20):
+        tasks.create_task(bench.call(f"call {number}", 3, f"caller {number % 2}"))
+        await settle()
+        assert (bench.regular.tiles, bench.spare.tiles) == (3, 0)
+        await bench.end(f"call {number}")
+
+
+async def test_a_spare_worker_gets_one_job_that_it_ends_before_the_others_would_end_all(tasks: asyncio.TaskGroup) -> None:
+    bench = BenchWithSpare()
+    for number in range(8):  # the last four wait, for 1.2 s of work
+        tasks.create_task(bench.call(f"call {number}", 3))
+        await settle()
+    assert (bench.regular.tiles, bench.spare.tiles, bench.queue.waiting_tiles) == (9, 3, 12)
+    tasks.create_task(bench.call("call 8", 3))
+    await settle()
+    assert bench.spare.tiles == 3, "it has a job"
+    await bench.end(bench.sent[-1])
+    assert bench.spare.tiles == 3, "and gets the next one"
+
+
+async def test_a_spare_worker_gets_nothing_that_it_would_end_later_than_the_others(tasks: asyncio.TaskGroup) -> None:
+    bench = BenchWithSpare()
+    bench.mark_up(bench.spare, 1.0, spare=True)
+    for number in range(8):
+        tasks.create_task(bench.call(f"call {number}", 3))
+        await settle()
+    assert (bench.regular.tiles, bench.spare.tiles, bench.queue.waiting_tiles) == (9, 0, 15)
+
+
+async def test_a_job_whose_deadline_a_spare_worker_cannot_meet_waits_for_the_others(tasks: asyncio.TaskGroup) -> None:
+    bench = BenchWithSpare()
+    for number in range(3):
+        tasks.create_task(bench.call(f"first {number}", 3))
+    await settle()
+    for number in range(5):
+        tasks.create_task(bench.call(f"call {number}", 3, deadline=0.5))
+    await settle()
+    assert (bench.spare.tiles, bench.queue.waiting_tiles) == (0, 15)
+
+
+async def test_a_spare_worker_does_all_if_there_is_no_other(tasks: asyncio.TaskGroup) -> None:
+    bench = BenchWithSpare()
+    bench.regular.mark_down("stopped")
+    tasks.create_task(bench.call("call", 3))
+    await settle()
+    assert bench.spare.tiles == 3
+    assert bench.queue.tiles_per_second == pytest.approx(SPARE_SPEED)
+
+
+async def test_what_a_spare_worker_does_is_not_promised_to_callers() -> None:
+    assert BenchWithSpare().queue.tiles_per_second == pytest.approx(10.0)

@@ -282,3 +282,22 @@ sys.exit(main([{CHECKPOINT!r}, "--vision-backend=fake", "--listen=unix:{tmp_path
     finally:
         process.kill()
         process.communicate()
+
+
+def niceness_by_thread(pid: int) -> dict[str, int]:
+    """Returns the niceness of each thread of a process, by the thread's id."""
+    threads = [task.name for task in Path(f"/proc/{pid}/task").iterdir()]
+    return {thread: os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in threads}
+
+
+@pytest.mark.parametrize("is_spare", [False, True])
+async def test_threads_of_a_spare_worker_that_compute_have_low_priority(tmp_path: Path, is_spare: bool) -> None:
+    """The event loop's has not: it has to answer probes."""
+    async with start_worker(tmp_path, "--spare" if is_spare else "--spare=false") as worker:
+        assert (await worker.describe()).spare is is_spare
+        await worker.encode("image", dry_run=True)
+        niceness = niceness_by_thread(worker.process.pid)
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert niceness.pop(str(worker.process.pid)) == own
+        lowered = [value for value in niceness.values() if value > own]
+        assert len(lowered) >= 2 if is_spare else not lowered, "one that decodes, one for the device"

@@ -151,6 +151,17 @@ async def test_a_worker_far_slower_than_the_others_is_ejected() -> None:
     assert pool.available() == pool.workers[:2]
 
 
+async def test_a_spare_worker_is_not_ejected_for_being_slower_than_the_others() -> None:
+    pool = make_pool(3)
+    pool.workers[2].mark_up(vision_pb2.VisionDescription(spare=True))
+    for worker, tiles in zip(pool.workers, (100, 100, 10), strict=True):
+        for second in range(20):
+            worker.throughput.update(second, tiles, is_saturated=True)
+    for worker in pool.workers:
+        pool.check_speed(worker)
+    assert pool.available() == pool.workers
+
+
 async def test_a_draining_worker_gets_no_requests() -> None:
     pool = make_pool(2)
     draining, other = pool.workers
