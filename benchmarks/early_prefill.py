@@ -9,8 +9,9 @@ import asyncio
 import itertools
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ IMAGE_SIZE = (448, 448)  # one tile
 IMAGE_COUNTS = (8, 16)
 PROMPT = "What happens?"
 TOKENS = 4
-SATURATED_REQUESTS, IN_FLIGHT, SATURATED_IMAGES = 9, 3, 8
+SATURATED_REQUESTS, IN_FLIGHT, LOAD_IMAGES = 15, 3, 8
+LOAD, LOADED_REQUESTS = 0.7, 10
+"""Share of the throughput without, and how many requests arrive at random in a run at that load."""
+_Measured = tuple[float, float, dict[str, list[float]]]
 FLAGS = {"on": ("--early-prefill=true",), "off": ("--early-prefill=false",)}
 
 
@@ -38,43 +42,80 @@ def run(options: Options) -> Result:
 
 
 async def _measure(urls: dict[str, str], model: str, options: Options) -> Result:
-    seeds = itertools.count()
+    bench = _Bench(urls, model)
     figures: dict[str, Any] = {}
     ratios, spreads = [], []
     for count in IMAGE_COUNTS:
-        ttfts: dict[str, list[float]] = {mode: [] for mode in urls}
-        for repeat in range(options.repeats(5) + 1):
-            for mode in _in_turn(repeat):
-                (timing,) = await load.run_closed_loop(urls[mode], _bodies(model, seeds, 1, count), 1)
-                if repeat:  # the first one is the warm-up
-                    ttfts[mode].append(timing.ttft)
-        ratio, spread = median_ratio(ttfts["off"], ttfts["on"])
+        ratio, spread, ttfts = await bench.idle_ttfts(count, options.repeats(5))
         ratios.append(ratio)
         spreads.append(spread)
         figures[f"{count} images"] = {
             **{f"TTFT {mode}, s": round(statistics.median(values), 3) for mode, values in ttfts.items()},
             "off / on": round(ratio, 3), "spread": round(spread, 3),
         }  # fmt: skip
-    rates: dict[str, list[float]] = {mode: [] for mode in urls}
-    for repeat in range(options.repeats(3)):
-        for mode in _in_turn(repeat):
-            bodies = _bodies(model, seeds, SATURATED_REQUESTS, SATURATED_IMAGES)
-            rates[mode].append(await load.saturated_rate(urls[mode], bodies, IN_FLIGHT))
-    ratio, spread = median_ratio(rates["on"], rates["off"])
+    ratio, spread, rates = await bench.saturated_rates(options.repeats(3))
     figures["saturated"] = {
         **{f"requests/s {mode}": round(statistics.median(values), 3) for mode, values in rates.items()},
-        "on / off": round(ratio, 3), "spread": round(spread, 3), "images": SATURATED_IMAGES, "in flight": IN_FLIGHT,
+        "on / off": round(ratio, 3), "spread": round(spread, 3), "images": LOAD_IMAGES, "in flight": IN_FLIGHT,
+    }  # fmt: skip
+    offered = LOAD * statistics.median(rates["off"])
+    ratio, spread, medians = await bench.loaded_ttfts(offered, options.repeats(3))
+    figures[f"at {LOAD:.0%} load"] = {
+        **{f"median TTFT {mode}, s": round(statistics.median(values), 3) for mode, values in medians.items()},
+        "off / on": round(ratio, 3), "spread": round(spread, 3), "offered, requests/s": round(offered, 3),
     }  # fmt: skip
     return Result("early-prefill", min(ratios), 1.3, max(spreads), figures)
 
 
-def _in_turn(repeat: int) -> list[str]:
-    """Both modes, each first in every second repeat."""
-    return [*FLAGS][:: 1 if repeat % 2 else -1]
+@dataclass
+class _Bench:
+    """Both gateways, by mode, and the measurements: each returns the median ratio, its spread and what was measured by mode."""
+
+    urls: dict[str, str]
+    model: str
+    _seeds: Iterator[int] = field(default_factory=itertools.count)
+
+    async def idle_ttfts(self, images: int, repeats: int) -> _Measured:
+        """Time to first token of a request that is alone."""
+
+        async def ttft(url: str) -> float:
+            (timing,) = await load.run_closed_loop(url, self._bodies(1, images), 1)
+            return timing.ttft
+
+        return _compared(await self._in_turn(ttft, repeats + 1), "off", "on", warm_up=1)
+
+    async def saturated_rates(self, repeats: int) -> _Measured:
+        """Requests per second at saturation."""
+
+        async def rate(url: str) -> float:
+            return await load.saturated_rate(url, self._bodies(SATURATED_REQUESTS, LOAD_IMAGES), IN_FLIGHT)
+
+        return _compared(await self._in_turn(rate, repeats), "on", "off")
+
+    async def loaded_ttfts(self, offered: float, repeats: int) -> _Measured:
+        """Median time to first token at an offered load in requests per second."""
+
+        async def ttft(url: str) -> float:
+            timings = await load.run_open_loop(url, self._bodies(LOADED_REQUESTS, LOAD_IMAGES), offered)
+            return statistics.median(timing.ttft for timing in timings)
+
+        return _compared(await self._in_turn(ttft, repeats), "off", "on")
+
+    async def _in_turn(self, measure: Callable[[str], Awaitable[float]], repeats: int) -> dict[str, list[float]]:
+        """Measure both modes, each first in every second repeat."""
+        measured: dict[str, list[float]] = {mode: [] for mode in self.urls}
+        for repeat in range(repeats):
+            for mode in [*self.urls][:: 1 if repeat % 2 else -1]:
+                measured[mode].append(await measure(self.urls[mode]))
+        return measured
+
+    def _bodies(self, requests: int, images: int) -> list[bytes]:
+        return [
+            load.chat_body(self.model, PROMPT, [load.image_url(next(self._seeds), *IMAGE_SIZE) for _ in range(images)], TOKENS)
+            for _ in range(requests)
+        ]
 
 
-def _bodies(model: str, seeds: Iterator[int], requests: int, images: int) -> list[bytes]:
-    return [
-        load.chat_body(model, PROMPT, [load.image_url(next(seeds), *IMAGE_SIZE) for _ in range(images)], TOKENS)
-        for _ in range(requests)
-    ]
+def _compared(measured: dict[str, list[float]], over: str, under: str, warm_up: int = 0) -> _Measured:
+    kept = {mode: values[warm_up:] for mode, values in measured.items()}
+    return *median_ratio(kept[over], kept[under]), kept
