@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import result
 from dvd.plan.command import main
 from dvd.plan.model import Costs, Fleet, Kind, LanguageCosts, Limits, Load, VisionCosts
 from dvd.plan.search import Infeasible, advise, cheapest, meets_limits, simulate_saturated
@@ -179,6 +180,18 @@ def test_at_the_same_price_throughput_decides() -> None:
     # one thread of a colocated server prepares ten tiles in 0.4 s, a vision worker has eight
     blocked = COSTS.model_copy(update={"vision": COSTS.vision.model_copy(update={"prepare": 0.04})})
     assert advise(blocked, load, cheapest(blocked, load)).decouple
+
+
+@pytest.mark.parametrize("rate", [1.0, 4.0, 8.0])
+def test_traffic_with_few_images_is_not_worth_decoupling(rate: float) -> None:
+    """One request in five has an image of three tiles; the costs are those that the benchmarks measured on two cores."""
+    costs = Costs.model_validate(yaml.safe_load(MEASURED.read_text())["costs"])
+    kinds = [Kind(weight=1, tiles=3, output=85), Kind(weight=4, images=0, output=85)]
+    load = Load(rate=rate, kinds=kinds, limits=Limits(ttft=30, itl=5))
+    assert not advise(costs, load, cheapest(costs, load)).decouple
+
+
+MEASURED = Path(result.__file__).parent / "results/costs.yaml"
 
 
 def test_a_cheaper_vision_worker_can_make_decoupling_pay() -> None:
