@@ -1,4 +1,4 @@
-"""The plot of a soak: outcomes, latency and memory over time, with the faults as lines."""
+"""The plot of a soak: faults, outcomes, latency and memory over time."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -32,19 +32,28 @@ def draw(
         started_at: Monotonic time of the begin.
         path: File of the plot.
     """
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True)
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    strip, top, middle, bottom = figure.subplots(4, 1, sharex=True, height_ratios=[1, 2, 2, 2])
+    _draw_faults(strip, faults, started_at)
     _draw_outcomes(top, outcomes, started_at)
     _draw_latency(middle, outcomes, started_at)
     _draw_memory(bottom, samples, shared_memory, started_at)
-    for axes in (top, middle, bottom):
+    for axes in (strip, top, middle, bottom):
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in (top, middle, bottom):
         for _, at in faults:
-            axes.axvline(at - started_at, color="#888888", linewidth=0.6, linestyle=":")
-    for name, at in faults:
-        top.text(at - started_at, top.get_ylim()[1], f" {name}", rotation=60, fontsize=5.5, va="bottom")
+            axes.axvline(at - started_at, color="#888888", linewidth=0.4, linestyle=":")
     bottom.set_xlabel("seconds")
     figure.savefig(path, dpi=130)
+
+
+def _draw_faults(axes: Axes, faults: Sequence[tuple[str, float]], started_at: float) -> None:
+    """Draw a row for each kind of fault: there may be hundreds of them, too many for a text each."""
+    kinds = sorted({name.rsplit("-", 1)[0] for name, _ in faults}, reverse=True)
+    rows = {kind: row for row, kind in enumerate(kinds)}
+    times = [at - started_at for _, at in faults]
+    axes.scatter(times, [rows[name.rsplit("-", 1)[0]] for name, _ in faults], marker="|", s=30, color="#444444")
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=7)
 
 
 def _draw_outcomes(axes: Axes, outcomes: Sequence[Outcome], started_at: float) -> None:
