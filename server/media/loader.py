@@ -1,36 +1,25 @@
 """Loading of the images and videos of a request as image files."""
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from common import errors
-from common.image_header import inspect_image
 from common.tasks import gather_or_cancel
 from server.apis.request import ImagePart, ParsedRequest, format_path
 from server.media.fetch import MediaFetcher
+from server.media.image_file import ImageFile
 from server.request_context import unbounded
 
 _MAX_PARALLEL_FETCHES = 8
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An encoded image file (PNG, JPEG, …), the SHA-256 digest of its bytes, and its width and height in pixels."""
-
-    data: bytes
-    digest: bytes
-    size: tuple[int, int]
-
-
 class MediaLoader:
     """Loads all images of a request."""
 
-    def __init__(self, fetcher: MediaFetcher, max_total_bytes: int, max_image_pixels: int) -> None:
+    def __init__(self, fetcher: MediaFetcher, max_total_bytes: int) -> None:
         self._fetcher = fetcher
         self._max_total_bytes = max_total_bytes
-        self._max_image_pixels = max_image_pixels
 
     async def load(
         self, request: ParsedRequest, reserve: Callable[[int], None] = unbounded
@@ -65,26 +54,22 @@ class MediaLoader:
         async def load_one(image: ImagePart) -> list[ImageFile]:
             nonlocal remaining
             async with slots:
-                files = await self._load_files(image, reserve)
-            remaining -= sum(map(len, files))
+                files = await self._load_files(image, reserve, len(images))
+            remaining -= sum(len(file.data) for file in files)
             if remaining < 0:
                 raise errors.ImageTooLarge(
                     f"The images of the request exceed {self._max_total_bytes} bytes in total.", param=str(image.path[0])
                 )
-            # in a thread: hashing megabytes would delay all streams
-            return await asyncio.to_thread(lambda: list(map(self._image_file, files)))
+            return files
 
         return await gather_or_cancel(*map(load_one, images))
 
-    def _image_file(self, data: bytes) -> ImageFile:
-        return ImageFile(data, hashlib.sha256(data).digest(), inspect_image(data, self._max_image_pixels))
-
-    async def _load_files(self, image: ImagePart, reserve: Callable[[int], None]) -> list[bytes]:
-        """Load an image, or the frames of a video. Errors name its location."""
+    async def _load_files(self, image: ImagePart, reserve: Callable[[int], None], among: int) -> list[ImageFile]:
+        """Load an image, one `among` several, or the frames of a video. Errors name its location."""
         try:
             if image.frames:
                 return await self._fetcher.load_frames(image.url, image.frames, reserve)
-            return [await self._fetcher.load(image.url, reserve)]
+            return [await self._fetcher.load(image.url, reserve, among)]
         except errors.InvalidRequest as error:
             raise error.at(format_path(image.path)) from None
 

@@ -9,9 +9,11 @@ from common import errors
 from protos import vision_pb2 as pb
 from server.apis.image_options import ImageOptions
 from server.apis.request import ImagePart, ParsedRequest
+from server.media.image_file import ImageFile
 from server.media.loader import MediaLoader
 from tests.server.fakes.requests import image_file
 
+MAX_PIXELS = 1000
 OPTIONS = ImageOptions("images[0]", "auto", None, pb.Router())
 
 
@@ -26,22 +28,22 @@ class FakeFetcher:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
-    async def load(self, url: str, reserve: Callable[[int], None]) -> bytes:
+    async def load(self, url: str, reserve: Callable[[int], None], among: int) -> ImageFile:
         self.calls.append((url, 0))
         if url == "invalid":
             raise errors.InvalidImage("not an image")
-        return file_of(url)
+        return ImageFile.examine(file_of(url), MAX_PIXELS)
 
-    async def load_frames(self, url: str, count: int, reserve: Callable[[int], None]) -> list[bytes]:
+    async def load_frames(self, url: str, count: int, reserve: Callable[[int], None]) -> list[ImageFile]:
         self.calls.append((url, count))
         if url == "invalid":
             raise errors.InvalidImage("not an image")
-        return [file_of(f"{url}-{i}") for i in range(count)]
+        return [ImageFile.examine(file_of(f"{url}-{i}"), MAX_PIXELS) for i in range(count)]
 
 
 def make_loader(max_total_bytes: int = 10_000) -> tuple[MediaLoader, FakeFetcher]:
     fetcher: Any = FakeFetcher()
-    return MediaLoader(fetcher, max_total_bytes, 1000), fetcher
+    return MediaLoader(fetcher, max_total_bytes), fetcher
 
 
 def make_request(*media: tuple[str, int]) -> ParsedRequest:
