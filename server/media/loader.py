@@ -12,6 +12,8 @@ from server.media.image_file import ImageFile
 from server.request_context import unbounded
 
 _MAX_PARALLEL_FETCHES = 8
+_MAX_HASHED_CHARACTERS = 8192
+"""Length of a URL from which on it is the image itself, since no URL that is fetched is longer."""
 
 
 class MediaLoader:
@@ -24,7 +26,7 @@ class MediaLoader:
     async def load(
         self, request: ParsedRequest, reserve: Callable[[int], None] = unbounded
     ) -> tuple[ParsedRequest, list[ImageFile]]:
-        """Load the images, and replace each video by its frames. Equal URLs are loaded once, for the first of their images.
+        """Load the images, and replace each video by its frames. A URL that occurs twice is fetched once, for its first image.
 
         Args:
             request: The request.
@@ -37,11 +39,12 @@ class MediaLoader:
             InvalidRequest: An image or video cannot be fetched or decoded, or is too large. `param` is its location.
             Overloaded: The memory is not left.
         """
-        sources: dict[tuple[str, int], ImagePart] = {}
-        for image in request.images:
-            sources.setdefault((image.url, image.frames), image)
+        keys = [_source(image, position) for position, image in enumerate(request.images)]
+        sources: dict[tuple[str | int, int], ImagePart] = {}
+        for key, image in zip(keys, request.images, strict=True):
+            sources.setdefault(key, image)
         loaded = dict(zip(sources, await self._load_all(list(sources.values()), reserve), strict=True))
-        files = [loaded[image.url, image.frames] for image in request.images]
+        files = [loaded[key] for key in keys]
         images = [
             part for image, image_files in zip(request.images, files, strict=True) for part in _frame_parts(image, image_files)
         ]
@@ -72,6 +75,15 @@ class MediaLoader:
             return [await self._fetcher.load(image.url, reserve, among)]
         except errors.InvalidRequest as error:
             raise error.at(format_path(image.path)) from None
+
+
+def _source(image: ImagePart, position: int) -> tuple[str | int, int]:
+    """Return what tells an image or a video apart from those with another source: its URL, or its position in the request.
+
+    To hash the text of a large image takes longer than to decode it. An image that occurs twice is encoded once all the same.
+    """
+    is_large_image = len(image.url) > _MAX_HASHED_CHARACTERS and not image.frames
+    return position if is_large_image else image.url, image.frames
 
 
 def _frame_parts(image: ImagePart, files: Sequence[ImageFile]) -> list[ImagePart]:

@@ -13,7 +13,7 @@ from server.media.image_file import ImageFile
 from server.media.loader import MediaLoader
 from tests.server.fakes.requests import image_file
 
-MAX_PIXELS = 1000
+MAX_PIXELS = 100_000
 OPTIONS = ImageOptions("images[0]", "auto", None, pb.Router())
 
 
@@ -59,6 +59,16 @@ async def test_files_are_in_the_order_of_the_images_and_equal_urls_are_loaded_on
     assert len({file.digest for file in files}) == 2
     assert loaded.images == request.images
     assert sorted(fetcher.calls) == [("a", 0), ("b", 0)]
+
+
+async def test_large_images_in_bodies_keep_their_order_and_a_video_is_loaded_once() -> None:
+    loader, fetcher = make_loader(100_000)
+    long = "x" * 10_000
+    _, files = await loader.load(make_request((long, 0), ("a", 0), (long, 0), (long, 2), ("b", 0), (long, 2)))
+    frames = [file_of(f"{long}-{i}") for i in range(2)]
+    expected = [file_of(long), file_of("a"), file_of(long), *frames, file_of("b"), *frames]
+    assert [file.data for file in files] == expected
+    assert fetcher.calls.count((long, 2)) == 1
 
 
 async def test_a_video_becomes_labelled_frames_at_its_path() -> None:
