@@ -14,16 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
+from benchmarks import preprocessing_scaling
 from benchmarks.colocated import TORCHVISION_SHIM
 from benchmarks.options import Options
+from benchmarks.preprocessing_scaling import photograph
 from benchmarks.result import Result, median_ratio
 from common.decoder_processes import DecoderProcesses
 from common.metrics import DecoderMetrics
@@ -32,29 +32,19 @@ from vision_worker.models.internvl import normalize
 from vision_worker.preprocessing import image_decoder
 from vision_worker.preprocessing.tiling import cut
 
-PHOTOGRAPH = "sample_data/grace_hopper.jpg"  # NASA/US Navy, public domain, distributed with matplotlib
 SIZES = ((640, 480), (1280, 960), (1920, 1080))
 HEADLINE_SIZE = "1920 × 1080"
 MAX_TILES = 12
 _PROCESS_TIMEOUT_SECONDS = 600
 _MIN_MEASUREMENT_SECONDS = 0.5
 _DECODE_TIMEOUT_SECONDS, _DECODE_MEMORY_BYTES, _MAX_PIXELS = 20.0, 2 << 30, 64_000_000
-_IMAGES_PER_THREAD = 12
 
 Processor = Callable[[bytes], Any]
 
 
 def photographs() -> dict[str, bytes]:
     """JPEG files of one photograph by size, such as `640 × 480`."""
-    import matplotlib
-
-    files = {}
-    with Image.open(Path(matplotlib.get_data_path()) / PHOTOGRAPH) as image:
-        for size in SIZES:
-            file = io.BytesIO()
-            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)
-            files[f"{size[0]} × {size[1]}"] = file.getvalue()
-    return files
+    return {f"{width} × {height}": photograph((width, height)) for width, height in SIZES}
 
 
 @contextlib.contextmanager
@@ -84,24 +74,8 @@ def run(options: Options) -> Result:
         size: {name: round(statistics.median(repeats), 2) for name, repeats in by_name.items()}
         for size, by_name in rates.items()
     }
-    figures["scaling"] = _measure_scaling(options.repeats(5))
+    figures["scaling"] = preprocessing_scaling.measure(options.repeats(5))
     return Result("preprocessing", ratio, 1.4, spread, figures)
-
-
-def _measure_scaling(repeats: int) -> dict[str, float]:
-    """Images/s with one thread and with one per core: Pillow releases the GIL while it decodes and resizes."""
-    data = photographs()[HEADLINE_SIZE]
-    cores = len(os.sched_getaffinity(0))
-    rates: dict[int, list[float]] = {1: [], cores: []}
-    for _ in range(repeats):
-        for threads, measured in rates.items():
-            images = [data] * _IMAGES_PER_THREAD * threads
-            with our_processor() as process, ThreadPoolExecutor(threads) as pool:
-                list(pool.map(process, images[:threads]))  # starts the decoder processes
-                started_at = time.perf_counter()
-                list(pool.map(process, images))
-                measured.append(len(images) / (time.perf_counter() - started_at))
-    return {f"{threads} threads, images/s": round(statistics.median(measured), 2) for threads, measured in rates.items()}
 
 
 # The rest runs in the baseline environment.

@@ -63,7 +63,7 @@ def create_app(
             _running(metrics.process.measure_loop_lag()),
         ):
             trace = Trace(options.trace, "gateway")
-            media = MediaLoader(fetcher, options.max_body_bytes, options.max_image_pixels)
+            media = MediaLoader(fetcher, options.max_body_bytes)
             pipeline = Pipeline(options, workers, media, metrics, trace, GrantSigner(credentials))
             authenticator = Authenticator(options.api_key, credentials)
             _add_apis(app, ApiHandlers(options, authenticator, pipeline, metrics), apis)

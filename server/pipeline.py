@@ -15,7 +15,8 @@ from server.apis.constraints import constraint_field
 from server.apis.request import ParsedRequest
 from server.config import GatewayOptions
 from server.http.streaming import STREAM_HEADERS, StreamWithResources
-from server.media.loader import ImageFile, MediaLoader
+from server.media.image_file import ImageFile
+from server.media.loader import MediaLoader
 from server.metrics import Metrics, StreamTimer
 from server.placement import EmbeddingPlacer, EngineRequest
 from server.request_context import RequestContext

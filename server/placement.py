@@ -24,7 +24,7 @@ from server.degradation import Degradation, Degraded
 from server.encode_calls import EncodeCalls, EncodeGroup, KeyedImage, Sink
 from server.encoding import Encoding
 from server.keys import EncodeSetting, group_keys, image_keys
-from server.media.loader import ImageFile
+from server.media.image_file import ImageFile
 from server.metrics import Metrics
 from server.request_context import RequestContext
 from server.request_stats import RequestStats

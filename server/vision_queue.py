@@ -100,12 +100,12 @@ class VisionQueue:
         All tiles that are queued or in flight come first, but of each other caller no more than of this one.
         """
         rate = self.tiles_per_second
-        if not rate:
-            return 0.0
-        others = len(self._tiles_by_caller.keys() - {caller})
+        return self._tiles_ahead(caller, tiles) / rate if rate else 0.0
+
+    def _tiles_ahead(self, caller: str, tiles: int) -> int:
         own = self._tiles_by_caller[caller]
-        ahead = min(self._tiles_by_caller.total(), own + (own + tiles) * others)
-        return ahead / rate
+        others = len(self._tiles_by_caller) - (own > 0)  # it keeps no zeros
+        return min(self._tiles_by_caller.total(), own + (own + tiles) * others)
 
     def admit(self, caller: str, tiles: int, deadline: float) -> None:
         """Check that a request may join the queue.
@@ -118,12 +118,12 @@ class VisionQueue:
         Raises:
             Overloaded: Its wait would be longer than the bound, or than its deadline allows.
         """
-        wait, rate = self.wait_seconds(caller, tiles), self.tiles_per_second
-        if not rate or not wait:
+        ahead = self._tiles_ahead(caller, tiles)
+        if not ahead or not (rate := self.tiles_per_second):
             return
         left = deadline - self._clock() - tiles / rate
         hint = ", or send smaller images"
-        check_wait("vision", "the images", wait, self._max_wait, left, self._metrics, hint)
+        check_wait("vision", "the images", ahead / rate, self._max_wait, left, self._metrics, hint)
 
     @asynccontextmanager
     async def worker(self, job: EncodeJob, exclude: Collection[VisionWorker] = ()) -> AsyncIterator[VisionWorker]:

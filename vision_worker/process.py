@@ -32,7 +32,7 @@ from vision_worker.delivery import SinkChannels
 from vision_worker.liveness import IDLE_CPU_SECONDS, PREPARE_IDLE_CPU_SECONDS, Liveness, Watch
 from vision_worker.metrics import Metrics
 from vision_worker.prepare_threads import PrepareThreads
-from vision_worker.preprocessing import image_decoder, resampling
+from vision_worker.preprocessing import image_decoder, tiling
 from vision_worker.preprocessing.image_decoder import ImageDecoder
 from vision_worker.service import Service
 
@@ -129,7 +129,7 @@ def watch_threads(batcher: Batcher, prepare_threads: PrepareThreads, device: str
 
 async def _warm_up(batcher: Batcher, what: str, compiles: bool, phases: Phases) -> None:
     with phases.phase("compiling the preprocessing", "numba compiles it once for each machine"):
-        await asyncio.to_thread(resampling.warm_up)
+        await asyncio.to_thread(tiling.warm_up)
     name = f"compiling the tower and warming up with {what}" if compiles else f"warming up with {what}"
     with phases.phase(name, "each batch size is compiled once" if compiles else "the first batch allocates memory"):
         await batcher.warm_up()

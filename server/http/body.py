@@ -12,6 +12,10 @@ from server.http.admission import BodyMemory
 
 GRACE_SECONDS = 10.0
 """Time that a body may fall behind the minimum speed."""
+_SMALL_CHUNK_BYTES = 4096
+"""Size of a chunk below which it is copied."""
+_LARGE_BODY_BYTES = 1 << 20
+"""Size from which on a body is joined in a thread: a millisecond for each megabyte, during which Python holds no GIL."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,17 @@ async def _read(request: Request, limits: BodyLimits, memory: BodyMemory) -> byt
 
     Up to twice the limit is read, and discarded if it is refused: a client that is cut off may never see the error.
     """
-    body, size, limit = bytearray(), 0, limits.max_bytes
+    body, size, limit = _Body(), 0, limits.max_bytes
     refusal: errors.Overloaded | None = None
     async for chunk in _chunks_in_time(request, limits.min_rate):
         size += len(chunk)
         if size <= limit and refusal is None:
             try:
                 memory.add(len(chunk))
-                body += chunk
+                body.add(chunk)
             except errors.Overloaded as error:
                 refusal = error
-                body.clear()
+                body = _Body()
                 memory.release()
         elif size > 2 * limit:
             break
@@ -70,7 +74,37 @@ async def _read(request: Request, limits: BodyLimits, memory: BodyMemory) -> byt
         raise refusal
     if size > limit:
         raise errors.BodyTooLarge(f"The body exceeds {limit} bytes: send fewer or smaller images, or their URLs.")
-    return bytes(body)
+    return await body.join()
+
+
+class _Body:
+    """The bytes of a body so far. Large chunks are kept as they are: a buffer that grows is copied again and again."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._small = bytearray()  # chunks that would take more memory than their bytes
+
+    def add(self, chunk: bytes) -> None:
+        """Append a chunk."""
+        if len(chunk) < _SMALL_CHUNK_BYTES:
+            self._small += chunk
+        else:
+            self._flush()
+            self._pieces.append(chunk)
+
+    async def join(self) -> bytes:
+        """Return all of it."""
+        self._flush()
+        if len(self._pieces) == 1:
+            return self._pieces[0]
+        if sum(map(len, self._pieces)) < _LARGE_BODY_BYTES:
+            return b"".join(self._pieces)
+        return await asyncio.to_thread(b"".join, self._pieces)
+
+    def _flush(self) -> None:
+        if self._small:
+            self._pieces.append(bytes(self._small))
+            self._small.clear()
 
 
 async def _chunks_in_time(request: Request, min_rate: int) -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""Fetching of images and videos: `data:` URLs are decoded, https URLs fetched, headers of images inspected.
+"""Fetching of images and videos: `data:` URLs are decoded, https URLs fetched, files of images examined.
 
 `urls.py` decides which URLs may be fetched.
 Addresses are checked when the connection is made, so that a name which changes its address after a lookup gains nothing (DNS
@@ -18,9 +18,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from common import errors
-from common.image_header import inspect_image
 from server.config import ServingOptions
-from server.media.data_urls import BASE64_PIECE, decode_data_url, too_large
+from server.media.data_urls import decode_data_url, too_large
+from server.media.image_file import ImageFile, examine
 from server.media.urls import is_public, join_url, not_public, origin_of, parse_url, printable, trim
 from server.media.video_decoder import VideoDecoder
 from server.request_context import unbounded
@@ -103,36 +103,40 @@ class MediaFetcher:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def load(self, url: str, reserve: Callable[[int], None] = unbounded) -> bytes:
-        """Load an image file. `reserve` reserves memory for the bytes that are fetched, as they arrive.
+    async def load(self, url: str, reserve: Callable[[int], None] = unbounded, among: int = 1) -> ImageFile:
+        """Load an image file.
+
+        Args:
+            url: Its URL.
+            reserve: Reserves memory for the bytes that are fetched, as they arrive.
+            among: Number of images that are loaded at once.
 
         Raises:
             InvalidRequest, InvalidImage, ImageTooLarge, ImageFetchFailed: The image cannot be loaded.
             Overloaded: The memory is not left.
         """
-        data = await self._load(url, self._options.max_image_bytes, reserve)
-        await asyncio.to_thread(inspect_image, data, self._options.max_image_pixels)
-        return data
+        url, limit, max_pixels = trim(url), self._options.max_image_bytes, self._options.max_image_pixels
+        if _is_data_url(url):
+            return await examine(among * len(url), lambda: ImageFile.examine(decode_data_url(url, limit), max_pixels))
+        data = await self._fetch(url, limit, reserve)
+        return await examine(among * len(data), lambda: ImageFile.examine(data, max_pixels))
 
-    async def load_frames(self, url: str, count: int, reserve: Callable[[int], None] = unbounded) -> list[bytes]:
+    async def load_frames(self, url: str, count: int, reserve: Callable[[int], None] = unbounded) -> list[ImageFile]:
         """Load at most `count` frames of a video, as PNG files.
 
         Raises:
             InvalidVideo: The file cannot be decoded, or exceeds a limit of CPU time or memory.
             InvalidRequest, ImageTooLarge, ImageFetchFailed, Overloaded: As for `load`.
         """
-        video = await self._load(url, self._options.max_video_bytes, reserve)
+        url, limit, max_pixels = trim(url), self._options.max_video_bytes, self._options.max_image_pixels
+        if _is_data_url(url):
+            video = await examine(len(url), lambda: decode_data_url(url, limit))
+        else:
+            video = await self._fetch(url, limit, reserve)
         frames = await self._videos.sample_frames(video, count)
-        reserve(sum(map(len, frames)))
-        return frames
-
-    async def _load(self, url: str, limit: int, reserve: Callable[[int], None]) -> bytes:
-        url = trim(url)
-        if url[:5].lower() != "data:":
-            return await self._fetch(url, limit, reserve)
-        if len(url) < BASE64_PIECE:
-            return decode_data_url(url, limit)
-        return await asyncio.to_thread(decode_data_url, url, limit)
+        size = sum(map(len, frames))
+        reserve(size)
+        return await examine(size, lambda: [ImageFile.examine(frame, max_pixels) for frame in frames])
 
     async def _fetch(self, url: str, limit: int, reserve: Callable[[int], None]) -> bytes:
         try:
@@ -162,6 +166,10 @@ class MediaFetcher:
     def _parse_url(self, url: str, shown: str = "") -> URL:
         allow_private = self._options.allow_private_images
         return parse_url(url, ("https", "http") if allow_private else ("https",), allow_private, shown)
+
+
+def _is_data_url(url: str) -> bool:
+    return url[:5].lower() == "data:"
 
 
 async def _read_body(response: aiohttp.ClientResponse, limit: int, url: str, reserve: Callable[[int], None]) -> bytes:

@@ -35,7 +35,7 @@ class VisionClient:
 
     @property
     def _stub(self) -> vision_pb2_grpc.VisionStub:
-        return vision_pb2_grpc.VisionStub(self._connection.channel)
+        return self._connection.stub(vision_pb2_grpc.VisionStub)
 
     async def __aenter__(self) -> "VisionClient":
         return self
@@ -91,7 +91,7 @@ class LanguageClient:
 
     @property
     def _sink(self) -> embeddings_pb2_grpc.EmbeddingSinkStub:
-        return embeddings_pb2_grpc.EmbeddingSinkStub(self._connection.channel)
+        return self._connection.stub(embeddings_pb2_grpc.EmbeddingSinkStub)
 
     async def __aenter__(self) -> "LanguageClient":
         return self

@@ -129,7 +129,7 @@ async def test_replaced_certificates_are_used_without_a_restart(
     connection = rpc.Connection(worker.sink.address, client)
 
     async def call() -> None:
-        stub = embeddings_pb2_grpc.EmbeddingSinkStub(connection.channel)
+        stub = connection.stub(embeddings_pb2_grpc.EmbeddingSinkStub)
         await stub.Describe(pb.DescribeRequest(), timeout=20, wait_for_ready=True)
 
     try:

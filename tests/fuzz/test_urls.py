@@ -4,7 +4,7 @@ import base64
 import contextlib
 import ipaddress
 import re
-from urllib.parse import quote_from_bytes, urlsplit
+from urllib.parse import quote_from_bytes, unquote_to_bytes, urlsplit
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -89,3 +89,34 @@ def test_a_file_survives_every_spelling_of_its_data_url(
         text[i : i + width].decode() for i in range(0, len(text), width)
     )  # fmt: skip
     assert decode_data_url(f"data:image/png;base64,{spelling}", LIMIT) == data
+
+
+def decode_slowly(payload: str) -> bytes | None:
+    """Decode base64 with Python's own module, as data: URLs are documented; None if it is invalid."""
+    try:
+        raw = unquote_to_bytes(payload)
+        if re.search(rb"[\n\r ]", raw):
+            raw = re.sub(rb"\s", b"", raw)
+        raw = raw.replace(b"-", b"+").replace(b"_", b"/").rstrip(b"=")
+        return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True) if b"=" not in raw else None
+    except ValueError:
+        return None
+
+
+_BASE64 = st.text(st.sampled_from("AQgwz09+/-_"), max_size=24) | st.binary(max_size=20).map(
+    lambda data: base64.b64encode(data).decode()
+)
+_AROUND = st.text(st.sampled_from("A=\n\r\t %é\0\ud800"), max_size=3) | st.sampled_from(["=", "==", "===", "%3D", "%2B", "%0A"])
+
+
+@given(st.lists(_BASE64 | _AROUND, max_size=4).map("".join))
+@example("AA==AAAA")
+@example("AAA=====")
+@example("AB")
+@example("A===")
+def test_base64_is_decoded_as_by_python(payload: str) -> None:
+    expected = decode_slowly(payload)
+    try:
+        assert decode_data_url(f"data:;base64,{payload}", LIMIT) == expected
+    except errors.InvalidImage:
+        assert expected is None

@@ -19,7 +19,7 @@ from server.apis.image_options import ImageOptions
 from server.apis.request import ImagePart, ParsedRequest
 from server.config import GatewayOptions
 from server.http.error_format import OPENAI
-from server.media.loader import ImageFile
+from server.media.image_file import ImageFile
 from server.metrics import Metrics
 from server.placement import EmbeddingPlacer, EngineRequest, ImageReport
 from server.request_context import RequestContext

@@ -23,7 +23,7 @@ _TRANSPOSE_BLOCK = 64
 """Side of the squares that are transposed at a time, so that source and target stay in the L1 cache."""
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function at its first call, or load what an earlier process of this machine compiled."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
@@ -52,11 +52,6 @@ def weights(size: int, target: int) -> Weights:
     result = Weights(np.empty(target, np.int64), np.empty(target, np.int64), np.zeros((target, max_taps), np.int32))
     _compute_weights(size, result.first, result.count, result.taps)
     return result
-
-
-def warm_up() -> None:
-    """Compile in advance, so that no image waits for it. Takes two seconds where no earlier process has compiled."""
-    resize(np.zeros((2, 2, 3), np.uint8), [(1, 1)])
 
 
 def resize(pixels: Bytes, sizes: Sequence[tuple[int, int]]) -> list[Bytes]:
@@ -118,7 +113,7 @@ def _transpose(lines: Bytes) -> Bytes:
     return out
 
 
-@_compiled
+@compiled
 def _filter(lines: Any, first: Any, count: Any, taps: Any, out: Any) -> None:
     """Lines [n, length] to [target, length]: each is a weighted sum of neighbouring lines."""
     length = lines.shape[1]
@@ -134,7 +129,7 @@ def _filter(lines: Any, first: Any, count: Any, taps: Any, out: Any) -> None:
             target[j] = np.uint8(min(max(sums[j] >> _WEIGHT_BITS, np.int32(0)), np.int32(255)))
 
 
-@_compiled
+@compiled
 def _transpose_into(lines: Any, out: Any) -> None:
     height, width = lines.shape
     for top in range(0, height, _TRANSPOSE_BLOCK):
@@ -144,7 +139,7 @@ def _transpose_into(lines: Any, out: Any) -> None:
                     out[j, i] = lines[i, j]
 
 
-@_compiled
+@compiled
 def _compute_weights(size: int, first: Any, count: Any, taps: Any) -> None:
     """Fill the arrays of `Weights` in place, adding and multiplying in Pillow's order, so that rounding is the same."""
     scale = size / len(first)
@@ -164,7 +159,7 @@ def _compute_weights(size: int, first: Any, count: Any, taps: Any) -> None:
             taps[i, k] = int(value - 0.5 if value < 0 else value + 0.5)
 
 
-@_compiled
+@compiled
 def _bicubic(x: float) -> float:
     x = abs(x)
     if x < 1.0:

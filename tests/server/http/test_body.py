@@ -28,6 +28,15 @@ async def test_a_body_of_at_most_the_limit_is_returned(chunks: list[bytes], memo
     assert await read_body(request, LIMITS, memory) == b"".join(chunks)
 
 
+@pytest.mark.parametrize("sizes", [[4096], [1, 4096, 2, 3, 5000, 1], [0, 4095, 4096, 0], [5000, 1 << 20, 7]])
+async def test_chunks_of_any_size_keep_their_order(sizes: list[int]) -> None:
+    chunks = [bytes([i]) * size for i, size in enumerate(sizes)]
+    with Admission(2, 2 << 20, Metrics()).body_memory() as memory:
+        request = make_request(receive_messages(*body_messages(chunks)))
+        assert await read_body(request, BodyLimits(2 << 20, 1024), memory) == b"".join(chunks)
+        assert memory.size == sum(sizes)
+
+
 async def test_a_body_over_the_limit_is_read_to_its_end_and_rejected(memory: BodyMemory) -> None:
     receive = receive_messages(*body_messages([b"abc", b"de", b"fgh"]), {"type": "http.disconnect"})
     with pytest.raises(errors.BodyTooLarge, match="exceeds 4 bytes"):

@@ -113,7 +113,7 @@ async def test_connection_errors_are_described_without_addresses() -> None:
 async def test_at_most_three_redirects_are_followed(status: int) -> None:
     chain = {str(i): redirect_to(f"/{i + 1}", status) for i in range(4)}
     async with file_server(**chain, **{"4": respond_with(PNG)}) as url, open_fetcher(allow_private_images=True) as fetcher:
-        assert await fetcher.load(f"{url}/1") == PNG, "three redirects"
+        assert (await fetcher.load(f"{url}/1")).data == PNG, "three redirects"
         with pytest.raises(errors.ImageFetchFailed, match="redirects more than 3 times"):
             await fetcher.load(f"{url}/0")
     await assert_fetch_fails(redirect_to("/a", status), match="more than 3 times")
@@ -128,8 +128,8 @@ async def test_a_redirect_to_an_invalid_url_is_rejected(location: str) -> None:
 async def test_http_and_private_addresses_require_the_operators_permission() -> None:
     async with file_server(a=respond_with(PNG)) as url:
         async with open_fetcher(allow_private_images=True) as fetcher:
-            assert await fetcher.load(f"{url}/a") == PNG
-            assert await fetcher.load(f"{url.replace('127.0.0.1', 'localhost')}/a?b=c#d") == PNG
+            assert (await fetcher.load(f"{url}/a")).data == PNG
+            assert (await fetcher.load(f"{url.replace('127.0.0.1', 'localhost')}/a?b=c#d")).data == PNG
         for rejected in (f"{url}/a", f"{url.replace('http', 'https')}/a"):
             async with open_fetcher() as fetcher:
                 with pytest.raises(errors.InvalidRequest):
@@ -204,7 +204,7 @@ async def test_memory_is_reserved_for_what_is_fetched_as_it_arrives() -> None:
             raise errors.Overloaded("full")
 
     async with file_server(a=respond_with(PNG)) as url, open_fetcher(allow_private_images=True) as fetcher:
-        assert await fetcher.load(f"{url}/a", reserve) == PNG
+        assert (await fetcher.load(f"{url}/a", reserve)).data == PNG
         assert sum(reserved) == len(PNG)
         with pytest.raises(errors.Overloaded):
             await fetcher.load(f"{url}/a", reserve)

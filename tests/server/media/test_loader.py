@@ -9,9 +9,11 @@ from common import errors
 from protos import vision_pb2 as pb
 from server.apis.image_options import ImageOptions
 from server.apis.request import ImagePart, ParsedRequest
+from server.media.image_file import ImageFile
 from server.media.loader import MediaLoader
 from tests.server.fakes.requests import image_file
 
+MAX_PIXELS = 100_000
 OPTIONS = ImageOptions("images[0]", "auto", None, pb.Router())
 
 
@@ -26,22 +28,22 @@ class FakeFetcher:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
-    async def load(self, url: str, reserve: Callable[[int], None]) -> bytes:
+    async def load(self, url: str, reserve: Callable[[int], None], among: int) -> ImageFile:
         self.calls.append((url, 0))
         if url == "invalid":
             raise errors.InvalidImage("not an image")
-        return file_of(url)
+        return ImageFile.examine(file_of(url), MAX_PIXELS)
 
-    async def load_frames(self, url: str, count: int, reserve: Callable[[int], None]) -> list[bytes]:
+    async def load_frames(self, url: str, count: int, reserve: Callable[[int], None]) -> list[ImageFile]:
         self.calls.append((url, count))
         if url == "invalid":
             raise errors.InvalidImage("not an image")
-        return [file_of(f"{url}-{i}") for i in range(count)]
+        return [ImageFile.examine(file_of(f"{url}-{i}"), MAX_PIXELS) for i in range(count)]
 
 
 def make_loader(max_total_bytes: int = 10_000) -> tuple[MediaLoader, FakeFetcher]:
     fetcher: Any = FakeFetcher()
-    return MediaLoader(fetcher, max_total_bytes, 1000), fetcher
+    return MediaLoader(fetcher, max_total_bytes), fetcher
 
 
 def make_request(*media: tuple[str, int]) -> ParsedRequest:
@@ -57,6 +59,16 @@ async def test_files_are_in_the_order_of_the_images_and_equal_urls_are_loaded_on
     assert len({file.digest for file in files}) == 2
     assert loaded.images == request.images
     assert sorted(fetcher.calls) == [("a", 0), ("b", 0)]
+
+
+async def test_large_images_in_bodies_keep_their_order_and_a_video_is_loaded_once() -> None:
+    loader, fetcher = make_loader(100_000)
+    long = "x" * 10_000
+    _, files = await loader.load(make_request((long, 0), ("a", 0), (long, 0), (long, 2), ("b", 0), (long, 2)))
+    frames = [file_of(f"{long}-{i}") for i in range(2)]
+    expected = [file_of(long), file_of("a"), file_of(long), *frames, file_of("b"), *frames]
+    assert [file.data for file in files] == expected
+    assert fetcher.calls.count((long, 2)) == 1
 
 
 async def test_a_video_becomes_labelled_frames_at_its_path() -> None:
