@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from common import embedding_stream, errors, logs, rpc
 from common.checkpoint import open_checkpoint
+from common.descriptors import raise_limit
 from common.embedding import Header, validate_key
 from common.grants import GrantSigner, SinkGrants
 from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
@@ -46,6 +47,8 @@ log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 DRAIN_LINE = b"drain\n"
 """What a language worker writes to the sink's standard input when it begins to stop."""
 
+_DESCRIPTORS = 1 << 16
+"""Limit of descriptors, if the system allows it: thousands of embeddings stay open."""
 _STOP_GRACE_SECONDS = 5.0
 _HANG_SECONDS = 5.0
 """Time after the grace period until a sink that hangs is ended."""
@@ -363,6 +366,7 @@ def main() -> None:
     die_with_parent(signal.SIGCONT)
     options = SinkOptions(**json.loads(sys.argv[1]))
     logs.configure(options.log_level, options.log_format)
+    raise_limit(_DESCRIPTORS)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(_run(options, _credentials(options)))

@@ -19,7 +19,7 @@ from lm_worker.shared_memory import INCOMING
 from lm_worker.slot_file import DESCRIPTORS, SlotFile
 
 _FULL_RETRY_SECONDS = 1
-_DESCRIPTORS_SHARE = 0.5
+_DESCRIPTORS_SHARE = 0.25
 """Largest share of the process' descriptors that embeddings have; others are opened again when their file is reused."""
 
 

@@ -79,7 +79,7 @@ def put(store: Store, key: str, rows: int = 4) -> None:
 def test_descriptors_of_embeddings_are_bounded_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_folder(tmp_path / "store")
     before, pins = descriptors(), Pins(tmp_path / "store")
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (32, 32))
     store = Store(tmp_path / "store", budget=10 * (HEADER_SIZE + 128), lease=0)
     for number in range(30):
         put(store, f"k{number}")
