@@ -3,12 +3,12 @@
 Roles and their arguments:
     sender ADDRESS TRANSPORT FINGERPRINT SIZE IN_FLIGHT TOTAL WARM_UP: delivers embeddings to a sink.
     raw-sink ADDRESS: reads from a socket into one buffer until it is ended.
+    storing-sink ADDRESS FOLDER BYTES: reads into so much shared memory, over and over, and checks that all values are finite.
     raw-sender ADDRESS SIZE TOTAL: writes to a raw sink.
     raw-memory FOLDER SIZE TOTAL: copies into mapped files of shared memory, one after another.
 
-SIZE, TOTAL and WARM_UP are bytes. All but the raw sink print an empty line when they begin to measure, and at the end `Sent` as
-JSON. The module imports only what an endpoint needs,
-so that processes start quickly.
+SIZE, TOTAL and WARM_UP are bytes. All but the raw sinks print an empty line when they begin to measure, and at the end `Sent`
+as JSON. The module imports only what an endpoint needs, so that processes start quickly.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from benchmarks import processes
@@ -28,6 +28,7 @@ from benchmarks import processes
 WIDTH = 4096
 """Values per token, two bytes each."""
 _BLOCK_BYTES = 1 << 20
+_CHECK_BYTES = 256 << 10
 _DELIVERY_TIMEOUT_SECONDS = 60
 
 
@@ -90,19 +91,40 @@ def create_socket(address: str) -> tuple[socket.socket, str | tuple[str, int]]:
     return socket.socket(socket.AF_INET), (host, int(port))
 
 
-def _run_raw_sink(address: str) -> None:
+def _run_raw_sink(address: str, read: Callable[[socket.socket], None]) -> None:
     """Read each connection to its end and confirm with one byte, until the process is ended."""
     listener, target = create_socket(address)
     with listener:
         listener.bind(target)
         listener.listen()
-        buffer = memoryview(bytearray(_BLOCK_BYTES))
         while True:
             connection, _ = listener.accept()
             with connection, contextlib.suppress(OSError):  # a probe for readiness is gone already
-                while connection.recv_into(buffer):
-                    pass
+                read(connection)
                 connection.sendall(b"!")
+
+
+def _discard(connection: socket.socket) -> None:
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    while connection.recv_into(buffer):
+        pass
+
+
+def _store(folder: str, size: int) -> Callable[[socket.socket], None]:
+    """Read into memory that exists: what a sink has to do at least."""
+    from common.embedding import check_finite
+
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(size)
+        memory = memoryview(mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+
+    def read(connection: socket.socket) -> None:
+        received = 0
+        while count := connection.recv_into(memory[received % size :][:_CHECK_BYTES], 0, socket.MSG_WAITALL):
+            check_finite(memory[received % size :][:count], "bfloat16")
+            received += count
+
+    return read
 
 
 def _send_raw(address: str, size: int, total: int) -> Sent:
@@ -139,7 +161,10 @@ def _copy_raw(folder: str, size: int, total: int) -> Sent:
 def _main(role: str, address: str, *arguments: str) -> None:
     os.sched_setaffinity(0, {processes.available_cores()[0 if role.endswith("sink") else -1]})
     if role == "raw-sink":
-        _run_raw_sink(address)
+        _run_raw_sink(address, _discard)
+    elif role == "storing-sink":
+        folder, size = arguments
+        _run_raw_sink(address, _store(folder, int(size)))
     elif role == "sender":
         transport, fingerprint, *sizes = arguments
         print(json.dumps(asdict(asyncio.run(_send_embeddings(address, transport, fingerprint, *map(int, sizes))))))
@@ -147,7 +172,7 @@ def _main(role: str, address: str, *arguments: str) -> None:
         send = _send_raw if role == "raw-sender" else _copy_raw
         print(json.dumps(asdict(send(address, *map(int, arguments)))))
     else:
-        raise ValueError(f"unknown role {role!r}: expected sender, raw-sink, raw-sender or raw-memory")
+        raise ValueError(f"unknown role {role!r}: expected sender, raw-sink, storing-sink, raw-sender or raw-memory")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many connections the descriptors of a process allow."""
+"""How many files and connections the descriptors of a process allow."""
 
 import resource
 
@@ -8,9 +8,13 @@ def connection_limit(max_connections: int) -> int:
 
     The soft limit of descriptors is raised as far as the system allows.
     """
+    return max(1, min(max_connections, raise_limit(2 * max_connections) // 2))
+
+
+def raise_limit(needed: int) -> int:
+    """Raise the soft limit of descriptors to `needed`, as far as the system allows. Returns the soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * max_connections
     if soft < needed:
         soft = min(needed, hard) if hard != resource.RLIM_INFINITY else needed
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(max_connections, soft // 2))
+    return soft

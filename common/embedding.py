@@ -32,8 +32,8 @@ _DTYPES = tuple(DTYPE_SIZES)
 # an integer type of the same size, and the exponent bits: a value with all of them set is infinite or NaN
 _EXPONENT_BITS = {"bfloat16": ("<u2", 0x7F80), "float16": ("<u2", 0x7C00), "float32": ("<u4", 0x7F800000)}
 
-_CHECKED_VALUES = 1 << 16
-"""Values of a block of `check_finite`."""
+_CHECKED_BYTES = 256 << 10
+"""Bytes of a block of `check_finite`: they fit the cache of one core."""
 
 
 def validate_key(key: str) -> str:
@@ -161,11 +161,12 @@ def _is_finite(data: bytes | memoryview, dtype: str) -> bool:
     integer, exponent = _EXPONENT_BITS[dtype]
     sign = exponent + (exponent & -exponent)  # the bit above the exponent's
     values = np.frombuffer(data, dtype=integer)
+    signed, largest, count = values.view(integer.replace("u", "i")), np.maximum.reduce, _CHECKED_BYTES // values.itemsize
     # Values with all exponent bits set are the largest of their sign: a maximum for each sign needs no temporary array. In
     # blocks, so that the second one finds the values in the processor's cache.
-    for start in range(0, len(values), _CHECKED_VALUES):
-        block = values[start : start + _CHECKED_VALUES]
-        if block.max() >= exponent | sign or block.view(integer.replace("u", "i")).max() >= exponent:
+    for start in range(0, len(values), count):
+        end = start + count
+        if largest(values[start:end]) >= exponent | sign or largest(signed[start:end]) >= exponent:
             return False
     return True
 

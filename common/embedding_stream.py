@@ -43,9 +43,9 @@ def data_messages(data: memoryview) -> Iterator[bytes]:
         yield b"".join((_DATA_TAG, _encode_varint(len(part)), part))
 
 
-def placed_message(transport: str, length: int) -> bytes:
-    """Return the message instead of values, after they were written by a transport."""
-    return pb.DeliverChunk(placed=pb.Placed(transport=transport, length=length)).SerializeToString()
+def placed_message(transport: str, length: int, partial: bool = False) -> bytes:
+    """Return the message instead of values, after so many bytes of them, or of a part of them, were written by a transport."""
+    return pb.DeliverChunk(placed=pb.Placed(transport=transport, length=length, partial=partial)).SerializeToString()
 
 
 def parse_message(message: bytes) -> pb.DeliverChunk | memoryview:
@@ -89,7 +89,9 @@ async def deliver(
     method: Any = channel.stream_unary(
         f"/{_SERVICE}/Deliver", request_serializer=None, response_deserializer=pb.DeliverReply.FromString
     )
-    call = method(timeout=timeout, metadata=(*(metadata or ()), *base.supported_metadata(transports)))
+    call = method(
+        timeout=timeout, metadata=(*(metadata or ()), *base.supported_metadata(transport.name for transport in transports))
+    )
     try:
         await call.write(header_message(header, grant))
         answer = tuple(await call.initial_metadata())

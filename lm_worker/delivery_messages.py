@@ -1,7 +1,9 @@
 """The messages of a delivery, as its sink reads them: the header, then values, or that they have been placed."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Self
 
 from common import embedding_stream, errors
 from common.transport import base
@@ -12,26 +14,50 @@ GRPC = "grpc"
 """Name of the transport by the call itself, in logs and metrics."""
 
 
+_MAX_INLINE_CHECK_BYTES = 4 << 20
+"""Largest part of an embedding that the event loop checks itself: a thread would take nearly as long to wake up."""
+
+
 async def receive_values(
     incoming: IncomingFile,
     messages: AsyncIterator[bytes],
     offers: Mapping[str, base.Offer],
     withdraw_offers: Callable[[], None],
+    stall: "StallTimer",
 ) -> str:
     """Receive values until the sender has no more, or has placed all of them. Returns the name of the transport."""
     async for message in messages:
         part = _parse_values(message)
         if isinstance(part, pb.Placed):
-            if (offer := offers.get(part.transport)) is None or incoming.bytes_received:
-                raise errors.InvalidRequest(
-                    f"Values were placed by {part.transport[:20]!a}, which was not offered, or after others were sent."
-                )
-            await offer.received()
-            incoming.mark_placed(part.length)
-            return part.transport
-        withdraw_offers()  # the sender could not use them
-        incoming.add(part)
+            if part.transport not in offers:
+                raise errors.InvalidRequest(f"Values were placed by {part.transport[:20]!a}, which was not offered.")
+            await _receive_placed(incoming, part, offers[part.transport], stall)
+            if not part.partial:
+                return part.transport
+        else:
+            withdraw_offers()  # the sender could not use them
+            incoming.add(part)
     return GRPC
+
+
+async def _receive_placed(incoming: IncomingFile, placed: pb.Placed, offer: base.Offer, stall: "StallTimer") -> None:
+    """Wait for values that were placed, and check them."""
+    if not placed.partial:
+        if placed.length != incoming.header.length:
+            raise errors.InvalidRequest(
+                f"{placed.length} bytes of values were placed; the header declares {incoming.header.length}."
+            )
+        async with stall.limit():
+            await offer.received()
+    incoming.mark_placed(placed.length)
+    await _check_placed(incoming)
+
+
+async def _check_placed(incoming: IncomingFile) -> None:
+    if incoming.bytes_unchecked > _MAX_INLINE_CHECK_BYTES:  # it would block the event loop
+        await asyncio.to_thread(incoming.check_placed)
+    else:
+        incoming.check_placed()
 
 
 class StallTimer:
@@ -46,22 +72,37 @@ class StallTimer:
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds)
 
-    async def messages(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield the messages of a delivery. Raises `DeadlineExceeded` if the next one does not arrive in time."""
-        iterator = aiter(messages)
-        while True:
-            try:
-                async with asyncio.timeout(self._seconds) as self._timeout:
-                    message = await anext(iterator, None)
-            except TimeoutError:
-                raise errors.DeadlineExceeded(
-                    f"The delivery has stalled: no message arrived within {self._seconds:g} s."
-                ) from None
-            finally:
-                self._timeout = None
-            if message is None:
-                return
-            yield message
+    @contextlib.asynccontextmanager
+    async def limit(self) -> AsyncIterator[None]:
+        """Raise `DeadlineExceeded` if nothing arrives for so long inside the block."""
+        try:
+            async with asyncio.timeout(self._seconds) as self._timeout:
+                yield
+        except TimeoutError:
+            raise errors.DeadlineExceeded(f"The delivery has stalled: no message arrived within {self._seconds:g} s.") from None
+        finally:
+            self._timeout = None
+
+    def messages(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Return the messages of a delivery. `DeadlineExceeded` is raised if the next one does not arrive in time."""
+        return _TimedMessages(self, aiter(messages))
+
+
+class _TimedMessages:
+    """See `StallTimer.messages`. No generator: one that is not run to its end costs the event loop a task."""
+
+    def __init__(self, timer: StallTimer, messages: AsyncIterator[bytes]) -> None:
+        self._timer, self._messages = timer, messages
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        async with self._timer.limit():
+            message = await anext(self._messages, None)
+        if message is None:
+            raise StopAsyncIteration
+        return message
 
 
 def _parse_values(message: bytes) -> bytes | memoryview | pb.Placed:

@@ -1,13 +1,13 @@
 """The file of an embedding that is being received, checked before it becomes visible."""
 
-import mmap
-import os
 from pathlib import Path
-from typing import Self
 
 from common import embedding, errors
 from common.embedding import Header
-from lm_worker.huge_pages import allocate_huge_pages
+from lm_worker.slot_file import SlotFile
+
+_CHECK_ALIGNMENT = 4
+"""Parts of a payload are checked at multiples of so many bytes: whole values, and whole scales."""
 
 
 class IncomingFile:
@@ -22,39 +22,21 @@ class IncomingFile:
         bytes_received: Bytes of values that have been added or placed.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
-        """Prepare the file at `path`, which is created if there is none. Raises: `OSError`."""
+    def __init__(self, path: Path, header: Header, file: SlotFile) -> None:
+        """Prepare the open file at `path`, which stays the caller's. Raises: `OSError`."""
         self.path = path
         self.header = header
         self.bytes_received = 0
-        self._is_checked = True  # by `add`, as far as values were received
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        try:
-            self._set_size(embedding.HEADER_SIZE + header.length)
-            embedding.write_all(self._file, memoryview(header.pack()))
-        except OSError:
-            self.close()
-            raise
+        self._bytes_checked = 0
+        self._is_placed = False
+        self._file = file
+        file.resize(embedding.HEADER_SIZE + header.length)
+        file.write(header.pack(), 0)
 
-    def _set_size(self, size: int) -> None:
-        """Give the file its final size, and all of its pages: otherwise a write into a mapping would be what fails."""
-        descriptor = self._file.fileno()
-        previous = os.fstat(descriptor).st_size
-        os.ftruncate(descriptor, size)
-        if not previous:
-            allocate_huge_pages(descriptor)
-        if previous < size:
-            os.posix_fallocate(descriptor, previous, size - previous)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; the file itself stays."""
-        self._file.close()
+    @property
+    def bytes_unchecked(self) -> int:
+        """Bytes of values that were placed and have not been checked yet."""
+        return self.bytes_received - self._bytes_checked
 
     def add(self, values: bytes | memoryview) -> None:
         """Append values.
@@ -69,28 +51,47 @@ class IncomingFile:
         if self.bytes_received + len(values) > length:
             raise errors.InvalidRequest(f"The delivery has more than the {length} bytes that its header declares.")
         embedding.check_values(self.header, values, self.bytes_received)
-        embedding.write_all(self._file, memoryview(values))
+        self._file.write(values, embedding.HEADER_SIZE + self.bytes_received)
         self.bytes_received += len(values)
+        self._bytes_checked = self.bytes_received
 
-    def map(self) -> mmap.mmap:
-        """Map the whole file to write values into it, which begin at `embedding.HEADER_SIZE`. Raises: `OSError`."""
-        # all pages at once: a page fault for each would cost more than the values
-        return mmap.mmap(self._file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    def map(self) -> memoryview:
+        """View of the whole file to write values into it, which begin at `embedding.HEADER_SIZE`. Raises: `OSError`.
+
+        It must be released.
+        """
+        return self._file.map()
 
     def mark_placed(self, count: int) -> None:
-        """Note that so many bytes have been written into the file without `add`. They are checked by `finish`.
+        """Note that the first `count` bytes of values have been written into the file without `add`.
 
         Raises:
-            InvalidRequest: They are not all bytes of the embedding, or values have been added.
+            InvalidRequest: They are more than the embedding has, fewer than before, or values have been added.
         """
-        if self.bytes_received or count != self.header.length:
+        if not self.bytes_received <= count <= self.header.length or (self.bytes_received and not self._is_placed):
             raise errors.InvalidRequest(
-                f"The delivery has {self.bytes_received + count} bytes; its header declares {self.header.length}."
+                f"{count} bytes of values were placed after {self.bytes_received}; the header declares {self.header.length}."
             )
-        self.bytes_received, self._is_checked = count, False
+        self.bytes_received, self._is_placed = count, True
+
+    def check_placed(self) -> None:
+        """Check the values that have been placed since the last check, while they are in the processor's cache.
+
+        Raises: `InvalidRequest` if they are not what `add` would have accepted.
+        """
+        end = self.bytes_received
+        if end < self.header.length:
+            end -= end % _CHECK_ALIGNMENT
+        if end <= self._bytes_checked:
+            return
+        self._check_size()
+        offset = embedding.HEADER_SIZE
+        with self.map() as whole, whole[offset + self._bytes_checked : offset + end] as values:
+            embedding.check_values(self.header, values, self._bytes_checked)
+        self._bytes_checked = end
 
     def finish(self) -> None:
-        """Check that the file is complete. Does nothing the second time.
+        """Check that the file is complete. Does little the second time.
 
         Raises:
             InvalidRequest: Values are missing, or what was placed is not what `add` would have accepted.
@@ -99,16 +100,13 @@ class IncomingFile:
             raise errors.InvalidRequest(
                 f"The delivery has {self.bytes_received} bytes; its header declares {self.header.length}."
             )
-        if not self._is_checked:
-            self._check_placed()
-            self._is_checked = True
+        self.check_placed()
+        if self._is_placed:
+            self._check_size()
+            with self.map() as whole:
+                if whole[: embedding.HEADER_SIZE] != self.header.pack():
+                    raise errors.InvalidRequest("The sender has overwritten the header of the embedding.")
 
-    def _check_placed(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        if size != embedding.HEADER_SIZE + self.header.length:
+    def _check_size(self) -> None:
+        if (size := self._file.size) != embedding.HEADER_SIZE + self.header.length:
             raise errors.InvalidRequest(f"The sender has changed the size of the embedding's file to {size} bytes.")
-        with self.map() as mapping, memoryview(mapping) as whole:
-            if whole[: embedding.HEADER_SIZE] != self.header.pack():
-                raise errors.InvalidRequest("The sender has overwritten the header of the embedding.")
-            with whole[embedding.HEADER_SIZE :] as values:
-                embedding.check_values(self.header, values)

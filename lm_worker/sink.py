@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,17 +25,17 @@ from typing import Any, Self
 
 from common import embedding_stream, errors, logs, rpc
 from common.checkpoint import open_checkpoint
+from common.descriptors import raise_limit
 from common.embedding import Header, validate_key
 from common.grants import GrantSigner, SinkGrants
 from common.messages import checkpoint_message, dtype_from_proto, dtype_to_proto
 from common.metrics import serve_metrics
 from common.processes import die_with_parent
 from common.security import OPEN, TOKEN_VARIABLE, Credentials, TlsFiles, is_private
-from common.transport import base, local_call
+from common.transport import base, direct_call
 from common.transport.shared_memory import SharedMemoryReceiver
-from common.transport.tcp_receiver import TcpReceiver
-from lm_worker.delivery_messages import GRPC, StallTimer, first_message, receive_values
-from lm_worker.local_calls import LocalCallServer
+from lm_worker.delivery_messages import StallTimer, first_message, receive_values
+from lm_worker.direct_calls import DirectCallServer, call_receivers, listen_on_path, listen_on_port
 from lm_worker.metrics import Metrics
 from lm_worker.shared_memory import default_budget, remove_folder
 from lm_worker.store import Store
@@ -46,8 +47,8 @@ log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 DRAIN_LINE = b"drain\n"
 """What a language worker writes to the sink's standard input when it begins to stop."""
 
-_MAX_INLINE_CHECK_BYTES = 256 << 10
-"""Largest embedding that the event loop checks itself after it was placed: a thread would take longer to wake up."""
+_DESCRIPTORS = 1 << 16
+"""Limit of descriptors, if the system allows it: thousands of embeddings stay open."""
 _STOP_GRACE_SECONDS = 5.0
 _HANG_SECONDS = 5.0
 """Time after the grace period until a sink that hangs is ended."""
@@ -245,20 +246,18 @@ class Sink(embeddings_pb2_grpc.EmbeddingSinkServicer):
         with self._store.writing(header) as incoming, contextlib.ExitStack() as stack:
             offers = {
                 receiver.name: stack.enter_context(receiver.offer(incoming, stall.restart))
-                for receiver in self._receivers
+                for receiver in (*self._receivers, *call_receivers(context))
                 if receiver.name in supported
             }
             await embedding_stream.request_values(context, {name: offer.text for name, offer in offers.items()})
             seconds = self._stall_seconds + header.length / _MIN_BYTES_PER_SECOND
             try:
                 async with asyncio.timeout(seconds):
-                    transport = await receive_values(incoming, messages, offers, stack.close)
+                    transport = await receive_values(incoming, messages, offers, stack.close, stall)
             except TimeoutError:
                 raise errors.DeadlineExceeded(
                     f"The delivery of {header.length} bytes took longer than {seconds:g} s; {incoming.bytes_received} came."
                 ) from None
-            if transport != GRPC and header.length > _MAX_INLINE_CHECK_BYTES:  # it would block the event loop
-                await asyncio.to_thread(incoming.finish)
         return transport
 
 
@@ -276,11 +275,12 @@ class SinkServer:
             max_message_bytes=_MAX_MESSAGE_BYTES,
             on_refused=self._metrics.refused_calls.inc,
         )
-        self._tcp = _listen_for_values(options, credentials)
         self._receivers: list[base.Receiver] = [SharedMemoryReceiver()] if _has_local_senders(options, credentials) else []
-        if self._tcp is not None:
-            self._receivers.append(self._tcp)
-        self._local_calls: LocalCallServer | None = None
+        self._direct_calls: DirectCallServer | None = None
+        if (listener := _listen_for_direct_calls(options, credentials)) is not None:
+            self._direct_calls = DirectCallServer(listener, credentials, self._metrics.refused_calls.inc)
+            if listener.family != socket.AF_UNIX:
+                self._receivers.append(self._direct_calls)
         self._measuring: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -289,12 +289,8 @@ class SinkServer:
         if self._options.metrics_port:
             serve_metrics(self._metrics.registry, self._options.metrics_port)
         self._measuring = asyncio.create_task(self._metrics.common.measure_loop_lag())
-        if self._tcp is not None:
-            await self._tcp.start()
-        path = local_call.socket_path(self._options.listen)
-        if path is not None:
-            self._local_calls = LocalCallServer(path, self._sink, self._credentials, self._metrics.refused_calls.inc)
-            await self._local_calls.start()
+        if self._direct_calls is not None:
+            self._direct_calls.start(self._sink)
         await self._server.start()
         log.info("sink ready on %s, %.1f GiB", self._options.listen, self._store.budget / 2**30)
         return self
@@ -309,10 +305,8 @@ class SinkServer:
         if self._measuring is not None:
             self._measuring.cancel()
         await self._server.stop(_STOP_GRACE_SECONDS)
-        if self._local_calls is not None:
-            await self._local_calls.close()
-        if self._tcp is not None:
-            await self._tcp.close()
+        if self._direct_calls is not None:
+            await self._direct_calls.close()
         remove_folder(self._folder)  # a killed language worker cannot remove it
 
 
@@ -321,11 +315,13 @@ def _has_local_senders(options: SinkOptions, credentials: Credentials) -> bool:
     return options.listen.startswith("unix:") or (credentials.tls is None and is_private(options.listen))
 
 
-def _listen_for_values(options: SinkOptions, credentials: Credentials) -> TcpReceiver | None:
-    """The receiver of values over TCP, unless it has no port or the connections of this sink are encrypted or local."""
-    if options.delivery_port < 0 or credentials.tls is not None or options.listen.startswith("unix:"):
+def _listen_for_direct_calls(options: SinkOptions, credentials: Credentials) -> socket.socket | None:
+    """Listen beside the sink's own socket; None if it shall have no port, or its connections are encrypted."""
+    if (path := direct_call.socket_path(options.listen)) is not None:
+        return listen_on_path(path)
+    if options.delivery_port < 0 or credentials.tls is not None:
         return None
-    return TcpReceiver(options.listen.rpartition(":")[0].strip("[]"), options.delivery_port)
+    return listen_on_port(options.listen.rpartition(":")[0].strip("[]"), options.delivery_port)
 
 
 async def _run(options: SinkOptions, credentials: Credentials) -> None:
@@ -370,6 +366,7 @@ def main() -> None:
     die_with_parent(signal.SIGCONT)
     options = SinkOptions(**json.loads(sys.argv[1]))
     logs.configure(options.log_level, options.log_format)
+    raise_limit(_DESCRIPTORS)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(_run(options, _credentials(options)))

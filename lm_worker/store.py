@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import resource
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from lm_worker.free_files import FreeFiles
 from lm_worker.incoming import IncomingFile
 from lm_worker.pending import PendingDeliveries
 from lm_worker.shared_memory import INCOMING
+from lm_worker.slot_file import DESCRIPTORS, SlotFile
 
 _FULL_RETRY_SECONDS = 1
+_DESCRIPTORS_SHARE = 0.25
+"""Largest share of the process' descriptors that embeddings have; others are opened again when their file is reused."""
 
 
 @dataclass
@@ -29,6 +33,7 @@ class _Entry:
         leased_until: Monotonic time until which it is not evicted, unless it has been used (see `Store`).
         requests: Number of requests for it, before its delivery and since it was last evictable.
         changed_ns: Change time of the file at the last request. Pinning and unpinning update the file's change time.
+        file: The open file; None if too many are open.
     """
 
     rows: int
@@ -36,6 +41,7 @@ class _Entry:
     leased_until: float
     requests: int
     changed_ns: int
+    file: SlotFile | None
 
 
 class Store:
@@ -61,11 +67,13 @@ class Store:
         self.budget = budget
         self.used = 0
         self.evictions = 0
+        self._incoming = folder / INCOMING
         self._lease = lease
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._pending = PendingDeliveries(folder, lease)
         self._free = FreeFiles(folder)
         self._writes = 0
+        self._open_files = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -106,27 +114,30 @@ class Store:
         self._evict_until_fits(size)
         self.used += size
         self._writes += 1
-        temporary = self.folder / INCOMING / str(self._writes)
+        temporary = self._incoming / str(self._writes)
+        file = self._free.take(temporary, size)
         try:
-            self._free.take(temporary, size)
             self._free.trim(self.budget - self.used)
-            with IncomingFile(temporary, header) as incoming:
-                yield incoming
-                incoming.finish()
-            self._publish(header, temporary, size)
+            file = file or SlotFile(temporary)
+            incoming = IncomingFile(temporary, header, file)
+            yield incoming
+            incoming.finish()
+            self._publish(header, temporary, size, file)
         except BaseException as error:
             self.used -= size
             temporary.unlink(missing_ok=True)
+            if file is not None:
+                file.close()
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise errors.SinkFull(
                     f"The file system of {self.folder} is full; enlarge it (shm_size) or lower --sink-bytes."
                 ) from None
             raise
 
-    def _publish(self, header: Header, temporary: Path, size: int) -> None:
+    def _publish(self, header: Header, temporary: Path, size: int, file: SlotFile) -> None:
         if header.key in self._entries:  # values of a key are equal: keep the older file, which may be pinned
             raise errors.InvalidRequest(f"Embedding {header.key} is being delivered twice at the same time.")
-        temporary.rename(self.folder / header.key)
+        os.rename(temporary, self._path(header.key))
         requests = self._pending.forget(header.key)
         self._entries[header.key] = _Entry(
             rows=header.rows,
@@ -134,7 +145,15 @@ class Store:
             leased_until=time.monotonic() + self._lease,
             requests=requests or 1,
             changed_ns=self._file_status(header.key).st_ctime_ns,
+            file=self._keep_open(file),
         )
+
+    def _keep_open(self, file: SlotFile) -> SlotFile | None:
+        if DESCRIPTORS * (self._open_files + 1) > _DESCRIPTORS_SHARE * resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+            file.close()
+            return None
+        self._open_files += 1
+        return file
 
     def _evict_until_fits(self, size: int) -> None:
         if size > self.budget:
@@ -158,10 +177,15 @@ class Store:
         return not pinned and (served or entry.leased_until < time.monotonic())
 
     def _file_status(self, key: str) -> os.stat_result:
-        return (self.folder / key).stat()
+        return os.stat(self._path(key))
+
+    def _path(self, key: str) -> str:
+        return f"{self.folder}/{key}"  # a `Path` takes longer to make than the file to rename
 
     def _evict(self, key: str) -> None:
         entry = self._entries.pop(key)
         self.used -= entry.size
         self.evictions += 1
-        self._free.add(self.folder / key, entry.size)
+        if entry.file is not None:
+            self._open_files -= 1
+        self._free.add(self._path(key), entry.size, entry.file)

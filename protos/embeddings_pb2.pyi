@@ -139,12 +139,14 @@ class DeliverChunk(_message.Message):
     def __init__(self, header: _Optional[_Union[EmbeddingHeader, _Mapping]] = ..., data: _Optional[bytes] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ...) -> None: ...
 
 class Placed(_message.Message):
-    __slots__ = ("transport", "length")
+    __slots__ = ("transport", "length", "partial")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
     transport: str
     length: int
-    def __init__(self, transport: _Optional[str] = ..., length: _Optional[int] = ...) -> None: ...
+    partial: bool
+    def __init__(self, transport: _Optional[str] = ..., length: _Optional[int] = ..., partial: _Optional[bool] = ...) -> None: ...
 
 class DeliverReply(_message.Message):
     __slots__ = ("already_here",)

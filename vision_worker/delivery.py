@@ -8,11 +8,10 @@ from typing import Self
 from common import embedding_stream, errors, logs, rpc
 from common.embedding import Header
 from common.security import OPEN, Credentials
-from common.transport import local_call
+from common.transport import direct_call
 from common.transport.base import Transport
-from common.transport.local_call import LocalCalls
+from common.transport.direct_call import DirectCalls, TcpPort
 from common.transport.shared_memory import SharedMemoryTransport
-from common.transport.tcp import TcpTransport
 
 IDLE_SECONDS = 600.0
 """Time after which a channel without deliveries may be closed."""
@@ -22,15 +21,15 @@ IDLE_SECONDS = 600.0
 class _Sink:
     connection: rpc.Connection
     transports: Sequence[Transport]
-    local_calls: LocalCalls | None
+    direct_calls: DirectCalls | None
     deliveries: int = 0
     """Deliveries in flight."""
     last_used: float = 0.0
 
     async def close(self) -> None:
         await self.connection.close()
-        if self.local_calls is not None:
-            await self.local_calls.close()
+        if self.direct_calls is not None:
+            await self.direct_calls.close()
         for transport in self.transports:
             await transport.close()
 
@@ -39,7 +38,7 @@ def transports_to(address: str, credentials: Credentials) -> Sequence[Transport]
     """The transports that a vision worker can use to a sink at `address`, the best first."""
     if address.startswith("unix:"):
         return (SharedMemoryTransport(),)
-    return () if credentials.tls else (SharedMemoryTransport(), TcpTransport(address))
+    return () if credentials.tls else (SharedMemoryTransport(), TcpPort(address))
 
 
 class SinkChannels:
@@ -77,17 +76,16 @@ class SinkChannels:
         """
         if is_new := address not in self._sinks:
             transports = self._transports(address, self._credentials)
-            path = local_call.socket_path(address)
-            local_calls = LocalCalls(path) if path and transports else None
-            self._sinks[address] = _Sink(rpc.Connection(address, self._credentials), transports, local_calls)
+            calls = direct_call.calls_to(address, transports)
+            self._sinks[address] = _Sink(rpc.Connection(address, self._credentials), transports, calls)
         sink = self._sinks[address]
         sink.deliveries += 1
         try:
             if is_new:
                 await self._close_idle()
             metadata = (*logs.request_metadata(), *self._credentials.metadata)
-            calls, started = sink.local_calls, time.monotonic()
-            if calls and await calls.deliver(header, data, seconds, metadata, grant, sink.transports):
+            started = time.monotonic()
+            if (calls := sink.direct_calls) and await calls.deliver(header, data, seconds, metadata, grant, sink.transports):
                 return
             if seconds is not None:
                 seconds -= time.monotonic() - started

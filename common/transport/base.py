@@ -6,7 +6,6 @@ the first one that works, and otherwise streams the values through the call itse
 transports.
 """
 
-import mmap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +17,10 @@ _SUPPORTED_KEY = "dvd-transports"  # metadata of the call
 _OFFER_PREFIX = "dvd-offer-"  # of initial metadata
 
 
+OnProgress = Callable[[str, int], None]
+"""Called, from any thread, with the name of the transport and the bytes that it has placed so far."""
+
+
 class Transport(Protocol):
     """The sender's side of a transport to one sink.
 
@@ -27,13 +30,14 @@ class Transport(Protocol):
 
     name: ClassVar[str]
 
-    async def place(self, offer: str, header: Header, data: memoryview) -> bool:
+    async def place(self, offer: str, header: Header, data: memoryview, on_progress: OnProgress | None = None) -> bool:
         """Write values into the slot of an offer.
 
         Args:
             offer: What the sink offers. It comes from the network.
             header: Header of the embedding, which the sink has accepted.
             data: Its values, `header.length` bytes.
+            on_progress: Called while values are being written, so that the sink checks them meanwhile.
 
         Returns:
             Whether all values have been written or are on their way. If not, nothing will be written later.
@@ -59,8 +63,16 @@ class Slot(Protocol):
     @property
     def path(self) -> Path: ...  # noqa: D102
 
-    def map(self) -> mmap.mmap:
-        """Map the slot's file. The values begin at `HEADER_SIZE`. Raises: `OSError`."""
+    def map(self) -> memoryview:
+        """View of the whole file, to be released. The values begin at `HEADER_SIZE`. Raises: `OSError`."""
+        ...
+
+    def mark_placed(self, count: int) -> None:
+        """Note that the first `count` bytes of values are in the slot. Raises: `InvalidRequest` if there are too many."""
+        ...
+
+    def check_placed(self) -> None:
+        """Check the values that are in the slot and have not been checked yet. Raises: `InvalidRequest`."""
         ...
 
 
@@ -97,10 +109,10 @@ class Receiver(Protocol):
         ...
 
 
-def supported_metadata(transports: Iterable[Transport]) -> tuple[tuple[str, str], ...]:
+def supported_metadata(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Metadata of a call by which a sender names its transports."""
-    names = ",".join(transport.name for transport in transports)
-    return ((_SUPPORTED_KEY, names),) if names else ()
+    text = ",".join(names)
+    return ((_SUPPORTED_KEY, text),) if text else ()
 
 
 def supported_names(metadata: Iterable[tuple[str, Any]] | None) -> frozenset[str]:
@@ -123,10 +135,16 @@ def parse_offers(metadata: Iterable[tuple[str, Any]]) -> dict[str, str]:
     }
 
 
-async def place(transports: Iterable[Transport], offers: Mapping[str, str], header: Header, data: memoryview) -> str | None:
+async def place(
+    transports: Iterable[Transport],
+    offers: Mapping[str, str],
+    header: Header,
+    data: memoryview,
+    on_progress: OnProgress | None = None,
+) -> str | None:
     """Write values by the first transport that the sink offers and that works. Returns its name; None if none does."""
     for transport in transports:
         offer = offers.get(transport.name)
-        if offer is not None and await transport.place(offer, header, data):
+        if offer is not None and await transport.place(offer, header, data, on_progress):
             return transport.name
     return None

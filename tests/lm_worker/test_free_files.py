@@ -12,9 +12,10 @@ import pytest
 
 from common import errors
 from common.embedding import HEADER_SIZE, Header
-from lm_worker.free_files import FreeFiles, is_unshared
+from lm_worker.free_files import FreeFiles
 from lm_worker.pins import Pins
 from lm_worker.shared_memory import create_folder, map_embedding
+from lm_worker.slot_file import SlotFile
 from lm_worker.store import Store
 
 WIDTH = 8
@@ -42,6 +43,14 @@ def put(store: Store, key: str, fill: int, rows: int = 4) -> int:
 
 def stored_bytes(store: Store) -> int:
     return sum(file.stat().st_size for file in store.folder.iterdir() if file.is_file())
+
+
+def is_unshared(path: Path) -> bool:
+    file = SlotFile(path)
+    try:
+        return file.is_unshared()
+    finally:
+        file.close()
 
 
 def free_files(store: Store) -> list[int]:
@@ -175,6 +184,7 @@ def test_a_free_file_that_was_removed_by_hand_is_forgotten(folder: Path) -> None
 def test_without_descriptors_evicted_embeddings_still_give_back_their_budget(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lm_worker.store._DESCRIPTORS_SHARE", 0)  # no embedding's file stays open
     store = Store(folder, budget=2 * SIZE, lease=0)
     put(store, "a", 1)
     put(store, "b", 2)
@@ -183,7 +193,7 @@ def test_without_descriptors_evicted_embeddings_still_give_back_their_budget(
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", refuse)
+        patched.setattr("lm_worker.slot_file.os.open", refuse)
         for name in ("c", "d", "e"):
             with pytest.raises(OSError, match="Too many open files"):
                 put(store, name, 3)

@@ -17,8 +17,8 @@ from common.checkpoint import open_checkpoint
 from common.embedding import HEADER_SIZE, Header
 from common.security import TOKEN_VARIABLE, Credentials
 from common.transport.base import Transport
+from common.transport.direct_call import TcpPort
 from common.transport.shared_memory import SharedMemoryTransport
-from common.transport.tcp import TcpTransport
 from lm_worker.shared_memory import create_folder, map_embedding, remove_folder
 from lm_worker.sink import SinkOptions
 from tests.ports import free_port
@@ -31,10 +31,14 @@ ROW_BYTES = WIDTH * 4
 TRANSPORTS: dict[str, Callable[[str, Credentials], Sequence[Transport]]] = {
     "shm": lambda *_: [SharedMemoryTransport()],
     "shm-grpc": lambda *_: [SharedMemoryTransport()],
-    "tcp": lambda address, _: [TcpTransport(address)],
+    "shm-tcp": lambda address, _: [SharedMemoryTransport(), TcpPort(address)],
+    "tcp": lambda address, _: [TcpPort(address)],
     "grpc": lambda *_: [],
 }
-"""What a sender may use, by the name of the transport; "shm-grpc": by gRPC calls over loopback, not by local calls."""
+"""What a sender may use, by the name of the transport.
+
+"shm": by direct calls through a Unix socket; "shm-grpc": by gRPC calls over loopback; "shm-tcp": by direct calls over loopback.
+"""
 
 
 @dataclass
@@ -69,7 +73,7 @@ def start_sink(
 ) -> Iterator[RunningSink]:
     """A sink that senders reach as `transport` needs it. `folder` becomes its memory."""
     create_folder(folder)
-    listen = f"127.0.0.1:{free_port()}" if transport in ("tcp", "shm-grpc") else f"unix:{folder}.sock"
+    listen = f"127.0.0.1:{free_port()}" if transport in ("tcp", "shm-grpc", "shm-tcp") else f"unix:{folder}.sock"
     metrics = f"127.0.0.1:{free_port()}"
     options = SinkOptions(
         model=str(CHECKPOINT), listen=listen, http="unix:/nowhere", dtype="float32", folder=str(folder), budget=budget,

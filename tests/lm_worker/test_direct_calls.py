@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from common import errors, rpc
+from common.embedding import HEADER_SIZE, Header
 from common.embedding_stream import header_message, placed_message
 from common.grants import GrantSigner
 from common.security import Credentials
-from common.transport import local_call
-from common.transport.local_call import LocalCalls, frame, read_message, socket_path
+from common.transport import direct_call
+from common.transport.connection import frame
+from common.transport.direct_call import DirectCalls, UnixSockets, calls_to, socket_path
 from common.transport.shared_memory import SharedMemoryTransport
 from lm_worker.shared_memory import create_folder
 from lm_worker.sink import SinkOptions, SinkServer
@@ -63,13 +65,23 @@ async def connect(sink: SinkOptions) -> AsyncIterator[tuple[asyncio.StreamReader
     await writer.wait_closed()
 
 
+async def read_message(reader: asyncio.StreamReader) -> bytes:
+    return await reader.readexactly(int.from_bytes(await reader.readexactly(4), "little"))
+
+
+def direct_calls(sink: SinkOptions) -> DirectCalls:
+    calls = calls_to(sink.listen, [SharedMemoryTransport()])
+    assert calls is not None
+    return calls
+
+
 async def answer(reader: asyncio.StreamReader) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads(await read_message(reader))
     return parsed
 
 
 async def deliver(sink: SinkOptions, number: int = 1, grant: bytes = b"", credentials: Credentials = CLUSTER) -> bool:
-    calls, header = LocalCalls(str(socket_path(sink.listen))), header_of(number, 100)
+    calls, header = direct_calls(sink), header_of(number, 100)
     try:
         return await calls.deliver(header, values_of(header), 20, credentials.metadata, grant, [SharedMemoryTransport()])
     finally:
@@ -88,7 +100,7 @@ METADATA = json.dumps([["dvd-transports", "shm"]]).encode()
 
 
 async def test_one_connection_serves_one_call_after_another(sink: SinkOptions) -> None:
-    calls = LocalCalls(str(socket_path(sink.listen)))
+    calls = direct_calls(sink)
     for number in (1, 2, 1):
         header = header_of(number, 100)
         assert await calls.deliver(header, values_of(header), 20, (), b"", [SharedMemoryTransport()])
@@ -129,7 +141,7 @@ async def test_a_message_that_is_too_long_is_not_read(sink: SinkOptions) -> None
         assert await reader.read() == b""
     async with connect(sink) as (reader, writer):
         writer.write(frame(METADATA) + b"\xff\xff\xff\xff")
-        assert (await answer(reader))["error"] == "invalid_request"
+        assert await reader.read() == b""
     assert await deliver(sink)
 
 
@@ -163,6 +175,50 @@ async def test_a_second_message_that_does_not_fit_is_refused(sink: SinkOptions, 
         assert (await answer(reader))["error"] == "invalid_request"
     assert await used_bytes(sink) == 0
     assert await deliver(sink, 7)
+
+
+@contextlib.asynccontextmanager
+async def offered_file(sink: SinkOptions, header: Header) -> AsyncIterator[tuple[Path, Any, Any]]:
+    async with connect(sink) as (reader, writer):
+        writer.write(frame(METADATA) + frame(header_message(header)))
+        offer = await answer(reader)
+        assert offer["progress"], "the sink takes reports of progress"
+        yield Path(offer["offers"]["shm"]), reader, writer
+
+
+async def test_values_are_checked_before_the_last_ones_are_placed(sink: SinkOptions) -> None:
+    header = header_of(7, 100)
+    async with offered_file(sink, header) as (path, reader, writer):
+        with path.open("r+b") as file:
+            file.seek(HEADER_SIZE)
+            file.write(b"\xff\xff\xff\xff")
+        writer.write(frame(placed_message("shm", 400, partial=True)))
+        assert "infinite or undefined" in (await answer(reader))["message"]
+    assert await used_bytes(sink) == 0
+
+
+async def test_after_reports_of_progress_the_rest_is_checked(sink: SinkOptions) -> None:
+    header = header_of(7, 100)
+    async with offered_file(sink, header) as (path, reader, writer):
+        path.write_bytes(header.pack() + values_of(header)[:-4] + b"\0\0\x80\x7f")
+        for count in (1, 400, 400, header.length - 4):
+            writer.write(frame(placed_message("shm", count, partial=True)))
+        writer.write(frame(placed_message("shm", header.length)))
+        assert "infinite or undefined" in (await answer(reader))["message"]
+    async with offered_file(sink, header) as (path, reader, writer):
+        path.write_bytes(header.pack() + values_of(header))
+        writer.write(frame(placed_message("shm", 400, partial=True)) + frame(placed_message("shm", header.length)))
+        assert await answer(reader) == {"already_here": False}
+    assert (Path(sink.folder) / header.key).read_bytes() == header.pack() + values_of(header)
+
+
+@pytest.mark.parametrize("counts", [[200, 100], [10**6], [2**63]])
+async def test_a_report_of_impossible_progress_is_refused(sink: SinkOptions, counts: list[int]) -> None:
+    async with offered_file(sink, header_of(7, 100)) as (_, reader, writer):
+        for count in counts:
+            writer.write(frame(placed_message("shm", count, partial=True)))
+        assert (await answer(reader))["error"] == "invalid_request"
+    assert await used_bytes(sink) == 0
 
 
 async def test_a_sender_that_stalls_or_leaves_gives_back_budget_and_key(sink: SinkOptions) -> None:
@@ -212,9 +268,9 @@ async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 async def test_a_sink_that_hangs_is_unavailable_before_the_deadline(sink: SinkOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_call, "_ANSWER_SECONDS", 0.1)
-    header, calls = header_of(1, 100), LocalCalls(str(Path(sink.folder).parent / "hung"))
-    server = await asyncio.start_unix_server(hang, calls._path)
+    monkeypatch.setattr(direct_call, "_ANSWER_SECONDS", 0.1)
+    header, calls = header_of(1, 100), DirectCalls(UnixSockets(hung := str(Path(sink.folder).parent / "hung")))
+    server = await asyncio.start_unix_server(hang, hung)
     with pytest.raises(errors.SinkUnavailable, match="has not answered for"):
         await calls.deliver(header, values_of(header), 600, (), b"", [SharedMemoryTransport()])
     assert not calls._idle
@@ -234,8 +290,8 @@ async def test_a_peer_without_token_that_leaves_leaves_no_traceback(
 
 
 async def test_a_sink_that_hangs_is_left_at_the_deadline(sink: SinkOptions) -> None:
-    header, calls = header_of(1, 100), LocalCalls(str(Path(sink.folder).parent / "hanging"))
-    server = await asyncio.start_unix_server(hang, calls._path)
+    header, calls = header_of(1, 100), DirectCalls(UnixSockets(hanging := str(Path(sink.folder).parent / "hanging")))
+    server = await asyncio.start_unix_server(hang, hanging)
     with pytest.raises(errors.DeadlineExceeded):
         await calls.deliver(header, values_of(header), 0.1, (), b"", [SharedMemoryTransport()])
     assert not calls._idle
