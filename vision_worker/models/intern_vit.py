@@ -102,10 +102,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [n, length, width] to the same shape."""
+        return cast(Tensor, self.proj(self.mix(x)))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Everything before the output projection: tokens [n, length, width] to the heads' results, concatenated."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before the heads are split
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, v))
-        return cast(Tensor, self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2)))
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Scaled dot-product attention of [n, heads, length, width of a head]."""
@@ -123,7 +127,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [n, length, width] to the same shape."""
-        return cast(Tensor, self.fc2(self.activation(self.fc1(x))))
+        return cast(Tensor, self.fc2(self.expand(x)))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """First layer and activation: tokens [n, length, width] to [n, length, intermediate size]."""
+        return self.activation(self.fc1(x))
 
 
 class Layer(nn.Module):

@@ -12,7 +12,7 @@ from common.layouts.base import Tower
 from tests.vision_worker import golden
 from vision_worker.models import onednn
 from vision_worker.models.intern_vit import InternViT
-from vision_worker.models.onednn import attention, linear
+from vision_worker.models.onednn import attention, linear, linear_plus
 from vision_worker.models.vir import Gating, Pooling
 
 SMALL = Tower(
@@ -53,6 +53,17 @@ def test_non_contiguous_tensors_are_multiplied() -> None:
     torch.testing.assert_close(linear(transposed, weight), F.linear(transposed, weight), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 24), (3, 1025, 24), (0, 24)], ids=str)
+@torch.inference_mode()
+def test_a_packed_layer_takes_any_number_of_rows_and_adds_to_a_residual(shape: tuple[int, ...]) -> None:
+    plain, x, residual = random_model(nn.Linear(24, 16)), random_tensor(*shape), random_tensor(*shape[:-1], 16)
+    packed = copy.deepcopy(plain)
+    onednn.optimize(packed)
+    torch.testing.assert_close(packed(x), plain(x), atol=2e-5, rtol=2e-5)
+    assert isinstance(packed, nn.Linear)
+    torch.testing.assert_close(linear_plus(x, packed, residual), residual + plain(x), atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("length", [1, 17, 512, 513, 1025])
 @torch.inference_mode()
 def test_attention_equals_that_of_torch(length: int) -> None:
@@ -61,8 +72,12 @@ def test_attention_equals_that_of_torch(length: int) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": False}, {"activation": "quick_gelu"}], ids=str)
+@pytest.mark.parametrize("has_avx512", [True, False])
 @torch.inference_mode()
-def test_an_optimized_tower_computes_the_same(changes: dict[str, object]) -> None:
+def test_an_optimized_tower_computes_the_same(
+    changes: dict[str, object], has_avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
     plain = random_model(InternViT(dataclasses.replace(SMALL, **changes), 17))  # type: ignore[arg-type]
     optimized = copy.deepcopy(plain)
     onednn.optimize(optimized)
@@ -79,11 +94,25 @@ def test_an_optimized_router_computes_the_same() -> None:
     torch.testing.assert_close(optimized(features), plain(features), atol=1e-4, rtol=1e-4)
 
 
-def test_optimizing_leaves_names_and_parameters_as_they_are() -> None:
+def test_optimizing_leaves_names_and_shapes_as_they_are() -> None:
     model = nn.Sequential(InternViT(SMALL, 17), Pooling(64), nn.Linear(3, 4))
-    before = {name: parameter.data_ptr() for name, parameter in model.state_dict().items()}
+    before = {name: parameter.shape for name, parameter in model.state_dict().items()}
     onednn.optimize(model)
-    assert {name: parameter.data_ptr() for name, parameter in model.state_dict().items()} == before
+    assert {name: parameter.shape for name, parameter in model.state_dict().items()} == before
+
+
+def test_layer_scales_are_part_of_packed_weights() -> None:
+    plain = random_model(InternViT(SMALL, 17))
+    optimized = copy.deepcopy(plain)
+    onednn.optimize(optimized)
+    before, after = plain.state_dict(), optimized.state_dict()
+    for scale, layer in ("ls1", "attn.proj"), ("ls2", "mlp.fc2"):
+        prefix = "encoder.layers.1."
+        weight, bias = (f"{prefix}{layer}.{name}" for name in ("weight", "bias"))
+        assert after[weight].is_mkldnn, "the packed weight replaces the plain one"
+        assert torch.equal(after[weight].to_dense(), before[prefix + scale][:, None] * before[weight])
+        assert torch.equal(after[bias], before[prefix + scale] * before[bias])
+        assert torch.equal(after[prefix + scale], torch.ones(64))
 
 
 def replaced(model: nn.Module) -> set[str]:
