@@ -103,7 +103,7 @@ class Credentials:
         """Return whether a request with this `Authorization` may be served. Takes the same time for every wrong token."""
         if not self.token:
             return True
-        value = authorization.encode() if isinstance(authorization, str) else authorization or b""
+        value = authorization.encode(errors="replace") if isinstance(authorization, str) else authorization or b""
         return hmac.compare_digest(value, f"Bearer {self.token}".encode())
 
     def derive_key(self, purpose: str) -> bytes | None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Self
 
 from common import embedding_stream, errors
-from common.transport import base
+from common.transport import base, shared_memory
 from lm_worker.incoming import IncomingFile
 from protos import embeddings_pb2 as pb
 
@@ -29,8 +29,7 @@ async def receive_values(
     async for message in messages:
         part = _parse_values(message)
         if isinstance(part, pb.Placed):
-            if part.transport not in offers:
-                raise errors.InvalidRequest(f"Values were placed by {part.transport[:20]!a}, which was not offered.")
+            _check_transport(incoming, part, offers)
             await _receive_placed(incoming, part, offers[part.transport], stall)
             if not part.partial:
                 return part.transport
@@ -38,6 +37,21 @@ async def receive_values(
             withdraw_offers()  # the sender could not use them
             incoming.add(part)
     return GRPC
+
+
+def _check_transport(incoming: IncomingFile, placed: pb.Placed, offers: Mapping[str, base.Offer]) -> None:
+    """Check that values may be placed like this.
+
+    A slot still has the values of an evicted embedding, and what another transport is about to write there is not placed yet.
+    So only what the sender writes itself, into shared memory, may be reported in parts, and then all of it comes like that.
+    """
+    if placed.transport not in offers:
+        raise errors.InvalidRequest(f"Values were placed by {placed.transport[:20]!a}, which was not offered.")
+    if placed.transport != shared_memory.NAME and (placed.partial or incoming.bytes_received):
+        raise errors.InvalidRequest(
+            f"Values were placed by {placed.transport}, in part or after others: expected all of them at once. Only those in "
+            "shared memory are reported in parts."
+        )
 
 
 async def _receive_placed(incoming: IncomingFile, placed: pb.Placed, offer: base.Offer, stall: "StallTimer") -> None:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import secrets
 import socket
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from common.embedding import HEADER_SIZE
 from common.security import HEADER, TOKEN_REJECTED, Credentials
 from common.transport import base
 from common.transport.connection import Connection
-from common.transport.direct_call import TCP
+from common.transport.direct_call import SINK_KEY, TCP
 from protos import embeddings_pb2 as pb
 
 log = logging.getLogger("dvd.sink")
@@ -28,6 +29,8 @@ _MAX_IDLE = 256
 """Connections of senders between two embeddings; the one that has been idle for longest is closed for another."""
 _STRANGER_SECONDS = 2.0
 _IDLE_SECONDS = 600.0
+_SEND_SECONDS = 5.0
+"""Time for a sender to take an answer, which is short."""
 _ACCEPT_RETRY_SECONDS = 0.1
 _RECEIVE_BYTES = 256 << 10
 """Values are checked in such parts after they were received: they are still in the processor's own cache."""
@@ -88,8 +91,8 @@ class _ConnectionReceiver:
 class _PortOffer:
     """A port for direct calls, told in a gRPC call. Implements `base.Offer`."""
 
-    def __init__(self, port: int) -> None:
-        self.text = str(port)
+    def __init__(self, port: int, sink_id: str) -> None:
+        self.text = f"{port} {sink_id}"
 
     async def received(self) -> None:
         """Refuse: the values of a gRPC call do not come through the port."""
@@ -114,7 +117,10 @@ class _Context:
 
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
         self.has_offered = True
-        await self._connection.send(json.dumps({"offers": base.parse_offers(metadata), "progress": True}).encode())
+        try:
+            await _send(self._connection, {"offers": base.parse_offers(metadata), "progress": True})
+        except OSError as error:  # TimeoutError is one
+            raise EOFError from error
 
 
 def listen_on_path(path: str) -> socket.socket | None:
@@ -144,8 +150,11 @@ def listen_on_port(host: str, port: int) -> socket.socket:
 class DirectCallServer:
     """Serves the calls of one sink at a listening socket. They need the cluster token.
 
-    It is a `base.Receiver` of gRPC calls, too, whose offer is the port, if it has one. A stranger can hold one of a few
-    connections for two seconds.
+    It is a `base.Receiver` of gRPC calls, too, whose offer is the port, if it has one, with the sink's id. A stranger can hold
+    one of a few connections for two seconds, and for five if it takes no answer.
+
+    Attributes:
+        sink_id: Tells this sink from one that gets its port later.
     """
 
     name: ClassVar[str] = TCP
@@ -153,6 +162,7 @@ class DirectCallServer:
     def __init__(self, listener: socket.socket, credentials: Credentials, on_refused: Callable[[], None]) -> None:
         """`listener` belongs to this object from now on. `on_refused` is called for each call without the token."""
         self._listener, self._credentials, self._on_refused = listener, credentials, on_refused
+        self.sink_id = secrets.token_hex(8)
         listener.setblocking(False)
         self._strangers: OrderedDict[asyncio.Task[None], None] = OrderedDict()
         self._idle: OrderedDict[asyncio.Task[None], None] = OrderedDict()
@@ -167,7 +177,7 @@ class DirectCallServer:
     @contextlib.contextmanager
     def offer(self, slot: base.Slot, on_progress: Callable[[], None]) -> Iterator[_PortOffer]:
         """Offer the port for further embeddings of this sender."""
-        yield _PortOffer(self.port)
+        yield _PortOffer(self.port, self.sink_id)
 
     def start(self, sink: _Servicer) -> None:
         """Serve the calls of a sink from now on."""
@@ -216,31 +226,38 @@ class DirectCallServer:
                     async with asyncio.timeout(seconds):
                         metadata = _parse_metadata(await connection.receive())
                         first = await connection.receive()
-                    if self._credentials.accepts(metadata.get(HEADER)):
-                        waiting.pop(task, None)
-                        waiting, seconds = self._idle, _IDLE_SECONDS
+                    if not self._credentials.accepts(metadata.get(HEADER)):
+                        await self._refuse(connection)
+                        return
+                    if metadata.get(SINK_KEY, self.sink_id) != self.sink_id:
+                        return
+                    waiting.pop(task, None)
                     if not await self._serve_call(metadata, first, connection):
                         return
-                    if waiting is self._idle:
-                        if len(waiting) >= _MAX_IDLE:
-                            waiting.popitem(last=False)[0].cancel()
-                        waiting[task] = None
+                    waiting, seconds = self._idle, _IDLE_SECONDS
+                    if len(waiting) >= _MAX_IDLE:
+                        waiting.popitem(last=False)[0].cancel()
+                    waiting[task] = None
+                    # a sender that is never waited for would keep the event loop
+                    await asyncio.sleep(0)
         finally:
             waiting.pop(task, None)
+
+    async def _refuse(self, connection: Connection) -> None:
+        """Tell a stranger that the token is wrong. The connection is to be closed: another call would have more time."""
+        self._on_refused()
+        await _send(connection, {"error": errors.Unauthorized.code, "message": TOKEN_REJECTED})
 
     async def _serve_call(self, metadata: Mapping[str, str], first: bytes, connection: Connection) -> bool:
         """Serve a call. Returns whether another may follow."""
         logs.request_id.set("")  # that of the call before
         context = _Context(metadata, connection)
         answer = await self._answer(_Messages(first, connection), context)
-        await connection.send(json.dumps(answer).encode())
+        await _send(connection, answer)
         return not (context.has_offered and "error" in answer)
 
     async def _answer(self, messages: AsyncIterator[bytes], context: _Context) -> dict[str, Any]:
         try:
-            if not self._credentials.accepts(dict(context.invocation_metadata()).get(HEADER)):
-                self._on_refused()
-                raise errors.Unauthorized(TOKEN_REJECTED)
             reply = await self._sink.Deliver(messages, context)
         except errors.DvdError as error:
             return {"error": error.code, "message": str(error)}
@@ -255,6 +272,12 @@ class DirectCallServer:
 def call_receivers(context: Any) -> Sequence[base.Receiver]:
     """Receivers that belong to one call: the connection of a direct call. A gRPC call has none."""
     return getattr(context, "receivers", ())
+
+
+async def _send(connection: Connection, answer: Mapping[str, Any]) -> None:
+    """Send an answer. Raises: `TimeoutError` if the peer does not take it; `OSError`."""
+    async with asyncio.timeout(_SEND_SECONDS):
+        await connection.send(json.dumps(answer).encode())
 
 
 def _close(connection: Connection, _task: asyncio.Task[None]) -> None:

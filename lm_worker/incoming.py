@@ -42,9 +42,12 @@ class IncomingFile:
         """Append values.
 
         Raises:
-            InvalidRequest: The values exceed the header's length, are not whole values, or are not finite.
+            InvalidRequest: The values exceed the header's length, are not whole values, or are not finite; or others have been
+                placed, which may be those of another embedding.
             OSError: The file cannot be written.
         """
+        if self._is_placed:
+            raise errors.InvalidRequest(f"Values follow {self.bytes_received} bytes that were placed: expected no others.")
         length, value_size = self.header.length, embedding.DTYPE_SIZES[self.header.dtype]
         if len(values) % value_size:
             raise errors.InvalidRequest(f"A chunk has {len(values)} bytes, which is not a multiple of {value_size}.")

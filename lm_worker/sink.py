@@ -38,7 +38,7 @@ from lm_worker.delivery_messages import StallTimer, first_message, receive_value
 from lm_worker.direct_calls import DirectCallServer, call_receivers, listen_on_path, listen_on_port
 from lm_worker.metrics import Metrics
 from lm_worker.shared_memory import default_budget, remove_folder
-from lm_worker.store import Store
+from lm_worker.store import MAX_DESCRIPTORS, Store
 from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 
@@ -47,8 +47,6 @@ log = logging.getLogger("dvd.sink")  # not __name__: that is __main__
 DRAIN_LINE = b"drain\n"
 """What a language worker writes to the sink's standard input when it begins to stop."""
 
-_DESCRIPTORS = 1 << 16
-"""Limit of descriptors, if the system allows it: thousands of embeddings stay open."""
 _STOP_GRACE_SECONDS = 5.0
 _HANG_SECONDS = 5.0
 """Time after the grace period until a sink that hangs is ended."""
@@ -366,7 +364,7 @@ def main() -> None:
     die_with_parent(signal.SIGCONT)
     options = SinkOptions(**json.loads(sys.argv[1]))
     logs.configure(options.log_level, options.log_format)
-    raise_limit(_DESCRIPTORS)
+    raise_limit(MAX_DESCRIPTORS)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(_run(options, _credentials(options)))

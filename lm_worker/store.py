@@ -19,6 +19,8 @@ from lm_worker.shared_memory import INCOMING
 from lm_worker.slot_file import DESCRIPTORS, SlotFile
 
 _FULL_RETRY_SECONDS = 1
+MAX_DESCRIPTORS = 1 << 16
+"""Descriptors of a sink at most. A system may allow more, but its limit of mappings (`vm.max_map_count`) is as low as this."""
 _DESCRIPTORS_SHARE = 0.25
 """Largest share of the process' descriptors that embeddings have; others are opened again when their file is reused."""
 
@@ -149,11 +151,16 @@ class Store:
         )
 
     def _keep_open(self, file: SlotFile) -> SlotFile | None:
-        if DESCRIPTORS * (self._open_files + 1) > _DESCRIPTORS_SHARE * resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        if self._open_files >= self._max_open_files():
             file.close()
             return None
         self._open_files += 1
         return file
+
+    @staticmethod
+    def _max_open_files() -> int:
+        limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], MAX_DESCRIPTORS)
+        return int(_DESCRIPTORS_SHARE * limit) // DESCRIPTORS
 
     def _evict_until_fits(self, size: int) -> None:
         if size > self.budget:

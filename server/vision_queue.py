@@ -50,10 +50,11 @@ class EncodeJob:
 
 @dataclass(eq=False)
 class _Ticket:
-    """A call in the queue, and the worker that it is sent to when it is its turn."""
+    """A call in the queue, whether it counts for the wait of others, and the worker that it is sent to when it is its turn."""
 
     job: EncodeJob
     exclude: Collection[VisionWorker]
+    is_counted: bool = True
     turn: "asyncio.Future[VisionWorker]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -171,6 +172,8 @@ class VisionQueue:
         if worker is None:
             return False
         worker.add_tiles(ticket.job.tiles)  # here, since the waiting task runs later
+        if worker.is_spare and any(not other.is_spare for other in self._pool.available()):
+            self._leave(ticket)  # no call has to wait for these tiles
         self._sent[ticket.job.caller] += ticket.job.tiles
         ticket.turn.set_result(worker)
         return True
@@ -189,6 +192,8 @@ class VisionQueue:
                 retry_after=1,
             )
         regular = [worker for worker in candidates if not worker.is_spare]
+        if not regular and any(not worker.is_spare for worker in ticket.exclude):
+            return self._idle_spare(candidates)
         worker = self._with_room(regular or candidates, job)
         if worker is None and regular:
             return self._spare(candidates, job)
@@ -216,10 +221,20 @@ class VisionQueue:
         idle = (worker for worker in candidates if worker.is_spare and not worker.tiles)
         return next((worker for worker in idle if job.tiles / (worker.tiles_per_second or math.inf) <= left), None)
 
+    @staticmethod
+    def _idle_spare(candidates: Sequence[VisionWorker]) -> VisionWorker:
+        """Return a spare worker for a call that has failed elsewhere. Raises `Unavailable`: all others would wait behind it."""
+        for worker in candidates:
+            if not worker.tiles:
+                return worker
+        raise errors.Unavailable(
+            "Only spare vision workers are left for the images, and they are busy; retry later.", retry_after=1
+        )
+
     def _release(self, ticket: _Ticket) -> None:
         """Undo what a call has been counted for: its place in the queue, or its tiles at a worker."""
         job = ticket.job
-        _subtract(self._tiles_by_caller, job.caller, job.tiles)
+        self._leave(ticket)
         if ticket.turn.cancelled():  # while it waited
             self._queue.remove(ticket)
             self._export()
@@ -228,6 +243,12 @@ class VisionQueue:
             _subtract(self._sent, job.caller, job.tiles)
             if not self._sent:
                 self._queue.forget()
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """Count a call no longer among those that others have to wait for."""
+        if ticket.is_counted:
+            ticket.is_counted = False
+            _subtract(self._tiles_by_caller, ticket.job.caller, ticket.job.tiles)
 
     def _export(self) -> None:
         self._metrics.waiting_tiles.set(len(self._queue))

@@ -27,9 +27,12 @@ class BatchTimes:
         self._measured = -_VALID_SECONDS
         self.seconds_per_batch = 0.0
         """Of the longest batch of late, that for warming up included; 0 without any."""
+        self.latest_tiles_per_second = 0.0
+        """Of the last batch or self-test, of any size; 0 without any."""
 
     def record(self, tiles: int, seconds: float) -> None:
         """Record a batch. A tile takes longer in a small batch than in a full one: small ones only lower its estimate."""
+        self.latest_tiles_per_second = tiles / seconds
         self.seconds_per_batch = max(seconds, _DECAY * self.seconds_per_batch)
         previous, current = self.seconds_per_tile, seconds / tiles
         if tiles == self._max_tiles:

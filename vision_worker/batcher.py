@@ -203,7 +203,9 @@ class Batcher:
         """Compute one blank tile on the device, as a batch that nobody waits for."""
 
         def compute(staged: "Future[Tensor]") -> _Computed:
+            started = time.monotonic()
             tested = self._result_or_error(lambda: self._encoder.forward(staged.result()).cpu())
+            self.times.latest_tiles_per_second = 1 / (time.monotonic() - started)
             if isinstance(tested, errors.WorkerUnavailable):
                 loop.call_soon_threadsafe(self.device_lost.set)
             return _Computed([])

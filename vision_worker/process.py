@@ -74,7 +74,9 @@ async def run(options: VisionOptions, checkpoint: Checkpoint, phases: Phases, cr
         prepare_threads = stack.enter_context(
             PrepareThreads(options.prepare_threads or os.cpu_count() or 1, processes.cpu_seconds, on_thread_start)
         )
-        stack.enter_context(processes).start()
+        stack.enter_context(processes)
+        if not options.spare:  # else the threads that call them start them, so that they have their priority
+            processes.start()
         stack.callback(trace.flush)
         cache = await stack.enter_async_context(EmbeddingCache(open_cache(options.cache, credentials.tls)))
         metrics.watch(cache)

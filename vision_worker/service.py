@@ -102,7 +102,7 @@ class Service(vision_pb2_grpc.VisionServicer):
         self, request: embeddings_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.VisionDescription:
         """Describe the checkpoint, the device and the state of the worker. It waits for no thread."""
-        placement = self._encoder.placement
+        placement, times = self._encoder.placement, self._batcher.times
         return pb.VisionDescription(
             checkpoint=self._checkpoint,
             device=str(placement.device),
@@ -110,7 +110,7 @@ class Service(vision_pb2_grpc.VisionServicer):
             draining=self._draining.is_set(),
             stalled=self._liveness.stalled,
             batch_tiles=self._batcher.max_tiles,
-            tiles_per_second=self._batcher.times.tiles_per_second,
+            tiles_per_second=times.latest_tiles_per_second if self._is_spare else times.tiles_per_second,
             embedding_dtypes=map(messages.dtype_to_proto, EMBEDDING_DTYPES),
             spare=self._is_spare,
         )

@@ -32,6 +32,8 @@ from common.transport.connection import Connection
 
 TCP = "tcp"
 """Name of the transport by a TCP connection."""
+SINK_KEY = "dvd-sink"
+"""Metadata of a call through a port: the id that the sink told with it. Another sink may have the port by now, and closes."""
 _SUFFIX = ".deliver"
 _ANSWER_SECONDS = 30.0
 """Time for each answer of the sink, and to take each block of values: as long as gRPC waits for a peer that hangs."""
@@ -50,6 +52,9 @@ def socket_path(address: str) -> str | None:
 
 
 class _Sockets(Protocol):
+    @property
+    def metadata(self) -> Metadata: ...
+
     async def connect(self) -> socket.socket | None: ...
 
 
@@ -59,6 +64,11 @@ class UnixSockets:
     def __init__(self, path: str) -> None:
         """`path` is that of `socket_path`."""
         self._path = path
+
+    @property
+    def metadata(self) -> Metadata:
+        """Nothing: no other sink has the path."""
+        return ()
 
     async def connect(self) -> socket.socket | None:
         """Return a new connection; None if nobody listens."""
@@ -77,12 +87,19 @@ class TcpPort:
         """`address` is the `HOST:PORT` of the sink's gRPC server."""
         self._host = address.rpartition(":")[0].strip("[]")
         self._port: int | None = None
+        self._sink_id = ""
         self._unreachable_until = 0.0
+
+    @property
+    def metadata(self) -> Metadata:
+        """The sink that has told the port."""
+        return ((SINK_KEY, self._sink_id),)
 
     async def place(self, offer: str, header: Header, data: memoryview, on_progress: base.OnProgress | None = None) -> bool:
         """Note the port for the next embedding, and place nothing."""
-        if offer.isdecimal() and 0 < int(offer[:6]) < 1 << 16:
-            self._port = int(offer)
+        port, _, sink_id = offer.partition(" ")
+        if port.isdecimal() and 0 < int(port[:6]) < 1 << 16 and sink_id:
+            self._port, self._sink_id = int(port), sink_id
         return False
 
     async def close(self) -> None:
@@ -164,7 +181,7 @@ class DirectCalls:
                     return False
                 call = _Call(connection, header, data, transports)
                 try:
-                    is_delivered = await call.run(metadata, grant)
+                    is_delivered = await call.run((*metadata, *self._sockets.metadata), grant)
                 finally:
                     if call.is_over:  # otherwise the sink may still wait for the values
                         self._idle.append((time.monotonic(), connection))
@@ -201,6 +218,7 @@ class _Call:
     def __init__(self, connection: Connection, header: Header, data: memoryview, transports: Sequence[base.Transport]) -> None:
         self.error: errors.DvdError | None = None
         self.is_over = False
+        self._has_reported = False
         self._connection = connection
         self._header, self._data = header, data
         self._transports = [transport for transport in transports if not isinstance(transport, TcpPort)]
@@ -228,7 +246,7 @@ class _Call:
         if name is not None:
             await self._connection.send(embedding_stream.placed_message(name, len(self._data)))
             return True
-        if (kind := self._connection.kind) not in offers:
+        if self._has_reported or (kind := self._connection.kind) not in offers:
             return False
         await self._connection.send(embedding_stream.placed_message(kind, len(self._data)))
         with _hanging_sink():
@@ -236,6 +254,7 @@ class _Call:
         return True
 
     def _send_progress(self, name: str, count: int) -> None:
+        self._has_reported = True
         self._connection.send_if_possible(embedding_stream.placed_message(name, count, partial=True))
 
     async def _answer(self) -> dict[str, Any]:

@@ -206,9 +206,13 @@ class VisionWorker(Worker[VisionClient, vision_pb2.VisionDescription]):
 
     @property
     def tiles_per_second(self) -> float | None:
-        """Tiles that the worker encodes in a second while it is saturated: as measured here, else as it reports."""
+        """Tiles that the worker encodes in a second while it is saturated: as measured here, else as it reports.
+
+        For a spare worker only what it reports: that is its speed of late, also of self-tests while it got nothing.
+        """
         reported = self._description.tiles_per_second if self._description is not None else 0.0
-        return self.throughput.per_second or reported or None
+        measured = None if self.is_spare else self.throughput.per_second
+        return measured or reported or None
 
     def has_room(self, tiles: int, *, is_first: bool) -> bool:
         """Return whether a call may be sent now. A worker without any call has room for each.

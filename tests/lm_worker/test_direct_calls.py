@@ -178,9 +178,11 @@ async def test_a_second_message_that_does_not_fit_is_refused(sink: SinkOptions, 
 
 
 @contextlib.asynccontextmanager
-async def offered_file(sink: SinkOptions, header: Header) -> AsyncIterator[tuple[Path, Any, Any]]:
+async def offered_file(
+    sink: SinkOptions, header: Header, transports: str = "shm"
+) -> AsyncIterator[tuple[Path, Any, Any]]:
     async with connect(sink) as (reader, writer):
-        writer.write(frame(METADATA) + frame(header_message(header)))
+        writer.write(frame(json.dumps([["dvd-transports", transports]]).encode()) + frame(header_message(header)))
         offer = await answer(reader)
         assert offer["progress"], "the sink takes reports of progress"
         yield Path(offer["offers"]["shm"]), reader, writer
@@ -210,6 +212,36 @@ async def test_after_reports_of_progress_the_rest_is_checked(sink: SinkOptions) 
         writer.write(frame(placed_message("shm", 400, partial=True)) + frame(placed_message("shm", header.length)))
         assert await answer(reader) == {"already_here": False}
     assert (Path(sink.folder) / header.key).read_bytes() == header.pack() + values_of(header)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        frame(placed_message("unix", header_of(7, 100).length)) + b"\xff" * header_of(7, 100).length,
+        frame(pb.DeliverChunk(data=b"\0\0\0\0").SerializeToString()),
+    ],
+    ids=["through the connection", "in messages"],
+)
+async def test_values_that_were_reported_in_part_come_by_no_other_way(sink: SinkOptions, rest: bytes) -> None:
+    """They would be mixed with those of the evicted embedding that had the file, and the first ones would not be checked."""
+    async with offered_file(sink, header_of(7, 100), "shm,unix") as (_, reader, writer):
+        writer.write(frame(placed_message("shm", 400, partial=True)) + rest)
+        assert (await answer(reader))["error"] == "invalid_request"
+    assert await used_bytes(sink) == 0
+
+
+async def test_a_write_that_fails_after_a_report_is_repeated_through_grpc(
+    sink: SinkOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_self: object, _offer: str, _header: Header, _data: memoryview, on_progress: Any) -> bool:
+        on_progress("shm", 4)
+        return False
+
+    monkeypatch.setattr(SharedMemoryTransport, "place", fail)
+    assert not await deliver(sink), "the sender then uses gRPC"
+    async with asyncio.timeout(20):
+        while await used_bytes(sink):
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("counts", [[200, 100], [10**6], [2**63]])

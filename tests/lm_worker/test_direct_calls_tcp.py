@@ -47,10 +47,14 @@ async def server(tmp_path: Path) -> AsyncIterator[DirectCallServer]:
         yield sink._direct_calls
 
 
+def offer_of(server: DirectCallServer) -> str:
+    return f"{server.port} {server.sink_id}"
+
+
 async def port_of(server: DirectCallServer) -> TcpPort:
     """The port as a sender has learned it."""
     port = TcpPort("127.0.0.1:1")
-    assert not await port.place(str(server.port), HEADER, memoryview(b"")), "nothing is placed by a gRPC call"
+    assert not await port.place(offer_of(server), HEADER, memoryview(b"")), "nothing is placed by a gRPC call"
     return port
 
 
@@ -97,13 +101,72 @@ async def test_a_stranger_is_disconnected_and_gets_no_byte(
     writer.close()
 
 
-async def test_without_the_token_nothing_is_received_and_the_connection_stays_a_stranger(
+async def test_without_the_token_nothing_is_received_and_the_connection_is_closed(
     server: DirectCallServer, tmp_path: Path
 ) -> None:
     calls = DirectCalls(await port_of(server))
     with pytest.raises(errors.Unauthorized):
         await calls.deliver(HEADER, values_of(HEADER), 20, Credentials("another-token-of-16").metadata, b"", [])
-    assert (len(server._strangers), len(server._idle), stored(tmp_path)) == (1, 0, [])
+    async with asyncio.timeout(20):
+        while server._strangers:
+            await asyncio.sleep(0.01)
+    assert (len(server._idle), stored(tmp_path)) == (0, [])
+    await calls.close()
+
+
+@pytest.mark.parametrize("token", ["", "Bearer wrong", "\ud800"])
+async def test_a_stranger_has_one_call_a_connection(server: DirectCallServer, token: str) -> None:
+    """Calls one after the other would keep the event loop from all others."""
+    metadata = json.dumps([["authorization", token]]).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write((frame(metadata) + frame(b"")) * 100)
+    assert (await answer(reader))["error"] == errors.Unauthorized.code
+    with contextlib.suppress(ConnectionResetError):  # the rest was not read
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_stranger_that_takes_no_answer_is_disconnected(
+    server: DirectCallServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_: bytes) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(direct_calls, "_SEND_SECONDS", 0.2)
+    monkeypatch.setattr("common.transport.connection.Connection.send", hang)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(frame(b"[]") + frame(b""))
+    async with asyncio.timeout(20):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_sink_that_has_the_port_of_another_one_closes(server: DirectCallServer, tmp_path: Path) -> None:
+    """The sender then uses gRPC, whose address is right, and learns the port anew."""
+    port = TcpPort("127.0.0.1:1")
+    await port.place(f"{server.port} {'0' * 16}", HEADER, memoryview(b""))
+    calls = DirectCalls(port)
+    assert not await deliver(calls)
+    assert stored(tmp_path) == []
+    await port.place(offer_of(server), HEADER, memoryview(b""))
+    assert await deliver(calls)
+    await calls.close()
+
+
+async def test_values_through_the_connection_are_not_reported_in_parts(server: DirectCallServer, tmp_path: Path) -> None:
+    """The slot may have the values of an evicted embedding, which would become visible."""
+    calls = DirectCalls(await port_of(server))
+    assert await deliver(calls, 1)
+    server._sink._store._evict(next(iter(server._sink._store._entries)))
+    for message in (placed_message("tcp", HEADER.length, partial=True), placed_message("tcp", 4, partial=True)):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(frame(METADATA) + frame(header_message(HEADER)))
+        assert "tcp" in (await answer(reader))["offers"]
+        writer.write(frame(message))
+        writer.write_eof()
+        assert (await answer(reader))["error"] == "invalid_request"
+        writer.close()
+        await expect_nothing(tmp_path)
     await calls.close()
 
 
@@ -209,7 +272,7 @@ async def test_values_of_another_length_are_not_received(server: DirectCallServe
     await expect_nothing(tmp_path)
 
 
-@pytest.mark.parametrize("offer", ["", "x", "0", "70000", "80:" + "0" * 64, "-1", "٣٣", "9" * 5000])
+@pytest.mark.parametrize("offer", ["", "x", "0 1", "70000 1", "80", "80 ", "80:" + "0" * 64, "-1", "٣٣", "9" * 5000])
 async def test_what_is_no_port_is_not_used(offer: str) -> None:
     port = TcpPort("127.0.0.1:1")
     assert not await port.place(offer, HEADER, memoryview(b""))
@@ -218,10 +281,10 @@ async def test_what_is_no_port_is_not_used(offer: str) -> None:
 
 async def test_a_port_that_refuses_is_learned_anew(server: DirectCallServer) -> None:
     port = TcpPort("127.0.0.1:1")
-    await port.place(str(free_port()), HEADER, memoryview(b""))
+    await port.place(f"{free_port()} {server.sink_id}", HEADER, memoryview(b""))
     calls = DirectCalls(port)
     assert not await deliver(calls)
-    await port.place(str(server.port), HEADER, memoryview(b""))
+    await port.place(offer_of(server), HEADER, memoryview(b""))
     assert await deliver(calls)
     await calls.close()
 
@@ -247,7 +310,7 @@ async def test_a_port_that_cannot_be_reached_is_not_tried_again_for_a_while(monk
     monkeypatch.setattr(direct_call, "_connect", hang)
     monkeypatch.setattr(direct_call, "_CONNECT_SECONDS", 0.05)
     port = TcpPort("127.0.0.1:1")
-    await port.place("80", HEADER, memoryview(b""))
+    await port.place("80 1", HEADER, memoryview(b""))
     assert [await port.connect(), await port.connect()] == [None, None]
     assert len(attempts) == 1
     monkeypatch.setattr(direct_call, "_UNREACHABLE_SECONDS", 0.0)
@@ -279,7 +342,7 @@ async def serve_one(reply: bytes, then_close: bool) -> AsyncIterator[TcpPort]:
                     await asyncio.Event().wait()
 
         serving, port = asyncio.create_task(serve()), TcpPort("127.0.0.1:1")
-        await port.place(str(listener.getsockname()[1]), HEADER, memoryview(b""))
+        await port.place(f"{listener.getsockname()[1]} 1", HEADER, memoryview(b""))
         yield port
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)

@@ -351,5 +351,37 @@ async def test_a_spare_worker_does_all_if_there_is_no_other(tasks: asyncio.TaskG
     assert bench.queue.tiles_per_second == pytest.approx(SPARE_SPEED)
 
 
+async def test_a_call_that_failed_elsewhere_does_not_hold_the_queue_for_a_busy_spare_worker(tasks: asyncio.TaskGroup) -> None:
+    bench = BenchWithSpare()
+    bench.spare.add_tiles(3)
+    job = EncodeJob("again", CHECKPOINT, "caller", "again", 3, 100.0, embeddings_pb2.FLOAT32)
+    with pytest.raises(errors.Unavailable, match="Only spare vision workers are left"):
+        async with bench.queue.worker(job, exclude=[bench.regular]):
+            pass
+    bench.spare.remove_tiles(3)
+    async with bench.queue.worker(job, exclude=[bench.regular]) as worker:
+        assert worker is bench.spare
+
+
+async def test_tiles_at_a_spare_worker_delay_nobody(tasks: asyncio.TaskGroup) -> None:
+    bench = BenchWithSpare()
+    for number in range(8):
+        tasks.create_task(bench.call(f"call {number}", 3))
+        await settle()
+    assert (bench.regular.tiles, bench.spare.tiles, bench.queue.waiting_tiles) == (9, 3, 12)
+    assert bench.queue.total_wait_seconds == pytest.approx(2.1)
+    for number in range(8):
+        await bench.end(bench.sent[number])
+    assert bench.queue.total_wait_seconds == 0.0
+    assert bench.spare.tiles == bench.regular.tiles == 0
+
+
+async def test_a_spare_worker_is_as_fast_as_it_reports_last(tasks: asyncio.TaskGroup) -> None:
+    """What was measured while its cores were busy says nothing about now."""
+    bench = BenchWithSpare()
+    bench.set_speed(0.3)
+    assert bench.spare.tiles_per_second == pytest.approx(SPARE_SPEED)
+
+
 async def test_what_a_spare_worker_does_is_not_promised_to_callers() -> None:
     assert BenchWithSpare().queue.tiles_per_second == pytest.approx(10.0)

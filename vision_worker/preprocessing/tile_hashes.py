@@ -15,8 +15,8 @@ _MULTIPLIER = 0x9E3779B97F4A7C15
 def tile_hashes(pixels: npt.NDArray[np.uint8]) -> tuple[int, ...]:
     """Return a 64-bit hash for each tile of uint8 [n, side, side, 3], equal for equal tiles.
 
-    Tiles that differ have equal hashes with a probability of about 2 ** -64. This is no cryptographic hash: callers who make
-    tiles collide spoil a request of their own, since requests share no tiles.
+    Tiles that differ by chance have equal hashes with a probability of about 2 ** -64. This is no cryptographic hash: it is
+    easy to make tiles collide. Callers who do so spoil a request of their own, since requests share no tiles.
     """
     rows = np.ascontiguousarray(pixels).reshape(len(pixels), math.prod(pixels.shape[1:]))
     result = np.empty(len(rows), np.uint64)
