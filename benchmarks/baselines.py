@@ -45,9 +45,9 @@ class Mix(NamedTuple):
 
 
 MIXES = {
+    "balanced": Mix(1.0),
     "text only": Mix(0.0),
     "image-light": Mix(0.2),
-    "balanced": Mix(1.0),
     "balanced, a fifth repeated": Mix(1.0, repeated=0.2),
     "image-heavy": Mix(1.0, (896, 896), tokens=40),
     "long answers": Mix(1.0, tokens=140),
@@ -61,6 +61,7 @@ GOALS = {
 }  # fmt: skip
 IN_FLIGHT = 24
 REQUESTS = 60
+WARM_UP_REQUESTS = 8
 
 Start = Callable[[], AbstractContextManager[load.Url]]
 Running = dict[str, tuple[Path, load.Url]]
@@ -94,10 +95,12 @@ def _compare(stacks: dict[str, tuple[Path, Start]], options: Options) -> Result:
         running, failed = _start(stacks, servers)
         seeds = itertools.count()
         for name, (model, url) in running.items():
-            _log(f"{name}, warm: {_rate(url, model, MIXES['balanced'], seeds, 2 * IN_FLIGHT):.2f} requests/s")
+            asyncio.run(load.run_closed_loop(url, _bodies(model, MIXES["balanced"], seeds, WARM_UP_REQUESTS), WARM_UP_REQUESTS))
+            _log(f"{name} is warm")
         for repeat in range(options.repeats(3)):
             for mix in MIXES:
-                for name in _worth_repeating(rates[mix], [*running])[:: 1 if repeat % 2 else -1]:
+                names = [name for name in running if _is_compared(name, mix, rates, options.quick)]
+                for name in names[:: 1 if repeat % 2 else -1]:
                     model, url = running[name]
                     measure = partial(_rate, url, model, MIXES[mix], seeds, REQUESTS)
                     rate = checkpointed.measure(f"{mix}, {name}, {repeat}", measure)
@@ -107,11 +110,15 @@ def _compare(stacks: dict[str, tuple[Path, Start]], options: Options) -> Result:
     return _result(rates, failed)
 
 
-def _worth_repeating(measured: dict[str, list[float]], names: list[str]) -> list[str]:
-    """Return all servers at first, and then ours and the best of stock vLLM's: the others are not compared with."""
-    if not measured:
-        return names
-    return [name for name in names if name not in STOCK or name == _best_of_stock(measured)]
+def _is_compared(name: str, mix: str, rates: dict[str, dict[str, list[float]]], quick: bool) -> bool:
+    """Return whether a server is measured on a mix: of stock vLLM's ways, after the first repeat only the best one.
+
+    With `quick`, that is the best one on balanced requests, and compressed images are measured for long answers only.
+    """
+    if name not in STOCK:
+        return not quick or name != COMPRESSED or (mix, name) in GOALS
+    measured = rates["balanced" if quick else mix]
+    return not measured or name == _best_of_stock(measured)
 
 
 def _best_of_stock(measured: dict[str, list[float]]) -> str:
