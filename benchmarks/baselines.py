@@ -15,7 +15,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -59,36 +59,41 @@ GOALS = {
     ("balanced", OURS): 1.0, ("image-heavy", OURS): 1.0, ("long answers", COMPRESSED): 1.2,
     ("balanced, a fifth repeated", OURS): 1.4,
 }  # fmt: skip
-IN_FLIGHT = 24
-REQUESTS = 60
+IN_FLIGHT = 16
+REQUESTS = 44
 WARM_UP_REQUESTS = 8
 
-Start = Callable[[], AbstractContextManager[load.Url]]
+Start = Callable[[], AbstractContextManager[Sequence[load.Url]]]
+"""Starts servers, and gives the URL of each."""
+Stack = tuple[Path, tuple[str, ...], Start]
+"""Model, names and start of servers that belong together."""
 Running = dict[str, tuple[Path, load.Url]]
 """Model and URL of each server."""
 
 
 def run(options: Options) -> Result:
-    """Measure all mixes. The headline is the smallest of the goals' ratios over their targets; the target is 1.0."""
+    """Measure all mixes. The headline is the smallest of the goals' ratios over their targets; the target is 1.0.
+
+    A quick run compares ours with replicas, and leaves the router out.
+    """
     baseline = options.require_baseline("baselines compares with stock vLLM")
     with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name:
         folder = Path(name)
         plain = checkpoint.write_checkpoint(folder / "plain", flash=False)
         flash = checkpoint.write_checkpoint(folder / "flash")
         stock = colocated.copy_with_remote_code(plain, folder / "stock")
-        stacks: dict[str, tuple[Path, Start]] = {
-            STOCK[0]: (stock, partial(_stock, folder, baseline, stock)),
-            STOCK[1]: (stock, partial(_replicas, folder, baseline, stock)),
-            STOCK[2]: (stock, partial(_stock, folder, baseline, stock, "-tp=2", "--mm-encoder-tp-mode=data")),
-            OURS: (plain, partial(_ours, folder, plain)),
-            SPARE: (plain, partial(_ours, folder, plain, spare=True)),
-            COMPRESSED: (flash, partial(_ours, folder, flash, *HALF_COMPRESSED_FLAGS)),
-        }
-        return _compare(stacks, options)
+        replicas = (stock, (STOCK[1],), partial(_replicas, folder, baseline, stock))
+        ours = (plain, (OURS, SPARE), partial(_ours, folder, plain, spare=True))
+        others: list[Stack] = [
+            (stock, (STOCK[0],), partial(_stock, folder, baseline, stock)),
+            (stock, (STOCK[2],), partial(_stock, folder, baseline, stock, "-tp=2", "--mm-encoder-tp-mode=data")),
+            (flash, (COMPRESSED,), partial(_ours, folder, flash, *HALF_COMPRESSED_FLAGS)),
+        ]
+        return _compare([replicas, ours] if options.quick else [replicas, *others, ours], options)
 
 
-def _compare(stacks: dict[str, tuple[Path, Start]], options: Options) -> Result:
-    """Measure every mix on every server, all of which are running; an idle one costs only memory."""
+def _compare(stacks: Sequence[Stack], options: Options) -> Result:
+    """Measure every mix on every server. All are running: an idle one costs memory, and 2 % of a core for each vLLM."""
     checkpointed = CheckpointedRun("baselines", options.quick)
     rates: dict[str, dict[str, list[float]]] = {mix: {} for mix in MIXES}
     with ExitStack() as servers:
@@ -99,7 +104,7 @@ def _compare(stacks: dict[str, tuple[Path, Start]], options: Options) -> Result:
             _log(f"{name} is warm")
         for repeat in range(options.repeats(3)):
             for mix in MIXES:
-                names = [name for name in running if _is_compared(name, mix, rates, options.quick)]
+                names = [name for name in running if _is_compared(name, rates[mix])]
                 for name in names[:: 1 if repeat % 2 else -1]:
                     model, url = running[name]
                     measure = partial(_rate, url, model, MIXES[mix], seeds, REQUESTS)
@@ -110,71 +115,66 @@ def _compare(stacks: dict[str, tuple[Path, Start]], options: Options) -> Result:
     return _result(rates, failed)
 
 
-def _is_compared(name: str, mix: str, rates: dict[str, dict[str, list[float]]], quick: bool) -> bool:
-    """Return whether a server is measured on a mix: of stock vLLM's ways, after the first repeat only the best one.
-
-    With `quick`, that is the best one on balanced requests, and compressed images are measured for long answers only.
-    """
-    if name not in STOCK:
-        return not quick or name != COMPRESSED or (mix, name) in GOALS
-    measured = rates["balanced" if quick else mix]
-    return not measured or name == _best_of_stock(measured)
+def _is_compared(name: str, measured: dict[str, list[float]]) -> bool:
+    """Return whether a server is measured again on a mix: of stock vLLM's ways only the best one."""
+    return name not in STOCK or not measured or name == _best_of_stock(measured)
 
 
 def _best_of_stock(measured: dict[str, list[float]]) -> str:
     return max((name for name in measured if name in STOCK), key=lambda name: measured[name][0])
 
 
-def _start(
-    stacks: dict[str, tuple[Path, Start]], servers: ExitStack
-) -> tuple[dict[str, tuple[Path, load.Url]], dict[str, str]]:
+def _start(stacks: Sequence[Stack], servers: ExitStack) -> tuple[dict[str, tuple[Path, load.Url]], dict[str, str]]:
     """Start all servers. Returns model and URL of each, and why one of stock vLLM's ways does not run here."""
     running, failed = dict[str, tuple[Path, load.Url]](), dict[str, str]()
-    for name, (model, start) in stacks.items():
+    for model, names, start in stacks:
         try:
-            running[name] = model, servers.enter_context(start())
+            running |= {name: (model, url) for name, url in zip(names, servers.enter_context(start()), strict=True)}
         except RuntimeError as error:
-            if name not in STOCK:
+            if names[0] not in STOCK:
                 raise
-            failed[name] = str(error)[-300:]
-            _log(f"{name} does not run: {failed[name]}")
+            failed[names[0]] = str(error)[-300:]
+            _log(f"{names[0]} does not run: {failed[names[0]]}")
     return running, failed
 
 
 @contextmanager
-def _stock(folder: Path, python: str, model: Path, *flags: str) -> Iterator[load.Url]:
+def _stock(folder: Path, python: str, model: Path, *flags: str) -> Iterator[Sequence[load.Url]]:
     """One stock vLLM over all cores."""
     cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
     bind = "|".join(map(str, cores)) if flags else ",".join(map(str, cores))  # a rank for each core, or one for all
     environment = {"VLLM_CPU_OMP_THREADS_BIND": bind}
     with processes.stock_vllm(own, python, model, cores, *VLLM_FLAGS, *flags, environment=environment) as server:
-        yield server.url
+        yield [server.url]
 
 
 @contextmanager
-def _replicas(folder: Path, python: str, model: Path) -> Iterator[load.Url]:
+def _replicas(folder: Path, python: str, model: Path) -> Iterator[Sequence[load.Url]]:
     """A stock vLLM on each core; requests alternate between them."""
     with ExitStack() as servers:
         urls = []
         for core in processes.available_cores()[:2]:
             own = Path(tempfile.mkdtemp(dir=folder))
             urls.append(servers.enter_context(processes.stock_vllm(own, python, model, [core], *VLLM_FLAGS)).url)
-        yield itertools.cycle(urls)
+        yield [itertools.cycle(urls)]
 
 
 @contextmanager
-def _ours(folder: Path, model: Path, *gateway_flags: str, spare: bool = False) -> Iterator[load.Url]:
-    """Our server, one core for vision and one for language; `spare`: with a spare vision worker on the latter."""
+def _ours(folder: Path, model: Path, *gateway_flags: str, spare: bool = False) -> Iterator[Sequence[load.Url]]:
+    """Our server, one core for vision and one for language.
+
+    `spare`: with a second gateway, which also has a spare vision worker on the latter core.
+    """
     cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
     flags = ("--cache=none", f"--max-batch-tiles={costs.BATCH_TILES}")
     with ExitStack() as servers:
-        names = ["vision"]
         servers.enter_context(processes.vision_worker(own, model, cores[:1], *flags))
-        if spare:
-            names.append("spare")
-            servers.enter_context(processes.vision_worker(own, model, cores[-1:], *flags, "--spare", name="spare"))
         servers.enter_context(processes.language_worker(own, model, cores[-1:], *VLLM_FLAGS))
-        yield servers.enter_context(processes.gateway(own, cores, *gateway_flags, vision_names=names)).url
+        fleets = [["vision"]]
+        if spare:
+            servers.enter_context(processes.vision_worker(own, model, cores[-1:], *flags, "--spare", name="spare"))
+            fleets.append(["vision", "spare"])
+        yield [servers.enter_context(processes.gateway(own, cores, *gateway_flags, vision_names=names)).url for names in fleets]
 
 
 def _rate(url: load.Url, model: Path, mix: Mix, seeds: Iterator[int], count: int) -> float:
@@ -208,9 +208,10 @@ def _result(rates: dict[str, dict[str, list[float]]], failed: dict[str, str]) ->
             if name not in STOCK
         }
         figures[mix] = {"requests/s": medians, "best of stock vLLM": best, "over the best": ratios}
-    shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in GOALS.items()}
-    spread = max(figures[mix]["over the best"][name]["spread"] for mix, name in GOALS)
-    figures["goals"] = {f"{mix}, {name}": goal for (mix, name), goal in GOALS.items()}
+    goals = {(mix, name): goal for (mix, name), goal in GOALS.items() if name in rates[mix]}
+    shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in goals.items()}
+    spread = max(figures[mix]["over the best"][name]["spread"] for mix, name in goals)
+    figures["goals"] = {f"{mix}, {name}": goal for (mix, name), goal in goals.items()}
     if failed:
         figures["does not run here"] = failed
     return Result("baselines", min(shares.values()), 1.0, spread, figures)
