@@ -178,9 +178,7 @@ async def test_a_second_message_that_does_not_fit_is_refused(sink: SinkOptions, 
 
 
 @contextlib.asynccontextmanager
-async def offered_file(
-    sink: SinkOptions, header: Header, transports: str = "shm"
-) -> AsyncIterator[tuple[Path, Any, Any]]:
+async def offered_file(sink: SinkOptions, header: Header, transports: str = "shm") -> AsyncIterator[tuple[Path, Any, Any]]:
     async with connect(sink) as (reader, writer):
         writer.write(frame(json.dumps([["dvd-transports", transports]]).encode()) + frame(header_message(header)))
         offer = await answer(reader)
