@@ -157,7 +157,8 @@ async def test_values_through_the_connection_are_not_reported_in_parts(server: D
     """The slot may have the values of an evicted embedding, which would become visible."""
     calls = DirectCalls(await port_of(server))
     assert await deliver(calls, 1)
-    server._sink._store._evict(next(iter(server._sink._store._entries)))
+    store: Any = server._sink._store  # type: ignore[attr-defined]
+    store._evict(next(iter(store._entries)))
     for message in (placed_message("tcp", HEADER.length, partial=True), placed_message("tcp", 4, partial=True)):
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(frame(METADATA) + frame(header_message(HEADER)))
