@@ -124,9 +124,9 @@ def _best_of_stock(measured: dict[str, list[float]]) -> str:
     return max((name for name in measured if name in STOCK), key=lambda name: measured[name][0])
 
 
-def _start(stacks: Sequence[Stack], servers: ExitStack) -> tuple[dict[str, tuple[Path, load.Url]], dict[str, str]]:
+def _start(stacks: Sequence[Stack], servers: ExitStack) -> tuple[Running, dict[str, str]]:
     """Start all servers. Returns model and URL of each, and why one of stock vLLM's ways does not run here."""
-    running, failed = dict[str, tuple[Path, load.Url]](), dict[str, str]()
+    running, failed = Running(), dict[str, str]()
     for model, names, start in stacks:
         try:
             running |= {name: (model, url) for name, url in zip(names, servers.enter_context(start()), strict=True)}

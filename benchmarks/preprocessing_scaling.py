@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
+from benchmarks.result import median_ratio
 from common.decoder_processes import Call, DecoderProcesses
 from common.metrics import DecoderMetrics
 from common.tiling import Tiling
@@ -58,22 +59,20 @@ def measure(repeats: int) -> dict[str, Any]:
 
 def _figures(setups: dict[str, Setup], size: tuple[int, int], cores: int, repeats: int) -> dict[str, Any]:
     rounds = [{name: run_workers(setup, size, _SECONDS) for name, setup in setups.items()} for _ in range(repeats)]
-    rates = {name: [result["images"] for result in (entry[name] for entry in rounds)] for name in setups}
+    rates = {name: [entry[name]["images"] for entry in rounds] for name in setups}
     one, together, apart = rates.values()
-    tiles, cpu_seconds = rounds[0]["one core"]["tiles"], _median([entry["all cores, one worker"]["cpu"] for entry in rounds])
+    tiles = rounds[0]["one core"]["tiles"]
+    cpu_seconds = statistics.median(entry["all cores, one worker"]["cpu"] for entry in rounds)
+    per_core = statistics.median(together) / cores
     return {
         "tiles per image": tiles,
-        **{f"{name}, images/s": round(_median(values), 2) for name, values in rates.items()},
-        "share of linear": round(_median([b / (cores * a) for a, b in zip(one, together, strict=True)]), 3),
-        "share of linear, a worker per core": round(_median([b / (cores * a) for a, b in zip(one, apart, strict=True)]), 3),
-        "one worker / a worker per core": round(_median([a / b for a, b in zip(together, apart, strict=True)]), 3),
+        **{f"{name}, images/s": round(statistics.median(values), 2) for name, values in rates.items()},
+        "share of linear": round(median_ratio(together, one)[0] / cores, 3),
+        "share of linear, a worker per core": round(median_ratio(apart, one)[0] / cores, 3),
+        "one worker / a worker per core": round(median_ratio(together, apart)[0], 3),
         "CPU ms per image": round(1e3 * cpu_seconds, 2),
-        f"cores for {GPU_TILES_PER_SECOND} tiles/s": round(GPU_TILES_PER_SECOND / tiles / (_median(together) / cores), 1),
+        f"cores for {GPU_TILES_PER_SECOND} tiles/s": round(GPU_TILES_PER_SECOND / tiles / per_core, 1),
     }
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
 
 
 def run_workers(setup: Setup, size: tuple[int, int], seconds: float) -> dict[str, float]:

@@ -89,7 +89,7 @@ class _ConnectionReceiver:
 
 
 class _PortOffer:
-    """A port for direct calls, told in a gRPC call. Implements `base.Offer`."""
+    """A port for direct calls, offered in a gRPC call. Implements `base.Offer`."""
 
     def __init__(self, port: int, sink_id: str) -> None:
         self.text = f"{port} {sink_id}"

@@ -314,7 +314,7 @@ def _has_local_senders(options: SinkOptions, credentials: Credentials) -> bool:
 
 
 def _listen_for_direct_calls(options: SinkOptions, credentials: Credentials) -> socket.socket | None:
-    """Listen beside the sink's own socket; None if it shall have no port, or its connections are encrypted."""
+    """Open the second socket, or the port, for direct calls. None if `--delivery-port` forbids it, or with TLS."""
     if (path := direct_call.socket_path(options.listen)) is not None:
         return listen_on_path(path)
     if options.delivery_port < 0 or credentials.tls is not None:

@@ -80,7 +80,7 @@ class VisionQueue:
     def tiles_per_second(self) -> float | None:
         """Tiles that all available vision workers encode in a second; None until one of them has been saturated."""
         available = self._pool.available()
-        regular = [worker for worker in available if not worker.is_spare] or available
+        regular = _without_spares(available) or available
         rates = [rate for worker in regular if (rate := worker.tiles_per_second)]
         return sum(rates) * len(regular) / len(rates) if rates else None
 
@@ -172,7 +172,7 @@ class VisionQueue:
         if worker is None:
             return False
         worker.add_tiles(ticket.job.tiles)  # here, since the waiting task runs later
-        if worker.is_spare and any(not other.is_spare for other in self._pool.available()):
+        if worker.is_spare and _without_spares(self._pool.available()):
             self._leave(ticket)  # no call has to wait for these tiles
         self._sent[ticket.job.caller] += ticket.job.tiles
         ticket.turn.set_result(worker)
@@ -191,8 +191,8 @@ class VisionQueue:
                 f"No vision worker serves the language worker's checkpoint with embeddings in {dtype}; retry later.",
                 retry_after=1,
             )
-        regular = [worker for worker in candidates if not worker.is_spare]
-        if not regular and any(not worker.is_spare for worker in ticket.exclude):
+        regular = _without_spares(candidates)
+        if not regular and _without_spares(ticket.exclude):
             return self._idle_spare(candidates)
         worker = self._with_room(regular or candidates, job)
         if worker is None and regular:
@@ -252,6 +252,10 @@ class VisionQueue:
 
     def _export(self) -> None:
         self._metrics.waiting_tiles.set(len(self._queue))
+
+
+def _without_spares(workers: Collection[VisionWorker]) -> list[VisionWorker]:
+    return [worker for worker in workers if not worker.is_spare]
 
 
 def _subtract(counter: Counter[str], name: str, count: int) -> None:

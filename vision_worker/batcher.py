@@ -149,13 +149,8 @@ class Batcher:
         self._has_waiting, self.device_lost = asyncio.Event(), asyncio.Event()
         self._batch_ended = asyncio.Event()
         self._clock = CpuClock()
-
-        def initialize() -> None:
-            self._clock.register()
-            on_thread_start()
-
-        self._stager_thread = ThreadPoolExecutor(1, "stager", initializer=initialize)
-        self._device_thread = ThreadPoolExecutor(1, "device", initializer=initialize)
+        self._stager_thread = ThreadPoolExecutor(1, "stager", self._clock.register, (on_thread_start,))
+        self._device_thread = ThreadPoolExecutor(1, "device", self._clock.register, (on_thread_start,))
         self._in_flight = self._completed = 0  # batches and self-tests
 
     async def __aenter__(self) -> "Batcher":

@@ -38,9 +38,10 @@ class CpuClock:
     def __init__(self) -> None:
         self._clocks: list[int] = []
 
-    def register(self) -> None:
-        """Add the calling thread."""
+    def register(self, on_thread_start: Callable[[], None] = lambda: None) -> None:
+        """Add the calling thread, and call `on_thread_start` in it."""
         self._clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
+        on_thread_start()
 
     def seconds(self) -> float:
         """Return the CPU time of the threads so far, in seconds. Threads that have ended count no longer."""

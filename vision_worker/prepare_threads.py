@@ -47,12 +47,7 @@ class PrepareThreads:
         on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._clock, self._cpu_seconds = CpuClock(), cpu_seconds
-
-        def initialize() -> None:
-            self._clock.register()
-            on_thread_start()
-
-        self._executor = ThreadPoolExecutor(2 * threads, "prepare", initializer=initialize)
+        self._executor = ThreadPoolExecutor(2 * threads, "prepare", self._clock.register, (on_thread_start,))
         self._threads = self._free = threads
         self._slow = 0
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue()

@@ -12,7 +12,7 @@ gRPC's Python API takes longer for a call than a copy of two megabytes. A direct
 
 A connection serves one call after another. Who gives up a call closes the connection.
 
-A sink on a Unix socket has another one beside it for these calls. One on a network without TLS has a port, which it offers
+A sink that listens on a Unix socket has a second one for these calls. One on a network without TLS has a port, which it offers
 in calls through gRPC as the transport `tcp`: the values of that first embedding are sent through gRPC.
 """
 
@@ -33,7 +33,7 @@ from common.transport.connection import Connection
 TCP = "tcp"
 """Name of the transport by a TCP connection."""
 SINK_KEY = "dvd-sink"
-"""Metadata of a call through a port: the id that the sink told with it. Another sink may have the port by now, and closes."""
+"""Metadata of a call through a port: the id of the sink that offered the port. Another sink that has it by now closes."""
 _SUFFIX = ".deliver"
 _ANSWER_SECONDS = 30.0
 """Time for each answer of the sink, and to take each block of values: as long as gRPC waits for a peer that hangs."""
@@ -79,7 +79,7 @@ class UnixSockets:
 
 
 class TcpPort:
-    """The port of a sink for direct calls, and a `Transport` of gRPC calls, by which the sink tells it."""
+    """The port of a sink for direct calls, and a `Transport` of gRPC calls, in which the sink offers it."""
 
     name: ClassVar[str] = TCP
 
@@ -92,7 +92,7 @@ class TcpPort:
 
     @property
     def metadata(self) -> Metadata:
-        """The sink that has told the port."""
+        """The id of the sink that offered the port."""
         return ((SINK_KEY, self._sink_id),)
 
     async def place(self, offer: str, header: Header, data: memoryview, on_progress: base.OnProgress | None = None) -> bool:
@@ -112,7 +112,7 @@ class TcpPort:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 return await self._connect_to_first(self._port)
-        except ConnectionRefusedError:  # the sink has been restarted: the next gRPC call tells its port
+        except ConnectionRefusedError:  # the sink has been restarted: the next gRPC call has its port
             self._port = None
         except OSError:  # TimeoutError is one
             self._unreachable_until = time.monotonic() + _UNREACHABLE_SECONDS
@@ -137,7 +137,7 @@ async def _connect(family: int, target: Any) -> socket.socket:
 
 
 def calls_to(address: str, transports: Sequence[base.Transport]) -> "DirectCalls | None":
-    """Direct calls to a sink at `address`, if it has a socket beside its own, or a port that one of the transports learns."""
+    """Return direct calls to a sink at `address`, by its second Unix socket or a `TcpPort`; None if it has neither."""
     if not transports:
         return None
     if (path := socket_path(address)) is not None:

@@ -34,7 +34,7 @@ class SharedMemoryTransport:
         at the same time, and then be checked at the same time.
         """
         if len(data) <= _INLINE_BYTES:
-            return write_to_file(offer, header, data, None)
+            return write_to_file(offer, header, data)
         async with self._writing:
             return await asyncio.to_thread(write_to_file, offer, header, data, on_progress)
 
