@@ -31,7 +31,7 @@ from tests.e2e.serving import SYSTEM
 from tests.vision_worker import golden
 from tests.vision_worker.images import pixels
 from vision_worker.delivery import SinkChannels
-from vision_worker.encoder import Encoder
+from vision_worker.encoder import Encoder, FeatureGroup
 from vision_worker.models import vir
 from vision_worker.quantization import convert, quantize
 
@@ -195,7 +195,7 @@ class DemoQuestions:
             tiles = self._encoder.prepare(pixels(base64.b64decode(url.partition(",")[2])), tiling).pixels
             batches = [tiles[start : start + _BATCH_TILES] for start in range(0, len(tiles), _BATCH_TILES)]
             features = torch.cat([self._encoder.forward(self._encoder.stage(list(batch))) for batch in batches])
-            embedding = self._encoder.project(features, range(len(features)), policy)
+            embedding = self._encoder.project([FeatureGroup(features, range(len(features)), policy)])[0]
             results.append(torch.cat(embedding.blocks).to(torch.bfloat16))
         return results
 

@@ -54,6 +54,10 @@ _CLIENTS = tuple(f"e2e/clients/test_{name}.py" for name in ("documentation", "fr
 """Files of `make test-clients`: they need the environment that `make clients` creates, or a server that writes compact JSON."""
 _HAS_CLIENTS = (_TESTS.parent / ".venv-clients/installed").exists()
 
+_NEED_GPU = ("vision_worker/test_gpu.py",)
+"""Files whose tests all run on a GPU."""
+_HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))  # asking torch would make every start of pytest seconds longer
+
 _LONG = (
     "e2e/test_hostile_fields.py",
     "e2e/test_narrow.py",
@@ -72,6 +76,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     Importing the latter takes as long as many tests.
     """
     if not _HAS_CLIENTS and _is_one_of(collection_path, _CLIENTS):
+        return True
+    if not _HAS_GPU and _is_one_of(collection_path, _NEED_GPU):
         return True
     for name, paths in _MARKED.items():
         if f"not {name}" in config.option.markexpr and _is_one_of(collection_path, paths):

@@ -4,18 +4,19 @@ A batch contains tiles of any calls, up to a maximum number; callers take turns 
 whole group, after all its tiles have features, so neither batch boundaries nor other calls change an embedding.
 
 Three threads overlap: the event loop forms batch k+1, the stager thread copies it to the device, and the device thread
-computes batch k.
+computes batch k. On a GPU the device thread only launches batches, and a fourth, the projector thread, waits for batch k and
+projects the groups that it completes while the device computes batch k+1.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,6 @@ from torch import Tensor
 from common import errors
 from common.fair_queue import FairQueue
 from common.tracing import Trace
-from vision_worker import quantization
 from vision_worker.batch_times import BatchTimes
 from vision_worker.deadline import Deadline
 from vision_worker.encoder import Encoder
@@ -33,6 +33,8 @@ from vision_worker.liveness import CpuClock, Progress
 from vision_worker.metrics import Metrics
 from vision_worker.models.vir import Fixed, Policy
 from vision_worker.preprocessing.tiling import Tiles
+from vision_worker.projector import CompleteGroup, ProjectedGroup, Projector
+from vision_worker.tile_group import EncodedGroup, TileGroup
 
 log = logging.getLogger(__name__)
 
@@ -42,79 +44,38 @@ _MAX_MEASURED_WARM_UP_SECONDS = 5.0
 _SLOW_BATCH_SECONDS = 0.1
 """Duration of a batch from which on a CPU stages none in advance: the milliseconds that it would save do not matter then."""
 
-_MAX_BATCHES_IN_FLIGHT = 2
-"""One on the device and the next one staged. With more, batches would contain tiles of callers that have disconnected."""
+_MAX_BATCHES_ON_DEVICE = 2
+"""One that the device computes and the next one staged. With more, batches would contain tiles of callers that have
+disconnected, and a call that arrives would wait for all of them."""
 
 
-@dataclass(frozen=True)
-class ImageEmbedding:
-    """The embedding of one image: `data` is its payload in the requested dtype (`common/embedding.py`).
-
-    `compressed` has an item per tile, thumbnail last. So has `scores`, which is empty if the router did not run.
-    """
-
-    data: memoryview
-    rows: int
-    compressed: list[bool]
-    scores: list[float]
-
-
-@dataclass(frozen=True)
-class EncodedGroup:
-    """The embeddings of a group's images in order, and the seconds spent waiting for a batch, computing and routing."""
-
-    images: list[ImageEmbedding]
-    queue_seconds: float
-    encode_seconds: float
-    route_seconds: float
-
-
-class _Group:
-    """One call's images. Equal tiles (blank margins, a repeated image) are computed once.
-
-    That also keeps scores of equal tiles equal: the features of equal pixels may differ by rounding between batches.
-
-    Attributes:
-        tiles: the distinct tiles that no batch has taken yet. Their pixels are released with the batch.
-        distinct: number of distinct tiles.
-        index: for each tile of the group, its index among the distinct tiles.
-        tiles_by_image: number of tiles of each image.
-    """
-
-    def __init__(self, images: Iterable[Tiles], policy: Policy, dtype: torch.dtype, deadline: Deadline) -> None:
-        self.policy, self.dtype, self.deadline = policy, dtype, deadline
-        self.future: asyncio.Future[EncodedGroup] = asyncio.get_running_loop().create_future()
-        self.arrived, self.started = time.monotonic(), 0.0
-        self.features: list[Tensor] = []  # device thread only
-        self.routing_seconds = 0.0  # device thread only
-        self.tiles_by_image: list[int] = []
-        self.index: list[int] = []
-        self.tiles: deque[npt.NDArray[np.uint8]] = deque()
-        places: dict[int, int] = {}
-        for image in images:
-            self.tiles_by_image.append(len(image))
-            for value, pixels in zip(image.hashes, image.pixels, strict=True):
-                if value not in places:
-                    places[value] = len(places)
-                    self.tiles.append(pixels)
-                self.index.append(places[value])
-        self.distinct = len(places)
-
-
-_Batch = list[tuple[_Group, int]]
+_Batch = list[tuple[TileGroup, int]]
 """Groups, and how many tiles each has in the batch."""
 
 
 @dataclass(frozen=True)
+class _Launched:
+    """A forward pass that the device has been given: its features, when that was, and what becomes done with it on a GPU."""
+
+    features: Tensor
+    started: float
+    event: torch.cuda.Event | None
+
+
+_Results = list[tuple[TileGroup, ProjectedGroup | errors.DvdError]]
+"""Groups that a batch completes or fails, and their embeddings or their error."""
+
+
+@dataclass(frozen=True)
 class _Computed:
-    """What the device thread returns for a batch: results of the groups that it completes or fails.
+    """What is known once a batch is projected.
 
     Attributes:
-        results: the groups, and their embeddings or their error.
+        results: see `_Results`.
         forward_seconds: time on the device until all features were there; 0 if the batch failed.
     """
 
-    results: list[tuple[_Group, list[ImageEmbedding] | errors.DvdError]]
+    results: _Results
     forward_seconds: float = 0.0
 
 
@@ -126,7 +87,7 @@ class Batcher:
         max_tiles: maximum number of tiles in a forward pass.
         metrics: where batches and waiting tiles are counted.
         trace: where batches are recorded.
-        on_thread_start: called first in each of the two threads.
+        on_thread_start: called first in each thread.
 
     Attributes:
         max_tiles: as above.
@@ -144,14 +105,18 @@ class Batcher:
     ) -> None:
         self._encoder, self._metrics, self._trace = encoder, metrics or Metrics(), trace or Trace(None, "vision")
         self.max_tiles, self.times = max_tiles, BatchTimes(max_tiles)
-        self._queue: FairQueue[_Group] = FairQueue()
+        self._queue: FairQueue[TileGroup] = FairQueue()
         self._metrics.waiting_tiles.set_function(lambda: len(self._queue))
         self._has_waiting, self.device_lost = asyncio.Event(), asyncio.Event()
         self._batch_ended = asyncio.Event()
         self._clock = CpuClock()
-        self._stager_thread = ThreadPoolExecutor(1, "stager", self._clock.register, (on_thread_start,))
-        self._device_thread = ThreadPoolExecutor(1, "device", self._clock.register, (on_thread_start,))
+        self._projector = Projector(encoder)
+        self._stager_thread, self._device_thread, self._projector_thread = (
+            ThreadPoolExecutor(1, name, self._clock.register, (on_thread_start,)) for name in ("stager", "device", "projector")
+        )
         self._in_flight = self._completed = 0  # batches and self-tests
+        self._on_device = 0  # batches whose features are not there yet
+        self._forward_ended = 0.0  # time of the last one; projector thread only
 
     async def __aenter__(self) -> "Batcher":
         self._loop_task = asyncio.create_task(self._run())
@@ -159,12 +124,12 @@ class Batcher:
 
     async def __aexit__(self, *_: object) -> None:
         self._loop_task.cancel()
-        for executor in (self._stager_thread, self._device_thread):
+        for executor in (self._stager_thread, self._device_thread, self._projector_thread):
             executor.shutdown(wait=False, cancel_futures=True)
 
     @property
     def progress(self) -> Progress:
-        """Progress of the stager and the device thread, which are busy while a tile waits or a batch is in flight."""
+        """Progress of the threads, which are busy while a tile waits or a batch is in flight."""
         return Progress(self._in_flight > 0 or len(self._queue) > 0, self._completed, self._clock.seconds())
 
     @property
@@ -180,8 +145,11 @@ class Batcher:
         def compute(size: int) -> float:
             started = time.monotonic()
             features = self._encoder.forward(self._encoder.stage([self._blank_tile()] * size))
+            if features.is_cuda:
+                torch.cuda.current_stream(features.device).synchronize()
             for policy in policies:
-                self._encoder.project(features, range(len(features)), policy)
+                dtype, count = self._encoder.placement.dtype, len(features)
+                self._projector.project([CompleteGroup([features], range(count), policy, dtype, [count])])
             return time.monotonic() - started
 
         def run() -> float:
@@ -206,7 +174,8 @@ class Batcher:
             return _Computed([])
 
         loop = asyncio.get_running_loop()
-        await asyncio.wait([self._submit([self._blank_tile()], compute)])
+        staged = self._stager_thread.submit(self._encoder.stage, [self._blank_tile()])
+        await asyncio.wait([self._count(loop.run_in_executor(self._device_thread, compute, staged))])
 
     def _blank_tile(self) -> npt.NDArray[np.uint8]:
         side = self._encoder.checkpoint.description.tower.image_size
@@ -239,7 +208,7 @@ class Batcher:
             InternalError: the batch failed.
             WorkerUnavailable: the device is lost.
         """
-        group = _Group(images, policy, dtype, deadline or Deadline())
+        group = TileGroup(images, policy, dtype, deadline or Deadline())
         self._queue.add(group, caller, group.distinct, request or None)
         self._has_waiting.set()
         group.future.add_done_callback(lambda _: self._remove(group))
@@ -248,26 +217,34 @@ class Batcher:
     async def _run(self) -> None:
         """Form batches and submit them until the batcher is closed."""
         while True:
-            while self._in_flight >= self._max_in_flight():
+            while not self._has_room():
                 self._batch_ended.clear()
                 await self._batch_ended.wait()
             batch, tiles = await self._next_batch()
-            count, compute = len(tiles), functools.partial(self._compute, batch)
-            self._submit(tiles, compute).add_done_callback(functools.partial(self._set_results, count))
-            del batch, tiles, compute  # while this waits for the next batch, the pixels and results of this one can go
+            self._submit(batch, tiles).add_done_callback(functools.partial(self._set_results, len(tiles)))
+            del batch, tiles  # while this waits for the next batch, the pixels and results of this one can go
 
-    def _max_in_flight(self) -> int:
-        """Return the number of batches that may be submitted: a staged one delays every call that arrives after it."""
+    def _has_room(self) -> bool:
+        """Whether one more batch may be submitted: a staged one delays every call that arrives after it."""
+        placement = self._encoder.placement
         is_slow = self.times.seconds_per_batch >= _SLOW_BATCH_SECONDS
-        return 1 if is_slow and self._encoder.placement.device.type == "cpu" else _MAX_BATCHES_IN_FLIGHT
+        limit = 1 if is_slow and placement.device.type == "cpu" else _MAX_BATCHES_ON_DEVICE
+        return self._on_device < limit and self._in_flight < limit + placement.is_asynchronous  # one more is projected
 
-    def _submit(
-        self, tiles: list[npt.NDArray[np.uint8]], compute: "Callable[[Future[Tensor]], _Computed]"
-    ) -> "asyncio.Future[_Computed]":
-        """Stage tiles, and run `compute` with them on the device thread after everything that was submitted before."""
-        self._in_flight += 1
+    def _submit(self, batch: _Batch, tiles: list[npt.NDArray[np.uint8]]) -> "asyncio.Future[_Computed]":
+        """Stage, compute and project a batch, each after the batches before."""
+        self._on_device += 1
+        loop = asyncio.get_running_loop()
+        release = functools.partial(loop.call_soon_threadsafe, self._release_device)
         staged = self._stager_thread.submit(self._encoder.stage, tiles)
-        computed = asyncio.get_running_loop().run_in_executor(self._device_thread, compute, staged)
+        if self._encoder.placement.is_asynchronous:
+            launched = self._device_thread.submit(self._launch, staged)
+            return self._count(loop.run_in_executor(self._projector_thread, self._project_launched, batch, launched, release))
+        return self._count(loop.run_in_executor(self._device_thread, self._compute, batch, staged, release))
+
+    def _count(self, computed: "asyncio.Future[_Computed]") -> "asyncio.Future[_Computed]":
+        """Count a batch or self-test as in flight until it is done."""
+        self._in_flight += 1
         computed.add_done_callback(self._count_completed)
         return computed
 
@@ -278,9 +255,13 @@ class Batcher:
             self._queue.forget()
         self._batch_ended.set()
 
+    def _release_device(self) -> None:
+        self._on_device -= 1
+        self._batch_ended.set()
+
     async def _next_batch(self) -> tuple[_Batch, list[npt.NDArray[np.uint8]]]:
         """Wait for tiles, then take all that are waiting, up to the maximum. Tiles of a group are next to each other."""
-        parts: dict[_Group, list[npt.NDArray[np.uint8]]] = {}
+        parts: dict[TileGroup, list[npt.NDArray[np.uint8]]] = {}
         while not parts:
             await self._has_waiting.wait()
             for _ in range(self.max_tiles):
@@ -308,7 +289,7 @@ class Batcher:
                 group.future.set_exception(errors.DeadlineExceeded(message))
             self._remove(group)
 
-    def _is_late(self, group: _Group) -> bool:
+    def _is_late(self, group: TileGroup) -> bool:
         """Whether the deadline of a group has passed, or comes before its tiles can be computed.
 
         The latter is an estimate, which must not waste what is computed already: a group that has begun may go on.
@@ -316,46 +297,76 @@ class Batcher:
         seconds = 0.0 if group.started else group.distinct * (self.times.seconds_per_tile or 0.0)
         return group.deadline.passes_within(seconds)
 
-    def _remove(self, group: _Group) -> None:
+    def _remove(self, group: TileGroup) -> None:
         """Remove a group from the queue, if it is still there: its caller has its result, its error, or has disconnected."""
         waiting = self._queue.remove(group)
         group.tiles.clear()
         if group.deadline.missed or group.deadline.passes_within(0):
             self._metrics.dropped_tiles.inc(waiting)
 
-    def _compute(self, batch: _Batch, staged: "Future[Tensor]") -> _Computed:
-        """Compute one batch on the device thread."""
-        count = sum(tiles for _, tiles in batch)
-        with self._trace.span("encode", tiles=count, calls=len(batch)):
-            computed = self._result_or_error(lambda: self._forward(staged.result()))
-            if isinstance(computed, errors.DvdError):
-                return _Computed([(group, computed) for group, _ in batch])
-            features, seconds = computed
-            results: list[tuple[_Group, list[ImageEmbedding] | errors.DvdError]] = []
-            for (group, _), part in zip(batch, torch.split(features, [tiles for _, tiles in batch]), strict=True):
-                group.features.append(part)
-                if group.future.done():
-                    group.features.clear()
-                elif sum(map(len, group.features)) == group.distinct:
-                    results.append((group, self._result_or_error(functools.partial(self._project, group))))
-            return _Computed(results, seconds)
+    def _compute(self, batch: _Batch, staged: "Future[Tensor]", release: Callable[[], object]) -> _Computed:
+        """Compute and project one batch on the device thread."""
+        with self._span(batch):
+            return self._finish(batch, self._launch(staged), release)
 
-    def _forward(self, pixels: Tensor) -> tuple[Tensor, float]:
-        """Features of staged tiles, and the seconds until they are there."""
-        started = time.monotonic()
-        features = self._encoder.forward(pixels)
-        if features.is_cuda:
-            # a GPU computes behind the thread's back: unlimited batches would be in flight, and none could be measured
-            torch.cuda.current_stream(features.device).synchronize()
-        return features, time.monotonic() - started
+    def _project_launched(
+        self, batch: _Batch, launched: "Future[_Launched | errors.DvdError]", release: Callable[[], object]
+    ) -> _Computed:
+        """Wait for one batch and project it, on the projector thread."""
+        passed = self._result_or_error(launched.result)
+        with self._span(batch):
+            return self._finish(batch, passed, release)
 
-    def _project(self, group: _Group) -> list[ImageEmbedding]:
-        embedding = self._encoder.project(torch.cat(group.features), group.index, group.policy)
-        group.features.clear()
-        group.routing_seconds = embedding.routing_seconds
-        parts = quantization.convert(torch.cat(embedding.blocks), group.dtype)
-        rows = [len(block) for block in embedding.blocks]
-        return _split_by_image(group.tiles_by_image, parts, rows, embedding.compressed, embedding.scores)
+    def _span(self, batch: _Batch) -> contextlib.AbstractContextManager[None]:
+        return self._trace.span("encode", tiles=sum(tiles for _, tiles in batch), calls=len(batch))
+
+    def _launch(self, staged: "Future[Tensor]") -> _Launched | errors.DvdError:
+        """Give a batch to the device, on the device thread. A GPU computes behind the thread's back."""
+
+        def launch() -> _Launched:
+            pixels, started = staged.result(), time.monotonic()
+            features = self._encoder.forward(pixels)
+            event = None
+            if features.is_cuda:
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(torch.cuda.current_stream(features.device))
+            return _Launched(features, started, event)
+
+        return cast("_Launched | errors.DvdError", self._result_or_error(launch))
+
+    def _finish(self, batch: _Batch, launched: _Launched | errors.DvdError, release: Callable[[], object]) -> _Computed:
+        """Wait until the device has computed a batch, call `release`, and project the groups that it completes."""
+        waited = launched if isinstance(launched, errors.DvdError) else self._result_or_error(lambda: self._wait(launched))
+        release()
+        if isinstance(launched, errors.DvdError) or isinstance(waited, errors.DvdError):
+            return _Computed([(group, waited) for group, _ in batch])
+        complete: list[TileGroup] = []
+        for (group, _), part in zip(batch, torch.split(launched.features, [tiles for _, tiles in batch]), strict=True):
+            group.features.append(part)
+            if group.future.done():
+                group.features.clear()
+            elif sum(map(len, group.features)) == group.distinct:
+                complete.append(group)
+        return _Computed(self._project(complete), waited)
+
+    def _wait(self, launched: _Launched) -> float:
+        """Wait until the features of a batch are there. Returns: the seconds that the device needed for it."""
+        if launched.event is not None:
+            launched.event.synchronize()
+        before, self._forward_ended = self._forward_ended, time.monotonic()
+        return self._forward_ended - max(launched.started, before)
+
+    def _project(self, groups: list[TileGroup]) -> _Results:
+        """Project groups: on a GPU together, and each alone where that fails, so that no group fails for another's sake."""
+        complete = [group.take_features() for group in groups]
+        if len(groups) > 1 and self._encoder.placement.is_asynchronous:
+            together = self._result_or_error(lambda: self._projector.project(complete))
+            if not isinstance(together, errors.DvdError):
+                return list(zip(groups, together, strict=True))
+        return [(group, self._project_alone(each)) for group, each in zip(groups, complete, strict=True)]
+
+    def _project_alone(self, group: CompleteGroup) -> ProjectedGroup | errors.DvdError:
+        return cast("ProjectedGroup | errors.DvdError", self._result_or_error(lambda: self._projector.project([group])[0]))
 
     def _result_or_error(self, compute: Callable[[], Any]) -> Any:
         """Run `compute` and return its result, or the error for its callers: nothing may end the device thread.
@@ -388,9 +399,9 @@ class Batcher:
             if isinstance(result, errors.DvdError):
                 group.future.set_exception(result)
             else:
-                encode_seconds = time.monotonic() - group.started - group.routing_seconds
+                encode_seconds = time.monotonic() - group.started - result.routing_seconds
                 group.future.set_result(
-                    EncodedGroup(result, group.started - group.arrived, encode_seconds, group.routing_seconds)
+                    EncodedGroup(result.images, group.started - group.arrived, encode_seconds, result.routing_seconds)
                 )
 
 
@@ -402,17 +413,3 @@ def _is_usable(device: torch.device) -> bool:
         return True
     except RuntimeError:
         return False
-
-
-def _split_by_image(
-    tiles_by_image: Sequence[int], parts: Sequence[Tensor], rows: list[int], compressed: list[bool], scores: list[float]
-) -> list[ImageEmbedding]:
-    """Split a group's parts [all rows, …] by image; `rows`, `compressed` and `scores` have an item per tile."""
-    result, first_tile, first_row = [], 0, 0
-    for tile_count in tiles_by_image:
-        tiles = slice(first_tile, first_tile + tile_count)
-        count = sum(rows[tiles])
-        data = quantization.join(parts, slice(first_row, first_row + count))
-        result.append(ImageEmbedding(data, count, compressed[tiles], scores[tiles]))
-        first_tile, first_row = first_tile + tile_count, first_row + count
-    return result

@@ -9,10 +9,11 @@ An image passes through an encoder in four steps, so that tiling, copying to the
     prepare   pixels of one image -> tiles                 a pool of threads, images in parallel
     stage     tiles of one batch -> pixels on the device   stager thread, while the device computes the batch before
     forward   pixels of one batch -> features              device thread, tiles of any requests together
-    project   features of one group -> visual tokens       device thread, all images of one Encode call
+    project   features of whole groups -> visual tokens    projector thread; a group is all images of one Encode call
 
-`stage`, `forward` and `project` are each called by one thread at a time. Errors: a `DvdError` reaches the callers as it is;
-any other exception fails the batch with `InternalError` and is logged.
+On a GPU `forward` returns before the device has computed, and the projector thread works beside it; on a CPU it is the device
+thread. `stage`, `forward` and `project` are each called by one thread at a time. Errors: a `DvdError` reaches the callers as it
+is; any other exception fails the batch with `InternalError` and is logged.
 """
 
 import importlib
@@ -51,9 +52,30 @@ class Placement:
     """Tiles in the largest batch that the tower is compiled for; 0: not compiled."""
 
     @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device computes behind the thread that gives it work."""
+        return self.device.type == "cuda"
+
+    @property
     def dtype_name(self) -> str:
         """The dtype without torch's prefix: `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class FeatureGroup:
+    """The features of one whole group.
+
+    Attributes:
+        features: of the group's distinct tiles, as `forward` returned them, [distinct, …]. Equal tiles of a group are computed
+            once, so there may be fewer features than tiles.
+        index: for each tile of the group, the index of its features in `features`.
+        policy: decides which tiles are compressed. It sees the scores of all tiles, repeated ones included.
+    """
+
+    features: Tensor
+    index: Sequence[int]
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -64,7 +86,7 @@ class GroupEmbedding:
         blocks: one tensor [tokens, width] per tile, in the encoder's dtype on its device.
         compressed: whether each tile was compressed.
         scores: the router's score of each tile; empty where the policy needs none.
-        routing_seconds: time that scores and policy took.
+        routing_seconds: time that scores and policies of all groups took that were projected together.
     """
 
     blocks: list[Tensor]
@@ -96,20 +118,21 @@ class Encoder(Protocol):
     def forward(self, pixels: Tensor) -> Tensor:
         """Compute features [n, …] of staged tiles. The features of a tile must not depend on the other tiles of the batch.
 
-        Device thread. n is between 1 and the batch limit; the tiles may belong to different requests. The batcher splits
-        and concatenates the result along its first dimension only.
+        Device thread. On a GPU it may return before the device has computed. n is between 1 and the batch limit; the tiles may
+        belong to different requests. The batcher splits and concatenates the result along its first dimension only.
         """
 
-    def project(self, features: Tensor, index: Sequence[int], policy: Policy) -> GroupEmbedding:
-        """Route one whole group and project its tiles to visual tokens.
+    def project(self, groups: Sequence[FeatureGroup]) -> list[GroupEmbedding]:
+        """Route each group and project its tiles to visual tokens.
 
-        Device thread. Equal tiles of a group are computed once, so there may be fewer features than tiles.
-
-        Args:
-            features: of the group's distinct tiles, as `forward` returned them, [distinct, …].
-            index: for each tile of the group, the index of its features in `features`.
-            policy: decides which tiles are compressed. It sees the scores of all tiles, repeated ones included.
+        Projector thread. On a CPU it gets one group at a time. On a GPU it gets all that a batch completes: small kernels and
+        waits for each of them would take longer than the tower. Groups must not influence each other but by rounding.
         """
+
+
+def concatenate(features: Sequence[Tensor]) -> Tensor:
+    """Join features along their first dimension. A single part is not copied."""
+    return features[0] if len(features) == 1 else torch.cat(list(features))
 
 
 def load(options: VisionOptions, checkpoint: Checkpoint) -> Encoder:

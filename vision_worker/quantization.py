@@ -22,7 +22,7 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def convert(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return the parts of a payload, on the CPU: the values, or the scales and the codes of a narrow dtype.
+    """Return the parts of a payload, where the tokens are: the values, or the scales and the codes of a narrow dtype.
 
     Args:
         tokens: Visual tokens `[rows, width]` in the dtype of the tower.
@@ -32,11 +32,11 @@ def convert(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         InternalError: A value is infinite or NaN, or too large for a narrow dtype.
     """
     if dtype in _LARGEST_CODES:
-        return tuple(part.cpu() for part in quantize(tokens, dtype))
+        return quantize(tokens, dtype)
     values = tokens.to(dtype)
     if not bool(torch.isfinite(values).all()):
         raise _not_finite(values.dtype)
-    return (values.cpu(),)
+    return (values,)
 
 
 def quantize(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -66,10 +66,10 @@ def quantize(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join(parts: Sequence[Tensor], rows: slice) -> memoryview:
-    """Return the payload of some rows, from the parts of `convert`. A single part is not copied."""
+    """Return the payload of some rows, from the parts of `convert`. A single part that is on the CPU is not copied."""
     pieces = [part[rows].contiguous().view(torch.uint8).flatten() for part in parts]
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return joined.numpy().data.cast("B")
+    return joined.cpu().numpy().data.cast("B")
 
 
 def _too_large(magnitudes: Tensor, dtype: torch.dtype) -> errors.InternalError:

@@ -20,7 +20,7 @@ from common.tasks import SingleFlight, gather_or_cancel
 from common.tracing import Trace
 from protos import embeddings_pb2, vision_pb2_grpc
 from protos import vision_pb2 as pb
-from vision_worker.batcher import Batcher, EncodedGroup, ImageEmbedding
+from vision_worker.batcher import Batcher
 from vision_worker.cache.embedding_cache import EmbeddingCache
 from vision_worker.deadline import Deadline
 from vision_worker.delivery import SinkChannels
@@ -32,7 +32,9 @@ from vision_worker.metrics import Metrics
 from vision_worker.prepare_threads import PrepareThreads
 from vision_worker.preprocessing.image_decoder import ImageDecoder
 from vision_worker.preprocessing.tiling import Tiles
+from vision_worker.projector import ImageEmbedding
 from vision_worker.quantization import EMBEDDING_DTYPES
+from vision_worker.tile_group import EncodedGroup
 
 if TYPE_CHECKING:
     import grpc.aio

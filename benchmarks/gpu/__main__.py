@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import copies, heads, kernels, preprocessing, shapes, table, towers
+from benchmarks.gpu import copies, heads, kernels, preprocessing, shapes, table, towers, worker
 from benchmarks.gpu.kit import Kit, Measurement
 
 _BATCHES = {"300M": (1, 8, 32, 128), "6B": (1, 8, 32, 64)}
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     device = torch.device("cpu" if parsed.dry else "cuda")
     kit = Kit(parsed.out, parsed.seconds, device, parsed.dry)
-    kit.run(_measurements(kit))
+    kit.run(each for each in _measurements(kit) if parsed.only in each.name)
     kit.save()
     print(table.write(kit, shapes.PUBLISHED).read_text(encoding="utf-8"), end="")
     return 0
@@ -35,6 +35,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU; the figures mean nothing")
     parser.add_argument("--seconds", type=float, default=480.0, help="what does not fit into this time is skipped")
+    parser.add_argument("--only", default="", metavar="TEXT", help="leave out measurements without this text in their name")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the results")
     return parser.parse_args(arguments)
 
@@ -52,6 +53,9 @@ def _measurements(kit: Kit) -> Iterator[Measurement]:
     for shape in (small, large):
         yield from kernels.measurements(kit, shape)
         _free_memory()
+    yield from worker.measurements(kit, small)
+    if not kit.dry:
+        yield from worker.measurements(kit, small, "--vision-compile")
 
 
 def _free_memory() -> None:

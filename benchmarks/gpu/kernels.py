@@ -35,4 +35,4 @@ def _measure(kit: Kit, shape: Shape) -> dict[str, Any]:
     }
     total = sum(microseconds.values())
     largest = sorted(microseconds.items(), key=lambda item: -item[1])[:_LARGEST]
-    return {"ms": round(total / 1e3, 3), "share of time": {name[:100]: round(time / total, 4) for name, time in largest}}
+    return {"ms": round(total / 1e3, 3), "share of time": {f"`{name[:100]}`": round(time / total, 4) for name, time in largest}}

@@ -13,7 +13,7 @@ def write(kit: Kit, shapes: tuple[Shape, ...]) -> Path:
     """Write the figures, whether towers reach their share of the peak, and what was skipped and why. Returns the file."""
     environment = ", ".join(f"{name} {value}" for name, value in kit.environment().items() if value is not None)
     lines = ["# What a GPU shows", "", environment, "", "| measurement | figures |", "|---|---|"]
-    lines += [f"| {name} | {_cell(figures)} |" for name, figures in kit.figures.items()]
+    lines += [row for name, figures in kit.figures.items() for row in _rows(name, figures)]
     lines += ["", *(_verdict(kit, shape) for shape in shapes), *_encoder_cores(kit)]
     lines += [f"- {name}: skipped, {reason}" for name, reason in kit.skipped.items()]
     file = kit.folder / FILE
@@ -21,12 +21,15 @@ def write(kit: Kit, shapes: tuple[Shape, ...]) -> Path:
     return file
 
 
+def _rows(name: str, figures: dict[str, Any]) -> list[str]:
+    """Return a row of plain figures, and one for each group of them."""
+    plain = {key: value for key, value in figures.items() if not isinstance(value, dict)}
+    groups = {key: value for key, value in figures.items() if isinstance(value, dict)}
+    return [f"| {name} | {_cell(plain)} |", *(f"| {name}: {key} | {_cell(group)} |" for key, group in groups.items())]
+
+
 def _cell(figures: dict[str, Any]) -> str:
-    parts = []
-    for name, value in figures.items():
-        inner = "; ".join(f"`{key}` {share:.1%}" for key, share in value.items()) if isinstance(value, dict) else value
-        parts.append(f"{name}: {inner}")
-    return ", ".join(parts)
+    return ", ".join(f"{name}: {value}" for name, value in figures.items())
 
 
 def _best(kit: Kit, shape: Shape, figure: str) -> float | None:

@@ -68,10 +68,16 @@ def random_tower(shape: Shape, device: torch.device) -> InternViT:
 
 
 def randomize(module: Module) -> Module:
-    """Give a module random weights, and return it for inference."""
+    """Give a module random weights that keep the scale of activations, as trained ones do, and return it for inference.
+
+    Smaller activations would flatter the device: products of numbers near zero take less power, and so run faster.
+    """
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.02)
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return module.eval()
 
 

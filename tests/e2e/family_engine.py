@@ -29,6 +29,7 @@ def encode_images(checkpoint: Path, store_folder: Path) -> dict[str, int]:
     from tests.vision_worker.images import pixels
     from vision_worker import encoder as encoders
     from vision_worker.config import VisionOptions
+    from vision_worker.encoder import FeatureGroup
     from vision_worker.models import vir
 
     opened = open_checkpoint(checkpoint)
@@ -40,7 +41,8 @@ def encode_images(checkpoint: Path, store_folder: Path) -> dict[str, int]:
     for file in IMAGE_FILES:
         tiles = encoder.prepare(pixels((IMAGES / file).read_bytes()), Tiling(1, 2, description.thumbnail))
         policy = vir.select_policy(0, description.thresholds)
-        projected = encoder.project(encoder.forward(encoder.stage(list(tiles.pixels))), range(len(tiles)), policy)
+        features = encoder.forward(encoder.stage(list(tiles.pixels)))
+        projected = encoder.project([FeatureGroup(features, range(len(tiles)), policy)])[0]
         embedding = torch.cat(projected.blocks).float()
         key = file.partition(".")[0]
         rows[key] = len(embedding)

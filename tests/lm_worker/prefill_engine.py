@@ -43,6 +43,7 @@ def encode(folder: Path) -> None:
     from tests.vision_worker.images import pixels
     from vision_worker import encoder as encoders
     from vision_worker.config import VisionOptions
+    from vision_worker.encoder import FeatureGroup
     from vision_worker.models import vir
 
     opened = open_checkpoint(CHECKPOINT)
@@ -60,7 +61,8 @@ def encode(folder: Path) -> None:
     policy = vir.select_policy(0, description.thresholds)
     for key, (data, bounds) in files.items():
         tiles = encoder.prepare(pixels(data), bounds)
-        projected = encoder.project(encoder.forward(encoder.stage(list(tiles.pixels))), range(len(tiles)), policy)
+        features = encoder.forward(encoder.stage(list(tiles.pixels)))
+        projected = encoder.project([FeatureGroup(features, range(len(tiles)), policy)])[0]
         embedding = torch.cat(projected.blocks).float()
         with store.writing(Header(key, opened.fingerprint, "float32", *embedding.shape)) as incoming:
             incoming.add(embedding.contiguous().numpy().tobytes())

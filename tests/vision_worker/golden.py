@@ -5,6 +5,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from common.checkpoint import open_checkpoint
 from common.tiling import Tiling
 from tests.vision_worker.images import pixels
-from vision_worker.encoder import Encoder, GroupEmbedding, Placement
+from vision_worker.encoder import Encoder, FeatureGroup, GroupEmbedding, Placement
 from vision_worker.models import internvl, vir
 from vision_worker.models.internvl import InternVL
 from vision_worker.preprocessing.tiling import Tiles
@@ -87,7 +88,12 @@ def embed(case: Case, dtype: torch.dtype) -> GroupEmbedding:
     """Encode a case's images as one group, with the learned router."""
     model = encoder(case.checkpoint, dtype)
     group = torch.cat([features(case.checkpoint, file, dtype) for file in case.fields["images"]])
-    return model.project(group, range(len(group)), vir.select_policy(0, model.checkpoint.description.thresholds))
+    return project(model, group, range(len(group)), vir.select_policy(0, model.checkpoint.description.thresholds))
+
+
+def project(encoder: Encoder, features: torch.Tensor, index: Sequence[int], policy: vir.Policy) -> GroupEmbedding:
+    """Project one group alone."""
+    return encoder.project([FeatureGroup(features, index, policy)])[0]
 
 
 def split_by_image(case: Case, result: GroupEmbedding) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import threading
 import weakref
 from itertools import chain
@@ -14,16 +15,23 @@ from torch import Tensor
 from common import errors
 from common.checkpoint import open_checkpoint
 from tests.vision_worker import golden
-from vision_worker.batcher import Batcher, EncodedGroup
+from vision_worker.batcher import Batcher
 from vision_worker.deadline import Deadline
 from vision_worker.encoder import Placement
 from vision_worker.metrics import Metrics
 from vision_worker.models import vir
 from vision_worker.models.fake import Fake
 from vision_worker.preprocessing.tiling import Tiles
+from vision_worker.tile_group import EncodedGroup
 
 KEEP = vir.Fixed(False)
 SIDE = 448
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["as on a CPU", "as on a GPU"])
+def _asynchronous(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests run with one thread for tower and projectors, and with two that overlap."""
+    monkeypatch.setattr(Placement, "is_asynchronous", property(lambda _: request.param))
 
 
 class RecordingEncoder(Fake):
@@ -346,6 +354,25 @@ async def test_infinite_values_are_an_error() -> None:
     async with Batcher(encoder, 2) as batcher:
         with pytest.raises(errors.InternalError, match="infinite"):
             await encode(batcher, image_of(1))
+
+
+async def test_infinite_values_of_a_group_fail_no_other_group_of_its_batch() -> None:
+    encoder = RecordingEncoder()
+    encoder._block = lambda value, compressed: torch.full((256, 256), math.inf if value == bad else 1.0)  # type: ignore[method-assign]
+    bad = int(encoder.forward(encoder.stage([image_of(1).pixels[0]]))[0])
+    encoder.open.clear()
+    async with Batcher(encoder, 3) as batcher:
+        first = asyncio.create_task(encode(batcher, image_of(9)))
+        await wait_for_first_batch(encoder)
+        second = asyncio.create_task(encode(batcher, image_of(8)))
+        async with asyncio.timeout(10):
+            while batcher._on_device < 2:
+                await asyncio.sleep(0.005)
+        calls = [asyncio.create_task(encode(batcher, image_of(value))) for value in (2, 1, 3)]
+        await wait_for_waiting_tiles(batcher, 3)
+        encoder.open.set()
+        results = await asyncio.gather(first, second, *calls, return_exceptions=True)
+    assert [type(result) for result in results] == [*[EncodedGroup] * 3, errors.InternalError, EncodedGroup]
 
 
 async def test_routes_are_decided_over_the_whole_group() -> None:

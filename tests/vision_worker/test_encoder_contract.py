@@ -16,7 +16,7 @@ from tests.vision_worker import golden
 from tests.vision_worker.images import pixels
 from vision_worker import encoder as encoders
 from vision_worker.config import VisionOptions
-from vision_worker.encoder import FAMILIES, Encoder, GroupEmbedding
+from vision_worker.encoder import FAMILIES, Encoder, FeatureGroup, GroupEmbedding
 from vision_worker.models import vir
 from vision_worker.preprocessing.tiling import Tiles
 
@@ -51,7 +51,7 @@ def forward(encoder: Encoder, pixels: np.ndarray) -> torch.Tensor:
 
 
 def embed(encoder: Encoder, tiles: Tiles, policy: vir.Policy) -> GroupEmbedding:
-    return encoder.project(forward(encoder, tiles.pixels), range(len(tiles)), policy)
+    return golden.project(encoder, forward(encoder, tiles.pixels), range(len(tiles)), policy)
 
 
 def test_every_family_can_be_chosen_and_is_tested() -> None:
@@ -108,9 +108,25 @@ def test_a_learned_policy_routes_by_scores(encoder: Encoder) -> None:
     assert result.routing_seconds >= 0
 
 
+def test_groups_that_are_projected_together_are_as_alone(encoder: Encoder) -> None:
+    features = forward(encoder, prepare(encoder).pixels)
+    groups = [
+        FeatureGroup(features[:2], [0, 1, 0], vir.Learned(0.0, 0.0)),
+        FeatureGroup(features[2:3], [0], vir.Fixed(True)),
+        FeatureGroup(features, range(len(features)), vir.Learned(0.5, 0.0)),
+        FeatureGroup(features[1:2], [0], KEEP),
+    ]
+    for group, result in zip(groups, encoder.project(groups), strict=True):
+        alone = encoder.project([group])[0]
+        assert result.compressed == alone.compressed
+        assert result.scores == pytest.approx(alone.scores, abs=1e-5)
+        for block, expected in zip(result.blocks, alone.blocks, strict=True):
+            torch.testing.assert_close(block, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_repeated_tiles_share_their_features(encoder: Encoder) -> None:
     features = forward(encoder, prepare(encoder).pixels[:2])
-    result = encoder.project(features, [0, 1, 0], vir.Learned(0.0, 0.0))
+    result = golden.project(encoder, features, [0, 1, 0], vir.Learned(0.0, 0.0))
     assert [len(values) for values in (result.blocks, result.compressed, result.scores)] == [3, 3, 3]
     assert torch.equal(result.blocks[0], result.blocks[2])
     assert (result.compressed[0], result.scores[0]) == (result.compressed[2], result.scores[2])

@@ -41,8 +41,9 @@ class CompiledTower:
         Raises: ConfigError if torch cannot compile on this machine.
         """
         size = next(size for size in self.sizes if size >= len(pixels))
-        missing = size - len(pixels)
-        padded = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
+        # always copied into the same layout: a batch with other strides would be compiled anew, while requests wait
+        padded = torch.zeros((size, *pixels.shape[1:]), dtype=pixels.dtype, device=pixels.device)
+        padded[: len(pixels)] = pixels
         try:
             # cloned: a graph's next run overwrites its output, and a group's features wait for later batches
             return self._run(padded)[: len(pixels)].clone()

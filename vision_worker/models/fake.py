@@ -14,8 +14,7 @@ from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from common.tiling import Tiling
-from vision_worker.encoder import GroupEmbedding, Placement, Stager
-from vision_worker.models.vir import Policy
+from vision_worker.encoder import FeatureGroup, GroupEmbedding, Placement, Stager
 from vision_worker.preprocessing import tiling
 
 _SCORE_LEVELS = 1 << 16
@@ -45,13 +44,16 @@ class Fake:
         digests = (hashlib.blake2b(tile.tobytes(), digest_size=4).digest() for tile in pixels.numpy())
         return torch.tensor([int.from_bytes(digest) for digest in digests])
 
-    def project(self, features: Tensor, index: Sequence[int], policy: Policy) -> GroupEmbedding:
+    def project(self, groups: Sequence[FeatureGroup]) -> list[GroupEmbedding]:
         """See `Encoder.project`."""
-        hashes = features[list(index)]
+        return list(map(self._project, groups))
+
+    def _project(self, group: FeatureGroup) -> GroupEmbedding:
+        hashes = group.features[list(group.index)]
         scores = (hashes % _SCORE_LEVELS).float() / _SCORE_LEVELS
-        compressed = policy.route(scores).tolist()
+        compressed = group.policy.route(scores).tolist()
         blocks = [self._block(value, is_compressed) for value, is_compressed in zip(hashes.tolist(), compressed, strict=True)]
-        return GroupEmbedding(blocks, compressed, scores.tolist() if policy.needs_scores else [])
+        return GroupEmbedding(blocks, compressed, scores.tolist() if group.policy.needs_scores else [])
 
     def _block(self, value: int, compressed: bool) -> Tensor:
         description = self.checkpoint.description

@@ -4,6 +4,7 @@ Source: `modeling_internvl_chat.py` of OpenGVLab's checkpoints (`extract_feature
 `mlp2`, `pooling_before_gating` and `gating`).
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import cast
@@ -17,16 +18,16 @@ from common.checkpoint import Checkpoint, CheckpointError
 from common.layouts.base import Description
 from common.tiling import Tiling
 from vision_worker import weights
-from vision_worker.encoder import GroupEmbedding, Placement, Stager
+from vision_worker.encoder import FeatureGroup, GroupEmbedding, Placement, Stager, concatenate
 from vision_worker.models import onednn
 from vision_worker.models.compiled import CompiledTower
 from vision_worker.models.intern_vit import InternViT
-from vision_worker.models.vir import Gating, Policy, Pooling
+from vision_worker.models.vir import Gating, Pooling
 from vision_worker.preprocessing import tiling
 
 _MEAN = (0.485, 0.456, 0.406)
 _STANDARD_DEVIATION = (0.229, 0.224, 0.225)
-_TILES_PER_PASS = 16
+_TILES_PER_PASS = 32
 """Tiles that the router or a projector processes at a time, to limit their memory for large groups."""
 
 
@@ -111,20 +112,30 @@ class InternVL:
         return cast(Tensor, self._tower(normalize(pixels).to(self.placement.dtype)))
 
     @torch.inference_mode()
-    def project(self, features: Tensor, index: Sequence[int], policy: Policy) -> GroupEmbedding:
+    def project(self, groups: Sequence[FeatureGroup]) -> list[GroupEmbedding]:
         """See `Encoder.project`."""
-        if features.is_cuda:
-            # wait for the tower, whose time would otherwise be measured as the router's
-            torch.cuda.current_stream(features.device).synchronize()
         started = time.monotonic()
-        scores = self.scores(features)[list(index)] if policy.needs_scores else torch.zeros(len(index))
-        compressed = policy.route(scores).tolist()
+        scores = self._scores_by_group(groups)
+        routes = [group.policy.route(values).tolist() for group, values in zip(groups, scores, strict=True)]
         routing_seconds = time.monotonic() - started
-        by_feature = dict(zip(index, compressed, strict=True))  # equal tiles have equal scores, hence equal routes
-        blocks = self._project_tiles(features, [by_feature[i] for i in range(len(features))])
-        return GroupEmbedding(
-            [blocks[i] for i in index], compressed, scores.tolist() if policy.needs_scores else [], routing_seconds
-        )
+        # equal tiles have equal scores, hence equal routes
+        by_feature = [dict(zip(group.index, route, strict=True)) for group, route in zip(groups, routes, strict=True)]
+        compressed = [route[i] for route in by_feature for i in range(len(route))]
+        blocks = iter(self._project_tiles(concatenate([group.features for group in groups]), compressed))
+        embeddings = []
+        for group, route, values in zip(groups, routes, scores, strict=True):
+            distinct = list(itertools.islice(blocks, len(group.features)))
+            shown = values.tolist() if group.policy.needs_scores else []
+            embeddings.append(GroupEmbedding([distinct[i] for i in group.index], route, shown, routing_seconds))
+        return embeddings
+
+    def _scores_by_group(self, groups: Sequence[FeatureGroup]) -> list[Tensor]:
+        """The score of each tile of each group, float32 on the CPU; zeros where the policy needs none."""
+        routed = [group.features for group in groups if group.policy.needs_scores]
+        scores = iter(torch.split(self.scores(concatenate(routed)), list(map(len, routed))) if routed else ())
+        return [
+            next(scores)[list(group.index)] if group.policy.needs_scores else torch.zeros(len(group.index)) for group in groups
+        ]
 
     def scores(self, features: Tensor) -> Tensor:
         """The router's probability of "compress" for each tile, float32 [n] on the CPU."""

@@ -13,6 +13,7 @@ from benchmarks.gpu import table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.kit import Kit, Measurement, Skipped
 from benchmarks.gpu.shapes import PUBLISHED
+from benchmarks.gpu.worker import WORKLOADS
 from tests.e2e.serving import ROOT
 
 CPU = torch.device("cpu")
@@ -43,11 +44,22 @@ def test_a_dry_run_makes_every_measurement_without_the_servers_packages(tmp_path
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     skipped = saved(tmp_path)["skipped"]
+    assert skipped.pop("vision worker 300M") == "the package grpc is missing"
     assert set(skipped.values()) == {"a CPU has no CUDA graphs"}, skipped
     names = " ".join(saved(tmp_path)["figures"])
     for part in ("300M, eager", "6B, eager", "6B, compiled", "router 6B", "64 tokens", "copies", "preprocessing", "kernels"):
         assert part in names
     assert "| tower 300M, eager, 1 tiles | tiles/s: " in done.stdout
+
+
+def test_a_dry_run_measures_a_whole_vision_worker(tmp_path: Path) -> None:
+    assert main(["--dry", "--only", "vision worker", "--out", str(tmp_path)]) == 0
+    assert saved(tmp_path)["skipped"] == {}
+    figures = saved(tmp_path)["figures"]["vision worker 300M"]
+    for workload in WORKLOADS:
+        assert figures[workload.name]["tiles/s"] > 0
+        assert (figures[workload.name]["deliver, ms"] > 0) == workload.delivered
+    assert "| vision worker 300M: one call at a time, 1920 × 1080 | tiles/s: " in (tmp_path / "gpu.md").read_text()
 
 
 @pytest.mark.parametrize(("shape", "tflop"), [(PUBLISHED[0], 0.724), (PUBLISHED[1], 11.94)])

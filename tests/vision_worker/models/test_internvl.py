@@ -41,7 +41,7 @@ def test_an_embedding_does_not_depend_on_its_batch(batch_tiles: int) -> None:
     mixed = encoder.forward(encoder.stage([*others, *tiles]))[-len(tiles) :]
     alone = golden.features("flash-qwen3", "wide_1300x800.jpg", torch.float32)
     policy = vir.select_policy(0, encoder.checkpoint.description.thresholds)
-    first, second = (encoder.project(features, range(len(tiles)), policy) for features in (alone, mixed))
+    first, second = (golden.project(encoder, features, range(len(tiles)), policy) for features in (alone, mixed))
     assert first.compressed == second.compressed
     assert True in first.compressed
     assert golden.relative_error(torch.cat(second.blocks), torch.cat(first.blocks)) < 2e-6
@@ -56,11 +56,22 @@ def test_a_compiled_tower_computes_the_same_features() -> None:
     assert golden.relative_error(compiled.forward(compiled.stage(list(tiles))), plain.forward(plain.stage(list(tiles)))) < 2e-6
 
 
+def test_a_compiled_tower_compiles_nothing_while_requests_wait() -> None:
+    checkpoint = open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint")
+    encoder = internvl.load(checkpoint, Placement(torch.device("cpu"), torch.float32, compile_for=4))
+    tiles = list(golden.tiles(encoder, "wide_1300x800.jpg").pixels)
+    for size in encoder.warmup_batch_sizes(4):
+        encoder.forward(encoder.stage(tiles[:1] * size))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (3, 4, 2, 1):
+            encoder.forward(encoder.stage(tiles[:size]))
+
+
 @pytest.mark.parametrize("compress", [False, True])
 def test_equal_tiles_are_computed_once(compress: bool) -> None:
     encoder = golden.encoder("flash-qwen3")
     features = golden.features("flash-qwen3", "seed_800x1300.png", torch.float32)[:2]
-    result = encoder.project(features, [0, 1, 0], vir.Fixed(compress))
+    result = golden.project(encoder, features, [0, 1, 0], vir.Fixed(compress))
     assert [len(block) for block in result.blocks] == [64 if compress else 256] * 3
     assert torch.equal(result.blocks[0], result.blocks[2])
     assert result.scores == []
@@ -73,7 +84,8 @@ def test_dummy_weights_are_seeded_and_finite() -> None:
     results = []
     for _ in range(2):
         encoder = internvl.load(checkpoint, CPU, dummy=True)
-        results.append(torch.cat(encoder.project(encoder.forward(encoder.stage(list(pixels))), range(2), policy).blocks))
+        features = encoder.forward(encoder.stage(list(pixels)))
+        results.append(torch.cat(golden.project(encoder, features, range(2), policy).blocks))
     assert torch.equal(*results)
     assert results[0].isfinite().all()
 
@@ -99,7 +111,8 @@ def test_features_of_a_transformers_checkpoint_are_those_of_transformers(tmp_pat
     encoder = internvl.load(open_checkpoint(tmp_path), CPU)
     assert encoder.checkpoint.description.max_tiles == 9
     pixels = np.random.default_rng(1).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
-    actual = torch.stack(encoder.project(encoder.forward(encoder.stage(list(pixels))), range(2), vir.Fixed(False)).blocks)
+    features = encoder.forward(encoder.stage(list(pixels)))
+    actual = torch.stack(golden.project(encoder, features, range(2), vir.Fixed(False)).blocks)
     with torch.no_grad():
         expected = theirs.model.get_image_features(normalize(torch.from_numpy(pixels))).pooler_output
     assert golden.relative_error(actual, expected) < 1e-5

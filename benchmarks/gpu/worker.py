@@ -1,0 +1,250 @@
+"""A whole vision worker by gRPC: tiles/s of its process over those of its tower alone, and where the time of a call goes.
+
+It also needs grpcio, protobuf, pydantic, PyYAML and prometheus-client, and is skipped where they are missing.
+"""
+
+import asyncio
+import functools
+import io
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from benchmarks.gpu.kit import Kit, Measurement, Skipped
+from benchmarks.gpu.shapes import Shape
+
+if TYPE_CHECKING:
+    from protos import vision_pb2
+
+_ROOT = Path(__file__).parents[2]
+_FILES = 64
+"""Distinct images: more than there are calls in flight, since equal ones would share a computation."""
+_START_SECONDS = 240.0
+_SECONDS = 6.0
+_SINK_BYTES = 2 << 30
+_STAGES = ("wait", "decode", "tile", "queue", "encode", "route", "deliver")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is sent.
+
+    Attributes:
+        name: Names it in the results.
+        size: Width and height of the JPEG files.
+        router: `AUTO` or `OFF`: whether the router compresses tiles.
+        delivered: Whether embeddings go to a sink in shared memory.
+        in_flight: Calls at once, an image each.
+    """
+
+    name: str
+    size: tuple[int, int]
+    router: str
+    delivered: bool
+    in_flight: int
+
+
+WORKLOADS = (
+    Workload("one call at a time, 1920 × 1080", (1920, 1080), "AUTO", True, 1),
+    Workload("1920 × 1080, not delivered", (1920, 1080), "OFF", False, 32),
+    Workload("1920 × 1080, delivered", (1920, 1080), "OFF", True, 32),
+    Workload("1920 × 1080, routed and delivered", (1920, 1080), "AUTO", True, 32),
+    Workload("448 × 448, routed and delivered", (448, 448), "AUTO", True, 64),
+)
+
+
+@dataclass
+class _Observed:
+    """Replies of a time span, of one at least. Times are those of `time.monotonic`, durations seconds."""
+
+    begins_at: float
+    ends_at: float
+    tiles: int = 0
+    latencies: list[float] = field(default_factory=list)
+    stages: list[list[float]] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the span is over."""
+        return bool(self.latencies) and time.monotonic() >= self.ends_at
+
+    def add(self, reply: "vision_pb2.EncodeReply", latency: float) -> None:
+        """Count a reply that has just come, if it belongs to the span."""
+        now = time.monotonic()
+        if now < self.begins_at or self.is_complete:
+            return
+        self.ends_at = max(self.ends_at, now)  # later only if this is the first one
+        self.tiles += sum(len(image.compressed) for image in reply.images)
+        self.latencies.append(latency)
+        self.stages.append([getattr(reply.timings, name) for name in _STAGES])
+
+
+def measurements(kit: Kit, shape: Shape, *flags: str) -> Iterator[Measurement]:
+    """Yield one measurement of a worker with these flags."""
+    name = " ".join([f"vision worker {shape.name}", *flags])
+    yield Measurement(name, 200 if flags else 90, functools.partial(_measure, kit, shape, flags))
+
+
+def _measure(kit: Kit, shape: Shape, flags: Sequence[str]) -> dict[str, Any]:
+    try:
+        import grpc  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import pydantic  # noqa: F401
+        import yaml  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise Skipped(f"the package {error.name} is missing") from None
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name, ExitStack() as servers:
+        folder = Path(name)
+        model = write_model(folder / "model", shape)
+        started_at = time.monotonic()
+        sink = servers.enter_context(_sink(folder, model))
+        worker = servers.enter_context(_vision_worker(kit, folder, model, flags))
+        figures: dict[str, Any] = {"start, s": round(time.monotonic() - started_at, 1)}
+        alone = tower_tiles_per_second(kit, shape)
+        for workload in WORKLOADS:
+            observed = asyncio.run(_load(worker, sink, workload, 0.1 if kit.dry else _SECONDS))
+            figures[workload.name] = _summarize(observed, alone)
+    return figures
+
+
+def tower_tiles_per_second(kit: Kit, shape: Shape) -> float | None:
+    """Return the tower's best rate of the measurements so far."""
+    rates = [row["tiles/s"] for name, row in kit.figures.items() if name.startswith(f"tower {shape.name},")]
+    return max(rates, default=None)
+
+
+def _summarize(observed: _Observed, alone: float | None) -> dict[str, float]:
+    seconds = observed.ends_at - observed.begins_at
+    rate = observed.tiles / seconds
+    stages = zip(_STAGES, zip(*observed.stages, strict=True), strict=True)
+    return {
+        "tiles/s": round(rate, 1), "images/s": round(len(observed.latencies) / seconds, 1),
+        **({"over the tower alone": round(rate / alone, 3)} if alone else {}),
+        "median latency, ms": round(1e3 * statistics.median(observed.latencies), 1),
+        **{f"{name}, ms": round(1e3 * statistics.fmean(values), 2) for name, values in stages},
+    }  # fmt: skip
+
+
+def write_model(folder: Path, shape: Shape) -> Path:
+    """Write the configuration of a Flash checkpoint of this shape; its weights are random."""
+    tower = shape.tower
+    vision = {
+        "hidden_size": tower.hidden_size, "intermediate_size": tower.intermediate_size, "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads, "image_size": tower.image_size, "patch_size": tower.patch_size,
+        "norm_type": tower.norm, "layer_norm_eps": tower.norm_eps, "hidden_act": tower.activation, "qkv_bias": tower.qkv_bias,
+        "qk_normalization": tower.qk_norm,
+    }  # fmt: skip
+    language = {
+        "model_type": "qwen3", "hidden_size": shape.width, "num_hidden_layers": 1, "vocab_size": 1000,
+        "max_position_embeddings": 40960,
+    }  # fmt: skip
+    config = {
+        "model_type": "internvl_chat", "vision_config": vision, "llm_config": language, "force_image_size": tower.image_size,
+        "dynamic_image_size": True, "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 12, "ps_version": "v2",
+        "torch_dtype": "bfloat16", "flash_mode": True, "flash_relative_threshold": 0.5, "flash_absolute_threshold": 0.0,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _sink(folder: Path, model: Path) -> Iterator[str]:
+    """Start a sink as a language worker does, and yield its address."""
+    from lm_worker.shared_memory import create_folder
+    from lm_worker.sink import SinkOptions
+
+    create_folder(folder / "store")
+    address = f"unix:{folder / 'sink'}"
+    options = SinkOptions(str(model), address, "", "bfloat16", str(folder / "store"), _SINK_BYTES, 0.0, 0, "warning")
+    with _running([sys.executable, *options.arguments()], folder, lambda: (folder / "sink").exists(), stdin=subprocess.PIPE):
+        yield address
+
+
+@contextmanager
+def _vision_worker(kit: Kit, folder: Path, model: Path, flags: Sequence[str]) -> Iterator[str]:
+    """Start a vision worker as an operator does, without a cache, and yield its address."""
+    command = [
+        sys.executable, "-m", "vision_worker", str(model), "--load-format=dummy", f"--device={kit.device.type}",
+        f"--listen=unix:{folder / 'vision'}", "--cache=none", "--log-level=warning", *flags,
+    ]  # fmt: skip
+    with _running(command, folder, lambda: (folder / "vision").exists()):
+        yield f"unix:{folder / 'vision'}"
+
+
+@contextmanager
+def _running(command: list[str], folder: Path, is_ready: Callable[[], bool], stdin: int = subprocess.DEVNULL) -> Iterator[None]:
+    """Run a process for the length of the block. Raises `RuntimeError` with the end of its log if it does not get ready."""
+    log = folder / f"{len(list(folder.iterdir()))}.log"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdin=stdin, stdout=output, stderr=output)
+    try:
+        started_at = time.monotonic()
+        while not is_ready():
+            if process.poll() is not None or time.monotonic() - started_at > _START_SECONDS:
+                raise RuntimeError(f"{command[2]} did not start: {log.read_text(errors='replace').strip().splitlines()[-1]}")
+            time.sleep(0.05)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+async def _load(worker: str, sink: str, workload: Workload, seconds: float) -> _Observed:
+    """Keep `in_flight` calls running, and observe those that end in a span of `seconds`, after a warm-up of half its length."""
+    from common import rpc
+    from protos import vision_pb2_grpc
+
+    files, numbers, warm_at = jpegs(workload.size), itertools.count(), time.monotonic() + seconds / 2
+    observed = _Observed(warm_at, warm_at + seconds)
+    async with rpc.open_channel(worker) as channel:
+        stub = vision_pb2_grpc.VisionStub(channel)
+
+        async def call_repeatedly() -> None:
+            while not observed.is_complete:
+                started_at = time.monotonic()
+                reply = await stub.Encode(_request(next(numbers), files, workload, sink), timeout=120)
+                observed.add(reply, time.monotonic() - started_at)
+
+        await asyncio.gather(*(call_repeatedly() for _ in range(workload.in_flight)))
+    return observed
+
+
+def _request(number: int, files: list[bytes], workload: Workload, sink: str) -> "vision_pb2.EncodeRequest":
+    from protos import embeddings_pb2, vision_pb2
+
+    image = vision_pb2.Image(key=f"benchmark-{workload.name.encode().hex()[:16]}-{number}", data=files[number % len(files)])
+    return vision_pb2.EncodeRequest(
+        images=[image], dtype=embeddings_pb2.BFLOAT16, router=vision_pb2.Router(mode=workload.router),
+        deliver_to=sink if workload.delivered else "", dry_run=not workload.delivered, caller=str(number % 8),
+    )  # fmt: skip
+
+
+@functools.cache
+def jpegs(size: tuple[int, int]) -> list[bytes]:
+    """Return distinct JPEG files of coarse noise, which cost about as much to decode as photographs."""
+    return [_jpeg(size, seed) for seed in range(_FILES)]
+
+
+def _jpeg(size: tuple[int, int], seed: int) -> bytes:
+    columns, rows = (side // 16 + 1 for side in size)
+    noise = Image.frombytes("RGB", (columns, rows), random.Random(seed).randbytes(3 * columns * rows))
+    file = io.BytesIO()
+    noise.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
