@@ -31,7 +31,7 @@ from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2, vision_pb2_g
 from tests.ports import free_port
 from tests.redis_server import redis_server
 from vision_worker.models import onednn
-from vision_worker.quantization import EMBEDDING_DTYPES, NARROW_DTYPES, convert, join
+from vision_worker.quantization import EMBEDDING_DTYPES, NARROW_DTYPES, convert, join, view
 
 DTYPES = ("float32", "bfloat16", "int8", "fp8")
 ROWS_PER_TILE, WIDTHS = 256, (1024, 2048, 4096)
@@ -114,7 +114,7 @@ def measure_costs(repeats: int) -> dict[str, Any]:
 def _stage_seconds(tokens: Tensor, dtype: str, repeats: int) -> dict[str, float]:
     """Seconds of a tile to become a payload, to be checked by the sink, and to be widened by vLLM's worker."""
     parts, header = convert(tokens, EMBEDDING_DTYPES[dtype]), Header("key", "", dtype, *tokens.shape)
-    payload = join(parts, slice(0, len(tokens)))
+    payload = view(join(parts, slice(0, len(tokens))))
     stages: dict[str, Callable[[], object]] = {
         "convert": lambda: join(convert(tokens, EMBEDDING_DTYPES[dtype]), slice(0, len(tokens))),
         "check": lambda: check_values(header, payload),

@@ -50,6 +50,8 @@ class Placement:
     dtype: torch.dtype
     compile_for: int = 0
     """Tiles in the largest batch that the tower is compiled for; 0: not compiled."""
+    record_for: int = 0
+    """Tiles in the largest batch that CUDA graphs of the tower are recorded for; 0: none."""
 
     @property
     def is_asynchronous(self) -> bool:
@@ -139,8 +141,11 @@ def load(options: VisionOptions, checkpoint: Checkpoint) -> Encoder:
     """Load the family that `--vision-backend` names. Raises: CheckpointError, ConfigError."""
     family = importlib.import_module(FAMILIES[options.vision_backend])
     device = _device(options.device)
-    compile_for = max_batch_tiles(options, device) if options.vision_compile else 0
-    placement = Placement(device, _dtype(options.vision_dtype, checkpoint), compile_for)
+    tiles, compiles = max_batch_tiles(options, device), options.vision_compile
+    placement = Placement(
+        device, _dtype(options.vision_dtype, checkpoint), compile_for=tiles if compiles else 0,
+        record_for=tiles if device.type == "cuda" and not compiles else 0,
+    )  # fmt: skip
     return cast(Encoder, family.load(checkpoint, placement, dummy=options.load_format == "dummy"))
 
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from vision_worker import quantization
 from vision_worker.encoder import Encoder, FeatureGroup, GroupEmbedding, concatenate
 from vision_worker.models.vir import Policy
+from vision_worker.pinned_memory import PinnedMemory
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class CompleteGroup:
         tiles_by_image: number of tiles of each image.
     """
 
-    features: Sequence[torch.Tensor]
+    features: Sequence[Tensor]
     index: Sequence[int]
     policy: Policy
     dtype: torch.dtype
@@ -60,7 +62,9 @@ class Projector:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         device = encoder.placement.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # before the tower, whose kernels fill the GPU: there are many small ones here, and each would wait
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._pinned_memory = PinnedMemory()
 
     def project(self, groups: Sequence[CompleteGroup]) -> list[ProjectedGroup]:
         """Project groups together, whose features the device has computed.
@@ -80,7 +84,7 @@ class Projector:
                 blocks = [block for i in members for block in embeddings[i].blocks]
                 parts, first_row = quantization.convert(torch.cat(blocks), dtype), 0
                 for i in members:
-                    images = split_by_image(groups[i].tiles_by_image, embeddings[i], parts, first_row)
+                    images = self._split_by_image(groups[i].tiles_by_image, embeddings[i], parts, first_row)
                     result[i] = ProjectedGroup(images, embeddings[i].routing_seconds)
                     first_row += sum(map(len, embeddings[i].blocks))
             return [result[i] for i in range(len(groups))]
@@ -94,18 +98,26 @@ class Projector:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
-            self._stream.synchronize()  # the memory of the features may be used again: they belong to another stream
+            # payloads are there now, and the memory of features may be used again: it belongs to another stream
+            self._stream.synchronize()
 
+    def _split_by_image(
+        self, tiles_by_image: Sequence[int], embedding: GroupEmbedding, parts: Sequence[Tensor], first_row: int
+    ) -> list[ImageEmbedding]:
+        """Split a group by image. Its rows of the parts [all rows, …] of `quantization.convert` begin at `first_row`."""
+        result, first_tile = [], 0
+        for tile_count in tiles_by_image:
+            tiles = slice(first_tile, first_tile + tile_count)
+            rows = sum(map(len, embedding.blocks[tiles]))
+            payload = self._copy(quantization.join(parts, slice(first_row, first_row + rows)))
+            result.append(
+                ImageEmbedding(quantization.view(payload), rows, embedding.compressed[tiles], embedding.scores[tiles])
+            )
+            first_tile, first_row = first_tile + tile_count, first_row + rows
+        return result
 
-def split_by_image(
-    tiles_by_image: Sequence[int], embedding: GroupEmbedding, parts: Sequence[torch.Tensor], first_row: int
-) -> list[ImageEmbedding]:
-    """Split a group by image. Its rows of the parts [all rows, …] of `quantization.convert` begin at `first_row`."""
-    result, first_tile = [], 0
-    for tile_count in tiles_by_image:
-        tiles = slice(first_tile, first_tile + tile_count)
-        rows = sum(map(len, embedding.blocks[tiles]))
-        data = quantization.join(parts, slice(first_row, first_row + rows))
-        result.append(ImageEmbedding(data, rows, embedding.compressed[tiles], embedding.scores[tiles]))
-        first_tile, first_row = first_tile + tile_count, first_row + rows
-    return result
+    def _copy(self, payload: Tensor) -> Tensor:
+        """Copy a payload from the device; it is there when the stream is synchronized. One on the CPU is returned itself."""
+        if not payload.is_cuda:
+            return payload
+        return self._pinned_memory.allocate(len(payload)).copy_(payload, non_blocking=True)

@@ -65,11 +65,15 @@ def quantize(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scales, (codes.round_() if dtype == torch.int8 else codes).to(dtype)
 
 
-def join(parts: Sequence[Tensor], rows: slice) -> memoryview:
-    """Return the payload of some rows, from the parts of `convert`. A single part that is on the CPU is not copied."""
+def join(parts: Sequence[Tensor], rows: slice) -> Tensor:
+    """Return the payload of some rows, uint8 `[bytes]`, from the parts of `convert`. A single part is not copied."""
     pieces = [part[rows].contiguous().view(torch.uint8).flatten() for part in parts]
-    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return joined.cpu().numpy().data.cast("B")
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def view(payload: Tensor) -> memoryview:
+    """Return the bytes of a payload that is on the CPU, as a view that keeps it alive."""
+    return payload.numpy().data.cast("B")
 
 
 def _too_large(magnitudes: Tensor, dtype: torch.dtype) -> errors.InternalError:

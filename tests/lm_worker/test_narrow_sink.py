@@ -20,7 +20,7 @@ from protos import embeddings_pb2 as pb
 from protos import embeddings_pb2_grpc
 from tests.ports import free_port
 from vision_worker.delivery import SinkChannels
-from vision_worker.quantization import NARROW_DTYPES, join, quantize
+from vision_worker.quantization import NARROW_DTYPES, join, quantize, view
 
 CHECKPOINT = Path(__file__).parents[1] / "data/golden/flash-qwen3/checkpoint"
 FINGERPRINT = open_checkpoint(CHECKPOINT).fingerprint
@@ -70,7 +70,7 @@ async def deliver(options: SinkOptions, key: str, data: bytes | memoryview, **ch
 
 def payload(dtype: str) -> memoryview:
     tokens = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
-    return join(quantize(tokens, NARROW_DTYPES[dtype]), slice(0, ROWS))
+    return view(join(quantize(tokens, NARROW_DTYPES[dtype]), slice(0, ROWS)))
 
 
 async def test_describe_names_both_dtypes(narrow: SinkOptions) -> None:

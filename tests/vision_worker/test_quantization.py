@@ -7,7 +7,7 @@ import torch
 from common import errors
 from common.embedding import LARGEST_CODES, MAX_NARROW_MAGNITUDE, Header, check_values
 from tests.vision_worker import golden
-from vision_worker.quantization import EMBEDDING_DTYPES, NARROW_DTYPES, convert, join, quantize
+from vision_worker.quantization import EMBEDDING_DTYPES, NARROW_DTYPES, convert, join, quantize, view
 
 NARROW = sorted(NARROW_DTYPES)
 TINY = float(torch.finfo(torch.float32).tiny)
@@ -88,7 +88,7 @@ def test_a_narrow_value_must_be_finite_in_every_dtype_of_a_language_model(name: 
     tokens = torch.full((2, 4), MAX_NARROW_MAGNITUDE)
     scales, codes = quantize(tokens, NARROW_DTYPES[name])
     assert torch.isfinite((codes.float() * scales[:, None]).to(torch.float16)).all()
-    check_values(Header("key", "", name, 2, 4), join((scales, codes), slice(0, 2)))
+    check_values(Header("key", "", name, 2, 4), view(join((scales, codes), slice(0, 2))))
     tokens[1, 1] = MAX_NARROW_MAGNITUDE + 32
     with pytest.raises(
         errors.InternalError, match=r"65536, and narrow embeddings have at most 65504; .*--embedding-dtype=auto"
@@ -125,7 +125,7 @@ def test_the_other_dtypes_are_only_cast(name: str, tower: torch.dtype) -> None:
 @pytest.mark.parametrize("name", sorted(EMBEDDING_DTYPES))
 def test_the_payload_of_some_rows_has_the_length_of_its_header(name: str) -> None:
     parts = convert(random_tokens(rows=9, width=5) * 1e-3, EMBEDDING_DTYPES[name])
-    payload = join(parts, slice(2, 6))
+    payload = view(join(parts, slice(2, 6)))
     assert len(payload) == Header("key", "", name, 4, 5).length
     assert bytes(payload) == b"".join(part[2:6].contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
 

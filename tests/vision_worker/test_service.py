@@ -23,7 +23,7 @@ from protos import embeddings_pb2, embeddings_pb2_grpc, vision_pb2_grpc
 from protos import vision_pb2 as pb
 from tests.vision_worker import golden
 from tests.vision_worker.images import start_image_decoder
-from vision_worker.batcher import Batcher, EncodedGroup
+from vision_worker.batcher import Batcher
 from vision_worker.cache.base import Cache
 from vision_worker.cache.embedding_cache import EmbeddingCache
 from vision_worker.cache.memory import MemoryCache
@@ -36,6 +36,7 @@ from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.process import watch_threads
 from vision_worker.quantization import NARROW_DTYPES, quantize
 from vision_worker.service import Service
+from vision_worker.tile_group import EncodedGroup
 
 STAGES = ("decode", "tile", "encode", "route", "deliver")
 FLASH = golden.cases("flash-qwen3")

@@ -1,5 +1,6 @@
 """A cache of embeddings in this process (`memory://`)."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ class MemoryCache:
 
     async def put(self, key: str, value: Sequence[bytes | bytearray | memoryview]) -> None:
         """See `Cache.put`. A value above the budget is evicted at once, and everything else with it."""
-        joined = b"".join(value)
+        joined = await asyncio.to_thread(b"".join, value)  # megabytes: other calls go on meanwhile
         self._used += len(joined) - len(self._values.pop(key, b""))
         self._values[key] = joined
         while self._used > self._budget:

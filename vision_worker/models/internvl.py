@@ -4,6 +4,7 @@ Source: `modeling_internvl_chat.py` of OpenGVLab's checkpoints (`extract_feature
 `mlp2`, `pooling_before_gating` and `gating`).
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from vision_worker.encoder import FeatureGroup, GroupEmbedding, Placement, Stage
 from vision_worker.models import onednn
 from vision_worker.models.compiled import CompiledTower
 from vision_worker.models.intern_vit import InternViT
+from vision_worker.models.recorded import RecordedTower
 from vision_worker.models.vir import Gating, Pooling
 from vision_worker.preprocessing import tiling
 
@@ -79,13 +81,19 @@ def pixel_shuffle(features: Tensor, factor: float, version: str) -> Tensor:
     return (x.permute(0, 2, 1, 3) if version == "v2" else x).flatten(1, 2)
 
 
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation on a device, [3, 1, 1]. To copy them for each batch would wait for the batch before."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (_MEAN, _STANDARD_DEVIATION))  # type: ignore[return-value]
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 [n, side, side, 3] to float32 [n, 3, side, side], by ImageNet's mean and standard deviation.
 
     The order of operations is that of the official preprocessing, so the results are equal bit for bit.
     """
-    mean = torch.tensor(_MEAN, device=pixels.device).view(3, 1, 1)
-    deviation = torch.tensor(_STANDARD_DEVIATION, device=pixels.device).view(3, 1, 1)
+    mean, deviation = _constants(pixels.device)
     return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(deviation)
 
 
@@ -96,11 +104,15 @@ class InternVL:
         self.checkpoint, self.placement, self.model = checkpoint, placement, model.eval()
         self.stage = Stager(placement.device).stage
         tower = model.vision_model
-        self._tower = CompiledTower(tower, placement.compile_for, placement.device) if placement.compile_for else tower
+        self._tower: InternViT | CompiledTower | RecordedTower = tower
+        if placement.compile_for:
+            self._tower = CompiledTower(tower, placement.compile_for, placement.device)
+        elif placement.record_for:
+            self._tower = RecordedTower(tower, placement.record_for)
 
     def warmup_batch_sizes(self, max_tiles: int) -> Sequence[int]:
-        """Every size that a compiled tower runs at; otherwise the largest batch."""
-        return self._tower.warmup_sizes if isinstance(self._tower, CompiledTower) else [max_tiles]
+        """Every size that the tower is compiled or recorded for; otherwise the largest batch."""
+        return [max_tiles] if isinstance(self._tower, InternViT) else self._tower.warmup_sizes
 
     def prepare(self, image: npt.NDArray[np.uint8], options: Tiling) -> tiling.Tiles:
         """See `Encoder.prepare`."""
