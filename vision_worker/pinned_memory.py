@@ -18,7 +18,7 @@ class PinnedMemory:
         self._lock = threading.Lock()
 
     def allocate(self, size: int) -> Tensor:
-        """Return uint8 `[size]`, pinned unless too much is in use. The tensor itself must be referenced while it is used."""
+        """Return uint8 `[size]`, pinned unless too much is in use, or the system does not allow it."""
         rounded = 1 << (size - 1).bit_length()  # what torch takes from its pool
         with self._lock:
             fits = self._used + rounded <= self._max_bytes
@@ -26,12 +26,13 @@ class PinnedMemory:
         if not fits:
             return torch.empty(size, dtype=torch.uint8)
         try:
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:  # the system does not allow so much
+            # an array, since whatever uses the memory references it; of a tensor there may be several objects
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        except RuntimeError:
             self._release(rounded)
             return torch.empty(size, dtype=torch.uint8)
         weakref.finalize(buffer, self._release, rounded).atexit = False
-        return buffer
+        return torch.from_numpy(buffer)
 
     def _release(self, size: int) -> None:
         with self._lock:

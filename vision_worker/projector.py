@@ -4,8 +4,9 @@ On a GPU it has a stream of its own, so that the tower computes the next batch m
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class Projector:
     def project(self, groups: Sequence[CompleteGroup]) -> list[ProjectedGroup]:
         """Project groups together, whose features the device has computed.
 
-        An image's payload has memory of its own, or shares it with other images of its group only, so that a cache may keep it.
+        Payloads of the groups may share memory: who keeps one for long, as a cache does, must copy it.
 
         Raises:
             InternalError: A value is infinite or NaN, or too large for a narrow dtype, in one of the groups.
@@ -81,13 +82,30 @@ class Projector:
             result: dict[int, ProjectedGroup] = {}
             for dtype in {each.dtype for each in groups}:
                 members = [i for i, each in enumerate(groups) if each.dtype == dtype]
+                images = [_images(groups[i].tiles_by_image, embeddings[i]) for i in members]
                 blocks = [block for i in members for block in embeddings[i].blocks]
-                parts, first_row = quantization.convert(torch.cat(blocks), dtype), 0
-                for i in members:
-                    images = self._split_by_image(groups[i].tiles_by_image, embeddings[i], parts, first_row)
-                    result[i] = ProjectedGroup(images, embeddings[i].routing_seconds)
-                    first_row += sum(map(len, embeddings[i].blocks))
+                rows = [image.rows for group in images for image in group]
+                payloads = iter(self._payloads(quantization.convert(torch.cat(blocks), dtype), rows))
+                for i, group in zip(members, images, strict=True):
+                    filled = [replace(image, data=next(payloads)) for image in group]
+                    result[i] = ProjectedGroup(filled, embeddings[i].routing_seconds)
             return [result[i] for i in range(len(groups))]
+
+    def _payloads(self, parts: Sequence[Tensor], rows: Sequence[int]) -> list[memoryview]:
+        """Return the payload of each image, from the parts of `quantization.convert` and the images' numbers of rows."""
+        starts = itertools.accumulate(rows, initial=0)
+        if len(parts) > 1:
+            pieces = [quantization.join(parts, slice(start, start + count)) for start, count in zip(starts, rows, strict=False)]
+            return [quantization.view(self._copy(piece)) for piece in pieces]
+        whole = quantization.view(self._copy(quantization.join(parts, slice(None))))  # one copy instead of one for each image
+        row_bytes = len(whole) // sum(rows)
+        return [whole[start * row_bytes : (start + count) * row_bytes] for start, count in zip(starts, rows, strict=False)]
+
+    def _copy(self, payload: Tensor) -> Tensor:
+        """Copy a payload from the device; it is there when the stream is synchronized. One on the CPU is returned itself."""
+        if not payload.is_cuda:
+            return payload
+        return self._pinned_memory.allocate(len(payload)).copy_(payload, non_blocking=True)
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -101,23 +119,13 @@ class Projector:
             # payloads are there now, and the memory of features may be used again: it belongs to another stream
             self._stream.synchronize()
 
-    def _split_by_image(
-        self, tiles_by_image: Sequence[int], embedding: GroupEmbedding, parts: Sequence[Tensor], first_row: int
-    ) -> list[ImageEmbedding]:
-        """Split a group by image. Its rows of the parts [all rows, …] of `quantization.convert` begin at `first_row`."""
-        result, first_tile = [], 0
-        for tile_count in tiles_by_image:
-            tiles = slice(first_tile, first_tile + tile_count)
-            rows = sum(map(len, embedding.blocks[tiles]))
-            payload = self._copy(quantization.join(parts, slice(first_row, first_row + rows)))
-            result.append(
-                ImageEmbedding(quantization.view(payload), rows, embedding.compressed[tiles], embedding.scores[tiles])
-            )
-            first_tile, first_row = first_tile + tile_count, first_row + rows
-        return result
 
-    def _copy(self, payload: Tensor) -> Tensor:
-        """Copy a payload from the device; it is there when the stream is synchronized. One on the CPU is returned itself."""
-        if not payload.is_cuda:
-            return payload
-        return self._pinned_memory.allocate(len(payload)).copy_(payload, non_blocking=True)
+def _images(tiles_by_image: Sequence[int], embedding: GroupEmbedding) -> list[ImageEmbedding]:
+    """Describe the images of a group, without their payloads."""
+    result, first = [], 0
+    for count in tiles_by_image:
+        tiles = slice(first, first + count)
+        rows = sum(map(len, embedding.blocks[tiles]))
+        result.append(ImageEmbedding(memoryview(b""), rows, embedding.compressed[tiles], embedding.scores[tiles]))
+        first += count
+    return result

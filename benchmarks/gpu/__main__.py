@@ -54,8 +54,6 @@ def _measurements(kit: Kit) -> Iterator[Measurement]:
         yield from kernels.measurements(kit, shape)
         _free_memory()
     yield from worker.measurements(kit, small)
-    if not kit.dry:
-        yield from worker.measurements(kit, small, "--vision-compile")
 
 
 def _free_memory() -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ _FILES = 64
 """Distinct images: more than there are calls in flight, since equal ones would share a computation."""
 _START_SECONDS = 240.0
 _SECONDS = 6.0
+_WORKERS = 3
 _SINK_BYTES = 2 << 30
 _STAGES = ("wait", "decode", "tile", "queue", "encode", "route", "deliver")
 
@@ -92,13 +93,19 @@ class _Observed:
         self.stages.append([getattr(reply.timings, name) for name in _STAGES])
 
 
-def measurements(kit: Kit, shape: Shape, *flags: str) -> Iterator[Measurement]:
-    """Yield one measurement of a worker with these flags."""
-    name = " ".join([f"vision worker {shape.name}", *flags])
-    yield Measurement(name, 200 if flags else 90, functools.partial(_measure, kit, shape, flags))
+def measurements(kit: Kit, shape: Shape) -> Iterator[Measurement]:
+    """Yield measurements of one worker, of several on one GPU with small images, and of one whose tower is compiled."""
+    name = f"vision worker {shape.name}"
+    yield Measurement(name, 75, functools.partial(_measure, kit, shape))
+    yield Measurement(f"{_WORKERS} × {name}", 40, functools.partial(_measure, kit, shape, _WORKERS, WORKLOADS[-1:]))
+    if not kit.dry:
+        compiles = f"{name} --vision-compile"
+        yield Measurement(compiles, 240, functools.partial(_measure, kit, shape, 1, WORKLOADS, "--vision-compile"))
 
 
-def _measure(kit: Kit, shape: Shape, flags: Sequence[str]) -> dict[str, Any]:
+def _measure(
+    kit: Kit, shape: Shape, workers: int = 1, workloads: Sequence[Workload] = WORKLOADS, *flags: str
+) -> dict[str, Any]:
     try:
         import grpc  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -111,11 +118,12 @@ def _measure(kit: Kit, shape: Shape, flags: Sequence[str]) -> dict[str, Any]:
         model = write_model(folder / "model", shape)
         started_at = time.monotonic()
         sink = servers.enter_context(_sink(folder, model))
-        worker = servers.enter_context(_vision_worker(kit, folder, model, flags))
+        starting = [_vision_worker(kit, folder, model, f"vision-{i}", flags) for i in range(workers)]
+        addresses = [servers.enter_context(worker) for worker in starting]
         figures: dict[str, Any] = {"start, s": round(time.monotonic() - started_at, 1)}
         alone = tower_tiles_per_second(kit, shape)
-        for workload in WORKLOADS:
-            observed = asyncio.run(_load(worker, sink, workload, 0.1 if kit.dry else _SECONDS))
+        for workload in workloads:
+            observed = asyncio.run(_load(addresses, sink, workload, 0.1 if kit.dry else _SECONDS))
             figures[workload.name] = _summarize(observed, alone)
     return figures
 
@@ -175,14 +183,14 @@ def _sink(folder: Path, model: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _vision_worker(kit: Kit, folder: Path, model: Path, flags: Sequence[str]) -> Iterator[str]:
+def _vision_worker(kit: Kit, folder: Path, model: Path, name: str, flags: Sequence[str]) -> Iterator[str]:
     """Start a vision worker as an operator does, without a cache, and yield its address."""
     command = [
         sys.executable, "-m", "vision_worker", str(model), "--load-format=dummy", f"--device={kit.device.type}",
-        f"--listen=unix:{folder / 'vision'}", "--cache=none", "--log-level=warning", *flags,
+        f"--listen=unix:{folder / name}", "--cache=none", "--log-level=warning", *flags,
     ]  # fmt: skip
-    with _running(command, folder, lambda: (folder / "vision").exists()):
-        yield f"unix:{folder / 'vision'}"
+    with _running(command, folder, lambda: (folder / name).exists()):
+        yield f"unix:{folder / name}"
 
 
 @contextmanager
@@ -206,23 +214,27 @@ def _running(command: list[str], folder: Path, is_ready: Callable[[], bool], std
             process.stdin.close()
 
 
-async def _load(worker: str, sink: str, workload: Workload, seconds: float) -> _Observed:
-    """Keep `in_flight` calls running, and observe those that end in a span of `seconds`, after a warm-up of half its length."""
+async def _load(workers: Sequence[str], sink: str, workload: Workload, seconds: float) -> _Observed:
+    """Keep `in_flight` calls running, spread over all workers, and observe those that end in a span of `seconds`.
+
+    A warm-up of half its length comes before.
+    """
     from common import rpc
     from protos import vision_pb2_grpc
 
     files, numbers, warm_at = jpegs(workload.size), itertools.count(), time.monotonic() + seconds / 2
     observed = _Observed(warm_at, warm_at + seconds)
-    async with rpc.open_channel(worker) as channel:
-        stub = vision_pb2_grpc.VisionStub(channel)
+    async with AsyncExitStack() as channels:
+        opened = [await channels.enter_async_context(rpc.open_channel(worker)) for worker in workers]
+        stubs = [vision_pb2_grpc.VisionStub(channel) for channel in opened]
 
-        async def call_repeatedly() -> None:
+        async def call_repeatedly(stub: vision_pb2_grpc.VisionStub) -> None:
             while not observed.is_complete:
                 started_at = time.monotonic()
                 reply = await stub.Encode(_request(next(numbers), files, workload, sink), timeout=120)
                 observed.add(reply, time.monotonic() - started_at)
 
-        await asyncio.gather(*(call_repeatedly() for _ in range(workload.in_flight)))
+        await asyncio.gather(*(call_repeatedly(stubs[i % len(stubs)]) for i in range(workload.in_flight)))
     return observed
 
 

@@ -144,10 +144,16 @@ class InternVL:
     def _scores_by_group(self, groups: Sequence[FeatureGroup]) -> list[Tensor]:
         """The score of each tile of each group, float32 on the CPU; zeros where the policy needs none."""
         routed = [group.features for group in groups if group.policy.needs_scores]
-        scores = iter(torch.split(self.scores(concatenate(routed)), list(map(len, routed))) if routed else ())
-        return [
-            next(scores)[list(group.index)] if group.policy.needs_scores else torch.zeros(len(group.index)) for group in groups
-        ]
+        # as arrays: each of torch's functions hands the interpreter to another thread, which is slow for many small groups
+        scores = self.scores(concatenate(routed)).numpy() if routed else np.empty(0, np.float32)
+        result, first = [], 0
+        for group in groups:
+            if group.policy.needs_scores:
+                result.append(torch.from_numpy(scores[first : first + len(group.features)][list(group.index)]))
+                first += len(group.features)
+            else:
+                result.append(torch.zeros(len(group.index)))
+        return result
 
     def scores(self, features: Tensor) -> Tensor:
         """The router's probability of "compress" for each tile, float32 [n] on the CPU."""

@@ -131,6 +131,8 @@ class Learned:
 
     def route(self, scores: Tensor) -> Tensor:
         """See `Policy.route`."""
+        if len(scores) < 2:  # no score is above itself
+            return torch.zeros(len(scores), dtype=torch.bool)
         return (scores > torch.quantile(scores, self.relative)) & (scores >= self.absolute)
 
 
