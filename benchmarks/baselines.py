@@ -15,7 +15,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,12 +63,19 @@ IN_FLIGHT = 16
 REQUESTS = 44
 WARM_UP_REQUESTS = 8
 
-Start = Callable[[], AbstractContextManager[Sequence[load.Url]]]
-"""Starts servers, and gives the URL of each."""
+class Started(NamedTuple):
+    """What answers requests: its URL, and its processes by their part."""
+
+    url: load.Url
+    parts: Mapping[str, processes.Server]
+
+
+Start = Callable[[], AbstractContextManager[Sequence[Started]]]
+"""Starts servers that belong together."""
 Stack = tuple[Path, tuple[str, ...], Start]
 """Model, names and start of servers that belong together."""
-Running = dict[str, tuple[Path, load.Url]]
-"""Model and URL of each server."""
+Running = dict[str, tuple[Path, Started]]
+"""Model and processes of each server."""
 
 
 def run(options: Options) -> Result:
@@ -96,23 +103,31 @@ def _compare(stacks: Sequence[Stack], options: Options) -> Result:
     """Measure every mix on every server. All are running: an idle one costs memory, and 2 % of a core for each vLLM."""
     checkpointed = CheckpointedRun("baselines", options.quick)
     rates: dict[str, dict[str, list[float]]] = {mix: {} for mix in MIXES}
+    core_seconds: dict[str, dict[str, dict[str, float]]] = {mix: {} for mix in MIXES}
     with ExitStack() as servers:
         running, failed = _start(stacks, servers)
         seeds = itertools.count()
-        for name, (model, url) in running.items():
-            asyncio.run(load.run_closed_loop(url, _bodies(model, MIXES["balanced"], seeds, WARM_UP_REQUESTS), WARM_UP_REQUESTS))
+        for name, (model, started) in running.items():
+            asyncio.run(load.run_closed_loop(started.url, _bodies(model, MIXES["balanced"], seeds, WARM_UP_REQUESTS), WARM_UP_REQUESTS))
             _log(f"{name} is warm")
         for repeat in range(options.repeats(3)):
             for mix in MIXES:
                 names = [name for name in running if _is_compared(name, rates[mix])]
                 for name in names[:: 1 if repeat % 2 else -1]:
-                    model, url = running[name]
-                    measure = partial(_rate, url, model, MIXES[mix], seeds, REQUESTS)
+                    model, started = running[name]
+                    before = _cpu_seconds(started)
+                    measure = partial(_rate, started.url, model, MIXES[mix], seeds, REQUESTS)
                     rate = checkpointed.measure(f"{mix}, {name}, {repeat}", measure)
                     rates[mix].setdefault(name, []).append(rate)
-                    _log(f"{mix}, {name}: {rate:.3f} requests/s")
+                    used = {part: value - before[part] for part, value in _cpu_seconds(started).items()}
+                    core_seconds[mix][name] = {part: round(value / REQUESTS, 3) for part, value in used.items()}
+                    _log(f"{mix}, {name}: {rate:.3f} requests/s, core-seconds per request: {core_seconds[mix][name]}")
     checkpointed.finish()
-    return _result(rates, failed)
+    return _result(rates, core_seconds, failed)
+
+
+def _cpu_seconds(started: Started) -> dict[str, float]:
+    return {part: server.cpu_seconds() for part, server in started.parts.items()}
 
 
 def _is_compared(name: str, measured: dict[str, list[float]]) -> bool:
@@ -125,11 +140,11 @@ def _best_of_stock(measured: dict[str, list[float]]) -> str:
 
 
 def _start(stacks: Sequence[Stack], servers: ExitStack) -> tuple[Running, dict[str, str]]:
-    """Start all servers. Returns model and URL of each, and why one of stock vLLM's ways does not run here."""
+    """Start all servers. Returns model and processes of each, and why one of stock vLLM's ways does not run here."""
     running, failed = Running(), dict[str, str]()
     for model, names, start in stacks:
         try:
-            running |= {name: (model, url) for name, url in zip(names, servers.enter_context(start()), strict=True)}
+            running |= {name: (model, started) for name, started in zip(names, servers.enter_context(start()), strict=True)}
         except RuntimeError as error:
             if names[0] not in STOCK:
                 raise
@@ -139,28 +154,28 @@ def _start(stacks: Sequence[Stack], servers: ExitStack) -> tuple[Running, dict[s
 
 
 @contextmanager
-def _stock(folder: Path, python: str, model: Path, *flags: str) -> Iterator[Sequence[load.Url]]:
+def _stock(folder: Path, python: str, model: Path, *flags: str) -> Iterator[Sequence[Started]]:
     """One stock vLLM over all cores."""
     cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
     bind = "|".join(map(str, cores)) if flags else ",".join(map(str, cores))  # a rank for each core, or one for all
     environment = {"VLLM_CPU_OMP_THREADS_BIND": bind}
     with processes.stock_vllm(own, python, model, cores, *VLLM_FLAGS, *flags, environment=environment) as server:
-        yield [server.url]
+        yield [Started(server.url, {"vLLM": server})]
 
 
 @contextmanager
-def _replicas(folder: Path, python: str, model: Path) -> Iterator[Sequence[load.Url]]:
+def _replicas(folder: Path, python: str, model: Path) -> Iterator[Sequence[Started]]:
     """A stock vLLM on each core; requests alternate between them."""
     with ExitStack() as servers:
-        urls = []
-        for core in processes.available_cores()[:2]:
-            own = Path(tempfile.mkdtemp(dir=folder))
-            urls.append(servers.enter_context(processes.stock_vllm(own, python, model, [core], *VLLM_FLAGS)).url)
-        yield [itertools.cycle(urls)]
+        parts = {}
+        for number, core in enumerate(processes.available_cores()[:2]):
+            server = processes.stock_vllm(Path(tempfile.mkdtemp(dir=folder)), python, model, [core], *VLLM_FLAGS)
+            parts[f"replica {number}"] = servers.enter_context(server)
+        yield [Started(itertools.cycle([server.url for server in parts.values()]), parts)]
 
 
 @contextmanager
-def _ours(folder: Path, model: Path, *gateway_flags: str, spare: bool = False) -> Iterator[Sequence[load.Url]]:
+def _ours(folder: Path, model: Path, *gateway_flags: str, spare: bool = False) -> Iterator[Sequence[Started]]:
     """Our server, one core for vision and one for language.
 
     `spare`: with a second gateway, which also has a spare vision worker on the latter core.
@@ -168,13 +183,17 @@ def _ours(folder: Path, model: Path, *gateway_flags: str, spare: bool = False) -
     cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
     flags = ("--cache=none", f"--max-batch-tiles={costs.BATCH_TILES}")
     with ExitStack() as servers:
-        servers.enter_context(processes.vision_worker(own, model, cores[:1], *flags))
-        servers.enter_context(processes.language_worker(own, model, cores[-1:], *VLLM_FLAGS))
-        fleets = [["vision"]]
+        vision = {"vision": servers.enter_context(processes.vision_worker(own, model, cores[:1], *flags))}
+        language = {"language": servers.enter_context(processes.language_worker(own, model, cores[-1:], *VLLM_FLAGS))}
+        fleets = [vision]
         if spare:
-            servers.enter_context(processes.vision_worker(own, model, cores[-1:], *flags, "--spare", name="spare"))
-            fleets.append(["vision", "spare"])
-        yield [servers.enter_context(processes.gateway(own, cores, *gateway_flags, vision_names=names)).url for names in fleets]
+            worker = processes.vision_worker(own, model, cores[-1:], *flags, "--spare", name="spare")
+            fleets.append(vision | {"spare": servers.enter_context(worker)})
+        started = []
+        for fleet in fleets:
+            gateway = servers.enter_context(processes.gateway(own, cores, *gateway_flags, vision_names=[*fleet]))
+            started.append(Started(gateway.url, fleet | language | {"gateway": gateway}))
+        yield started
 
 
 def _rate(url: load.Url, model: Path, mix: Mix, seeds: Iterator[int], count: int) -> float:
@@ -197,7 +216,9 @@ def _bodies(model: Path, mix: Mix, seeds: Iterator[int], count: int) -> list[byt
     return bodies
 
 
-def _result(rates: dict[str, dict[str, list[float]]], failed: dict[str, str]) -> Result:
+def _result(
+    rates: dict[str, dict[str, list[float]]], core_seconds: dict[str, dict[str, dict[str, float]]], failed: dict[str, str]
+) -> Result:
     figures: dict[str, Any] = {}
     for mix, by_server in rates.items():
         medians = {name: round(statistics.median(values), 3) for name, values in by_server.items()}
@@ -207,7 +228,10 @@ def _result(rates: dict[str, dict[str, list[float]]], failed: dict[str, str]) ->
             for name, values in by_server.items()
             if name not in STOCK
         }
-        figures[mix] = {"requests/s": medians, "best of stock vLLM": best, "over the best": ratios}
+        figures[mix] = {
+            "requests/s": medians, "best of stock vLLM": best, "over the best": ratios,
+            "core-seconds per request, last repeat": core_seconds[mix],
+        }  # fmt: skip
     goals = {(mix, name): goal for (mix, name), goal in GOALS.items() if name in rates[mix]}
     shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in goals.items()}
     spread = max(figures[mix]["over the best"][name]["spread"] for mix, name in goals)

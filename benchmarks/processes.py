@@ -83,6 +83,16 @@ class Server:
         """File of standard output and error."""
         return self.folder / f"{self.name}.log"
 
+    def cpu_seconds(self) -> float:
+        """CPU time so far of the process and its children that run."""
+        assert self._process is not None
+        group, ticks = str(self._process.pid), 0
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended
+                fields = file.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+                ticks += (int(fields[11]) + int(fields[12])) * (fields[2] == group)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
 
 def available_cores() -> list[int]:
     """Numbers of the cores that this process may run on, in ascending order."""
