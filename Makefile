@@ -216,7 +216,7 @@ evaluate: dev
 bench: dev baseline
 	@$(BIN)/python -m benchmarks $(NAME) --baseline .venv-baseline/bin/python $(ARGS)
 
-# Needs torch, safetensors, numpy, numba and Pillow alone: GPU_PYTHON may be any Python that has them.
+# Needs torch, safetensors, numpy, numba and Pillow: GPU_PYTHON may be any Python that has them. Whole workers need the extra `vision`.
 GPU_PYTHON ?= $(BIN)/python
 bench-gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)

@@ -63,6 +63,7 @@ IN_FLIGHT = 16
 REQUESTS = 44
 WARM_UP_REQUESTS = 8
 
+
 class Started(NamedTuple):
     """What answers requests: its URL, and its processes by their part."""
 
@@ -108,22 +109,28 @@ def _compare(stacks: Sequence[Stack], options: Options) -> Result:
         running, failed = _start(stacks, servers)
         seeds = itertools.count()
         for name, (model, started) in running.items():
-            asyncio.run(load.run_closed_loop(started.url, _bodies(model, MIXES["balanced"], seeds, WARM_UP_REQUESTS), WARM_UP_REQUESTS))
+            asyncio.run(
+                load.run_closed_loop(started.url, _bodies(model, MIXES["balanced"], seeds, WARM_UP_REQUESTS), WARM_UP_REQUESTS)
+            )
             _log(f"{name} is warm")
         for repeat in range(options.repeats(3)):
             for mix in MIXES:
                 names = [name for name in running if _is_compared(name, rates[mix])]
                 for name in names[:: 1 if repeat % 2 else -1]:
                     model, started = running[name]
-                    before = _cpu_seconds(started)
-                    measure = partial(_rate, started.url, model, MIXES[mix], seeds, REQUESTS)
-                    rate = checkpointed.measure(f"{mix}, {name}, {repeat}", measure)
+                    measure = partial(_measure, started, model, MIXES[mix], seeds)
+                    rate, core_seconds[mix][name] = checkpointed.measure(f"{mix}, {name}, {repeat}", measure)
                     rates[mix].setdefault(name, []).append(rate)
-                    used = {part: value - before[part] for part, value in _cpu_seconds(started).items()}
-                    core_seconds[mix][name] = {part: round(value / REQUESTS, 3) for part, value in used.items()}
                     _log(f"{mix}, {name}: {rate:.3f} requests/s, core-seconds per request: {core_seconds[mix][name]}")
     checkpointed.finish()
     return _result(rates, core_seconds, failed)
+
+
+def _measure(started: Started, model: Path, mix: Mix, seeds: Iterator[int]) -> tuple[float, dict[str, float]]:
+    """Return requests per second, and the core-seconds per request of each part."""
+    before = _cpu_seconds(started)
+    rate = _rate(started.url, model, mix, seeds, REQUESTS)
+    return rate, {part: round((value - before[part]) / REQUESTS, 3) for part, value in _cpu_seconds(started).items()}
 
 
 def _cpu_seconds(started: Started) -> dict[str, float]:
@@ -144,7 +151,7 @@ def _start(stacks: Sequence[Stack], servers: ExitStack) -> tuple[Running, dict[s
     running, failed = Running(), dict[str, str]()
     for model, names, start in stacks:
         try:
-            running |= {name: (model, started) for name, started in zip(names, servers.enter_context(start()), strict=True)}
+            running |= {name: (model, one) for name, one in zip(names, servers.enter_context(start()), strict=True)}
         except RuntimeError as error:
             if names[0] not in STOCK:
                 raise

@@ -34,7 +34,7 @@ from vision_worker.preprocessing.tiling import cut
 SIZES = ((1920, 1080), (1920, 1440))
 """The first one has 8 tiles and a thumbnail, the second one 12 and a thumbnail."""
 GPU_TILES_PER_SECOND = 1092
-"""What InternViT-300M would encode on an H100 at all of its dense bf16 peak of 790 TFLOP/s; it reaches half of it."""
+"""What InternViT-300M would encode on an H100 with all of the 790 TFLOP/s that it can reach; it has half of them."""
 _TILING = Tiling(1, 12, True)
 _SECONDS = 3.0
 _DECODE_TIMEOUT_SECONDS, _DECODE_MEMORY_BYTES, _MAX_PIXELS = 20.0, 2 << 30, 64_000_000

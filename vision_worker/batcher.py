@@ -11,10 +11,11 @@ projects the groups that it completes while the device computes batch k+1.
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from vision_worker.deadline import Deadline
 from vision_worker.encoder import Encoder
 from vision_worker.liveness import CpuClock, Progress
 from vision_worker.metrics import Metrics
-from vision_worker.models.vir import Fixed, Policy
+from vision_worker.models.vir import Fixed, Learned, Policy
 from vision_worker.preprocessing.tiling import Tiles
 from vision_worker.projector import CompleteGroup, ProjectedGroup, Projector
 from vision_worker.tile_group import EncodedGroup, TileGroup
@@ -55,11 +56,17 @@ _Batch = list[tuple[TileGroup, int]]
 
 @dataclass(frozen=True)
 class _Launched:
-    """A forward pass that the device has been given: its features, when that was, and what becomes done with it on a GPU."""
+    """A forward pass that the device has been given.
+
+    Attributes:
+        features: its result. A GPU may still compute it.
+        seconds: how long it took; 0 on a GPU.
+        events: its start and its end on a GPU.
+    """
 
     features: Tensor
-    started: float
-    event: torch.cuda.Event | None
+    seconds: float
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
 
 _Results = list[tuple[TileGroup, ProjectedGroup | errors.DvdError]]
@@ -111,12 +118,13 @@ class Batcher:
         self._batch_ended = asyncio.Event()
         self._clock = CpuClock()
         self._projector = Projector(encoder)
+        start_thread = functools.partial(_start_thread, encoder.placement.device, on_thread_start)
         self._stager_thread, self._device_thread, self._projector_thread = (
-            ThreadPoolExecutor(1, name, self._clock.register, (on_thread_start,)) for name in ("stager", "device", "projector")
+            ThreadPoolExecutor(1, name, self._clock.register, (start_thread,)) for name in ("stager", "device", "projector")
         )
         self._in_flight = self._completed = 0  # batches and self-tests
-        self._on_device = 0  # batches whose features are not there yet
-        self._forward_ended = 0.0  # time of the last one; projector thread only
+        self._on_device: set[int] = set()  # numbers of the batches whose features nobody has seen yet
+        self._numbers = itertools.count()
 
     async def __aenter__(self) -> "Batcher":
         self._loop_task = asyncio.create_task(self._run())
@@ -138,29 +146,34 @@ class Batcher:
         return self._in_flight == 0
 
     async def warm_up(self) -> None:
-        """Run blank batches of the encoder's warm-up sizes on the device thread."""
-        description = self._encoder.checkpoint.description
-        policies = [Fixed(False), *([Fixed(True)] if description.thresholds else [])]
+        """Run blank batches of the encoder's warm-up sizes, on the threads that compute batches."""
+        loop = asyncio.get_running_loop()
+        projector_thread = self._projector_thread if self._encoder.placement.is_asynchronous else self._device_thread
 
-        def compute(size: int) -> float:
-            started = time.monotonic()
-            features = self._encoder.forward(self._encoder.stage([self._blank_tile()] * size))
-            if features.is_cuda:
-                torch.cuda.current_stream(features.device).synchronize()
-            for policy in policies:
-                dtype, count = self._encoder.placement.dtype, len(features)
-                self._projector.project([CompleteGroup([features], range(count), policy, dtype, [count])])
-            return time.monotonic() - started
+        async def compute(size: int) -> float:
+            launched = await loop.run_in_executor(self._device_thread, self._launch_blank, size)
+            seconds = await loop.run_in_executor(projector_thread, _wait, launched)
+            await loop.run_in_executor(projector_thread, self._project_blank, launched.features)
+            return seconds
 
-        def run() -> float:
-            for size in self._encoder.warmup_batch_sizes(self.max_tiles):
-                seconds = compute(size)
-            # the first batch allocates memory or compiles, so that only the second one tells how fast the device is
-            is_fast = self._encoder.placement.compile_for or seconds < _MAX_MEASURED_WARM_UP_SECONDS
-            return compute(size) if is_fast else seconds
-
-        seconds = await asyncio.get_running_loop().run_in_executor(self._device_thread, run)
+        for size in self._encoder.warmup_batch_sizes(self.max_tiles):
+            seconds = await compute(size)
+        # the first batch allocates memory or compiles, so that only the second one tells how fast the device is
+        if self._encoder.placement.is_prepared or seconds < _MAX_MEASURED_WARM_UP_SECONDS:
+            seconds = await compute(self.max_tiles)
         self.times.record(self.max_tiles, seconds)
+
+    def _launch_blank(self, size: int) -> _Launched:
+        return _launch(self._encoder, self._encoder.stage([self._blank_tile()] * size))
+
+    def _project_blank(self, features: Tensor) -> None:
+        thresholds, count = self._encoder.checkpoint.description.thresholds, len(features)
+        policies: list[Policy] = [Fixed(False)]
+        if thresholds is not None:
+            policies += [Fixed(True), Learned(thresholds.relative, thresholds.absolute)]
+        for policy in policies:
+            group = CompleteGroup([features], range(count), policy, self._encoder.placement.dtype, [count])
+            self._projector.project([group])
 
     async def self_test(self) -> None:
         """Compute one blank tile on the device, as a batch that nobody waits for."""
@@ -229,18 +242,26 @@ class Batcher:
         placement = self._encoder.placement
         is_slow = self.times.seconds_per_batch >= _SLOW_BATCH_SECONDS
         limit = 1 if is_slow and placement.device.type == "cpu" else _MAX_BATCHES_ON_DEVICE
-        return self._on_device < limit and self._in_flight < limit + placement.is_asynchronous  # one more is projected
+        return len(self._on_device) < limit and self._in_flight < limit + placement.is_asynchronous  # one more is projected
 
     def _submit(self, batch: _Batch, tiles: list[npt.NDArray[np.uint8]]) -> "asyncio.Future[_Computed]":
         """Stage, compute and project a batch, each after the batches before."""
-        self._on_device += 1
+        self._on_device.add(number := next(self._numbers))
         loop = asyncio.get_running_loop()
-        release = functools.partial(loop.call_soon_threadsafe, self._release_device)
+        release = functools.partial(self._release_device, number)
+
+        def on_features() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+                loop.call_soon_threadsafe(release)
+
         staged = self._stager_thread.submit(self._encoder.stage, tiles)
         if self._encoder.placement.is_asynchronous:
             launched = self._device_thread.submit(self._launch, staged)
-            return self._count(loop.run_in_executor(self._projector_thread, self._project_launched, batch, launched, release))
-        return self._count(loop.run_in_executor(self._device_thread, self._compute, batch, staged, release))
+            computed = loop.run_in_executor(self._projector_thread, self._project_launched, batch, launched, on_features)
+        else:
+            computed = loop.run_in_executor(self._device_thread, self._compute, batch, staged, on_features)
+        computed.add_done_callback(lambda _: release())  # whatever has happened before it was called
+        return self._count(computed)
 
     def _count(self, computed: "asyncio.Future[_Computed]") -> "asyncio.Future[_Computed]":
         """Count a batch or self-test as in flight until it is done."""
@@ -255,8 +276,8 @@ class Batcher:
             self._queue.forget()
         self._batch_ended.set()
 
-    def _release_device(self) -> None:
-        self._on_device -= 1
+    def _release_device(self, number: int) -> None:
+        self._on_device.discard(number)
         self._batch_ended.set()
 
     async def _next_batch(self) -> tuple[_Batch, list[npt.NDArray[np.uint8]]]:
@@ -304,65 +325,45 @@ class Batcher:
         if group.deadline.missed or group.deadline.passes_within(0):
             self._metrics.dropped_tiles.inc(waiting)
 
-    def _compute(self, batch: _Batch, staged: "Future[Tensor]", release: Callable[[], object]) -> _Computed:
+    def _compute(self, batch: _Batch, staged: "Future[Tensor]", on_features: Callable[[], None]) -> _Computed:
         """Compute and project one batch on the device thread."""
         with self._span(batch):
-            return self._finish(batch, self._launch(staged), release)
+            return self._finish(batch, self._launch(staged), on_features)
 
     def _project_launched(
-        self, batch: _Batch, launched: "Future[_Launched | errors.DvdError]", release: Callable[[], object]
+        self, batch: _Batch, launched: "Future[_Launched | errors.DvdError]", on_features: Callable[[], None]
     ) -> _Computed:
         """Wait for one batch and project it, on the projector thread."""
-        passed = self._result_or_error(launched.result)
+        result = self._result_or_error(launched.result)
         with self._span(batch):
-            return self._finish(batch, passed, release)
+            return self._finish(batch, result, on_features)
 
     def _span(self, batch: _Batch) -> contextlib.AbstractContextManager[None]:
         return self._trace.span("encode", tiles=sum(tiles for _, tiles in batch), calls=len(batch))
 
     def _launch(self, staged: "Future[Tensor]") -> _Launched | errors.DvdError:
         """Give a batch to the device, on the device thread. A GPU computes behind the thread's back."""
+        launched: _Launched | errors.DvdError = self._result_or_error(lambda: _launch(self._encoder, staged.result()))
+        return launched
 
-        def launch() -> _Launched:
-            pixels, started = staged.result(), time.monotonic()
-            features = self._encoder.forward(pixels)
-            event = None
-            if features.is_cuda:
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(torch.cuda.current_stream(features.device))
-            return _Launched(features, started, event)
-
-        return cast("_Launched | errors.DvdError", self._result_or_error(launch))
-
-    def _finish(self, batch: _Batch, launched: _Launched | errors.DvdError, release: Callable[[], object]) -> _Computed:
-        """Wait until the device has computed a batch, call `release`, and project the groups that it completes."""
-        waited = launched if isinstance(launched, errors.DvdError) else self._result_or_error(lambda: self._wait(launched))
-        release()
-        if isinstance(launched, errors.DvdError) or isinstance(waited, errors.DvdError):
-            return _Computed([(group, waited) for group, _ in batch])
-        complete: list[TileGroup] = []
-        for (group, _), part in zip(batch, torch.split(launched.features, [tiles for _, tiles in batch]), strict=True):
-            group.features.append(part)
-            if group.future.done():
-                group.features.clear()
-            elif sum(map(len, group.features)) == group.distinct:
-                complete.append(group)
-        return _Computed(self._project(complete), waited)
-
-    def _wait(self, launched: _Launched) -> float:
-        """Wait until the features of a batch are there. Returns: the seconds that the device needed for it."""
-        if launched.event is not None:
-            launched.event.synchronize()
-        before, self._forward_ended = self._forward_ended, time.monotonic()
-        return self._forward_ended - max(launched.started, before)
+    def _finish(self, batch: _Batch, launched: _Launched | errors.DvdError, on_features: Callable[[], None]) -> _Computed:
+        """Wait until the device has computed a batch, call `on_features`, and project the groups that it completes."""
+        if isinstance(launched, errors.DvdError):
+            return _Computed([(group, launched) for group, _ in batch])
+        seconds = self._result_or_error(lambda: _wait(launched))
+        on_features()
+        complete = seconds if isinstance(seconds, errors.DvdError) else self._result_or_error(lambda: _collect(batch, launched))
+        if isinstance(complete, errors.DvdError):
+            return _Computed([(group, complete) for group, _ in batch])
+        return _Computed(self._project(complete), seconds)
 
     def _project(self, groups: list[TileGroup]) -> _Results:
         """Project groups: on a GPU together, and each alone where that fails, so that no group fails for another's sake."""
         complete = [group.take_features() for group in groups]
         if len(groups) > 1 and self._encoder.placement.is_asynchronous:
-            together = self._result_or_error(lambda: self._projector.project(complete))
-            if not isinstance(together, errors.DvdError):
-                return list(zip(groups, together, strict=True))
+            projected = self._result_or_error(lambda: self._projector.project(complete))
+            if not isinstance(projected, errors.DvdError):
+                return list(zip(groups, projected, strict=True))
         return [(group, self._project_alone(each)) for group, each in zip(groups, complete, strict=True)]
 
     def _project_alone(self, group: CompleteGroup) -> ProjectedGroup | errors.DvdError:
@@ -376,6 +377,8 @@ class Batcher:
         """
         try:
             return compute()
+        except CancelledError:
+            return errors.WorkerUnavailable("the vision worker is stopping; try again")
         except errors.DvdError as error:
             return error
         except Exception:
@@ -403,6 +406,47 @@ class Batcher:
                 group.future.set_result(
                     EncodedGroup(result.images, group.started - group.arrived, encode_seconds, result.routing_seconds)
                 )
+
+
+def _start_thread(device: torch.device, on_thread_start: Callable[[], None]) -> None:
+    """Prepare a thread: CUDA graphs, events and memory belong to the thread's current device."""
+    on_thread_start()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def _launch(encoder: Encoder, pixels: Tensor) -> _Launched:
+    """Compute the features of a batch, or on a GPU begin to."""
+    if not pixels.is_cuda:
+        started = time.monotonic()
+        features = encoder.forward(pixels)
+        return _Launched(features, time.monotonic() - started)
+    start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    features = encoder.forward(pixels)
+    end.record()
+    return _Launched(features, 0.0, (start, end))
+
+
+def _wait(launched: _Launched) -> float:
+    """Wait until the features of a batch are there. Returns: the seconds that the device needed for them."""
+    if launched.events is None:
+        return launched.seconds
+    start, end = launched.events
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _collect(batch: _Batch, launched: _Launched) -> list[TileGroup]:
+    """Give the groups of a batch their features. Returns those that are complete, and wanted."""
+    complete = []
+    for (group, _), part in zip(batch, torch.split(launched.features, [tiles for _, tiles in batch]), strict=True):
+        group.features.append(part)
+        if group.future.done():
+            group.features.clear()
+        elif sum(map(len, group.features)) == group.distinct:
+            complete.append(group)
+    return complete
 
 
 def _is_usable(device: torch.device) -> bool:

@@ -54,6 +54,11 @@ class Placement:
     """Tiles in the largest batch that CUDA graphs of the tower are recorded for; 0: none."""
 
     @property
+    def is_prepared(self) -> bool:
+        """Whether the tower is compiled or recorded for its batch sizes when they come first."""
+        return bool(self.compile_for or self.record_for)
+
+    @property
     def is_asynchronous(self) -> bool:
         """Whether the device computes behind the thread that gives it work."""
         return self.device.type == "cuda"
@@ -88,7 +93,7 @@ class GroupEmbedding:
         blocks: one tensor [tokens, width] per tile, in the encoder's dtype on its device.
         compressed: whether each tile was compressed.
         scores: the router's score of each tile; empty where the policy needs none.
-        routing_seconds: time that scores and policies of all groups took that were projected together.
+        routing_seconds: time for scores and policies, of all groups that were projected together.
     """
 
     blocks: list[Tensor]
@@ -128,7 +133,7 @@ class Encoder(Protocol):
         """Route each group and project its tiles to visual tokens.
 
         Projector thread. On a CPU it gets one group at a time. On a GPU it gets all that a batch completes: small kernels and
-        waits for each of them would take longer than the tower. Groups must not influence each other but by rounding.
+        waits for each of them would take longer than the tower. Groups must influence each other by rounding at most.
         """
 
 

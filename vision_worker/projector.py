@@ -16,6 +16,9 @@ from vision_worker.encoder import Encoder, FeatureGroup, GroupEmbedding, concate
 from vision_worker.models.vir import Policy
 from vision_worker.pinned_memory import PinnedMemory
 
+_SHARED_BYTES = 16 << 20
+"""Payloads of several images share a buffer up to this size: fewer copies, but an image that waits for a sink keeps it all."""
+
 
 @dataclass(frozen=True)
 class CompleteGroup:
@@ -70,7 +73,7 @@ class Projector:
     def project(self, groups: Sequence[CompleteGroup]) -> list[ProjectedGroup]:
         """Project groups together, whose features the device has computed.
 
-        Payloads of the groups may share memory: who keeps one for long, as a cache does, must copy it.
+        Payloads may share memory. Code that keeps one for longer than a delivery must copy it.
 
         Raises:
             InternalError: A value is infinite or NaN, or too large for a narrow dtype, in one of the groups.
@@ -87,19 +90,26 @@ class Projector:
                 rows = [image.rows for group in images for image in group]
                 payloads = iter(self._payloads(quantization.convert(torch.cat(blocks), dtype), rows))
                 for i, group in zip(members, images, strict=True):
-                    filled = [replace(image, data=next(payloads)) for image in group]
-                    result[i] = ProjectedGroup(filled, embeddings[i].routing_seconds)
+                    result[i] = ProjectedGroup(
+                        [replace(image, data=next(payloads)) for image in group], embeddings[i].routing_seconds
+                    )
             return [result[i] for i in range(len(groups))]
 
     def _payloads(self, parts: Sequence[Tensor], rows: Sequence[int]) -> list[memoryview]:
         """Return the payload of each image, from the parts of `quantization.convert` and the images' numbers of rows."""
-        starts = itertools.accumulate(rows, initial=0)
         if len(parts) > 1:
+            starts = itertools.accumulate(rows, initial=0)
             pieces = [quantization.join(parts, slice(start, start + count)) for start, count in zip(starts, rows, strict=False)]
             return [quantization.view(self._copy(piece)) for piece in pieces]
-        whole = quantization.view(self._copy(quantization.join(parts, slice(None))))  # one copy instead of one for each image
-        row_bytes = len(whole) // sum(rows)
-        return [whole[start * row_bytes : (start + count) * row_bytes] for start, count in zip(starts, rows, strict=False)]
+        values, row_bytes = parts[0], parts[0][:1].nbytes
+        payloads: list[memoryview] = []
+        for start, stop in _ranges(rows, _SHARED_BYTES // row_bytes):
+            first = sum(rows[:start])
+            copied = quantization.view(self._copy(quantization.join([values], slice(first, first + sum(rows[start:stop])))))
+            for count in rows[start:stop]:
+                payloads.append(copied[: count * row_bytes])
+                copied = copied[count * row_bytes :]
+        return payloads
 
     def _copy(self, payload: Tensor) -> Tensor:
         """Copy a payload from the device; it is there when the stream is synchronized. One on the CPU is returned itself."""
@@ -118,6 +128,17 @@ class Projector:
         finally:
             # payloads are there now, and the memory of features may be used again: it belongs to another stream
             self._stream.synchronize()
+
+
+def _ranges(rows: Sequence[int], max_rows: int) -> Iterator[tuple[int, int]]:
+    """Divide images into ranges, start and stop, of at most so many rows together; a larger one is alone."""
+    start = total = 0
+    for stop, count in enumerate(rows):
+        if stop > start and total + count > max_rows:
+            yield start, stop
+            start, total = stop, 0
+        total += count
+    yield start, len(rows)
 
 
 def _images(tiles_by_image: Sequence[int], embedding: GroupEmbedding) -> list[ImageEmbedding]:

@@ -16,7 +16,7 @@ from vision_worker.models.vir import Gating, Pooling
 
 _RATIO = 0.5
 _SECONDS_PER_MEASUREMENT = 1.0
-_TILES = 16
+_TILES = 32
 """Tiles that a vision worker gives to router and projectors at a time."""
 
 Head = Callable[[Tensor], Tensor]

@@ -16,7 +16,7 @@ class Shape:
         name: `300M` or `6B`.
         tower: Dimensions of the tower.
         width: Hidden size of the language model: that of Qwen3-8B for 300M, of Qwen2.5-72B for 6B.
-        target: Share of the dense bf16 peak that the tower should reach.
+        target: Share of the dense bf16 TFLOP/s that the device can reach, which the tower should reach (`towers.py`).
     """
 
     name: str

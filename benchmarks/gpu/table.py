@@ -5,12 +5,13 @@ from typing import Any
 
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.shapes import Shape
+from benchmarks.gpu.towers import SHARE
 
 FILE = "gpu.md"
 
 
 def write(kit: Kit, shapes: tuple[Shape, ...]) -> Path:
-    """Write the figures, whether towers reach their share of the peak, and what was skipped and why. Returns the file."""
+    """Write the figures, whether towers reach their targets, and what was skipped and why. Returns the file."""
     environment = ", ".join(f"{name} {value}" for name, value in kit.environment().items() if value is not None)
     lines = ["# What a GPU shows", "", environment, "", "| measurement | figures |", "|---|---|"]
     lines += [row for name, figures in kit.figures.items() for row in _rows(name, figures)]
@@ -38,11 +39,11 @@ def _best(kit: Kit, shape: Shape, figure: str) -> float | None:
 
 
 def _verdict(kit: Kit, shape: Shape) -> str:
-    share = _best(kit, shape, "share of the peak")
+    share = _best(kit, shape, SHARE)
     if share is None:
-        return f"- {shape.name}: no share of the peak, since the peak of this device is not known"
+        return f"- {shape.name}: no share, since it is not known how many TFLOP/s this device can reach"
     verdict = "met" if share >= shape.target else "missed"
-    return f"- {shape.name}: {share:.0%} of the dense bf16 peak at best, target {shape.target:.0%}, {verdict}"
+    return f"- {shape.name}: {share:.0%} of the TFLOP/s that the device can reach, target {shape.target:.0%}, {verdict}"
 
 
 def _encoder_cores(kit: Kit) -> list[str]:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from protos import vision_pb2
 
 _ROOT = Path(__file__).parents[2]
-_FILES = 64
-"""Distinct images: more than there are calls in flight, since equal ones would share a computation."""
+_FILES = 256
+"""Distinct images: several times as many as there are calls in flight, since equal ones would share a computation."""
 _START_SECONDS = 240.0
 _SECONDS = 6.0
 _WORKERS = 3

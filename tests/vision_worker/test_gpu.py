@@ -115,7 +115,7 @@ async def test_many_calls_at_once_get_the_embeddings_of_a_cpu() -> None:
 
 
 def test_ordinary_memory_is_used_once_enough_is_pinned() -> None:
-    memory = PinnedMemory(max_bytes=3 << 20)
+    memory = PinnedMemory(max_bytes=3 << 20)  # for three buffers
     buffers = [memory.allocate(1 << 20) for _ in range(4)]
     assert [buffer.is_pinned() for buffer in buffers] == [True, True, True, False]
     view = buffers.pop(0).numpy().data.cast("B")

@@ -81,7 +81,8 @@ class PatchEmbeddings(nn.Module):
             return cast(Tensor, self.patch_embedding(pixels)).flatten(2).mT
         # a matrix product: cuDNN's convolution takes longer, and rounds float32 to TF32
         patch, side = self.patch_embedding.kernel_size[0], pixels.shape[-1] // self.patch_embedding.kernel_size[0]
-        squares = pixels.reshape(-1, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+        whole = pixels[..., : side * patch, : side * patch]  # as a convolution, without what is no whole patch
+        squares = whole.reshape(-1, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
         values = squares.reshape(-1, side * side, 3 * patch * patch)
         return F.linear(values, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 

@@ -137,8 +137,8 @@ class InternVL:
         embeddings = []
         for group, route, values in zip(groups, routes, scores, strict=True):
             distinct = list(itertools.islice(blocks, len(group.features)))
-            shown = values.tolist() if group.policy.needs_scores else []
-            embeddings.append(GroupEmbedding([distinct[i] for i in group.index], route, shown, routing_seconds))
+            reported = values.tolist() if group.policy.needs_scores else []
+            embeddings.append(GroupEmbedding([distinct[i] for i in group.index], route, reported, routing_seconds))
         return embeddings
 
     def _scores_by_group(self, groups: Sequence[FeatureGroup]) -> list[Tensor]:

@@ -27,21 +27,31 @@ class RecordedTower:
     Args:
         tower: module on a GPU; it maps a batch [n, …] to a batch [n, …].
         largest: tiles in the largest batch.
+
+    Attributes:
+        warmup_sizes: batch sizes in the order in which they are to be recorded: all graphs share their memory, and that of the
+            largest batch is enough for the others.
     """
 
     def __init__(self, tower: Callable[[Tensor], Tensor], largest: int) -> None:
-        self.warmup_sizes = recorded_sizes(largest)
+        self._sizes = recorded_sizes(largest)
+        self.warmup_sizes = self._sizes[::-1]
         self._tower, self._largest = tower, largest
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._input: Tensor | None = None
         self._output: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Run the tower on `pixels` [n, …]; rows that pad the batch to a recorded size are whatever was there before."""
-        size = next(size for size in self.warmup_sizes if size >= len(pixels))
+        """Run the tower on `pixels` [n, …]; tiles that pad the batch to a recorded size are whatever was there before.
+
+        Raises: RuntimeError if a size is recorded now, and its graph computes something else than the tower.
+        """
+        size = next(size for size in self._sizes if size >= len(pixels))
         if size not in self._graphs:
-            self._record(size, pixels)
+            with torch.cuda.device(pixels.device):  # of which a recording takes its stream
+                self._record(size, pixels)
         assert self._input is not None
         assert self._output is not None
         self._input[: len(pixels)] = pixels
@@ -49,17 +59,25 @@ class RecordedTower:
         return self._output[: len(pixels)].clone()  # the next replay overwrites it
 
     def _record(self, size: int, pixels: Tensor) -> None:
-        """Record the tower for a batch size. All graphs share their memory: they run one after another."""
         if self._input is None:
-            self._input = pixels.new_zeros(self._largest, *pixels.shape[1:])
-        features = self._tower(self._input[:size])  # libraries choose kernels and create handles outside of the recording
+            self._input = torch.randn((self._largest, *pixels.shape[1:]), device=pixels.device).to(pixels.dtype)
+            self._stream = torch.cuda.Stream(pixels.device)  # type: ignore[no-untyped-call]
+        expected = self._tower(self._input[:size])  # libraries choose kernels and create handles outside of the recording
         if self._output is None:
-            self._output = features.new_zeros(self._largest, *features.shape[1:])
-        del features
+            self._output = expected.new_zeros(self._largest, *expected.shape[1:])
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._output[:size] = self._tower(self._input[:size])
         self._pool = self._pool or graph.pool()
+        graph.replay()
+        _check_equal(self._output[:size], expected)
         self._graphs[size] = graph
+
+
+def _check_equal(actual: Tensor, expected: Tensor) -> None:
+    """Check that a graph computes what it was recorded from: an empty one would give every image the same features."""
+    tolerance = 0.1 * float(expected.abs().max())
+    if not torch.allclose(actual, expected, rtol=0.1, atol=tolerance, equal_nan=True):
+        raise RuntimeError("a CUDA graph of the vision tower computes other features than the tower")
