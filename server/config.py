@@ -117,7 +117,7 @@ class ServingOptions(ImageLimits, TraceOptions, ShutdownOptions):
         0.2, ge=0, le=1, description="attempts that may be repeated on another worker, as a share of all requests"
     )
     early_prefill: bool = Field(
-        False, description="forward a request whose visual tokens can be counted beforehand once its first image is encoded"
+        True, description="forward a request whose visual tokens can be counted beforehand once its first image is encoded"
     )
     hedge_share: float = Field(
         0.0, ge=0, le=0.5, description="slow encodes that are also sent to a second worker, as a share of all; 0: none"

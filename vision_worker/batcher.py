@@ -434,7 +434,7 @@ def _wait(launched: _Launched) -> float:
         return launched.seconds
     start, end = launched.events
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def _collect(batch: _Batch, launched: _Launched) -> list[TileGroup]:

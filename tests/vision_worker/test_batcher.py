@@ -366,7 +366,7 @@ async def test_infinite_values_of_a_group_fail_no_other_group_of_its_batch() -> 
         await wait_for_first_batch(encoder)
         second = asyncio.create_task(encode(batcher, image_of(8)))
         async with asyncio.timeout(10):
-            while batcher._on_device < 2:
+            while len(batcher._on_device) < 2:
                 await asyncio.sleep(0.005)
         calls = [asyncio.create_task(encode(batcher, image_of(value))) for value in (2, 1, 3)]
         await wait_for_waiting_tiles(batcher, 3)
