@@ -377,8 +377,8 @@ class Batcher:
         """
         try:
             return compute()
-        except CancelledError:
-            return errors.WorkerUnavailable("the vision worker is stopping; try again")
+        except CancelledError:  # of work that had not begun when the batcher was closed
+            return errors.InternalError("the vision worker is stopping")
         except errors.DvdError as error:
             return error
         except Exception:
