@@ -63,10 +63,9 @@ def test_a_lost_device_exits_with_1(
     def forward(_self: Fake, pixels: Tensor) -> Tensor:
         if bool(pixels.any()):  # tiles for warming up are blank
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return torch.zeros(len(pixels), 1)
+        return torch.zeros(len(pixels), dtype=torch.int64)
 
     monkeypatch.setattr(Fake, "forward", forward)
-    monkeypatch.setattr(Fake, "project", lambda *_: None)
     monkeypatch.setattr("vision_worker.batcher._is_usable", lambda _: False)
     address, codes = f"unix:{tmp_path}/vision", list[grpc.StatusCode]()
 

@@ -50,7 +50,7 @@ class Late:
 
 @pytest.fixture
 async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
-    async with start_stack(tmp_path, early_prefill=True) as running:
+    async with start_stack(tmp_path) as running:
         yield running
 
 
@@ -61,7 +61,7 @@ async def late(stack: Stack) -> Late:
 
 @pytest.fixture
 async def two_languages(tmp_path: Path) -> AsyncIterator[Late]:
-    async with start_stack(tmp_path, language=2, early_prefill=True) as stack:
+    async with start_stack(tmp_path, language=2) as stack:
         yield Late(stack)
 
 
@@ -109,7 +109,7 @@ async def test_it_waits_for_the_router(late: Late, fields: dict[str, Any]) -> No
 
 
 async def test_it_waits_if_it_is_switched_off(tmp_path: Path) -> None:
-    async with start_stack(tmp_path) as stack:
+    async with start_stack(tmp_path, early_prefill=False) as stack:
         late = Late(stack)
         response = asyncio.create_task(stack.chat(*CONTENT, vir="off"))
         await wait_until(lambda: len(stack.sink.rows) == 1, "image A is encoded")
