@@ -102,9 +102,10 @@ def _cpu_flags(flags: Sequence[str]) -> list[str]:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # vLLM compiles its kernels with a C++ compiler when it starts
     eager = [] if shutil.which("g++") else ["--enforce-eager"]
+    defaults = ["--worker-cls=lm_worker.cpu_worker.SeededWorker", *eager]
     if any(flag.startswith(_MEMORY_FLAGS) for flag in flags):
-        return eager
-    return [f"--kv-cache-memory-bytes={min(_MAX_CPU_KV_CACHE_BYTES, free // 4)}", *eager]
+        return defaults
+    return [f"--kv-cache-memory-bytes={min(_MAX_CPU_KV_CACHE_BYTES, free // 4)}", *defaults]
 
 
 def _http_flags(address: str) -> list[str]:

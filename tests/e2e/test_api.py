@@ -111,6 +111,17 @@ def test_choices_seed_stop_and_log_probabilities(served: Served) -> None:
     assert stop not in stopped["message"]["content"]
 
 
+def test_a_seed_gives_the_same_answer_if_the_prompt_is_prefilled_in_parts(served: Served) -> None:
+    """The token of each part but the last is discarded, and must not change the random numbers after it."""
+    parameters: dict[str, Any] = {"temperature": 1, "seed": 7, "max_tokens": 8, "ignore_eos": True, "return_token_ids": True}
+    for parts in ((SQUARE, image_part("seed_800x1300.png"), "Images in parts?"), ("A prompt that is long. " * 450,)):
+        answers = [served.chat(*parts, vir="off", **parameters) for _ in range(2)]  # the second one is prefilled at once
+        assert [answer.status for answer in answers] == [200, 200], answers[0].text
+        first, second = (answer.json["choices"][0]["token_ids"] for answer in answers)
+        assert first == second
+        assert len(set(first)) > 1
+
+
 def test_structured_output_and_tools_are_forwarded(golden: Golden, served: Served) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
     response_format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
