@@ -127,9 +127,9 @@ def _compare(stacks: Sequence[Stack], options: Options) -> Result:
 
 
 def _measure(started: Started, model: Path, mix: Mix, seeds: Iterator[int]) -> tuple[float, dict[str, float]]:
-    """Return requests per second, and the core-seconds per request of each part."""
+    """Return requests per second of a mix at saturation, and the core-seconds per request of each part."""
     before = _cpu_seconds(started)
-    rate = _rate(started.url, model, mix, seeds, REQUESTS)
+    rate = asyncio.run(load.saturated_rate(started.url, _bodies(model, mix, seeds, REQUESTS), IN_FLIGHT))
     return rate, {part: round((value - before[part]) / REQUESTS, 3) for part, value in _cpu_seconds(started).items()}
 
 
@@ -201,11 +201,6 @@ def _ours(folder: Path, model: Path, *gateway_flags: str, spare: bool = False) -
             gateway = servers.enter_context(processes.gateway(own, cores, *gateway_flags, vision_names=[*fleet]))
             started.append(Started(gateway.url, fleet | language | {"gateway": gateway}))
         yield started
-
-
-def _rate(url: load.Url, model: Path, mix: Mix, seeds: Iterator[int], count: int) -> float:
-    """Requests per second of a mix at saturation."""
-    return asyncio.run(load.saturated_rate(url, _bodies(model, mix, seeds, count), IN_FLIGHT))
 
 
 def _bodies(model: Path, mix: Mix, seeds: Iterator[int], count: int) -> list[bytes]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ from vision_worker.projector import CompleteGroup, ProjectedGroup, Projector
 from vision_worker.tile_group import EncodedGroup, TileGroup
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MAX_MEASURED_WARM_UP_SECONDS = 5.0
 """A warm-up that takes longer is not repeated for a measurement: it would delay readiness."""
@@ -343,18 +345,19 @@ class Batcher:
 
     def _launch(self, staged: "Future[Tensor]") -> _Launched | errors.DvdError:
         """Give a batch to the device, on the device thread. A GPU computes behind the thread's back."""
-        launched: _Launched | errors.DvdError = self._result_or_error(lambda: _launch(self._encoder, staged.result()))
-        return launched
+        return self._result_or_error(lambda: _launch(self._encoder, staged.result()))
 
     def _finish(self, batch: _Batch, launched: _Launched | errors.DvdError, on_features: Callable[[], None]) -> _Computed:
         """Wait until the device has computed a batch, call `on_features`, and project the groups that it completes."""
         if isinstance(launched, errors.DvdError):
-            return _Computed([(group, launched) for group, _ in batch])
+            return _failed(batch, launched)
         seconds = self._result_or_error(lambda: _wait(launched))
         on_features()
-        complete = seconds if isinstance(seconds, errors.DvdError) else self._result_or_error(lambda: _collect(batch, launched))
+        if isinstance(seconds, errors.DvdError):
+            return _failed(batch, seconds)
+        complete = self._result_or_error(lambda: _collect(batch, launched))
         if isinstance(complete, errors.DvdError):
-            return _Computed([(group, complete) for group, _ in batch])
+            return _failed(batch, complete)
         return _Computed(self._project(complete), seconds)
 
     def _project(self, groups: list[TileGroup]) -> _Results:
@@ -367,9 +370,9 @@ class Batcher:
         return [(group, self._project_alone(each)) for group, each in zip(groups, complete, strict=True)]
 
     def _project_alone(self, group: CompleteGroup) -> ProjectedGroup | errors.DvdError:
-        return cast("ProjectedGroup | errors.DvdError", self._result_or_error(lambda: self._projector.project([group])[0]))
+        return self._result_or_error(lambda: self._projector.project([group])[0])
 
-    def _result_or_error(self, compute: Callable[[], Any]) -> Any:
+    def _result_or_error(self, compute: Callable[[], T]) -> T | errors.DvdError:
         """Run `compute` and return its result, or the error for its callers: nothing may end the device thread.
 
         The error is `WorkerUnavailable` where the device is lost, as after an illegal memory access: the caller may then ask
@@ -435,6 +438,10 @@ def _wait(launched: _Launched) -> float:
     start, end = launched.events
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3
+
+
+def _failed(batch: _Batch, error: errors.DvdError) -> _Computed:
+    return _Computed([(group, error) for group, _ in batch])
 
 
 def _collect(batch: _Batch, launched: _Launched) -> list[TileGroup]:

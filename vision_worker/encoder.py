@@ -11,9 +11,9 @@ An image passes through an encoder in four steps, so that tiling, copying to the
     forward   pixels of one batch -> features              device thread, tiles of any requests together
     project   features of whole groups -> visual tokens    projector thread; a group is all images of one Encode call
 
-On a GPU `forward` returns before the device has computed, and the projector thread works beside it; on a CPU it is the device
-thread. `stage`, `forward` and `project` are each called by one thread at a time. Errors: a `DvdError` reaches the callers as it
-is; any other exception fails the batch with `InternalError` and is logged.
+On a GPU `forward` returns before the device has computed the batch, and the projector thread projects the batch before at the
+same time. On a CPU the device thread also projects. `stage`, `forward` and `project` are each called by one thread at a time.
+Errors: a `DvdError` reaches the callers as it is; any other exception fails the batch with `InternalError` and is logged.
 """
 
 import importlib

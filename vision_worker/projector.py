@@ -4,7 +4,6 @@ On a GPU it has a stream of its own, so that the tower computes the next batch m
 """
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,16 +96,15 @@ class Projector:
 
     def _payloads(self, parts: Sequence[Tensor], rows: Sequence[int]) -> list[memoryview]:
         """Return the payload of each image, from the parts of `quantization.convert` and the images' numbers of rows."""
-        if len(parts) > 1:
-            starts = itertools.accumulate(rows, initial=0)
-            pieces = [quantization.join(parts, slice(start, start + count)) for start, count in zip(starts, rows, strict=False)]
-            return [quantization.view(self._copy(piece)) for piece in pieces]
-        values, row_bytes = parts[0], parts[0][:1].nbytes
+        # the parts of a narrow payload follow each other, so that each image is copied alone
+        max_rows = _SHARED_BYTES // parts[0][:1].nbytes if len(parts) == 1 else 0
         payloads: list[memoryview] = []
-        for start, stop in _ranges(rows, _SHARED_BYTES // row_bytes):
-            first = sum(rows[:start])
-            copied = quantization.view(self._copy(quantization.join([values], slice(first, first + sum(rows[start:stop])))))
-            for count in rows[start:stop]:
+        first = 0
+        for counts in _runs(rows, max_rows):
+            end = first + sum(counts)
+            copied = quantization.view(self._copy(quantization.join(parts, slice(first, end))))
+            row_bytes, first = len(copied) // sum(counts), end
+            for count in counts:
                 payloads.append(copied[: count * row_bytes])
                 copied = copied[count * row_bytes :]
         return payloads
@@ -130,15 +128,15 @@ class Projector:
             self._stream.synchronize()
 
 
-def _ranges(rows: Sequence[int], max_rows: int) -> Iterator[tuple[int, int]]:
-    """Divide images into ranges, start and stop, of at most so many rows together; a larger one is alone."""
-    start = total = 0
-    for stop, count in enumerate(rows):
-        if stop > start and total + count > max_rows:
-            yield start, stop
-            start, total = stop, 0
-        total += count
-    yield start, len(rows)
+def _runs(rows: Sequence[int], max_rows: int) -> Iterator[list[int]]:
+    """Divide images, given by their numbers of rows, into runs of at most so many rows together; a larger one is alone."""
+    run: list[int] = []
+    for count in rows:
+        if run and sum(run) + count > max_rows:
+            yield run
+            run = []
+        run.append(count)
+    yield run
 
 
 def _images(tiles_by_image: Sequence[int], embedding: GroupEmbedding) -> list[ImageEmbedding]:

@@ -30,7 +30,7 @@ def measurements(kit: Kit) -> Iterator[Measurement]:
 
 def _measure(kit: Kit) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    data, images = _jpeg(), 1 if kit.dry else _IMAGES_PER_WORKER
+    data, images = jpeg(_SIZE), 1 if kit.dry else _IMAGES_PER_WORKER
     tiles = count_tiles(data)
     figures: dict[str, Any] = {"cores": cores, "tiles per image": tiles}
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(cores) as threads:
@@ -58,10 +58,10 @@ def count_tiles(data: bytes) -> int:
     return len(cut(np.asarray(decode(data, _MAX_PIXELS)), Tiling(1, 12, True)).pixels)
 
 
-def _jpeg() -> bytes:
+def jpeg(size: tuple[int, int], seed: int = 0) -> bytes:
     """Return a JPEG of coarse noise, which costs about as much to decode as a photograph."""
-    columns, rows = (side // _COARSENESS + 1 for side in _SIZE)
-    noise = Image.frombytes("RGB", (columns, rows), random.Random(0).randbytes(3 * columns * rows))
+    columns, rows = (side // _COARSENESS + 1 for side in size)
+    noise = Image.frombytes("RGB", (columns, rows), random.Random(seed).randbytes(3 * columns * rows))
     file = io.BytesIO()
-    noise.resize(_SIZE, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    noise.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()

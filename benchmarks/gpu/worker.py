@@ -5,11 +5,9 @@ It also needs grpcio, protobuf, pydantic, PyYAML and prometheus-client, and is s
 
 import asyncio
 import functools
-import io
 import itertools
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -21,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from benchmarks.gpu.kit import Kit, Measurement, Skipped
+from benchmarks.gpu.preprocessing import jpeg
 from benchmarks.gpu.shapes import Shape
 
 if TYPE_CHECKING:
@@ -250,13 +247,5 @@ def _request(number: int, files: list[bytes], workload: Workload, sink: str) -> 
 
 @functools.cache
 def jpegs(size: tuple[int, int]) -> list[bytes]:
-    """Return distinct JPEG files of coarse noise, which cost about as much to decode as photographs."""
-    return [_jpeg(size, seed) for seed in range(_FILES)]
-
-
-def _jpeg(size: tuple[int, int], seed: int) -> bytes:
-    columns, rows = (side // 16 + 1 for side in size)
-    noise = Image.frombytes("RGB", (columns, rows), random.Random(seed).randbytes(3 * columns * rows))
-    file = io.BytesIO()
-    noise.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    """Return distinct JPEG files."""
+    return [jpeg(size, seed) for seed in range(_FILES)]
