@@ -48,15 +48,15 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
-    compile_for: int = 0
-    """Tiles in the largest batch that the tower is compiled for; 0: not compiled."""
+    compiles: bool = False
+    """Whether torch compiles the tower."""
     record_for: int = 0
     """Tiles in the largest batch that CUDA graphs of the tower are recorded for; 0: none."""
 
     @property
     def is_prepared(self) -> bool:
         """Whether the tower is compiled or recorded for its batch sizes when they come first."""
-        return bool(self.compile_for or self.record_for)
+        return self.compiles or self.record_for > 0
 
     @property
     def is_asynchronous(self) -> bool:
@@ -146,11 +146,8 @@ def load(options: VisionOptions, checkpoint: Checkpoint) -> Encoder:
     """Load the family that `--vision-backend` names. Raises: CheckpointError, ConfigError."""
     family = importlib.import_module(FAMILIES[options.vision_backend])
     device = _device(options.device)
-    tiles, compiles = max_batch_tiles(options, device), options.vision_compile
-    placement = Placement(
-        device, _dtype(options.vision_dtype, checkpoint), compile_for=tiles if compiles else 0,
-        record_for=tiles if device.type == "cuda" and not compiles else 0,
-    )  # fmt: skip
+    recorded = max_batch_tiles(options, device) if device.type == "cuda" else 0
+    placement = Placement(device, _dtype(options.vision_dtype, checkpoint), options.vision_compile, recorded)
     return cast(Encoder, family.load(checkpoint, placement, dummy=options.load_format == "dummy"))
 
 

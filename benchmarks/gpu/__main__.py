@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import copies, heads, kernels, preprocessing, shapes, table, towers, worker
+from benchmarks.gpu import copies, heads, kernels, preprocessing, serving, shapes, table, towers, worker
 from benchmarks.gpu.kit import Kit, Measurement
 
 _BATCHES = {"300M": (1, 8, 32, 128), "6B": (1, 8, 32, 64)}
@@ -54,6 +54,7 @@ def _measurements(kit: Kit) -> Iterator[Measurement]:
         yield from kernels.measurements(kit, shape)
         _free_memory()
     yield from worker.measurements(kit, small)
+    yield from serving.measurements(kit, small)
 
 
 def _free_memory() -> None:

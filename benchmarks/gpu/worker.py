@@ -6,7 +6,6 @@ It also needs grpcio, protobuf, pydantic, PyYAML and prometheus-client, and is s
 import asyncio
 import functools
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu.kit import Kit, Measurement, Skipped
+from benchmarks.gpu.model import write_model
 from benchmarks.gpu.preprocessing import jpeg
 from benchmarks.gpu.shapes import Shape
 
@@ -97,7 +97,7 @@ def measurements(kit: Kit, shape: Shape) -> Iterator[Measurement]:
     yield Measurement(f"{_WORKERS} × {name}", 40, functools.partial(_measure, kit, shape, _WORKERS, WORKLOADS[-1:]))
     if not kit.dry:
         compiles = f"{name} --vision-compile"
-        yield Measurement(compiles, 240, functools.partial(_measure, kit, shape, 1, WORKLOADS, "--vision-compile"))
+        yield Measurement(compiles, 90, functools.partial(_measure, kit, shape, 1, WORKLOADS, "--vision-compile"))
 
 
 def _measure(
@@ -141,29 +141,6 @@ def _summarize(observed: _Observed, alone: float | None) -> dict[str, float]:
         "median latency, ms": round(1e3 * statistics.median(observed.latencies), 1),
         **{f"{name}, ms": round(1e3 * statistics.fmean(values), 2) for name, values in stages},
     }  # fmt: skip
-
-
-def write_model(folder: Path, shape: Shape) -> Path:
-    """Write the configuration of a Flash checkpoint of this shape; its weights are random."""
-    tower = shape.tower
-    vision = {
-        "hidden_size": tower.hidden_size, "intermediate_size": tower.intermediate_size, "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.heads, "image_size": tower.image_size, "patch_size": tower.patch_size,
-        "norm_type": tower.norm, "layer_norm_eps": tower.norm_eps, "hidden_act": tower.activation, "qkv_bias": tower.qkv_bias,
-        "qk_normalization": tower.qk_norm,
-    }  # fmt: skip
-    language = {
-        "model_type": "qwen3", "hidden_size": shape.width, "num_hidden_layers": 1, "vocab_size": 1000,
-        "max_position_embeddings": 40960,
-    }  # fmt: skip
-    config = {
-        "model_type": "internvl_chat", "vision_config": vision, "llm_config": language, "force_image_size": tower.image_size,
-        "dynamic_image_size": True, "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 12, "ps_version": "v2",
-        "torch_dtype": "bfloat16", "flash_mode": True, "flash_relative_threshold": 0.5, "flash_absolute_threshold": 0.0,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
 
 
 @contextmanager

@@ -1,54 +1,48 @@
-"""A tower compiled for a few batch sizes. On a GPU each size is recorded as a CUDA graph and replayed."""
+"""A tower whose layers torch has compiled: once for all layers, and once for all batches of several tiles."""
 
-from collections.abc import Callable
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.options import ConfigError
-
-_MAX_SIZES = 6
-"""torch compiles a function for at most eight shapes, and silently runs it uncompiled for others."""
-
-
-def batch_sizes(largest: int) -> list[int]:
-    """Batch sizes to compile for, in tiles, ascending: `largest` and its halves, rounded up."""
-    sizes = [largest]
-    while sizes[0] > 1 and len(sizes) < _MAX_SIZES:
-        sizes.insert(0, -(-sizes[0] // 2))
-    return sizes
+from vision_worker.models.intern_vit import InternViT
 
 
 class CompiledTower:
-    """Runs a tower at a few fixed batch sizes, so that nothing is compiled while requests wait. Not thread-safe.
+    """Runs a tower with compiled layers. Not thread-safe.
+
+    The layers share what is compiled, so that compilation takes as long for 45 layers as for one. A whole tower that is
+    compiled at once is hardly faster, and takes minutes per batch size.
 
     Args:
-        tower: module to compile; it maps a batch [n, …] to a batch [n, …].
-        largest: tiles in the largest batch.
-        device: where the tower computes.
+        tower: its layers are compiled when they first run.
     """
 
-    def __init__(self, tower: Callable[[Tensor], Tensor], largest: int, device: torch.device) -> None:
-        self.sizes = batch_sizes(largest)
-        graphs = device.type == "cuda"
-        self._run = torch.compile(tower, dynamic=False, mode="reduce-overhead" if graphs else None)
-        # a size's first run compiles it; its second run records the CUDA graph
-        self.warmup_sizes = self.sizes * (2 if graphs else 1)
+    def __init__(self, tower: InternViT) -> None:
+        self._tower = tower
+        self._compiled = torch.compile(_run_layer)
+
+    @staticmethod
+    def warmup_sizes(largest: int) -> list[int]:
+        """Batch sizes, in tiles, to run before the first request: torch compiles a batch of one tile apart."""
+        return sorted({1, largest}, reverse=True)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Run the tower on `pixels` [n, …], padded with zeros to the next compiled size.
-
-        Raises: ConfigError if torch cannot compile on this machine.
-        """
-        size = next(size for size in self.sizes if size >= len(pixels))
-        # always copied into the same layout: a batch with other strides would be compiled anew, while requests wait
-        padded = torch.zeros((size, *pixels.shape[1:]), dtype=pixels.dtype, device=pixels.device)
-        padded[: len(pixels)] = pixels
+        """Run the tower: see `InternViT.forward`. Raises: ConfigError if torch cannot compile on this machine."""
         try:
-            # cloned: a graph's next run overwrites its output, and a group's features wait for later batches
-            return self._run(padded)[: len(pixels)].clone()
+            return self._tower.run(pixels, self._run)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"--vision-compile: torch cannot compile here ({reason}); is a C++ compiler installed?"
             ) from error
+
+    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if len(x) > 1:  # of one tile, torch compiles for that size only, and marking it would be an error
+            torch._dynamo.mark_dynamic(x, 0)
+        return self._compiled(layer, x)
+
+
+def _run_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    return cast(Tensor, layer(x))

@@ -188,7 +188,11 @@ class InternViT(nn.Module):
 
         The class token is dropped.
         """
+        return self.run(pixels, lambda layer, x: cast(Tensor, layer(x)))
+
+    def run(self, pixels: Tensor, run_layer: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """As `forward`, with `run_layer(layer, tokens)` in place of each layer's own forward pass."""
         x: Tensor = self.embeddings(pixels)
         for layer in self.encoder.layers:
-            x = layer(x)
+            x = run_layer(layer, x)
         return x[:, 1:]

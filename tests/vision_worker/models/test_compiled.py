@@ -1,42 +1,57 @@
-"""The compiled tower: batch sizes, padding, and no compilation after warming up."""
+"""The compiled tower: results, one compilation for all layers, and none after warming up."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vision_worker.models import compiled
+from common.layouts.base import Tower
 from vision_worker.models.compiled import CompiledTower
-
-CPU = torch.device("cpu")
-
-
-class Tower(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(x.flatten(1)))
+from vision_worker.models.intern_vit import InternViT
 
 
-@pytest.mark.parametrize(("largest", "sizes"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 3, 6]), (128, [4, 8, 16, 32, 64, 128])])
-def test_batch_sizes_are_the_largest_and_its_halves(largest: int, sizes: list[int]) -> None:
-    assert compiled.batch_sizes(largest) == sizes
+def tower_of(layers: int, norm: str = "layer_norm") -> InternViT:
+    description = Tower(
+        hidden_size=16, intermediate_size=32, layers=layers, heads=2, patch_size=4, image_size=8, select_layer=-1, norm=norm,
+        norm_eps=1e-6, activation="gelu", qkv_bias=True, qk_norm=norm == "rms_norm",
+    )  # fmt: skip
+    return InternViT(description, positions=5).eval()
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def pixels(tiles: int) -> Tensor:
+    return torch.randn(tiles, 3, 8, 8)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 @torch.inference_mode()
-def test_a_padded_batch_has_the_result_of_the_uncompiled_tower() -> None:
-    tower = Tower()
-    compiled_tower, pixels = CompiledTower(tower, 4, CPU), torch.randn(4, 2, 3)
-    for count in range(1, 5):
-        torch.testing.assert_close(compiled_tower(pixels[:count]), tower(pixels[:count]))
+def test_features_are_those_of_the_plain_tower_at_every_size(norm: str) -> None:
+    tower = tower_of(3, norm)
+    compiled = CompiledTower(tower)
+    for tiles in (4, 1, 3, 2, 9):
+        batch = pixels(tiles)
+        torch.testing.assert_close(compiled(batch), tower(batch))
 
 
+@pytest.mark.parametrize("layers", [1, 12])
 @torch.inference_mode()
-def test_nothing_is_compiled_after_every_size_has_run() -> None:
-    compiled_tower = CompiledTower(Tower(), 4, CPU)
-    for size in compiled_tower.sizes:
-        compiled_tower(torch.randn(size, 2, 3))
+def test_all_layers_and_sizes_share_two_compilations(layers: int) -> None:
+    compiled = CompiledTower(tower_of(layers))
+    for tiles in (*CompiledTower.warmup_sizes(6), 5, 3):
+        compiled(pixels(tiles))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("largest", [1, 2, 6])
+@torch.inference_mode()
+def test_nothing_is_compiled_after_warming_up(largest: int) -> None:
+    compiled = CompiledTower(tower_of(2))
+    for tiles in CompiledTower.warmup_sizes(largest):
+        compiled(pixels(tiles))
     with torch.compiler.set_stance("fail_on_recompile"):
-        for count in range(1, 5):
-            compiled_tower(torch.randn(count, 2, 3))
+        for tiles in range(1, largest + 1):
+            compiled(pixels(tiles))

@@ -1,0 +1,191 @@
+"""Requests per second of one GPU that serves an 8B model: by stock vLLM, and by a vision and a language worker that share it.
+
+With images that were sent before, only the language worker computes, so that its half is measured alone. Needs vLLM, aiohttp
+and what the server needs; weights are random and the vocabulary is that of the demo's tokenizer.
+"""
+
+import asyncio
+import functools
+import importlib.util
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu.kit import Kit, Measurement, Skipped
+from benchmarks.gpu.model import write_model
+from benchmarks.gpu.shapes import Shape
+
+if TYPE_CHECKING:
+    from benchmarks.load import RequestTiming
+    from benchmarks.processes import Server
+
+STOCK, OURS, FLASH = "stock vLLM", "vision and language worker", "vision and language worker, half compressed"
+NEW, REPEATED = "new images", "repeated images"
+_QWEN3_8B = {
+    "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+_DRY_LANGUAGE = {
+    "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+}  # fmt: skip
+_FLAGS = ("--no-enable-prefix-caching", "--max-model-len=16384", "--max-num-seqs=64", "--max-num-batched-tokens=8192")
+_DEVICE_FLAGS = {
+    "cuda": ("--dtype=bfloat16", "--gpu-memory-utilization=0.7"),
+    "cpu": ("--dtype=float32", "--enforce-eager", "--kv-cache-memory-bytes=268435456"),
+}
+_POOL = 16
+"""Images that are sent repeatedly."""
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What is sent: requests with an image each, `in_flight` at once, for `seconds` after a warm-up of half that time."""
+
+    size: tuple[int, int]
+    tokens: int
+    in_flight: int
+    seconds: float
+
+
+def measurements(kit: Kit, shape: Shape) -> Iterator[Measurement]:
+    """Yield a measurement for stock vLLM, for ours without a router, and for ours with one."""
+    for name in (STOCK, OURS, FLASH):
+        yield Measurement(f"serving 8B, {name}", 170, functools.partial(_measure, kit, shape, name))
+
+
+def _measure(kit: Kit, shape: Shape, name: str) -> dict[str, Any]:
+    for package in ("vllm", "aiohttp", "grpc", *(["torchvision"] if name == STOCK else [])):
+        if importlib.util.find_spec(package) is None:
+            raise Skipped(f"the package {package} is missing")
+    sent = _Load((112, 56), 4, 2, 2.0) if kit.dry else _Load((1920, 1080), 128, 64, 20.0)
+    with tempfile.TemporaryDirectory(prefix="dvd-gpu-") as temporary, ExitStack() as servers:
+        folder = Path(temporary)
+        model = _write_checkpoint(folder / "model", kit, shape, flash=name == FLASH)
+        started_at = time.monotonic()
+        start = _stock if name == STOCK else _ours
+        url = servers.enter_context(start(folder, model, kit.device.type))
+        figures: dict[str, Any] = {"start, s": round(time.monotonic() - started_at, 1)}
+        for workload in (NEW, REPEATED) if name != STOCK else (NEW,):
+            figures[workload] = asyncio.run(_run(url, model.name, sent, workload))
+    return figures
+
+
+def _write_checkpoint(folder: Path, kit: Kit, shape: Shape, flash: bool) -> Path:
+    from demo.files import write_json
+    from demo.text.tokenizer import DemoTokenizer
+
+    tokenizer = DemoTokenizer()
+    sizes = _DRY_LANGUAGE if kit.dry else _QWEN3_8B
+    language = {**sizes, "vocab_size": tokenizer.size, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    write_model(folder, shape, language | {"torch_dtype": "bfloat16", "tie_word_embeddings": False}, flash)
+    write_json(folder / "generation_config.json", {"eos_token_id": 2, "pad_token_id": 0})
+    write_json(folder / "preprocessor_config.json", {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]})
+    tokenizer.save(folder)
+    return folder
+
+
+@contextmanager
+def _stock(folder: Path, model: Path, device: str) -> Iterator[str]:
+    from benchmarks import colocated, processes
+
+    remote = colocated.copy_with_remote_code(model, folder / "stock")
+    url = f"http://127.0.0.1:{(port := processes.free_port())}"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={remote}", f"--port={port}", "--host=127.0.0.1",
+        f"--served-model-name={model.name}", "--trust-remote-code", "--load-format=dummy", *_FLAGS, *_DEVICE_FLAGS[device],
+    ]  # fmt: skip
+    with _server(folder, "stock", command, lambda: processes.returns_ok(f"{url}/health"), VLLM_PLUGINS="none"):
+        yield url
+
+
+@contextmanager
+def _ours(folder: Path, model: Path, device: str) -> Iterator[str]:
+    from benchmarks import processes
+
+    url = f"http://127.0.0.1:{(port := processes.free_port())}"
+    common = (str(model), "--load-format=dummy", f"--device={device}")
+    vision = [sys.executable, "-m", "vision_worker", *common, f"--listen=unix:{folder / 'vision'}"]
+    language = [
+        sys.executable, "-m", "lm_worker", *common, f"--listen=unix:{folder / 'language'}", f"--http=unix:{folder / 'http'}",
+        "--", *_FLAGS, *_DEVICE_FLAGS[device],
+    ]  # fmt: skip
+    gateway = [
+        sys.executable, "-m", "server", f"--port={port}", f"--vision-workers=unix:{folder / 'vision'}",
+        f"--language-workers=unix:{folder / 'language'}", "--max-queue-seconds=3600",
+    ]  # fmt: skip
+    with ExitStack() as servers:
+        # the vision worker first: vLLM takes a share of the memory that is free when it starts
+        servers.enter_context(_server(folder, "vision", vision, lambda: (folder / "vision").exists()))
+        servers.enter_context(_server(folder, "language", language, lambda: (folder / "http").exists()))
+        servers.enter_context(_server(folder, "gateway", gateway, lambda: processes.returns_ok(f"{url}/health/ready")))
+        yield url
+
+
+def _server(folder: Path, name: str, command: Sequence[str], ready: Any, **environment: str) -> "Server":
+    from benchmarks import processes
+
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    return processes.Server(name, command, processes.available_cores(), folder, ready, environment)
+
+
+async def _run(url: str, model: str, sent: _Load, workload: str) -> dict[str, Any]:
+    from benchmarks import load
+
+    begins_at = time.monotonic() + sent.seconds / 2
+    ends_at = begins_at + sent.seconds
+
+    def bodies(images: Iterator[str]) -> Iterator[bytes]:
+        for image in images:
+            if time.monotonic() >= ends_at:
+                return
+            yield load.chat_body(model, "Describe the image.", [image], sent.tokens)
+
+    with _images(sent.size, _POOL if workload == REPEATED else 0, sent.in_flight) as images:
+        if workload == REPEATED:
+            await load.run_closed_loop(url, itertools.islice(bodies(images), _POOL), _POOL)
+        begins_at, ends_at = (time.monotonic() + each for each in (sent.seconds / 2, 1.5 * sent.seconds))
+        timings = await load.run_closed_loop(url, bodies(images), sent.in_flight)
+    return _summarize(timings, begins_at, ends_at)
+
+
+@contextmanager
+def _images(size: tuple[int, int], pool: int, ahead: int) -> Iterator[Iterator[str]]:
+    """Yield an endless iterator of images, new ones or those of a pool; they are made by all cores ahead of their use."""
+    from benchmarks import load
+
+    with ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), mp_context=get_context("spawn")) as executor:
+        seeds = itertools.count(time.time_ns() & 0xFFFFFFFF)
+        made = [executor.submit(load.image_url, next(seeds), *size) for _ in range(pool or 4 * ahead)]
+        for future in made:
+            future.result()
+
+        def new_ones() -> Iterator[str]:
+            while True:
+                made.append(executor.submit(load.image_url, next(seeds), *size))
+                yield made.pop(0).result()
+
+        yield itertools.cycle([future.result() for future in made]) if pool else new_ones()
+        executor.shutdown(cancel_futures=True)
+
+
+def _summarize(timings: "Sequence[RequestTiming]", begins_at: float, ends_at: float) -> dict[str, float]:
+    """Return the rate of requests that end in the span, and latencies of those in milliseconds."""
+    ended = [timing for timing in timings if begins_at <= timing.ended_at < ends_at]
+    gaps = sorted(gap for timing in ended for gap in timing.gaps)
+    if not gaps:
+        raise Skipped("no request ended in time")
+    return {
+        "requests/s": round(len(ended) / (ends_at - begins_at), 2),
+        "median TTFT, ms": round(1e3 * statistics.median(timing.ttft for timing in ended), 1),
+        "median ITL, ms": round(1e3 * statistics.median(gaps), 2),
+        "p99 ITL, ms": round(1e3 * gaps[int(0.99 * len(gaps))], 1),
+    }
