@@ -45,7 +45,7 @@ def run(options: Options) -> Result:
     tiles = 32 if cuda else 2
     towers: dict[str, TowerFunction] = {
         "ours": _optimized_tower(INTERN_VIT_300M, device, dtype),
-        "ours, compiled": CompiledTower(our_tower(INTERN_VIT_300M, device, dtype), tiles, torch.device(device)),
+        "ours, compiled": CompiledTower(our_tower(INTERN_VIT_300M, device, dtype)),
         "transformers": _transformers_tower(device, dtype),
         "vllm": _vllm_tower(INTERN_VIT_300M, device, dtype),
     }
@@ -105,7 +105,7 @@ def _optimized_tower(shape: Tower, device: str, dtype: torch.dtype) -> nn.Module
     return tower
 
 
-def our_tower(tower: Tower, device: str, dtype: torch.dtype) -> nn.Module:
+def our_tower(tower: Tower, device: str, dtype: torch.dtype) -> InternViT:
     """Return this project's tower of a published shape, with random weights."""
     with torch.device(device):
         return randomize(InternViT(tower, 1025)).to(dtype)

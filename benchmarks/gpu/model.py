@@ -1,4 +1,4 @@
-"""Writes checkpoints of published shapes without weights: servers that load them with `--load-format=dummy` draw random ones."""
+"""Writes checkpoints of published shapes without weights: with `--load-format=dummy`, servers draw random ones."""
 
 import json
 from pathlib import Path
@@ -27,8 +27,8 @@ def write_model(folder: Path, shape: Shape, language: dict[str, Any] | None = No
         "model_type": "intern_vit_6b", "hidden_size": tower.hidden_size, "intermediate_size": tower.intermediate_size,
         "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads, "image_size": tower.image_size,
         "patch_size": tower.patch_size, "num_channels": 3, "norm_type": tower.norm, "layer_norm_eps": tower.norm_eps,
-        "hidden_act": tower.activation, "qkv_bias": tower.qkv_bias, "qk_normalization": tower.qk_norm, "initializer_factor": 1.0,
-        "dropout": 0.0,
+        "hidden_act": tower.activation, "qkv_bias": tower.qkv_bias, "qk_normalization": tower.qk_norm,
+        "initializer_factor": 1.0, "dropout": 0.0,
     }  # fmt: skip
     text = {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": shape.width, "num_hidden_layers": 1,

@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -96,9 +96,10 @@ def _write_checkpoint(folder: Path, kit: Kit, shape: Shape, flash: bool) -> Path
 @contextmanager
 def _stock(folder: Path, model: Path, device: str) -> Iterator[str]:
     from benchmarks import colocated, processes
+    from tests.ports import free_port
 
     remote = colocated.copy_with_remote_code(model, folder / "stock")
-    url = f"http://127.0.0.1:{(port := processes.free_port())}"
+    url = f"http://127.0.0.1:{(port := free_port())}"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={remote}", f"--port={port}", "--host=127.0.0.1",
         f"--served-model-name={model.name}", "--trust-remote-code", "--load-format=dummy", *_FLAGS, *_DEVICE_FLAGS[device],
@@ -110,8 +111,9 @@ def _stock(folder: Path, model: Path, device: str) -> Iterator[str]:
 @contextmanager
 def _ours(folder: Path, model: Path, device: str) -> Iterator[str]:
     from benchmarks import processes
+    from tests.ports import free_port
 
-    url = f"http://127.0.0.1:{(port := processes.free_port())}"
+    url = f"http://127.0.0.1:{(port := free_port())}"
     common = (str(model), "--load-format=dummy", f"--device={device}")
     vision = [sys.executable, "-m", "vision_worker", *common, f"--listen=unix:{folder / 'vision'}"]
     language = [
@@ -130,7 +132,7 @@ def _ours(folder: Path, model: Path, device: str) -> Iterator[str]:
         yield url
 
 
-def _server(folder: Path, name: str, command: Sequence[str], ready: Any, **environment: str) -> "Server":
+def _server(folder: Path, name: str, command: Sequence[str], ready: Callable[[], bool], **environment: str) -> "Server":
     from benchmarks import processes
 
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
