@@ -1,12 +1,12 @@
-"""Ours against the best of three ways to serve with stock vLLM on the same two cores, on four mixes of requests.
+"""Ours against the best of three ways to serve with stock vLLM on the same two cores, on several mixes of requests.
 
 * one stock vLLM over both cores,
 * two independent replicas with a core each, between which the client alternates (a round-robin that costs nothing),
 * tensor parallelism of two, with the vision tower's data split between the ranks (`--mm-encoder-tp-mode data`).
 
-Ours: one core for vision, one for language, the gateway on either; and the same with a spare vision worker on the language
-worker's core, which encodes when that core is idle. Stock vLLM cannot load a checkpoint with a router: ours
-with one is compared with theirs without. `equal_hardware.py` measures latency and the bindings of one stock vLLM.
+Ours: one core for vision, one for language, the gateway on either. Caches are on, as they are by default on either side. Stock
+vLLM cannot load a checkpoint with a router: ours with one is compared with theirs without. `equal_hardware.py` measures latency
+and the bindings of one stock vLLM.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import checkpoint, colocated, costs, load, processes
 from benchmarks.checkpointed import CheckpointedRun
-from benchmarks.equal_hardware import HALF_COMPRESSED_FLAGS, VLLM_FLAGS
+from benchmarks.equal_hardware import HALF_COMPRESSED_FLAGS
 from benchmarks.options import Options
 from benchmarks.result import Result, median_ratio
 
@@ -54,7 +54,8 @@ MIXES = {
 }
 """A balanced request has three tiles, an image-heavy one five. With long answers language is the slower half."""
 STOCK = ("one over both cores", "two replicas", "tensor parallel")
-OURS, SPARE, COMPRESSED = "ours", "ours, spare vision worker", "ours, half compressed"
+REPLICAS = STOCK[1]
+OURS, COMPRESSED = "ours", "ours, half compressed"
 GOALS = {
     ("balanced", OURS): 1.0, ("image-heavy", OURS): 1.0, ("long answers", COMPRESSED): 1.2,
     ("balanced, a fifth repeated", OURS): 1.4,
@@ -62,27 +63,25 @@ GOALS = {
 IN_FLIGHT = 16
 REQUESTS = 44
 WARM_UP_REQUESTS = 8
+DTYPE = "--dtype=float32"
 
 
 class Started(NamedTuple):
-    """What answers requests: its URL, and its processes by their part."""
+    """What answers requests: the model, the URL, and the processes by their part."""
 
+    model: Path
     url: load.Url
     parts: Mapping[str, processes.Server]
 
 
-Start = Callable[[], AbstractContextManager[Sequence[Started]]]
-"""Starts servers that belong together."""
-Stack = tuple[Path, tuple[str, ...], Start]
-"""Model, names and start of servers that belong together."""
-Running = dict[str, tuple[Path, Started]]
-"""Model and processes of each server."""
+Stacks = Mapping[str, Callable[[], AbstractContextManager[Started]]]
+"""What starts servers that belong together, by their name."""
 
 
 def run(options: Options) -> Result:
     """Measure all mixes. The headline is the smallest of the goals' ratios over their targets; the target is 1.0.
 
-    A quick run compares ours with replicas, and leaves the router out.
+    A quick run compares with replicas only.
     """
     baseline = options.require_baseline("baselines compares with stock vLLM")
     with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name:
@@ -90,46 +89,74 @@ def run(options: Options) -> Result:
         plain = checkpoint.write_checkpoint(folder / "plain", flash=False)
         flash = checkpoint.write_checkpoint(folder / "flash")
         stock = colocated.copy_with_remote_code(plain, folder / "stock")
-        replicas = (stock, (STOCK[1],), partial(_replicas, folder, baseline, stock))
-        ours = (plain, (OURS, SPARE), partial(_ours, folder, plain, spare=True))
-        others: list[Stack] = [
-            (stock, (STOCK[0],), partial(_stock, folder, baseline, stock)),
-            (stock, (STOCK[2],), partial(_stock, folder, baseline, stock, "-tp=2", "--mm-encoder-tp-mode=data")),
-            (flash, (COMPRESSED,), partial(_ours, folder, flash, *HALF_COMPRESSED_FLAGS)),
-        ]
-        return _compare([replicas, ours] if options.quick else [replicas, *others, ours], options)
+        theirs = {
+            STOCK[0]: partial(_stock, folder, baseline, stock),
+            REPLICAS: partial(_replicas, folder, baseline, stock),
+            STOCK[2]: partial(_stock, folder, baseline, stock, "-tp=2", "--mm-encoder-tp-mode=data"),
+        }
+        ours = {OURS: partial(_ours, folder, plain), COMPRESSED: partial(_ours, folder, flash, *HALF_COMPRESSED_FLAGS)}
+        return _Comparison(options).compare(theirs, ours)
 
 
-def _compare(stacks: Sequence[Stack], options: Options) -> Result:
-    """Measure every mix on every server. All are running: an idle one costs memory, and 2 % of a core for each vLLM."""
-    checkpointed = CheckpointedRun("baselines", options.quick)
-    rates: dict[str, dict[str, list[float]]] = {mix: {} for mix in MIXES}
-    core_seconds: dict[str, dict[str, dict[str, float]]] = {mix: {} for mix in MIXES}
-    with ExitStack() as servers:
-        running, failed = _start(stacks, servers)
-        seeds = itertools.count()
-        for name, (model, started) in running.items():
-            asyncio.run(
-                load.run_closed_loop(started.url, _bodies(model, MIXES["balanced"], seeds, WARM_UP_REQUESTS), WARM_UP_REQUESTS)
-            )
-            _log(f"{name} is warm")
-        for repeat in range(options.repeats(3)):
-            for mix in MIXES:
-                names = [name for name in running if _is_compared(name, rates[mix])]
-                for name in names[:: 1 if repeat % 2 else -1]:
-                    model, started = running[name]
-                    measure = partial(_measure, started, model, MIXES[mix], seeds)
-                    rate, core_seconds[mix][name] = checkpointed.measure(f"{mix}, {name}, {repeat}", measure)
-                    rates[mix].setdefault(name, []).append(rate)
-                    _log(f"{mix}, {name}: {rate:.3f} requests/s, core-seconds per request: {core_seconds[mix][name]}")
-    checkpointed.finish()
-    return _result(rates, core_seconds, failed)
+class _Comparison:
+    """One run of the benchmark, which continues after the measurements of an interrupted one."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._checkpointed = CheckpointedRun("baselines", options.quick)
+        self._seeds = itertools.count()
+        self._failed: dict[str, str] = {}
+        self._core_seconds: dict[str, dict[str, dict[str, float]]] = {mix: {} for mix in MIXES}
+
+    def compare(self, theirs: Stacks, ours: Stacks) -> Result:
+        """Find the best of theirs on each mix, each alone; then measure it side by side with ours."""
+        alone = {} if self._options.quick else self._measure_alone(theirs)
+        best = {mix: max(alone, key=lambda name: alone[name][mix], default=REPLICAS) for mix in MIXES}
+        rates: dict[str, dict[str, list[float]]] = {mix: {} for mix in MIXES}
+        with ExitStack() as servers:
+            # all run at once: an idle one costs memory, and 2 % of a core for each vLLM
+            stacks = {name: theirs[name] for name in sorted(set(best.values()))} | dict(ours)
+            running = {name: servers.enter_context(start()) for name, start in stacks.items()}
+            for name, started in running.items():
+                self._warm_up(name, started)
+            for repeat in range(self._options.repeats(3)):
+                for mix in MIXES:
+                    names = [best[mix], *ours]
+                    for name in names[:: 1 if repeat % 2 else -1]:
+                        rate = self._measure(name, running[name], mix, f"{mix}, {name}, {repeat}")
+                        rates[mix].setdefault(name, []).append(rate)
+        self._checkpointed.finish()
+        return _result(rates, best, alone, self._core_seconds, self._failed)
+
+    def _measure_alone(self, theirs: Stacks) -> dict[str, dict[str, float]]:
+        """Return requests/s of each of theirs that runs here, by its name and mix."""
+        rates = {}
+        for name, start in theirs.items():
+            try:
+                with start() as started:
+                    self._warm_up(name, started)
+                    rates[name] = {mix: self._measure(name, started, mix, f"alone: {mix}, {name}") for mix in MIXES}
+            except RuntimeError as error:
+                self._failed[name] = str(error)[-300:]
+                _log(f"{name} does not run: {self._failed[name]}")
+        return rates
+
+    def _warm_up(self, name: str, started: Started) -> None:
+        bodies = _bodies(started.model, MIXES["balanced"], self._seeds, WARM_UP_REQUESTS)
+        asyncio.run(load.run_closed_loop(started.url, bodies, WARM_UP_REQUESTS))
+        _log(f"{name} is warm")
+
+    def _measure(self, name: str, started: Started, mix: str, key: str) -> float:
+        measure = partial(_measure, started, MIXES[mix], self._seeds)
+        rate, self._core_seconds[mix][name] = self._checkpointed.measure(key, measure)
+        _log(f"{key}: {rate:.3f} requests/s, core-seconds per request: {self._core_seconds[mix][name]}")
+        return rate
 
 
-def _measure(started: Started, model: Path, mix: Mix, seeds: Iterator[int]) -> tuple[float, dict[str, float]]:
+def _measure(started: Started, mix: Mix, seeds: Iterator[int]) -> tuple[float, dict[str, float]]:
     """Return requests per second of a mix at saturation, and the core-seconds per request of each part."""
     before = _cpu_seconds(started)
-    rate = asyncio.run(load.saturated_rate(started.url, _bodies(model, mix, seeds, REQUESTS), IN_FLIGHT))
+    rate = asyncio.run(load.saturated_rate(started.url, _bodies(started.model, mix, seeds, REQUESTS), IN_FLIGHT))
     return rate, {part: round((value - before[part]) / REQUESTS, 3) for part, value in _cpu_seconds(started).items()}
 
 
@@ -137,70 +164,40 @@ def _cpu_seconds(started: Started) -> dict[str, float]:
     return {part: server.cpu_seconds() for part, server in started.parts.items()}
 
 
-def _is_compared(name: str, measured: dict[str, list[float]]) -> bool:
-    """Return whether a server is measured again on a mix: of stock vLLM's ways only the best one."""
-    return name not in STOCK or not measured or name == _best_of_stock(measured)
-
-
-def _best_of_stock(measured: dict[str, list[float]]) -> str:
-    return max((name for name in measured if name in STOCK), key=lambda name: measured[name][0])
-
-
-def _start(stacks: Sequence[Stack], servers: ExitStack) -> tuple[Running, dict[str, str]]:
-    """Start all servers. Returns model and processes of each, and why one of stock vLLM's ways does not run here."""
-    running, failed = Running(), dict[str, str]()
-    for model, names, start in stacks:
-        try:
-            running |= {name: (model, one) for name, one in zip(names, servers.enter_context(start()), strict=True)}
-        except RuntimeError as error:
-            if names[0] not in STOCK:
-                raise
-            failed[names[0]] = str(error)[-300:]
-            _log(f"{names[0]} does not run: {failed[names[0]]}")
-    return running, failed
-
-
 @contextmanager
-def _stock(folder: Path, python: str, model: Path, *flags: str) -> Iterator[Sequence[Started]]:
+def _stock(folder: Path, python: str, model: Path, *flags: str) -> Iterator[Started]:
     """One stock vLLM over all cores."""
     cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
     bind = "|".join(map(str, cores)) if flags else ",".join(map(str, cores))  # a rank for each core, or one for all
     environment = {"VLLM_CPU_OMP_THREADS_BIND": bind}
-    with processes.stock_vllm(own, python, model, cores, *VLLM_FLAGS, *flags, environment=environment) as server:
-        yield [Started(server.url, {"vLLM": server})]
+    with processes.stock_vllm(own, python, model, cores, DTYPE, *flags, environment=environment) as server:
+        yield Started(model, server.url, {"vLLM": server})
 
 
 @contextmanager
-def _replicas(folder: Path, python: str, model: Path) -> Iterator[Sequence[Started]]:
+def _replicas(folder: Path, python: str, model: Path) -> Iterator[Started]:
     """A stock vLLM on each core; requests alternate between them."""
     with ExitStack() as servers:
         parts = {}
         for number, core in enumerate(processes.available_cores()[:2]):
-            server = processes.stock_vllm(Path(tempfile.mkdtemp(dir=folder)), python, model, [core], *VLLM_FLAGS)
+            server = processes.stock_vllm(Path(tempfile.mkdtemp(dir=folder)), python, model, [core], DTYPE)
             parts[f"replica {number}"] = servers.enter_context(server)
-        yield [Started(itertools.cycle([server.url for server in parts.values()]), parts)]
+        yield Started(model, itertools.cycle([server.url for server in parts.values()]), parts)
 
 
 @contextmanager
-def _ours(folder: Path, model: Path, *gateway_flags: str, spare: bool = False) -> Iterator[Sequence[Started]]:
-    """Our server, one core for vision and one for language.
-
-    `spare`: with a second gateway, which also has a spare vision worker on the latter core.
-    """
+def _ours(folder: Path, model: Path, *gateway_flags: str) -> Iterator[Started]:
+    """Our server, one core for vision and one for language."""
     cores, own = processes.available_cores(), Path(tempfile.mkdtemp(dir=folder))
-    flags = ("--cache=none", f"--max-batch-tiles={costs.BATCH_TILES}")
     with ExitStack() as servers:
-        vision = {"vision": servers.enter_context(processes.vision_worker(own, model, cores[:1], *flags))}
-        language = {"language": servers.enter_context(processes.language_worker(own, model, cores[-1:], *VLLM_FLAGS))}
-        fleets = [vision]
-        if spare:
-            worker = processes.vision_worker(own, model, cores[-1:], *flags, "--spare", name="spare")
-            fleets.append(vision | {"spare": servers.enter_context(worker)})
-        started = []
-        for fleet in fleets:
-            gateway = servers.enter_context(processes.gateway(own, cores, *gateway_flags, vision_names=[*fleet]))
-            started.append(Started(gateway.url, fleet | language | {"gateway": gateway}))
-        yield started
+        parts = {
+            "vision": processes.vision_worker(own, model, cores[:1], f"--max-batch-tiles={costs.BATCH_TILES}"),
+            "language": processes.language_worker(own, model, cores[-1:], DTYPE),
+            "gateway": processes.gateway(own, cores, *gateway_flags),
+        }
+        for server in parts.values():
+            servers.enter_context(server)
+        yield Started(model, parts["gateway"].url, parts)
 
 
 def _bodies(model: Path, mix: Mix, seeds: Iterator[int], count: int) -> list[bytes]:
@@ -219,25 +216,25 @@ def _bodies(model: Path, mix: Mix, seeds: Iterator[int], count: int) -> list[byt
 
 
 def _result(
-    rates: dict[str, dict[str, list[float]]], core_seconds: dict[str, dict[str, dict[str, float]]], failed: dict[str, str]
-) -> Result:
+    rates: dict[str, dict[str, list[float]]], best: Mapping[str, str], alone: dict[str, dict[str, float]],
+    core_seconds: dict[str, dict[str, dict[str, float]]], failed: dict[str, str],
+) -> Result:  # fmt: skip
     figures: dict[str, Any] = {}
     for mix, by_server in rates.items():
-        medians = {name: round(statistics.median(values), 3) for name, values in by_server.items()}
-        best = _best_of_stock(by_server)
         ratios = {
-            name: dict(zip(("ratio", "spread"), (round(x, 3) for x in median_ratio(values, by_server[best])), strict=True))
+            name: dict(zip(("ratio", "spread"), (round(x, 3) for x in median_ratio(values, by_server[best[mix]])), strict=True))
             for name, values in by_server.items()
             if name not in STOCK
         }
         figures[mix] = {
-            "requests/s": medians, "best of stock vLLM": best, "over the best": ratios,
+            "requests/s": {name: round(statistics.median(values), 3) for name, values in by_server.items()},
+            "best of stock vLLM": best[mix], "over the best": ratios,
+            "stock vLLM, each alone, once": {name: round(by_mix[mix], 3) for name, by_mix in alone.items()},
             "core-seconds per request, last repeat": core_seconds[mix],
         }  # fmt: skip
-    goals = {(mix, name): goal for (mix, name), goal in GOALS.items() if name in rates[mix]}
-    shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in goals.items()}
-    spread = max(figures[mix]["over the best"][name]["spread"] for mix, name in goals)
-    figures["goals"] = {f"{mix}, {name}": goal for (mix, name), goal in goals.items()}
+    shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in GOALS.items()}
+    spread = max(figures[mix]["over the best"][name]["spread"] for mix, name in GOALS)
+    figures["goals"] = {f"{mix}, {name}": goal for (mix, name), goal in GOALS.items()}
     if failed:
         figures["does not run here"] = failed
     return Result("baselines", min(shares.values()), 1.0, spread, figures)
