@@ -22,7 +22,7 @@ class EncodingOptions(ImageLimits, TraceOptions):
     max_batch_tiles: int = Field(0, ge=0, description="maximum number of tiles in a forward pass; 0: 1 on a CPU, 32 on a GPU")
     vision_compile: bool = Field(
         False,
-        description="compile the tower (slower on a CPU); needs a C++ compiler and a start of minutes",
+        description="compile the tower (slower on a CPU); needs a C++ compiler",
     )
     prepare_threads: int = Field(0, ge=0, description="threads that decode and tile images; 0: one per core")
 

@@ -133,7 +133,7 @@ async def _warm_up(batcher: Batcher, what: str, compiles: bool, phases: Phases) 
     with phases.phase("compiling the preprocessing", "numba compiles it once for each machine"):
         await asyncio.to_thread(tiling.warm_up)
     name = f"compiling the tower and warming up with {what}" if compiles else f"warming up with {what}"
-    with phases.phase(name, "each batch size is compiled once" if compiles else "the first batch allocates memory"):
+    with phases.phase(name, "one layer is compiled for all" if compiles else "the first batch allocates memory"):
         await batcher.warm_up()
 
 
