@@ -76,6 +76,8 @@ class Started(NamedTuple):
 
 Stacks = Mapping[str, Callable[[], AbstractContextManager[Started]]]
 """What starts servers that belong together, by their name."""
+Measured = dict[str, list[tuple[float, dict[str, float]]]]
+"""Requests/s, and core-seconds per request of each part, of each repeat on a server."""
 
 
 def run(options: Options) -> Result:
@@ -106,13 +108,12 @@ class _Comparison:
         self._checkpointed = CheckpointedRun("baselines", options.quick)
         self._seeds = itertools.count()
         self._failed: dict[str, str] = {}
-        self._core_seconds: dict[str, dict[str, dict[str, float]]] = {mix: {} for mix in MIXES}
 
     def compare(self, theirs: Stacks, ours: Stacks) -> Result:
         """Find the best of theirs on each mix, each alone; then measure it side by side with ours."""
         alone = {} if self._options.quick else self._measure_alone(theirs)
         best = {mix: max(alone, key=lambda name: alone[name][mix], default=REPLICAS) for mix in MIXES}
-        rates: dict[str, dict[str, list[float]]] = {mix: {} for mix in MIXES}
+        measured: dict[str, Measured] = {mix: {} for mix in MIXES}
         with ExitStack() as servers:
             # all run at once: an idle one costs memory, and 2 % of a core for each vLLM
             stacks = {name: theirs[name] for name in sorted(set(best.values()))} | dict(ours)
@@ -123,22 +124,24 @@ class _Comparison:
                 for mix in MIXES:
                     names = [best[mix], *ours]
                     for name in names[:: 1 if repeat % 2 else -1]:
-                        rate = self._measure(name, running[name], mix, f"{mix}, {name}, {repeat}")
-                        rates[mix].setdefault(name, []).append(rate)
+                        values = self._measure(running[name], mix, f"{mix}, {name}, {repeat}")
+                        measured[mix].setdefault(name, []).append(values)
         self._checkpointed.finish()
-        return _result(rates, best, alone, self._core_seconds, self._failed)
+        return _result(measured, best, alone, self._failed)
 
     def _measure_alone(self, theirs: Stacks) -> dict[str, dict[str, float]]:
         """Return requests/s of each of theirs that runs here, by its name and mix."""
         rates = {}
         for name, start in theirs.items():
-            try:
-                with start() as started:
-                    self._warm_up(name, started)
-                    rates[name] = {mix: self._measure(name, started, mix, f"alone: {mix}, {name}") for mix in MIXES}
-            except RuntimeError as error:
-                self._failed[name] = str(error)[-300:]
-                _log(f"{name} does not run: {self._failed[name]}")
+            with ExitStack() as servers:
+                try:
+                    started = servers.enter_context(start())
+                except RuntimeError as error:
+                    self._failed[name] = str(error)[-300:]
+                    _log(f"{name} does not run: {self._failed[name]}")
+                    continue
+                self._warm_up(name, started)
+                rates[name] = {mix: self._measure(started, mix, f"alone: {mix}, {name}")[0] for mix in MIXES}
         return rates
 
     def _warm_up(self, name: str, started: Started) -> None:
@@ -146,11 +149,11 @@ class _Comparison:
         asyncio.run(load.run_closed_loop(started.url, bodies, WARM_UP_REQUESTS))
         _log(f"{name} is warm")
 
-    def _measure(self, name: str, started: Started, mix: str, key: str) -> float:
-        measure = partial(_measure, started, MIXES[mix], self._seeds)
-        rate, self._core_seconds[mix][name] = self._checkpointed.measure(key, measure)
-        _log(f"{key}: {rate:.3f} requests/s, core-seconds per request: {self._core_seconds[mix][name]}")
-        return rate
+    def _measure(self, started: Started, mix: str, key: str) -> tuple[float, dict[str, float]]:
+        """Return requests/s and the core-seconds per request of each part; a key names a measurement of the run."""
+        rate, core_seconds = self._checkpointed.measure(key, partial(_measure, started, MIXES[mix], self._seeds))
+        _log(f"{key}: {rate:.3f} requests/s, core-seconds per request: {core_seconds}")
+        return rate, core_seconds
 
 
 def _measure(started: Started, mix: Mix, seeds: Iterator[int]) -> tuple[float, dict[str, float]]:
@@ -216,27 +219,30 @@ def _bodies(model: Path, mix: Mix, seeds: Iterator[int], count: int) -> list[byt
 
 
 def _result(
-    rates: dict[str, dict[str, list[float]]], best: Mapping[str, str], alone: dict[str, dict[str, float]],
-    core_seconds: dict[str, dict[str, dict[str, float]]], failed: dict[str, str],
-) -> Result:  # fmt: skip
+    measured: Mapping[str, Measured],
+    best: Mapping[str, str],
+    alone: Mapping[str, Mapping[str, float]],
+    failed: Mapping[str, str],
+) -> Result:
     figures: dict[str, Any] = {}
-    for mix, by_server in rates.items():
+    for mix, by_server in measured.items():
+        rates = {name: [rate for rate, _ in repeats] for name, repeats in by_server.items()}
         ratios = {
-            name: dict(zip(("ratio", "spread"), (round(x, 3) for x in median_ratio(values, by_server[best[mix]])), strict=True))
-            for name, values in by_server.items()
+            name: dict(zip(("ratio", "spread"), (round(x, 3) for x in median_ratio(values, rates[best[mix]])), strict=True))
+            for name, values in rates.items()
             if name not in STOCK
         }
         figures[mix] = {
-            "requests/s": {name: round(statistics.median(values), 3) for name, values in by_server.items()},
+            "requests/s": {name: round(statistics.median(values), 3) for name, values in rates.items()},
             "best of stock vLLM": best[mix], "over the best": ratios,
             "stock vLLM, each alone, once": {name: round(by_mix[mix], 3) for name, by_mix in alone.items()},
-            "core-seconds per request, last repeat": core_seconds[mix],
+            "core-seconds per request, last repeat": {name: repeats[-1][1] for name, repeats in by_server.items()},
         }  # fmt: skip
     shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in GOALS.items()}
     spread = max(figures[mix]["over the best"][name]["spread"] for mix, name in GOALS)
     figures["goals"] = {f"{mix}, {name}": goal for (mix, name), goal in GOALS.items()}
     if failed:
-        figures["does not run here"] = failed
+        figures["does not run here"] = dict(failed)
     return Result("baselines", min(shares.values()), 1.0, spread, figures)
 
 

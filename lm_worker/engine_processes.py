@@ -8,6 +8,8 @@ from pathlib import Path
 _PROC = Path("/proc")
 _STOPPED_STATES = ("T", "t")
 """Stopped by a signal, or by a debugger."""
+_RUNNABLE_STATE = "R"
+"""Computing, or waiting for a core."""
 _ENDED_STATES = ("Z", "X")
 """Ended, but its parent has not read its exit status."""
 
@@ -20,11 +22,13 @@ class ProcessState:
         parent: Process id of its parent.
         is_stopped: Whether SIGSTOP or a debugger has stopped it.
         cpu_ticks: CPU time that it and its ended children have used.
+        is_runnable: Whether its main thread computes, or would if a core were free.
     """
 
     parent: int
     is_stopped: bool
     cpu_ticks: int
+    is_runnable: bool = False
 
 
 class ProcessTree:
@@ -61,7 +65,8 @@ def _parse_stat(stat: str) -> ProcessState | None:
     fields = stat.rpartition(")")[2].split()
     if fields[0] in _ENDED_STATES:
         return None
-    return ProcessState(int(fields[1]), fields[0] in _STOPPED_STATES, sum(map(int, fields[11:15])))
+    ticks = sum(map(int, fields[11:15]))
+    return ProcessState(int(fields[1]), fields[0] in _STOPPED_STATES, ticks, fields[0] == _RUNNABLE_STATE)
 
 
 def _descendants(roots: Iterable[int], states: Mapping[int, ProcessState]) -> Iterator[int]:

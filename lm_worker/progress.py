@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from lm_worker.engine_processes import ProcessState
 
 SILENCE_SECONDS = 3.0
-"""Time without a message and without CPU time after which an engine counts as stalled."""
+"""Time without a message, without CPU time and without a wait for a core, after which an engine counts as stalled."""
 
 GPU_SILENCE_SECONDS = 10.0
 """The same while requests run on a GPU: there a process sleeps while the device computes a long step."""
 
 _STOPPED_SECONDS = 2.5
-_MAX_GAP_SECONDS = 3.0
-"""If two observations are further apart, this process itself was stopped or busy, and silence proves nothing."""
+_MAX_GAP_SECONDS = 1.5
+"""If two observations are further apart, this process itself was stopped or got no core: the engine may have answered, and the
+rest of that time proves nothing."""
 
 
 class Progress:
@@ -28,13 +29,10 @@ class Progress:
         """
         self._timeout, self._busy_silence = timeout, busy_silence_seconds
         self._processes: Mapping[int, ProcessState] = {}
-        self._reset(now)
-        self.is_starved = False
-        """Whether `timeout` has passed, and no token has come since. It stays so if the requests give up."""
-
-    def _reset(self, now: float) -> None:
         self._observed = self._message = self._token = self._active = now
         self._stopped_since: dict[int, float] = {}
+        self.is_starved = False
+        """Whether `timeout` has passed, and no token has come since. It stays so if the requests give up."""
 
     def record_message(self, now: float) -> None:
         """Note a message of the engine, which proves that its loop turns."""
@@ -57,8 +55,7 @@ class Progress:
             unfinished: Number of requests that have not ended.
             processes: State of the engine's processes; none if it is unknown.
         """
-        if now - self._observed > _MAX_GAP_SECONDS:
-            self._reset(now)
+        self._leave_out(now - self._observed - _MAX_GAP_SECONDS, now)
         self._observed = now
         self._note_processes(now, processes)
         if not unfinished:
@@ -67,8 +64,16 @@ class Progress:
             self.is_starved = True
         return self._stopped(now) or self._silence(now, unfinished) or self._starvation(now, unfinished)
 
+    def _leave_out(self, seconds: float, now: float) -> None:
+        """Move all times forward by `seconds`, at most to `now`, as if these seconds had not passed. Nothing if negative."""
+        if seconds > 0:
+            self._message, self._token, self._active = (
+                min(now, time + seconds) for time in (self._message, self._token, self._active)
+            )
+            self._stopped_since = {pid: min(now, since + seconds) for pid, since in self._stopped_since.items()}
+
     def _note_processes(self, now: float, processes: Mapping[int, ProcessState]) -> None:
-        if not processes or processes != self._processes:
+        if not processes or processes != self._processes or any(state.is_runnable for state in processes.values()):
             self._active = now
         self._processes = processes
         stopped = [pid for pid, state in processes.items() if state.is_stopped]
@@ -84,7 +89,7 @@ class Progress:
         limit = self._busy_silence if unfinished else SILENCE_SECONDS
         if now - max(self._message, self._active) < limit:
             return None
-        return f"it has not answered for {now - self._message:.0f} s, and its processes use no CPU time"
+        return f"it has not answered for {now - self._message:.0f} s, and its processes neither use nor wait for a core"
 
     def _starvation(self, now: float, unfinished: int) -> str | None:
         if not self.is_starved:

@@ -48,7 +48,7 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
-    compiles: bool = False
+    is_compiled: bool = False
     """Whether torch compiles the tower."""
     record_for: int = 0
     """Tiles in the largest batch that CUDA graphs of the tower are recorded for; 0: none."""
@@ -56,7 +56,7 @@ class Placement:
     @property
     def is_prepared(self) -> bool:
         """Whether the tower is compiled or recorded for its batch sizes when they come first."""
-        return self.compiles or self.record_for > 0
+        return self.is_compiled or self.record_for > 0
 
     @property
     def is_asynchronous(self) -> bool:
@@ -147,7 +147,8 @@ def load(options: VisionOptions, checkpoint: Checkpoint) -> Encoder:
     family = importlib.import_module(FAMILIES[options.vision_backend])
     device = _device(options.device)
     recorded = max_batch_tiles(options, device) if device.type == "cuda" else 0
-    placement = Placement(device, _dtype(options.vision_dtype, checkpoint), options.vision_compile, recorded)
+    dtype = _dtype(options.vision_dtype, checkpoint)
+    placement = Placement(device, dtype, is_compiled=options.vision_compile, record_for=recorded)
     return cast(Encoder, family.load(checkpoint, placement, dummy=options.load_format == "dummy"))
 
 

@@ -1,5 +1,6 @@
 """The order of the measurements, their budget of time, and the file that they are saved to."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -16,6 +17,17 @@ RESULTS = "gpu.json"
 
 class Skipped(Exception):
     """A measurement cannot be made here; the message says why."""
+
+
+def require(*packages: str) -> None:
+    """Check that packages are installed, without importing them. Raises: Skipped."""
+    for package in packages:
+        try:
+            is_found = importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:
+            is_found = False
+        if not is_found:
+            raise Skipped(f"the package {package} is missing")
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,23 @@ and what the server needs; weights are random and the vocabulary is that of the 
 
 import asyncio
 import functools
-import importlib.util
 import itertools
 import os
+import random
+import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.kit import Kit, Measurement, Skipped
+from benchmarks.gpu.kit import Kit, Measurement, Skipped, require
 from benchmarks.gpu.model import write_model
 from benchmarks.gpu.shapes import Shape
 
@@ -42,13 +43,17 @@ _DEVICE_FLAGS = {
     "cuda": ("--dtype=bfloat16", "--gpu-memory-utilization=0.7"),
     "cpu": ("--dtype=float32", "--enforce-eager", "--kv-cache-memory-bytes=268435456"),
 }
+_ROOT = Path(__file__).parents[2]
 _POOL = 16
 """Images that are sent repeatedly."""
 
 
 @dataclass(frozen=True)
-class _Load:
-    """What is sent: requests with an image each, `in_flight` at once, for `seconds` after a warm-up of half that time."""
+class _Workload:
+    """What is sent: requests with an image each, `in_flight` at once, for `seconds` after a warm-up of half that time.
+
+    Answers have half to one and a half times the mean number of `tokens`, so that they do not end in waves.
+    """
 
     size: tuple[int, int]
     tokens: int
@@ -59,14 +64,12 @@ class _Load:
 def measurements(kit: Kit, shape: Shape) -> Iterator[Measurement]:
     """Yield a measurement for stock vLLM, for ours without a router, and for ours with one."""
     for name in (STOCK, OURS, FLASH):
-        yield Measurement(f"serving 8B, {name}", 170, functools.partial(_measure, kit, shape, name))
+        yield Measurement(f"serving 8B, {name}", 230, functools.partial(_measure, kit, shape, name))
 
 
 def _measure(kit: Kit, shape: Shape, name: str) -> dict[str, Any]:
-    for package in ("vllm", "aiohttp", "grpc", *(["torchvision"] if name == STOCK else [])):
-        if importlib.util.find_spec(package) is None:
-            raise Skipped(f"the package {package} is missing")
-    sent = _Load((112, 56), 4, 2, 2.0) if kit.dry else _Load((1920, 1080), 128, 64, 20.0)
+    require("vllm", "aiohttp", "grpc", *(["torchvision"] if name == STOCK else []))
+    workload = _Workload((112, 56), 4, 2, 2.0) if kit.dry else _Workload((1920, 1080), 128, 64, 20.0)
     with tempfile.TemporaryDirectory(prefix="dvd-gpu-") as temporary, ExitStack() as servers:
         folder = Path(temporary)
         model = _write_checkpoint(folder / "model", kit, shape, flash=name == FLASH)
@@ -74,8 +77,8 @@ def _measure(kit: Kit, shape: Shape, name: str) -> dict[str, Any]:
         start = _stock if name == STOCK else _ours
         url = servers.enter_context(start(folder, model, kit.device.type))
         figures: dict[str, Any] = {"start, s": round(time.monotonic() - started_at, 1)}
-        for workload in (NEW, REPEATED) if name != STOCK else (NEW,):
-            figures[workload] = asyncio.run(_run(url, model.name, sent, workload))
+        for images in (NEW, REPEATED) if name != STOCK else (NEW,):
+            figures[images] = asyncio.run(_run(url, model.name, workload, repeated=images == REPEATED))
     return figures
 
 
@@ -125,9 +128,9 @@ def _ours(folder: Path, model: Path, device: str) -> Iterator[str]:
         f"--language-workers=unix:{folder / 'language'}", "--max-queue-seconds=3600",
     ]  # fmt: skip
     with ExitStack() as servers:
-        # the vision worker first: vLLM takes a share of the memory that is free when it starts
+        # the vision worker first: vLLM's share is one of all memory, and it refuses to start where less is free
         servers.enter_context(_server(folder, "vision", vision, lambda: (folder / "vision").exists()))
-        servers.enter_context(_server(folder, "language", language, lambda: (folder / "http").exists()))
+        servers.enter_context(_server(folder, "language", language, lambda: _is_healthy(folder / "http")))
         servers.enter_context(_server(folder, "gateway", gateway, lambda: processes.returns_ok(f"{url}/health/ready")))
         yield url
 
@@ -135,28 +138,36 @@ def _ours(folder: Path, model: Path, device: str) -> Iterator[str]:
 def _server(folder: Path, name: str, command: Sequence[str], ready: Callable[[], bool], **environment: str) -> "Server":
     from benchmarks import processes
 
-    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
     return processes.Server(name, command, processes.available_cores(), folder, ready, environment)
 
 
-async def _run(url: str, model: str, sent: _Load, workload: str) -> dict[str, Any]:
+def _is_healthy(path: Path) -> bool:
+    """Whether the HTTP server at a Unix socket answers that it serves: it listens before it does."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(2)
+        connection.connect(str(path))
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: language\r\nConnection: close\r\n\r\n")
+        return b" 200 " in connection.recv(64)
+    return False
+
+
+async def _run(url: str, model: str, workload: _Workload, repeated: bool) -> dict[str, Any]:
     from benchmarks import load
 
-    begins_at = time.monotonic() + sent.seconds / 2
-    ends_at = begins_at + sent.seconds
+    rng = random.Random(0)
 
-    def bodies(images: Iterator[str]) -> Iterator[bytes]:
-        for image in images:
-            if time.monotonic() >= ends_at:
-                return
-            yield load.chat_body(model, "Describe the image.", [image], sent.tokens)
+    def body(image: str) -> bytes:
+        return load.chat_body(model, "Describe the image.", [image], round(workload.tokens * rng.uniform(0.5, 1.5)))
 
-    with _images(sent.size, _POOL if workload == REPEATED else 0, sent.in_flight) as images:
-        if workload == REPEATED:
-            await load.run_closed_loop(url, itertools.islice(bodies(images), _POOL), _POOL)
-        begins_at, ends_at = (time.monotonic() + each for each in (sent.seconds / 2, 1.5 * sent.seconds))
-        timings = await load.run_closed_loop(url, bodies(images), sent.in_flight)
-    return _summarize(timings, begins_at, ends_at)
+    with _images(workload.size, _POOL if repeated else 0, workload.in_flight) as images:
+        if repeated:  # from now on their embeddings are cached
+            await load.run_closed_loop(url, [body(image) for image in itertools.islice(images, _POOL)], _POOL)
+        begins_at = time.monotonic() + workload.seconds / 2
+        ends_at = begins_at + workload.seconds
+        bodies = (body(image) for image in itertools.takewhile(lambda _: time.monotonic() < ends_at, images))
+        timings = await load.run_closed_loop(url, bodies, workload.in_flight)
+    return summarize(timings, begins_at, ends_at)
 
 
 @contextmanager
@@ -166,28 +177,37 @@ def _images(size: tuple[int, int], pool: int, ahead: int) -> Iterator[Iterator[s
 
     with ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), mp_context=get_context("spawn")) as executor:
         seeds = itertools.count(time.time_ns() & 0xFFFFFFFF)
-        made = [executor.submit(load.image_url, next(seeds), *size) for _ in range(pool or 4 * ahead)]
-        for future in made:
+        futures = [executor.submit(load.image_url, next(seeds), *size) for _ in range(pool or 4 * ahead)]
+        for future in futures:
             future.result()
 
         def new_ones() -> Iterator[str]:
             while True:
-                made.append(executor.submit(load.image_url, next(seeds), *size))
-                yield made.pop(0).result()
+                futures.append(executor.submit(load.image_url, next(seeds), *size))
+                yield futures.pop(0).result()
 
-        yield itertools.cycle([future.result() for future in made]) if pool else new_ones()
+        yield itertools.cycle([future.result() for future in futures]) if pool else new_ones()
         executor.shutdown(cancel_futures=True)
 
 
-def _summarize(timings: "Sequence[RequestTiming]", begins_at: float, ends_at: float) -> dict[str, float]:
-    """Return the rate of requests that end in the span, and latencies of those in milliseconds."""
-    ended = [timing for timing in timings if begins_at <= timing.ended_at < ends_at]
-    gaps = sorted(gap for timing in ended for gap in timing.gaps)
-    if not gaps:
-        raise Skipped("no request ended in time")
+def summarize(timings: "Sequence[RequestTiming]", begins_at: float, ends_at: float) -> dict[str, float]:
+    """Return requests per second of a span, and latencies of what came in it, in milliseconds.
+
+    A request counts half with its first token and half with its other tokens. Raises: Skipped if no token came.
+    """
+    from dvd.plan.simulation import share_in_window
+
+    def is_inside(moment: float) -> bool:
+        return begins_at <= moment < ends_at
+
+    shares = [share_in_window(each.token_times, len(each.token_times), begins_at, ends_at) for each in timings]
+    first = [each.ttft for each in timings if is_inside(each.token_times[0])]
+    gaps = sorted(b - a for each in timings for a, b in itertools.pairwise(each.token_times) if is_inside(b))
+    if not first or not gaps:
+        raise Skipped("no token came in time")
     return {
-        "requests/s": round(len(ended) / (ends_at - begins_at), 2),
-        "median TTFT, ms": round(1e3 * statistics.median(timing.ttft for timing in ended), 1),
+        "requests/s": round(sum(shares) / (ends_at - begins_at), 2),
+        "median TTFT, ms": round(1e3 * statistics.median(first), 1),
         "median ITL, ms": round(1e3 * statistics.median(gaps), 2),
         "p99 ITL, ms": round(1e3 * gaps[int(0.99 * len(gaps))], 1),
     }

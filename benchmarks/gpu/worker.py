@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.kit import Kit, Measurement, Skipped
+from benchmarks.gpu.kit import Kit, Measurement, require
 from benchmarks.gpu.model import write_model
 from benchmarks.gpu.preprocessing import jpeg
 from benchmarks.gpu.shapes import Shape
@@ -103,13 +103,7 @@ def measurements(kit: Kit, shape: Shape) -> Iterator[Measurement]:
 def _measure(
     kit: Kit, shape: Shape, workers: int = 1, workloads: Sequence[Workload] = WORKLOADS, *flags: str
 ) -> dict[str, Any]:
-    try:
-        import grpc  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import pydantic  # noqa: F401
-        import yaml  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise Skipped(f"the package {error.name} is missing") from None
+    require("grpc", "prometheus_client", "pydantic", "yaml")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name, ExitStack() as servers:
         folder = Path(name)
         model = write_model(folder / "model", shape)

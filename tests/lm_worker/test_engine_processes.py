@@ -57,6 +57,19 @@ def test_computing_uses_cpu_time() -> None:
     until(lambda: sum(range(100_000)) > 0 and tree.read(find_descendants=False)[pid].cpu_ticks > before)
 
 
+def test_a_process_that_computes_is_runnable_and_one_that_waits_for_input_is_not(parent: "subprocess.Popen[bytes]") -> None:
+    tree = ProcessTree([parent.pid])
+    child = child_of(parent, tree)
+    until(lambda: not tree.read(find_descendants=False)[child].is_runnable)
+    computing = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        tree = ProcessTree([computing.pid])
+        until(lambda: all(tree.read(find_descendants=False)[computing.pid].is_runnable for _ in range(20)))
+    finally:
+        computing.kill()
+        computing.wait()
+
+
 def test_an_ended_process_is_left_out_also_before_its_parent_has_read_its_status() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     tree = ProcessTree([process.pid])

@@ -44,7 +44,7 @@ def test_an_idle_engine_that_neither_answers_nor_computes_is_stalled_and_recover
     hung.pass_seconds(5, answers=True)
     observed = hung.pass_seconds(4)
     assert observed[:2] == [None, None]
-    assert observed[-1] == "it has not answered for 4 s, and its processes use no CPU time"
+    assert observed[-1] == "it has not answered for 4 s, and its processes neither use nor wait for a core"
     assert hung.pass_seconds(1, answers=True) == [None]
 
 
@@ -87,6 +87,42 @@ def test_silence_while_this_process_itself_was_stopped_proves_nothing() -> None:
     resumed.pass_seconds(1, answers=True)
     resumed.now += 600
     assert resumed.pass_seconds(1, unfinished=1) == [None]
+
+
+def test_late_observations_do_not_count_as_silence() -> None:
+    """Between them the engine answered, but this process had no core to note it."""
+    starved = engine()
+    for _ in range(3):
+        starved.pass_seconds(1, answers=True)
+        starved.now += 1.8
+        assert starved.pass_seconds(1, unfinished=1) == [None]
+
+
+def test_an_engine_that_hangs_is_found_by_late_observations_too() -> None:
+    hung, observed = engine(), []
+    for _ in range(4):
+        hung.now += 1.8
+        observed += hung.pass_seconds(1, unfinished=1)
+    assert observed[:2] == [None, None]
+    assert observed[-1] is not None
+
+
+def test_late_observations_count_neither_as_time_without_a_token_nor_as_a_stop() -> None:
+    starved = engine(timeout=60)
+    for _ in range(20):
+        starved.now += 9
+        assert starved.pass_seconds(1, unfinished=1, answers=True)[-1] is None
+    stopped = engine()
+    stopped.pass_seconds(1, answers=True, stopped=True)
+    stopped.now += 60
+    assert stopped.pass_seconds(1, answers=True, stopped=True) == [None]
+    assert stopped.pass_seconds(2, answers=True, stopped=True)[-1] is not None
+
+
+def test_an_engine_that_waits_for_a_core_is_not_stalled() -> None:
+    progress = Progress(0.0, 0)
+    waiting = {10: ProcessState(1, False, 5, is_runnable=True)}
+    assert {progress.stall(float(second), 1, waiting) for second in range(100)} == {None}
 
 
 def test_requests_without_a_token_are_stalled_after_the_timeout_although_the_engine_computes() -> None:

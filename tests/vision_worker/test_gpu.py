@@ -55,7 +55,7 @@ def test_a_compiled_tower_agrees_with_the_plain_one_at_every_batch_size(name: st
     torch.compiler.reset()
     pixels = list(golden.tiles(golden.encoder(name), "wide_1300x800.jpg").pixels)
     plain = load_on_gpu(name)
-    compiled = load(plain.checkpoint, replace(plain.placement, compiles=True, record_for=4))
+    compiled = load(plain.checkpoint, replace(plain.placement, is_compiled=True, record_for=4))
     for size in (*compiled.warmup_batch_sizes(4), 3):
         staged = plain.stage(pixels[:size])
         torch.testing.assert_close(compiled.forward(staged), plain.forward(staged), rtol=1e-4, atol=1e-4)

@@ -104,15 +104,15 @@ class InternVL:
         self.checkpoint, self.placement, self.model = checkpoint, placement, model.eval()
         self.stage = Stager(placement.device).stage
         tower = model.vision_model
-        self._tower: InternViT | CompiledTower | RecordedTower = CompiledTower(tower) if placement.compiles else tower
+        self._tower: InternViT | CompiledTower | RecordedTower = CompiledTower(tower) if placement.is_compiled else tower
         if placement.record_for:
             self._tower = RecordedTower(self._tower, placement.record_for)
 
     def warmup_batch_sizes(self, max_tiles: int) -> Sequence[int]:
-        """Every size that the tower is compiled or recorded for; otherwise the largest batch."""
+        """Every size that is recorded; of a compiled tower one tile and the largest batch; otherwise the largest batch."""
         if isinstance(self._tower, RecordedTower):
             return self._tower.warmup_sizes
-        return CompiledTower.warmup_sizes(max_tiles) if self.placement.compiles else [max_tiles]
+        return CompiledTower.warmup_sizes(max_tiles) if self.placement.is_compiled else [max_tiles]
 
     def prepare(self, image: npt.NDArray[np.uint8], options: Tiling) -> tiling.Tiles:
         """See `Encoder.prepare`."""
@@ -200,5 +200,5 @@ def load(checkpoint: Checkpoint, placement: Placement, dummy: bool = False) -> I
 def _optimize(model: Model, placement: Placement) -> None:
     if onednn.is_supported(placement.device, placement.dtype):
         for name, part in model.named_children():
-            if not (name == "vision_model" and placement.compiles):  # torch's compiler chooses operators itself
+            if not (name == "vision_model" and placement.is_compiled):  # torch's compiler chooses operators itself
                 onednn.optimize(part)

@@ -25,7 +25,7 @@ class RecordedTower:
     A batch size is recorded when a batch of it comes first: warm up with all `warmup_sizes` before other threads use the GPU.
 
     Args:
-        tower: module on a GPU; it maps a batch [n, …] to a batch [n, …].
+        tower: computes on a GPU; it maps a batch [n, …] to a batch [n, …].
         largest: tiles in the largest batch.
 
     Attributes:
@@ -46,7 +46,7 @@ class RecordedTower:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Run the tower on `pixels` [n, …]; tiles that pad the batch to a recorded size are whatever was there before.
 
-        Raises: RuntimeError if a size is recorded now, and its graph computes something else than the tower.
+        Raises: RuntimeError if a size is recorded now, and its graph computes something else; what the tower raises.
         """
         size = next(size for size in self._sizes if size >= len(pixels))
         if size not in self._graphs:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import table
+from benchmarks.gpu import serving, table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.kit import Kit, Measurement, Skipped
 from benchmarks.gpu.shapes import PUBLISHED
@@ -46,6 +46,8 @@ def test_a_dry_run_makes_every_measurement_without_the_servers_packages(tmp_path
     skipped = saved(tmp_path)["skipped"]
     for name in ("vision worker 300M", "3 × vision worker 300M"):
         assert skipped.pop(name) == "the package grpc is missing"
+    for name in (serving.STOCK, serving.OURS, serving.FLASH):
+        assert skipped.pop(f"serving 8B, {name}") == "the package vllm is missing"
     assert set(skipped.values()) == {"a CPU has no CUDA graphs"}, skipped
     names = " ".join(saved(tmp_path)["figures"])
     for part in ("300M, eager", "6B, eager", "6B, compiled", "router 6B", "64 tokens", "copies", "preprocessing", "kernels"):
@@ -61,6 +63,14 @@ def test_a_dry_run_measures_a_whole_vision_worker(tmp_path: Path) -> None:
         assert figures[workload.name]["tiles/s"] > 0
         assert (figures[workload.name]["deliver, ms"] > 0) == workload.delivered
     assert "| vision worker 300M: one call at a time, 1920 × 1080 | tiles/s: " in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.vllm
+def test_a_dry_run_measures_a_whole_server(tmp_path: Path) -> None:
+    assert main(["--dry", "--only", f"serving 8B, {serving.FLASH}", "--out", str(tmp_path)]) == 0
+    assert saved(tmp_path)["skipped"] == {}
+    figures = saved(tmp_path)["figures"][f"serving 8B, {serving.FLASH}"]
+    assert all(figures[workload]["requests/s"] > 0 for workload in (serving.NEW, serving.REPEATED))
 
 
 @pytest.mark.parametrize(("shape", "tflop"), [(PUBLISHED[0], 0.724), (PUBLISHED[1], 11.94)])

@@ -46,7 +46,7 @@ def test_all_layers_and_sizes_share_two_compilations(layers: int) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("largest", [1, 2, 6])
+@pytest.mark.parametrize("largest", [1, 2, 32])
 @torch.inference_mode()
 def test_nothing_is_compiled_after_warming_up(largest: int) -> None:
     compiled = CompiledTower(tower_of(2))

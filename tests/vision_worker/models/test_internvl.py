@@ -49,7 +49,7 @@ def test_an_embedding_does_not_depend_on_its_batch(batch_tiles: int) -> None:
 
 def test_a_compiled_tower_computes_the_same_features() -> None:
     checkpoint = open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint")
-    compiled = internvl.load(checkpoint, Placement(torch.device("cpu"), torch.float32, compiles=True))
+    compiled = internvl.load(checkpoint, Placement(torch.device("cpu"), torch.float32, is_compiled=True))
     plain = golden.encoder("flash-qwen3")
     assert (compiled.warmup_batch_sizes(2), plain.warmup_batch_sizes(2)) == ([2, 1], [2])
     tiles = golden.tiles(compiled, "wide_1300x800.jpg").pixels[:2]
@@ -58,7 +58,7 @@ def test_a_compiled_tower_computes_the_same_features() -> None:
 
 def test_a_compiled_tower_compiles_nothing_while_requests_wait() -> None:
     checkpoint = open_checkpoint(golden.FOLDER / "flash-qwen3/checkpoint")
-    encoder = internvl.load(checkpoint, Placement(torch.device("cpu"), torch.float32, compiles=True))
+    encoder = internvl.load(checkpoint, Placement(torch.device("cpu"), torch.float32, is_compiled=True))
     tiles = list(golden.tiles(encoder, "wide_1300x800.jpg").pixels)
     for size in encoder.warmup_batch_sizes(4):
         encoder.forward(encoder.stage(tiles[:1] * size))
