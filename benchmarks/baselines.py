@@ -15,6 +15,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -77,7 +78,7 @@ class Started(NamedTuple):
 Stacks = Mapping[str, Callable[[], AbstractContextManager[Started]]]
 """What starts servers that belong together, by their name."""
 Measured = dict[str, list[tuple[float, dict[str, float]]]]
-"""Requests/s, and core-seconds per request of each part, of each repeat on a server."""
+"""Requests/s, and the busy cores of each part, of each repeat on a server."""
 
 
 def run(options: Options) -> Result:
@@ -150,17 +151,23 @@ class _Comparison:
         _log(f"{name} is warm")
 
     def _measure(self, started: Started, mix: str, key: str) -> tuple[float, dict[str, float]]:
-        """Return requests/s and the core-seconds per request of each part; a key names a measurement of the run."""
-        rate, core_seconds = self._checkpointed.measure(key, partial(_measure, started, MIXES[mix], self._seeds))
-        _log(f"{key}: {rate:.3f} requests/s, core-seconds per request: {core_seconds}")
-        return rate, core_seconds
+        """Return requests/s and the busy cores of each part; a key names a measurement of the run."""
+        rate, cores = self._checkpointed.measure(key, partial(_measure, started, MIXES[mix], self._seeds))
+        _log(f"{key}: {rate:.3f} requests/s, busy cores: {cores}")
+        return rate, cores
 
 
 def _measure(started: Started, mix: Mix, seeds: Iterator[int]) -> tuple[float, dict[str, float]]:
-    """Return requests per second of a mix at saturation, and the core-seconds per request of each part."""
-    before = _cpu_seconds(started)
-    rate = asyncio.run(load.saturated_rate(started.url, _bodies(started.model, mix, seeds, REQUESTS), IN_FLIGHT))
-    return rate, {part: round((value - before[part]) / REQUESTS, 3) for part, value in _cpu_seconds(started).items()}
+    """Return requests per second of a mix at saturation, and the busy cores of each part.
+
+    Cores over requests/s are core-seconds per request. To divide by the requests sent would count those as served that are cancelled
+    at the end, half of which one half has already worked on.
+    """
+    bodies = _bodies(started.model, mix, seeds, REQUESTS)
+    before, started_at = _cpu_seconds(started), time.monotonic()
+    rate = asyncio.run(load.saturated_rate(started.url, bodies, IN_FLIGHT))
+    seconds = time.monotonic() - started_at
+    return rate, {part: round((value - before[part]) / seconds, 3) for part, value in _cpu_seconds(started).items()}
 
 
 def _cpu_seconds(started: Started) -> dict[str, float]:
@@ -236,7 +243,7 @@ def _result(
             "requests/s": {name: round(statistics.median(values), 3) for name, values in rates.items()},
             "best of stock vLLM": best[mix], "over the best": ratios,
             "stock vLLM, each alone, once": {name: round(by_mix[mix], 3) for name, by_mix in alone.items()},
-            "core-seconds per request, last repeat": {name: repeats[-1][1] for name, repeats in by_server.items()},
+            "busy cores, last repeat": {name: repeats[-1][1] for name, repeats in by_server.items()},
         }  # fmt: skip
     shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in GOALS.items()}
     spread = max(figures[mix]["over the best"][name]["spread"] for mix, name in GOALS)
