@@ -160,8 +160,8 @@ class _Comparison:
 def _measure(started: Started, mix: Mix, seeds: Iterator[int]) -> tuple[float, dict[str, float]]:
     """Return requests per second of a mix at saturation, and the busy cores of each part.
 
-    Cores over requests/s are core-seconds per request. To divide by the requests sent would count those as served that are cancelled
-    at the end, half of which one half has already worked on.
+    Cores over requests/s are core-seconds per request. To divide by the number of requests sent would count those as served
+    that are cancelled at the end.
     """
     bodies = _bodies(started.model, mix, seeds, REQUESTS)
     before, started_at = _cpu_seconds(started), time.monotonic()
