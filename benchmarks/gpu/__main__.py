@@ -18,15 +18,26 @@ _BATCHES = {"300M": (1, 8, 32, 128), "6B": (1, 8, 32, 64)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and write `gpu.json` and `gpu.md`. Returns the exit status: 1 without a GPU, unless the run is dry."""
+    """Measure, and write `gpu.json` and `gpu.md`.
+
+    Returns the exit status: 1 without a GPU, unless the run is dry; 2 for an option that cannot be used.
+    """
     parsed = _parse(arguments)
     if not parsed.dry and not torch.cuda.is_available():
         print("torch finds no GPU; --dry shows on a CPU that the measurements work")
         return 1
+    try:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out {parsed.out}: expected a folder for the results, or a place for one: {error.strerror}")
+        return 2
     device = torch.device("cpu" if parsed.dry else "cuda")
     kit = Kit(parsed.out, parsed.seconds, device, parsed.dry)
     kit.run(each for each in _measurements(kit) if parsed.only in each.name)
     kit.save()
+    if not any(parsed.only in name for name in (*kit.figures, *kit.skipped)):
+        print(f"--only {parsed.only!r}: no measurement has this text in its name; a run with --dry shows all names")
+        return 2
     print(table.write(kit, shapes.PUBLISHED).read_text(encoding="utf-8"), end="")
     return 0
 

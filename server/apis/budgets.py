@@ -11,6 +11,9 @@ from typing import Any
 
 from common import errors
 
+_MAX_WIDTH = 1 << 62
+"""Larger numbers of sequences count as this one."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -93,7 +96,8 @@ def count_sequences(body: Mapping[str, Any], limit: int) -> int:
         field = "prompt" if prompts > width else name
         raise errors.BudgetExceeded.of(
             "sequences",
-            f"{field} asks for {sequences} sequences (n {width} × {prompts} prompts); the maximum is {limit} "
+            f"{field} asks for {'at least ' if width == _MAX_WIDTH else ''}{sequences} sequences "
+            f"(n {width} × {prompts} prompts); the maximum is {limit} "
             "(--max-sequences): send several requests.",
             field,
         )
@@ -105,7 +109,7 @@ def _width(field: str, value: Any) -> int:
     if value is None:
         return 1
     if isinstance(value, int | float) and value == value // 1:
-        return min(max(1, int(value)), 1 << 62)  # 0 and less are left to vLLM
+        return min(max(1, int(value)), _MAX_WIDTH)  # 0 and less are left to vLLM
     raise errors.InvalidRequest(f"{field} is {_as_json(value)}: expected a whole number.", param=field)
 
 

@@ -15,7 +15,9 @@ def request_timeout(headers: Mapping[str, str], limit: float) -> float:
     if value is None:
         return limit
     if not _SECONDS.fullmatch(value) or not float(value):
-        raise errors.InvalidRequest(f"X-Request-Timeout must be a number of seconds above 0, got {value[:50]!r}.")
+        raise errors.InvalidRequest(
+            f"X-Request-Timeout must be a number of seconds from 0.001 to 999999.999, such as 30, got {value[:50]!r}."
+        )
     return min(float(value), limit)
 
 

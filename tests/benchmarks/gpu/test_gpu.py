@@ -65,6 +65,18 @@ def test_a_dry_run_measures_a_whole_vision_worker(tmp_path: Path) -> None:
     assert "| vision worker 300M: one call at a time, 1920 × 1080 | tiles/s: " in (tmp_path / "gpu.md").read_text()
 
 
+def test_a_text_in_no_name_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--dry", "--only", "nonsense", "--out", str(tmp_path)]) == 2
+    assert "--only 'nonsense': no measurement has this text in its name" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_are_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["--dry", "--out", str(file)]) == 2
+    assert f"--out {file}: expected a folder" in capsys.readouterr().out
+
+
 @pytest.mark.vllm
 def test_a_dry_run_measures_a_whole_server(tmp_path: Path) -> None:
     assert main(["--dry", "--only", f"serving 8B, {serving.FLASH}", "--out", str(tmp_path)]) == 0

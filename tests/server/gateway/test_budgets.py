@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from common import errors
 from server.apis import constraint_budgets as constraint
 from server.apis.budgets import BUDGETS
 from server.context_length import CHARACTERS_PER_TOKEN, MAX_LONG_PROMPTS
@@ -584,3 +585,8 @@ async def test_nothing_is_held_after_all_of_this(bounded: Stack) -> None:
     await bounded.wait_for_metric("dvd_requests_in_flight", 0)
     await bounded.wait_for_metric("dvd_request_body_bytes", 0)
     await bounded.wait_for_metric("dvd_connections", 1)
+
+
+def test_a_number_of_sequences_beyond_all_counting_is_no_exact_one_in_the_message() -> None:
+    with pytest.raises(errors.BudgetExceeded, match=r"best_of asks for at least 4611686018427387904 sequences"):
+        count_sequences({"best_of": 1e300}, 64)
