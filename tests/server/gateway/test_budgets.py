@@ -10,7 +10,7 @@ import pytest
 
 from common import errors
 from server.apis import constraint_budgets as constraint
-from server.apis.budgets import BUDGETS
+from server.apis.budgets import BUDGETS, count_sequences
 from server.context_length import CHARACTERS_PER_TOKEN, MAX_LONG_PROMPTS
 from tests.server.fakes.handlers import hang
 from tests.server.fakes.requests import chat, image_part
