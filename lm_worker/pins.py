@@ -8,6 +8,9 @@ from pathlib import Path
 from common.embedding import validate_key
 from lm_worker.shared_memory import PINNED
 
+_MAX_TRIES = 10
+"""Attempts to pin an embedding that is evicted and delivered anew each time."""
+
 
 class Pins:
     """Pins embeddings on behalf of one reader.
@@ -32,13 +35,28 @@ class Pins:
 
     def pin(self, key: str) -> bool:
         """Pin `key` once more. Returns False if the embedding does not exist. Raises `InvalidRequest`, `OSError`."""
-        if key not in self._counts:
-            try:
-                os.link(self._folder / validate_key(key), self.path(key))
-            except FileNotFoundError:
-                return False
+        if key not in self._counts and not self._link(self._folder / validate_key(key), self.path(key)):
+            return False
         self._counts[key] = self._counts.get(key, 0) + 1
         return True
+
+    @staticmethod
+    def _link(embedding: Path, pin: Path) -> bool:
+        """Link a pin to an embedding. Returns False if there is none.
+
+        Between finding the file by its name and linking it, the kernel lets a rename happen: the sink may have evicted the file,
+        have found it unshared, and overwrite it. Once the link exists and the name is still the file's, the sink sees the link.
+        """
+        for _ in range(_MAX_TRIES):
+            try:
+                os.link(embedding, pin)
+                if os.path.samefile(embedding, pin):
+                    return True
+            except FileNotFoundError:
+                pin.unlink(missing_ok=True)
+                return False
+            pin.unlink(missing_ok=True)
+        return False
 
     def unpin(self, key: str) -> None:
         """Undo one `pin`; the last one removes the link."""

@@ -1,5 +1,6 @@
 """Pins: counted per key, per reader, and independent of the sink's own file."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,39 @@ def test_two_readers_pin_one_embedding_independently(folder: Path) -> None:
     assert map_embedding(second.path("a"))[1][HEADER_SIZE] == FIRST_VALUE
     second.unpin("a")
     assert not list((folder / ".pinned").iterdir())
+
+
+def test_an_embedding_that_is_evicted_while_it_is_linked_is_not_pinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has found the file by its name when the sink takes it away, to overwrite it."""
+    link = os.link
+
+    def link_late(embedding: Path, pin: Path) -> None:
+        os.rename(embedding, folder / ".free" / "0")
+        link(folder / ".free" / "0", pin)
+
+    monkeypatch.setattr(os, "link", link_late)
+    pins = Pins(folder)
+    assert not pins.pin("a")
+    assert not pins.is_pinned("a")
+    assert not list((folder / ".pinned").iterdir())
+
+
+def test_an_embedding_that_was_delivered_anew_meanwhile_is_pinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, tries = os.link, []
+
+    def link_late_once(embedding: Path, pin: Path) -> None:
+        tries.append(pin)
+        link(embedding, pin)
+        if len(tries) == 1:
+            data = embedding.read_bytes()
+            os.rename(embedding, folder / ".free" / "0")
+            embedding.write_bytes(data)
+
+    monkeypatch.setattr(os, "link", link_late_once)
+    pins = Pins(folder)
+    assert pins.pin("a")
+    assert len(tries) == 2
+    assert pins.path("a").samefile(folder / "a")
 
 
 @pytest.mark.parametrize("key", ["", "../a", "a/b", "a\0", "x" * 129, "é"])
