@@ -44,8 +44,8 @@ class Pins:
     def _link(embedding: Path, pin: Path) -> bool:
         """Link a pin to an embedding. Returns False if there is none.
 
-        Between finding the file by its name and linking it, the kernel lets a rename happen: the sink may have evicted the file,
-        have found it unshared, and overwrite it. Once the link exists and the name is still the file's, the sink sees the link.
+        Between finding the file by its name and linking it, the kernel lets a rename happen: the sink may have evicted the
+        file, have found it unshared, and overwrite it. If the name is still the file's once the link exists, the sink sees it.
         """
         for _ in range(_MAX_TRIES):
             try:
