@@ -65,10 +65,15 @@ def write_checkpoint(folder: Path, flash: bool = True, dtype: str = "float32", l
         metadata={"format": "pt"},
     )
     write_json(folder / "config.json", content)
+    write_front_end(folder, tokenizer)
+    return folder
+
+
+def write_front_end(folder: Path, tokenizer: DemoTokenizer) -> None:
+    """Write what a checkpoint has besides weights and `config.json`: the tokenizer, and the settings of answers and images."""
     write_json(folder / "generation_config.json", {"eos_token_id": 2, "pad_token_id": 0})
     write_json(folder / "preprocessor_config.json", {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]})
     tokenizer.save(folder)
-    return folder
 
 
 def _random_tensor(name: str, shape: torch.Size) -> torch.Tensor:

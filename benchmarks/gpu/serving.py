@@ -9,14 +9,13 @@ import functools
 import itertools
 import os
 import random
-import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,16 +82,14 @@ def _measure(kit: Kit, shape: Shape, name: str) -> dict[str, Any]:
 
 
 def _write_checkpoint(folder: Path, kit: Kit, shape: Shape, flash: bool) -> Path:
-    from demo.files import write_json
+    from benchmarks.checkpoint import write_front_end
     from demo.text.tokenizer import DemoTokenizer
 
     tokenizer = DemoTokenizer()
     sizes = _DRY_LANGUAGE if kit.dry else _QWEN3_8B
     language = {**sizes, "vocab_size": tokenizer.size, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     write_model(folder, shape, language | {"torch_dtype": "bfloat16", "tie_word_embeddings": False}, flash)
-    write_json(folder / "generation_config.json", {"eos_token_id": 2, "pad_token_id": 0})
-    write_json(folder / "preprocessor_config.json", {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]})
-    tokenizer.save(folder)
+    write_front_end(folder, tokenizer)
     return folder
 
 
@@ -117,10 +114,11 @@ def _ours(folder: Path, model: Path, device: str) -> Iterator[str]:
     from tests.ports import free_port
 
     url = f"http://127.0.0.1:{(port := free_port())}"
+    engine = f"127.0.0.1:{free_port()}"
     common = (str(model), "--load-format=dummy", f"--device={device}")
     vision = [sys.executable, "-m", "vision_worker", *common, f"--listen=unix:{folder / 'vision'}"]
     language = [
-        sys.executable, "-m", "lm_worker", *common, f"--listen=unix:{folder / 'language'}", f"--http=unix:{folder / 'http'}",
+        sys.executable, "-m", "lm_worker", *common, f"--listen=unix:{folder / 'language'}", f"--http={engine}",
         "--", *_FLAGS, *_DEVICE_FLAGS[device],
     ]  # fmt: skip
     gateway = [
@@ -130,7 +128,7 @@ def _ours(folder: Path, model: Path, device: str) -> Iterator[str]:
     with ExitStack() as servers:
         # the vision worker first: vLLM's share is one of all memory, and it refuses to start where less is free
         servers.enter_context(_server(folder, "vision", vision, lambda: (folder / "vision").exists()))
-        servers.enter_context(_server(folder, "language", language, lambda: _is_healthy(folder / "http")))
+        servers.enter_context(_server(folder, "language", language, lambda: processes.returns_ok(f"http://{engine}/health")))
         servers.enter_context(_server(folder, "gateway", gateway, lambda: processes.returns_ok(f"{url}/health/ready")))
         yield url
 
@@ -140,16 +138,6 @@ def _server(folder: Path, name: str, command: Sequence[str], ready: Callable[[],
 
     environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
     return processes.Server(name, command, processes.available_cores(), folder, ready, environment)
-
-
-def _is_healthy(path: Path) -> bool:
-    """Whether the HTTP server at a Unix socket answers that it serves: it listens before it does."""
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(2)
-        connection.connect(str(path))
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: language\r\nConnection: close\r\n\r\n")
-        return b" 200 " in connection.recv(64)
-    return False
 
 
 async def _run(url: str, model: str, workload: _Workload, repeated: bool) -> dict[str, Any]:
@@ -195,19 +183,19 @@ def summarize(timings: "Sequence[RequestTiming]", begins_at: float, ends_at: flo
 
     A request counts half with its first token and half with its other tokens. Raises: Skipped if no token came.
     """
-    from dvd.plan.simulation import share_in_window
+    from dvd.plan.simulation import percentile, share_in_window
 
     def is_inside(moment: float) -> bool:
         return begins_at <= moment < ends_at
 
     shares = [share_in_window(each.token_times, len(each.token_times), begins_at, ends_at) for each in timings]
     first = [each.ttft for each in timings if is_inside(each.token_times[0])]
-    gaps = sorted(b - a for each in timings for a, b in itertools.pairwise(each.token_times) if is_inside(b))
+    gaps = [b - a for each in timings for a, b in itertools.pairwise(each.token_times) if is_inside(b)]
     if not first or not gaps:
         raise Skipped("no token came in time")
     return {
         "requests/s": round(sum(shares) / (ends_at - begins_at), 2),
         "median TTFT, ms": round(1e3 * statistics.median(first), 1),
         "median ITL, ms": round(1e3 * statistics.median(gaps), 2),
-        "p99 ITL, ms": round(1e3 * gaps[int(0.99 * len(gaps))], 1),
+        "p99 ITL, ms": round(1e3 * percentile(gaps, 0.99), 1),
     }
