@@ -31,9 +31,14 @@ def check_max_tokens(body: Mapping[str, Any], fields: Sequence[str], limit: int)
 
     Raises:
         ContextLengthExceeded: The maximum exceeds the limit.
+        InvalidRequest: It is negative.
     """
     name = _max_tokens_field(body, fields)
-    if name is not None and type(body[name]) is int and body[name] > limit:
+    if name is None or type(body[name]) is not int:
+        return
+    if body[name] < 0:  # vLLM would name the field that it calls the same; 0 it takes in completions with echo
+        raise errors.InvalidRequest(f"{name} is {body[name]}: expected a whole number from 1 to {limit}.", param=name)
+    if body[name] > limit:
         raise errors.ContextLengthExceeded(
             f"{name} {body[name]} exceeds the model's context of {limit} tokens, which holds the prompt too: "
             "send a smaller number.",

@@ -4,12 +4,12 @@ Bounds that depend on the model's context are in `server/context_length.py`, tho
 `constraint_budgets.py`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from common import errors
+from server.http import json_body
 
 _MAX_WIDTH = 1 << 62
 """Larger numbers of sequences count as this one."""
@@ -87,7 +87,7 @@ def count_sequences(body: Mapping[str, Any], limit: int) -> int:
 
     Raises:
         BudgetExceeded: There are more than `limit`.
-        InvalidRequest: `n` or `best_of` is no whole number.
+        InvalidRequest: `n` or `best_of` is no whole number of at least 1.
     """
     name, width = max(((name, _width(name, body.get(name))) for name in ("n", "best_of")), key=lambda item: item[1])
     prompts = _count_prompts(body.get("prompt"))
@@ -105,19 +105,12 @@ def count_sequences(body: Mapping[str, Any], limit: int) -> int:
 
 
 def _width(field: str, value: Any) -> int:
-    """Return the number in a field, 1 if it has none. Raises `InvalidRequest` for texts: vLLM reads those with digits."""
+    """Return the number in a field, 1 if it has none. Raises `InvalidRequest`, for texts with digits too: vLLM reads those."""
     if value is None:
         return 1
-    if isinstance(value, int | float) and value == value // 1:
-        return min(max(1, int(value)), _MAX_WIDTH)  # 0 and less are left to vLLM
-    raise errors.InvalidRequest(f"{field} is {_as_json(value)}: expected a whole number.", param=field)
-
-
-def _as_json(value: Any) -> str:
-    """Return a value of a request as its sender wrote it, cut to 100 characters; of objects and lists only the type."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    return json.dumps(value[:100] if isinstance(value, str) else value, ensure_ascii=False)
+    if isinstance(value, int | float) and value == value // 1 and value >= 1:
+        return min(int(value), _MAX_WIDTH)
+    raise errors.InvalidRequest(f"{field} is {json_body.quote(value)}: expected a whole number of at least 1.", param=field)
 
 
 def _count_prompts(prompt: Any) -> int:

@@ -14,12 +14,12 @@ from server.apis.image_options import (
     OPTION_KEYS,
     RequestPolicy,
     check_keys,
-    format_value,
     parse_image_options,
     parse_router,
     unexpected_value,
 )
-from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, format_path, type_of
+from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, check_text, format_path, type_of
+from server.http import json_body
 
 _PART_TYPES = {"text", "image_url", "video_url", "refusal"}
 _PART_KEYS = ("type", "cache_control")
@@ -65,11 +65,13 @@ def _check_part(part: Any, location: str) -> str:
     part_type = type_of(part)
     if not isinstance(part_type, str) or part_type not in _PART_TYPES:
         raise errors.InvalidRequest(
-            f"{location}: type {format_value(part_type)} is not supported; expected text, image_url or video_url.",
+            f"{location}: type {json_body.quote(part_type)} is not supported; expected text, image_url or video_url.",
             param=location,
         )
     if foreign := sorted(MEDIA_FIELDS & part.keys() - {part_type}):
         raise errors.InvalidRequest(f"{location}: {foreign[0]} is not allowed in a part of type {part_type}.", param=location)
+    if part_type in ("text", "refusal"):
+        check_text(part, part_type, location)
     return part_type
 
 

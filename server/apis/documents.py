@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from common import errors
-from server.apis.image_options import format_value
 from server.apis.request import Path, convert_list, format_path, type_of
+from server.http import json_body
 
 _TOOL_RESULT_TYPES = {"text", "image", "tool_reference"}
 """Types of blocks in a tool's result. vLLM would leave out others silently."""
@@ -39,7 +39,8 @@ def _convert_result_block(block: Any, path: Path) -> Any:
         return _text_block(block, location)
     if not isinstance(block_type, str) or block_type not in _TOOL_RESULT_TYPES:
         raise errors.InvalidRequest(
-            f"{location}: type {format_value(block_type)} is not supported in a tool result; expected text, image or document.",
+            f"{location}: type {json_body.quote(block_type)} is not supported in a tool result; "
+            "expected text, image or document.",
             param=location,
         )
     return block
@@ -62,7 +63,7 @@ def _document_text(source: Any, location: str) -> str:
     if source_type == "content" and isinstance(source.get("content"), list) and all(map(_is_text, source["content"])):
         return "\n".join(block["text"] for block in source["content"])
     raise errors.InvalidRequest(
-        f"{location}: a document with a source of type {format_value(source_type)} is not supported; expected "
+        f"{location}: a document with a source of type {json_body.quote(source_type)} is not supported; expected "
         '{"type": "text", "media_type": "text/plain", "data": "…"}: send a PDF as its text, or its pages as images.',
         param=f"{location}.source",
     )

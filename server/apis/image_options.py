@@ -9,6 +9,7 @@ from common import errors
 from common.tiling import MAX_TILES, resolve_tile_bounds
 from protos import embeddings_pb2
 from protos import vision_pb2 as pb
+from server.http import json_body
 
 _MODES = ("auto", "off", "all")
 _THRESHOLDS = ("relative_threshold", "absolute_threshold")
@@ -162,12 +163,7 @@ def check_keys(
 
 def unexpected_value(param: str, expected: str, value: Any, hint: str) -> errors.InvalidRequest:
     """Return the error for a parameter with another value than `expected`."""
-    return errors.InvalidRequest(f"{param}: expected {expected}, not {format_value(value)}; {hint}", param=param)
-
-
-def format_value(value: Any) -> str:
-    """Format a caller's value for a message: cut to 100 characters, and only its type if it may be deeply nested."""
-    return type(value).__name__ if isinstance(value, list | dict) else repr(value)[:100]
+    return errors.InvalidRequest(f"{param}: expected {expected}, not {json_body.quote(value)}; {hint}", param=param)
 
 
 def _parse_detail(value: Any, location: str) -> str:

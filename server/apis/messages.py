@@ -7,8 +7,9 @@ from common import errors
 from common.embedding_ref import EmbeddingRef
 from server.apis.base import Api
 from server.apis.documents import convert_documents
-from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, format_value, parse_image_options, parse_router
+from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, parse_image_options, parse_router
 from server.apis.request import ImagePart, Path, check_images, format_path, type_of
+from server.http import json_body
 from server.http.error_format import ANTHROPIC
 
 _IMAGE_KEYS = ("type", "source", *OPTION_KEYS, "cache_control")
@@ -63,7 +64,7 @@ def _image_url(source: Any, location: str) -> str:
     if source_type == "base64" and isinstance(source.get("data"), str) and isinstance(source.get("media_type", ""), str):
         return f"data:{source.get('media_type', '')};base64,{source['data']}"
     raise errors.InvalidRequest(
-        f"{location}: source of type {format_value(source_type)} is not supported; expected "
+        f"{location}: source of type {json_body.quote(source_type)} is not supported; expected "
         '{"type": "base64", "media_type": "image/png", "data": "…"} or {"type": "url", "url": "https://…"}.',
         param=f"{location}.source",
     )

@@ -17,6 +17,15 @@ _OPERATOR_FIELDS = (
 )  # fmt: skip
 """Fields of vLLM that would let a caller change what only the operator may decide."""
 
+_OBJECT_FIELDS = ("chat_template_kwargs", "structured_outputs")
+"""Fields that vLLM reads as objects without a look at what they are."""
+
+_TEMPLATE_PARAMETERS = (
+    "chat_template", "conversation", "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict",
+    "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation",
+)  # fmt: skip
+"""Parameters of `apply_chat_template` in transformers, which are no variables of a template: vLLM sets them itself."""
+
 _MAX_SALT_LENGTH = 1024
 """vLLM's own bound."""
 
@@ -146,17 +155,39 @@ def format_path(path: Path) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)[1:]
 
 
+def check_text(part: Mapping[str, Any], name: str, location: str) -> None:
+    """Check the text of a content part: vLLM would name a place in its own classes. Raises `InvalidRequest`.
+
+    Args:
+        part: The content part.
+        name: The field that has its text.
+        location: Where the part is in the body.
+    """
+    if not isinstance(part.get(name), str):
+        value = f"is {json_body.quote(part[name])}" if name in part else "is missing"
+        raise errors.InvalidRequest(f"{location}.{name} {value}: expected a string.", param=f"{location}.{name}")
+
+
 def check_fields(body: Mapping[str, Any]) -> None:
     """Check the fields that all APIs share.
 
     Raises:
-        InvalidRequest: `model` is not a string, or a field is set that is reserved for the operator.
+        InvalidRequest: `model` is not a string, a field is set that is reserved for the operator, or variables of the chat
+            template or constraints are no objects.
     """
     if not isinstance(body.get("model"), str | None):
         raise errors.InvalidRequest(f"model must be a string, not {type(body['model']).__name__}.", param="model")
     for name in _OPERATOR_FIELDS:
         if body.get(name) is not None:
             raise errors.InvalidRequest(f"{name} is reserved for the operator: omit it.", param=name)
+    for name in _OBJECT_FIELDS:
+        if not isinstance(body.get(name), dict | None):
+            raise errors.InvalidRequest(f"{name} is {json_body.quote(body[name])}: expected an object.", param=name)
+    variables = body.get("chat_template_kwargs") or {}
+    if reserved := next((name for name in _TEMPLATE_PARAMETERS if name in variables), None):
+        own = f"send {reserved} as a field of the request" if reserved in ("messages", "tools") else "omit it"
+        param = f"chat_template_kwargs.{reserved}"
+        raise errors.InvalidRequest(f"{param} is not a variable of the chat template: {own}.", param=param)
 
 
 def check_images(images: Sequence[ImagePart], policy: RequestPolicy, param: str) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 from common import errors
 from common.embedding_ref import EmbeddingRef
 from server.apis.base import Api
-from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, format_value, parse_image_options, parse_router
-from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, convert_list, format_path, type_of
+from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, parse_image_options, parse_router
+from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, check_text, convert_list, format_path, type_of
+from server.http import json_body
 from server.http.error_format import OPENAI_RESPONSES
 
 _TEXT_TYPES = {"input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"}
@@ -39,7 +40,7 @@ def _reply_text(part: Any, location: str) -> str:
     text = part.get("refusal" if part.get("type") == "refusal" else "text") if isinstance(part, dict) else None
     if not isinstance(text, str):
         raise errors.InvalidRequest(
-            f"{location}: a part of type {format_value(type_of(part))} is not supported in a message of the assistant; "
+            f"{location}: a part of type {json_body.quote(type_of(part))} is not supported in a message of the assistant; "
             "expected output_text with a text, or refusal.",
             param=location,
         )
@@ -81,7 +82,8 @@ def _is_image(part: Any, location: str) -> bool:
     part_type = type_of(part)
     if not isinstance(part_type, str) or part_type not in {*_TEXT_TYPES, "input_image"}:
         raise errors.InvalidRequest(
-            f"{location}: type {format_value(part_type)} is not supported; expected input_text or input_image.", param=location
+            f"{location}: type {json_body.quote(part_type)} is not supported; expected input_text or input_image.",
+            param=location,
         )
     if foreign := sorted(MEDIA_FIELDS & part.keys() - ({"image_url"} if part_type == "input_image" else set())):
         raise errors.InvalidRequest(f"{location}: {foreign[0]} is not allowed in a part of type {part_type}.", param=location)
@@ -91,6 +93,8 @@ def _is_image(part: Any, location: str) -> bool:
         )
     if part_type == "input_image":
         check_keys(part, _IMAGE_KEYS, location)
+    else:
+        check_text(part, "refusal" if part_type == "refusal" else "text", location)
     return part_type == "input_image"
 
 

@@ -1,5 +1,6 @@
-"""Decoding of JSON request bodies."""
+"""Decoding of JSON request bodies, and values of them as messages quote them."""
 
+import json
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ from common import errors
 _SEPARATORS = (b",", b":", b"[", b"{")
 """What precedes a value in JSON."""
 _PIECE_BYTES = 1 << 16
+_MAX_QUOTED_CHARACTERS = 100
 
 _decoder = msgspec.json.Decoder()
 
@@ -64,3 +66,12 @@ def encode(body: dict[str, Any]) -> bytes:
         return msgspec.json.encode(body)
     except RecursionError:
         raise errors.InvalidRequest("The body is nested too deeply.") from None
+
+
+def quote(value: Any) -> str:
+    """Return a value as its sender wrote it, cut to about 100 characters; of objects and lists only the type."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, str) and len(value) > _MAX_QUOTED_CHARACTERS:
+        value = f"{value[: _MAX_QUOTED_CHARACTERS - 1]}…"
+    return json.dumps(value, ensure_ascii=False)[: _MAX_QUOTED_CHARACTERS + 2]

@@ -66,6 +66,25 @@ def test_a_request_without_messages_is_rejected() -> None:
         parse_chat(raw({"model": "m"}), RequestPolicy(1))
 
 
+NO_TEXTS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing": ({"type": "text"}, "text is missing"),
+    "null": ({"type": "text", "text": None}, "text is null"),
+    "number": ({"type": "text", "text": 5}, "text is 5"),
+    "list": ({"type": "text", "text": ["a"]}, "text is a list"),
+    "another field": ({"type": "refusal", "text": "a"}, "refusal is missing"),
+    "the spelling of Responses": ({"type": "input_text", "text": True}, "text is true"),
+}
+
+
+@pytest.mark.parametrize(("part", "problem"), NO_TEXTS.values(), ids=NO_TEXTS)
+def test_a_part_without_its_text_is_named(part: dict[str, Any], problem: str) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": [text_part("a"), part]}]}
+    with pytest.raises(errors.InvalidRequest) as error_info:
+        parse_chat(raw(body), RequestPolicy(1))
+    assert str(error_info.value) == f"messages[0].content[1].{problem}: expected a string."
+    assert error_info.value.param == f"messages[0].content[1].{problem.split()[0]}"
+
+
 INVALID_PARTS: dict[str, Any] = {
     "null": None,
     "number": 5,

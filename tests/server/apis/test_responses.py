@@ -61,6 +61,13 @@ def test_images_are_replaced_in_messages_and_tool_results() -> None:
     assert body == {"model": "m", "input": items, "temperature": 0.5}
 
 
+@pytest.mark.parametrize("part", [{"type": "input_text"}, {"type": "input_text", "text": 5}, {"type": "refusal", "text": "no"}])
+def test_a_part_without_its_text_is_named(part: dict[str, Any]) -> None:
+    with pytest.raises(errors.InvalidRequest, match="expected a string") as error_info:
+        parse([user(text(), part)])
+    assert error_info.value.param == f"input[0].content[1].{'refusal' if part['type'] == 'refusal' else 'text'}"
+
+
 INVALID_PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "image_url part of a chat": ({"type": "image_url", "image_url": {"url": URL}}, ""),
     "embedding": ({"type": "image_embeds", "image_embeds": {"image_num_tokens": [1]}, "uuid": "a"}, ""),

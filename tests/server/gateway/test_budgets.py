@@ -464,7 +464,7 @@ async def test_the_operator_can_set_the_characters_of_a_prompt(tmp_path_factory:
 
 SEQUENCE_EDGES = {
     "n": (CHAT, {**chat("a"), "n": SEQUENCES}, {**chat("a"), "n": SEQUENCES + 1}, "n"),
-    "huge n": (CHAT, {**chat("a"), "n": 0}, {**chat("a"), "n": 2**62}, "n"),
+    "huge n": (CHAT, {**chat("a"), "n": 1}, {**chat("a"), "n": 2**62}, "n"),
     "beams": (CHAT, chat("a"), {**chat("a"), "best_of": 1000}, "best_of"),
     "prompts": (COMPLETIONS, {"prompt": ["a"] * SEQUENCES}, {"prompt": ["a"] * (SEQUENCES + 1)}, "prompt"),
     "lists of ids": (COMPLETIONS, {"prompt": [[1]] * SEQUENCES}, {"prompt": [[1]] * (SEQUENCES + 1)}, "prompt"),
@@ -482,10 +482,12 @@ NO_NUMBERS: dict[str, tuple[Any, str]] = {
     "word": ("many", '"many"'),
     "quotes": ("it's", '"it\'s"'),
     "exponent": ("1e9", '"1e9"'),
-    "long": ("x" * 3000, '"' + "x" * 100 + '"'),
+    "long": ("x" * 3000, '"' + "x" * 99 + '…"'),
     "fraction": (1.5, "1.5"),
     "list": ([1], "a list"),
     "object": ({"x": None}, "an object"),
+    "zero": (0, "0"),
+    "negative": (-5, "-5"),
 }
 """What is no number of sequences, and how the error names it: as JSON, since callers do not write Python."""
 
@@ -497,7 +499,7 @@ async def test_a_number_of_sequences_is_no_text(bounded: Stack, field: str, widt
     before = len(bounded.engine.requests)
     response = await bounded.chat("a", **{field: width})
     assert (response.status, response.error["param"], response.error["code"]) == (400, field, "invalid_request")
-    assert response.error["message"] == f"{field} is {shown}: expected a whole number."
+    assert response.error["message"] == f"{field} is {shown}: expected a whole number of at least 1."
     assert len(bounded.engine.requests) == before
     for good in (None, 2, 2.0, True):
         assert (await bounded.post({**chat("a"), field: good})).status == 200
@@ -515,7 +517,7 @@ OUTPUT_EDGES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "the rest of the context": (CHAT, chat("a"), {**chat("a"), "n": 2}, "max_completion_tokens"),
     "null": (CHAT, chat("a", max_tokens=None), {**chat("a", max_tokens=None), "n": 2}, "max_completion_tokens"),
     "a text": (CHAT, chat("a", max_tokens="9999"), {**chat("a", max_tokens="9999"), "n": 2}, "max_tokens"),
-    "less than nothing": (CHAT, chat("a", max_tokens=-1), {**chat("a", max_tokens=-1), "n": 2}, "max_tokens"),
+    "nothing": (CHAT, chat("a", max_tokens=0), {**chat("a", max_tokens=0), "n": 2}, "max_tokens"),
     "prompts": (
         COMPLETIONS,
         {"prompt": ["a"] * 4, "n": 2, "max_tokens": 5000},

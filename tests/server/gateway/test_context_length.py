@@ -107,6 +107,18 @@ async def test_a_response_longer_than_the_context_is_rejected(
     assert (await small_stack.post({"model": MODEL, **fields, name: CONTEXT}, path=path)).status == 200
 
 
+@pytest.mark.parametrize(("path", "fields", "name"), MAXIMA.values(), ids=MAXIMA)
+async def test_a_negative_length_of_a_response_is_rejected_by_the_name_that_its_caller_uses(
+    small_stack: Stack, path: str, fields: dict[str, Any], name: str
+) -> None:
+    before = len(small_stack.engine.requests)
+    response = await small_stack.post({"model": MODEL, **fields, name: -1}, path=path)
+    error = response.json["error"]
+    assert (response.status, error["code"], error["param"]) == (400, "invalid_request", name)
+    assert error["message"] == f"{name} is -1: expected a whole number from 1 to {CONTEXT}."
+    assert len(small_stack.engine.requests) == before
+
+
 async def test_only_the_field_that_counts_is_checked(small_stack: Stack) -> None:
     assert (await small_stack.chat("a", max_completion_tokens=5, max_tokens=10**6)).status == 200
     assert (await small_stack.chat("a", max_output_tokens=10**6)).status == 200
