@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import load
+from benchmarks.arguments import image_size, positive_integer, positive_number
 from common.secrets import redact_url
 from dvd.plan.simulation import percentile
 
@@ -282,9 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = redact_url(f"cannot read the models of {parsed.url}: {error}; is the server running?")
         print(problem, file=sys.stderr)
         return 1
+    try:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out {parsed.out}: expected a folder for the results, or a place for one: {error.strerror}", file=sys.stderr)
+        return 1
     print(HEAD)
-    points = [point for kind in COLOURS for point in asyncio.run(sweep(options, kind, parsed.rates))]
-    _write(points, options, parsed.out)
+    points = list[Point]()
+    for kind in COLOURS:
+        points += asyncio.run(sweep(options, kind, parsed.rates))
+        _write(points, options, parsed.out)
+    print(f"{parsed.out / 'load.md'}, load.json, load.png", file=sys.stderr)
     failures = sorted({failure for point in points for failure in point.errors})
     for failure in failures:
         print(f"request failed: {failure}", file=sys.stderr)
@@ -293,7 +302,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(points: Sequence[Point], options: LoadOptions, folder: Path) -> None:
     """Write `load.md`, `load.json` and `load.png`. The API key is not written."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "load.md").write_text("\n".join([HEAD, *map(row, points), ""]), encoding="utf-8")
     content: dict[str, Any] = {
         "options": {**asdict(options), "key": bool(options.key), "url": redact_url(options.url)},
@@ -301,7 +309,6 @@ def _write(points: Sequence[Point], options: LoadOptions, folder: Path) -> None:
     }  # fmt: skip
     (folder / "load.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(points, options, folder / "load.png")
-    print(f"{folder / 'load.md'}, load.json, load.png", file=sys.stderr)
 
 
 def _load_options(parsed: argparse.Namespace) -> LoadOptions:
@@ -310,9 +317,8 @@ def _load_options(parsed: argparse.Namespace) -> LoadOptions:
     request = urllib.request.Request(f"{parsed.url}/v1/models", headers=headers)
     with urllib.request.urlopen(request, timeout=_MODELS_TIMEOUT_SECONDS) as response:
         model = parsed.model or json.loads(response.read())["data"][0]["id"]
-    width, height = (int(part) for part in parsed.size.lower().split("x"))
     return LoadOptions(
-        url=parsed.url.rstrip("/"), model=model, key=parsed.key, question=parsed.question, size=(width, height),
+        url=parsed.url.rstrip("/"), model=model, key=parsed.key, question=parsed.question, size=parsed.size,
         images=parsed.images, tokens=parsed.tokens, seconds=parsed.seconds, ttft=parsed.ttft, itl=parsed.itl,
     )  # fmt: skip
 
@@ -325,15 +331,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="", help="name of the model; default: the first that the server lists")
     parser.add_argument("--key", default="", help="API key")
     parser.add_argument(
-        "--rates", type=float, nargs="*", default=[], help="requests per second to offer; default: doubling to saturation"
+        "--rates",
+        type=positive_number,
+        nargs="*",
+        default=[],
+        help="requests per second to offer; default: doubling to saturation",
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long each rate is offered")
-    parser.add_argument("--size", default="896x448", help="size of an image, WIDTHxHEIGHT in pixels")
-    parser.add_argument("--images", type=int, default=1, help="images per request")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of every answer")
+    parser.add_argument("--seconds", type=positive_number, default=20.0, help="how long each rate is offered")
+    parser.add_argument("--size", type=image_size, default="896x448", help="size of an image, WIDTHxHEIGHT in pixels")
+    parser.add_argument("--images", type=positive_integer, default=1, help="images per request")
+    parser.add_argument("--tokens", type=positive_integer, default=32, help="tokens of every answer")
     parser.add_argument("--question", default="What do you see?", help="text of every request")
-    parser.add_argument("--ttft", type=float, default=2.0, help="goodput limit of TTFT in seconds")
-    parser.add_argument("--itl", type=float, default=0.2, help="goodput limit of a request's mean ITL in seconds")
+    parser.add_argument("--ttft", type=positive_number, default=2.0, help="goodput limit of TTFT in seconds")
+    parser.add_argument("--itl", type=positive_number, default=0.2, help="goodput limit of a request's mean ITL in seconds")
     parser.add_argument("--out", type=Path, default=Path("load-results"), help="folder for the table, JSON and plot")
     return parser
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive_number
 from benchmarks.gpu import copies, heads, kernels, preprocessing, serving, shapes, table, towers, worker
 from benchmarks.gpu.kit import Kit, Measurement
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU; the figures mean nothing")
-    parser.add_argument("--seconds", type=float, default=480.0, help="what does not fit into this time is skipped")
+    parser.add_argument("--seconds", type=positive_number, default=480.0, help="what does not fit into this time is skipped")
     parser.add_argument("--only", default="", metavar="TEXT", help="leave out measurements without this text in their name")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the results")
     return parser.parse_args(arguments)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import result
+from benchmarks.arguments import positive_number
 from benchmarks.soak import faults, plot, resources, rolling
 from benchmarks.soak.balancer import Balancer
 from benchmarks.soak.fleet import Fleet
@@ -163,7 +164,7 @@ def _problems(record: Record, in_flight: float) -> list[str]:
 def main() -> int:
     """Parse the arguments and run. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0, help="time of random faults")
+    parser.add_argument("--minutes", type=positive_number, default=30.0, help="time of random faults")
     parser.add_argument("--seed", type=int, default=0, help="seed of requests and faults")
     parser.add_argument(
         "--rolling", nargs="*", choices=rolling.WAYS, help="restart everything in these ways, by default in all of them"

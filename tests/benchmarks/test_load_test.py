@@ -38,3 +38,12 @@ async def test_a_load_test_with_a_failed_request_ends_with_status_1(tmp_path: Pa
 def test_a_load_test_without_a_server_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_test.main(["--url", "http://127.0.0.1:9"]) == 1
     assert "cannot read the models of http://127.0.0.1:9" in capsys.readouterr().err
+
+
+async def test_a_folder_that_cannot_be_made_is_named_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    server = FakeServer(fails_at=0)
+    assert await run(server, tmp_path / "file" / "results") == 1
+    assert f"--out {tmp_path}/file/results: expected a folder for the results" in capsys.readouterr().err
