@@ -5,8 +5,8 @@
 * tensor parallelism of two, with the vision tower's data split between the ranks (`--mm-encoder-tp-mode data`).
 
 Ours: one core for vision, one for language, the gateway on either. Caches are on, as they are by default on either side. Stock
-vLLM cannot load a checkpoint with a router: ours with one is compared with theirs without. `equal_hardware.py` measures latency
-and the bindings of one stock vLLM.
+vLLM cannot load a checkpoint with a router: ours with one, which halves the visual tokens, is compared with theirs without.
+`equal_hardware.py` measures latency and the bindings of one stock vLLM.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import checkpoint, colocated, costs, load, processes
 from benchmarks.checkpointed import CheckpointedRun
-from benchmarks.equal_hardware import HALF_COMPRESSED_FLAGS
+from benchmarks.equal_hardware import HALF_OF_THE_TOKENS
 from benchmarks.options import Options
 from benchmarks.result import Result, median_ratio
 
@@ -37,12 +37,14 @@ class Mix(NamedTuple):
         size: Width and height of the images.
         repeated: Share of the images that were sent before.
         tokens: Mean length of an answer.
+        layers: Layers of the language model.
     """
 
     with_image: float
     size: tuple[int, int] = (896, 448)
     repeated: float = 0.0
     tokens: int = 85
+    layers: int = checkpoint.LANGUAGE["num_hidden_layers"]
 
 
 MIXES = {
@@ -52,14 +54,16 @@ MIXES = {
     "balanced, a fifth repeated": Mix(1.0, repeated=0.2),
     "image-heavy": Mix(1.0, (896, 896), tokens=40),
     "long answers": Mix(1.0, tokens=140),
+    "large language model": Mix(1.0, tokens=40, layers=14),
 }
-"""A balanced request has three tiles, an image-heavy one five. With long answers language is the slower half."""
+"""A balanced request has three tiles, an image-heavy one five. In the last two language is the slower half: by its answers, and
+by its prefill, as where a language model of 8B reads the tiles of a tower of 300M."""
 STOCK = ("one over both cores", "two replicas", "tensor parallel")
 REPLICAS = STOCK[1]
-OURS, COMPRESSED = "ours", "ours, half compressed"
+OURS, COMPRESSED = "ours", "ours, half of the visual tokens"
 GOALS = {
     ("balanced", OURS): 1.0, ("image-heavy", OURS): 1.0, ("long answers", COMPRESSED): 1.2,
-    ("balanced, a fifth repeated", OURS): 1.4,
+    ("large language model", COMPRESSED): 1.2, ("balanced, a fifth repeated", OURS): 1.4,
 }  # fmt: skip
 IN_FLIGHT = 16
 REQUESTS = 44
@@ -88,17 +92,25 @@ def run(options: Options) -> Result:
     """
     baseline = options.require_baseline("baselines compares with stock vLLM")
     with tempfile.TemporaryDirectory(prefix="dvd-bench-") as name:
-        folder = Path(name)
-        plain = checkpoint.write_checkpoint(folder / "plain", flash=False)
-        flash = checkpoint.write_checkpoint(folder / "flash")
-        stock = colocated.copy_with_remote_code(plain, folder / "stock")
-        theirs = {
-            STOCK[0]: partial(_stock, folder, baseline, stock),
-            REPLICAS: partial(_replicas, folder, baseline, stock),
-            STOCK[2]: partial(_stock, folder, baseline, stock, "-tp=2", "--mm-encoder-tp-mode=data"),
-        }
-        ours = {OURS: partial(_ours, folder, plain), COMPRESSED: partial(_ours, folder, flash, *HALF_COMPRESSED_FLAGS)}
-        return _Comparison(options).compare(theirs, ours)
+        comparison = _Comparison(options)
+        for layers in sorted({mix.layers for mix in MIXES.values()}):
+            mixes = [name for name, mix in MIXES.items() if mix.layers == layers]
+            comparison.measure(mixes, *_stacks(Path(name) / str(layers), baseline, layers))
+        return comparison.result()
+
+
+def _stacks(folder: Path, baseline: str, layers: int) -> tuple[Stacks, Stacks]:
+    """Write checkpoints whose language model has so many layers. Returns the stacks of stock vLLM, and ours."""
+    language = {**checkpoint.LANGUAGE, "num_hidden_layers": layers}
+    plain = checkpoint.write_checkpoint(folder / "plain", flash=False, language=language)
+    flash = checkpoint.write_checkpoint(folder / "flash", language=language)
+    stock = colocated.copy_with_remote_code(plain, folder / "stock")
+    theirs = {
+        STOCK[0]: partial(_stock, folder, baseline, stock),
+        REPLICAS: partial(_replicas, folder, baseline, stock),
+        STOCK[2]: partial(_stock, folder, baseline, stock, "-tp=2", "--mm-encoder-tp-mode=data"),
+    }
+    return theirs, {OURS: partial(_ours, folder, plain), COMPRESSED: partial(_ours, folder, flash, *HALF_OF_THE_TOKENS)}
 
 
 class _Comparison:
@@ -109,12 +121,18 @@ class _Comparison:
         self._checkpointed = CheckpointedRun("baselines", options.quick)
         self._seeds = itertools.count()
         self._failed: dict[str, str] = {}
+        self._measured: dict[str, Measured] = {}
+        self._best: dict[str, str] = {}
+        self._alone: dict[str, dict[str, float]] = {}  # by mix
 
-    def compare(self, theirs: Stacks, ours: Stacks) -> Result:
-        """Find the best of theirs on each mix, each alone; then measure it side by side with ours."""
-        alone = {} if self._options.quick else self._measure_alone(theirs)
-        best = {mix: max(alone, key=lambda name: alone[name][mix], default=REPLICAS) for mix in MIXES}
-        measured: dict[str, Measured] = {mix: {} for mix in MIXES}
+    def measure(self, mixes: Sequence[str], theirs: Stacks, ours: Stacks) -> None:
+        """Find the best of theirs on each of these mixes, each alone; then measure it side by side with ours."""
+        alone = {} if self._options.quick else self._measure_alone(mixes, theirs)
+        best = {mix: max(alone, key=lambda name: alone[name][mix], default=REPLICAS) for mix in mixes}
+        measured: dict[str, Measured] = {mix: {} for mix in mixes}
+        self._best |= best
+        self._measured |= measured
+        self._alone |= {mix: {name: rates[mix] for name, rates in alone.items()} for mix in mixes}
         with ExitStack() as servers:
             # all run at once: an idle one costs memory, and 2 % of a core for each vLLM
             stacks = {name: theirs[name] for name in sorted(set(best.values()))} | dict(ours)
@@ -122,15 +140,18 @@ class _Comparison:
             for name, started in running.items():
                 self._warm_up(name, started)
             for repeat in range(self._options.repeats(3)):
-                for mix in MIXES:
+                for mix in mixes:
                     names = [best[mix], *ours]
                     for name in names[:: 1 if repeat % 2 else -1]:
                         values = self._measure(running[name], mix, f"{mix}, {name}, {repeat}")
                         measured[mix].setdefault(name, []).append(values)
-        self._checkpointed.finish()
-        return _result(measured, best, alone, self._failed)
 
-    def _measure_alone(self, theirs: Stacks) -> dict[str, dict[str, float]]:
+    def result(self) -> Result:
+        """Return the result, and forget what an interrupted run would continue with."""
+        self._checkpointed.finish()
+        return _result(self._measured, self._best, self._alone, self._failed)
+
+    def _measure_alone(self, mixes: Sequence[str], theirs: Stacks) -> dict[str, dict[str, float]]:
         """Return requests/s of each of theirs that runs here, by its name and mix."""
         rates = {}
         for name, start in theirs.items():
@@ -142,7 +163,7 @@ class _Comparison:
                     _log(f"{name} does not run: {self._failed[name]}")
                     continue
                 self._warm_up(name, started)
-                rates[name] = {mix: self._measure(started, mix, f"alone: {mix}, {name}")[0] for mix in MIXES}
+                rates[name] = {mix: self._measure(started, mix, f"alone: {mix}, {name}")[0] for mix in mixes}
         return rates
 
     def _warm_up(self, name: str, started: Started) -> None:
@@ -242,7 +263,7 @@ def _result(
         figures[mix] = {
             "requests/s": {name: round(statistics.median(values), 3) for name, values in rates.items()},
             "best of stock vLLM": best[mix], "over the best": ratios,
-            "stock vLLM, each alone, once": {name: round(by_mix[mix], 3) for name, by_mix in alone.items()},
+            "stock vLLM, each alone, once": {name: round(rate, 3) for name, rate in alone[mix].items()},
             "busy cores, last repeat": {name: repeats[-1][1] for name, repeats in by_server.items()},
         }  # fmt: skip
     shares = {(mix, name): figures[mix]["over the best"][name]["ratio"] / goal for (mix, name), goal in GOALS.items()}
