@@ -170,7 +170,7 @@ class Pipeline:
                     failure = vllm_response.Failure.parse(response.status, await vllm_response.read_error(response))
                     if failure.status >= 500:
                         await self._wait_until_encoded(request, context)  # it may be due to an image
-                    return _error_response(failure.about(constraint_field(parsed.body)), context, request.headers())
+                    return _error_response(failure.about(parsed.body, context.max_tokens_fields), context, request.headers())
                 if not content_type.startswith("text/event-stream"):
                     body = await vllm_response.read_all(response)
                     await self._wait_until_encoded(request, context)
@@ -187,7 +187,9 @@ class Pipeline:
                 stream_failure = await stream.start()
                 await self._wait_until_encoded(request, context)
                 if stream_failure:
-                    return _error_response(stream_failure.about(constraint_field(parsed.body)), context, request.headers())
+                    return _error_response(
+                        stream_failure.about(parsed.body, context.max_tokens_fields), context, request.headers()
+                    )
             resources.enter_context(self._metrics.stage("stream", stats))
             # moved to the request here: the deadline may pass before the handler gets the response
             context.resources.push_async_exit(resources.pop_all())

@@ -4,6 +4,10 @@ tests/e2e/test_hostile_fields.py compares them with what the pinned vLLM answers
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.http import json_body
 
 MAX_TEXT = 500
 """Maximum number of characters of a message."""
@@ -29,6 +33,16 @@ _INTERNAL = re.compile(
     re.IGNORECASE,
 )
 """Words of libraries, and of Python."""
+_EXPECTED = re.compile(
+    r"^(?P<loc>\S+): Input should be (?P<expected>.*?)(, (unable to|got a) [^(]*?)?(?P<count> \(\d+ problems in all\))?$",
+    re.DOTALL,
+)
+_REQUIRED = re.compile(r"^(?P<loc>\S+): Field required(?P<count> \(\d+ problems in all\))?$")
+_TYPES = {"a valid integer": "an integer", "a valid dictionary": "an object"}
+"""What vLLM's validator calls a type, where it is not enough to leave out that a value should be valid."""
+_FIRST_WORD = re.compile(r"`?([a-z]\w*)`? ")
+_STEP = re.compile(r"[\w-]+")
+_NOTHING = object()
 _CONSTRAINT = re.compile(r"grammar|regex|schema|structural|structured|choice", re.IGNORECASE)
 
 
@@ -56,6 +70,48 @@ def describe(text: str, param: str | None) -> tuple[str, str | None]:
     if _INTERNAL.search(text):
         text = f"vLLM does not accept {f'the value of {param}' if param else 'a value of the request'}."
     return (text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"), param
+
+
+def in_words_of(body: Mapping[str, Any], text: str, param: str | None, length_fields: Sequence[str]) -> tuple[str, str | None]:
+    """Return the message and the parameter of an error with the names and values of its request.
+
+    Args:
+        body: The request.
+        text: The message, as `describe` returns it.
+        param: Its parameter. Without one, a field of the request with which the message begins.
+        length_fields: What the request may call the maximum length of its response. vLLM has one name for all of them.
+    """
+    if not param and (word := _FIRST_WORD.match(text)) and word[1] in body:
+        param = word[1]
+    if param == "max_tokens" and param not in body and (own := next((name for name in length_fields if name in body), None)):
+        text, param = text.replace(param, own), own
+    if match := _REQUIRED.match(text):
+        text = f"{match['loc']} is missing{match['count'] or ''}."
+    elif match := _EXPECTED.match(text):
+        text = _expectation(match["loc"], match["expected"], match["count"] or "", _value_at(body, match["loc"]))
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…", param
+
+
+def _expectation(location: str, expected: str, count: str, value: Any) -> str:
+    """Return what the validator expected where, with the value that it got."""
+    shown = location if value is _NOTHING else f"{location} is {json_body.quote(value)}"
+    if count and isinstance(value, dict | list):  # it names one of several types, which may be the value's own
+        return f"{shown}, but in none of the forms that are accepted{count}."
+    expected = _TYPES.get(expected, expected.replace("a valid ", "a ").replace("'", '"'))
+    return f"{shown}: expected {'a number ' if expected.startswith(('greater', 'less')) else ''}{expected}{count}."
+
+
+def _value_at(body: Any, location: str) -> Any:
+    """Return the value at a location of a body, `_NOTHING` if there is none."""
+    value = body
+    for step in _STEP.findall(location):
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return _NOTHING
+    return value
 
 
 def _location(path: str) -> str:

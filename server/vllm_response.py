@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import aiohttp
 
 from common import errors
 from server import vllm_errors
+from server.apis.constraints import constraint_field
 from server.http.error_format import OPENAI, ErrorBody, ErrorFormat
 from server.metrics import StreamTimer
 from server.shutdown import shutting_down
@@ -86,12 +87,20 @@ class Failure:
         message, param = vllm_errors.describe(message, str(param) if param else None)
         return cls(status, _error_body(message, _ERROR_TYPES.get(status, "invalid_request_error"), param, code))
 
-    def about(self, field: str | None) -> "Failure":
-        """Return this failure with `field` as its parameter if it is about a constraint and names none."""
-        error = self.body["error"]
-        if field is None or self.status != 400 or error["param"] or not vllm_errors.is_about_constraint(error["message"]):
+    def about(self, request: Mapping[str, Any], length_fields: Sequence[str]) -> "Failure":
+        """Return this failure as the request's caller can read it, if the caller is to blame.
+
+        Args:
+            request: Body of the request.
+            length_fields: What it may call the maximum length of its response.
+        """
+        if self.status != 400:
             return self
-        return replace(self, body={"error": {**error, "param": field}})
+        error = self.body["error"]
+        message, param = vllm_errors.in_words_of(request, error["message"], error["param"], length_fields)
+        if not param and vllm_errors.is_about_constraint(message):
+            param = constraint_field(request)
+        return replace(self, body={"error": {**error, "message": message, "param": param}})
 
     @classmethod
     def parse_event(cls, event: bytes) -> "Failure":

@@ -18,7 +18,7 @@ from server.apis.image_options import (
     parse_router,
     unexpected_value,
 )
-from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, check_text, format_path, type_of
+from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, check_text, check_type, format_path
 from server.http import json_body
 
 _PART_TYPES = {"text", "image_url", "video_url", "refusal"}
@@ -52,17 +52,30 @@ def _content_parts(messages: list[Any]) -> Iterator[tuple[Path, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise errors.InvalidRequest(f"messages[{i}] must be an object with role and content.", param="messages")
+        _check_message(message, f"messages[{i}]")
         content = message.get("content")
         if isinstance(content, list):
             for j, part in enumerate(content):
                 yield ("messages", i, "content", j), part
 
 
+def _check_message(message: dict[str, Any], location: str) -> None:
+    """Check the types of a message's fields: vLLM would name one of its many kinds of messages. Raises `InvalidRequest`."""
+    if message.get("role") is None:
+        raise errors.InvalidRequest(f"{location}.role is missing: expected a string.", param=f"{location}.role")
+    check_type(message, "role", str, "a string", location)
+    check_type(message, "name", str, "a string", location)
+    check_type(message, "content", str | list, "a string or a list of parts", location)
+    check_type(message, "tool_calls", list, "a list", location)
+
+
 def _check_part(part: Any, location: str) -> str:
     """Return the type of a content part. Raises `InvalidRequest` if it is not supported or has fields of another type."""
     if isinstance(part, str):
         return "text"
-    part_type = type_of(part)
+    if not isinstance(part, dict):
+        raise errors.InvalidRequest(f"{location} is {json_body.quote(part)}: expected an object with a type.", param=location)
+    part_type = part.get("type")
     if not isinstance(part_type, str) or part_type not in _PART_TYPES:
         raise errors.InvalidRequest(
             f"{location}: type {json_body.quote(part_type)} is not supported; expected text, image_url or video_url.",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any
 
 from common import errors
@@ -155,6 +156,22 @@ def format_path(path: Path) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)[1:]
 
 
+def check_type(owner: Mapping[str, Any], name: str, types: type | UnionType, expected: str, location: str = "") -> None:
+    """Check the type of a field, which may be absent or null. Raises `InvalidRequest`.
+
+    Args:
+        owner: The object that has the field.
+        name: The field.
+        types: Its types.
+        expected: What they are called in messages.
+        location: Where the object is in the body; nothing for the body itself.
+    """
+    value = owner.get(name)
+    if value is not None and not isinstance(value, types):
+        param = f"{location}.{name}" if location else name
+        raise errors.InvalidRequest(f"{param} is {json_body.quote(value)}: expected {expected}.", param=param)
+
+
 def check_text(part: Mapping[str, Any], name: str, location: str) -> None:
     """Check the text of a content part: vLLM would name a place in its own classes. Raises `InvalidRequest`.
 
@@ -181,8 +198,8 @@ def check_fields(body: Mapping[str, Any]) -> None:
         if body.get(name) is not None:
             raise errors.InvalidRequest(f"{name} is reserved for the operator: omit it.", param=name)
     for name in _OBJECT_FIELDS:
-        if not isinstance(body.get(name), dict | None):
-            raise errors.InvalidRequest(f"{name} is {json_body.quote(body[name])}: expected an object.", param=name)
+        check_type(body, name, dict, "an object")
+    check_type(body, "tools", list, "a list")
     variables = body.get("chat_template_kwargs") or {}
     if reserved := next((name for name in _TEMPLATE_PARAMETERS if name in variables), None):
         own = f"send {reserved} as a field of the request" if reserved in ("messages", "tools") else "omit it"

@@ -1,8 +1,10 @@
 """Texts of vLLM's errors, as vLLM writes them, for callers."""
 
+from typing import Any
+
 import pytest
 
-from server.vllm_errors import MAX_TEXT, describe
+from server.vllm_errors import MAX_TEXT, describe, in_words_of
 
 ONE = "1 validation error:\n  {'type': 'int', 'loc': 'body.top_k', 'msg': 'Input should be a valid integer', 'input': 'x'}"
 QUOTED = (
@@ -50,3 +52,68 @@ def test_a_text_is_about_the_request_only(raw: tuple[str, str | None], expected:
 def test_a_text_has_at_most_500_characters(text: str) -> None:
     message, _ = describe(text, "body." + "x" * 10_000)
     assert len(message) <= MAX_TEXT
+
+
+LENGTHS = ("max_completion_tokens", "max_tokens")
+WORDS: dict[str, tuple[dict[str, Any], tuple[str, str | None], tuple[str, str | None]]] = {
+    "the value": (
+        {"top_k": "x"}, ("top_k: Input should be a valid integer, unable to parse string as an integer", "top_k"),
+        ('top_k is "x": expected an integer.', "top_k"),
+    ),
+    "a fraction": (
+        {"seed": 1.5}, ("seed: Input should be a valid integer, got a number with a fractional part", "seed"),
+        ("seed is 1.5: expected an integer.", "seed"),
+    ),
+    "names": (
+        {"service_tier": "x"}, ("service_tier: Input should be 'auto' or 'flex' (2 problems in all)", "service_tier"),
+        ('service_tier is "x": expected "auto" or "flex" (2 problems in all).', "service_tier"),
+    ),
+    "inside": (
+        {"logit_bias": {"5": []}}, ("logit_bias[5]: Input should be a valid number", "logit_bias[5]"),
+        ("logit_bias[5] is a list: expected a number.", "logit_bias[5]"),
+    ),
+    "in a list": (
+        {"stop_token_ids": [1, None]}, ("stop_token_ids[1]: Input should be a valid integer", "stop_token_ids[1]"),
+        ("stop_token_ids[1] is null: expected an integer.", "stop_token_ids[1]"),
+    ),
+    "a bound": (
+        {"priority": -2}, ("priority: Input should be greater than or equal to -1", "priority"),
+        ("priority is -2: expected a number greater than or equal to -1.", "priority"),
+    ),
+    "one of several types": (
+        {"input": [5]}, ("input: Input should be a valid string (62 problems in all)", "input"),
+        ("input is a list, but in none of the forms that are accepted (62 problems in all).", "input"),
+    ),
+    "nowhere": (
+        {"tools": [5]}, ("tools[1].name: Input should be a valid dictionary", "tools[1].name"),
+        ("tools[1].name: expected an object.", "tools[1].name"),
+    ),
+    "missing": (
+        {"tools": [{}]}, ("tools[0].function: Field required", "tools[0].function"),
+        ("tools[0].function is missing.", "tools[0].function"),
+    ),
+    "the field that it begins with": (
+        {"min_p": 2}, ("min_p must be in [0, 1], got 2.0.", None), ("min_p must be in [0, 1], got 2.0.", "min_p"),
+    ),
+    "a word that is no field": ({"min_p": 2}, ("Token id 9 is unknown", None), ("Token id 9 is unknown", None)),
+    "the length, by its own name": (
+        {"max_completion_tokens": 0}, ("max_tokens must be at least 1, got 0.", "max_tokens"),
+        ("max_completion_tokens must be at least 1, got 0.", "max_completion_tokens"),
+    ),
+    "the length, by vLLM's name": (
+        {"max_tokens": 0}, ("max_tokens must be at least 1, got 0.", "max_tokens"),
+        ("max_tokens must be at least 1, got 0.", "max_tokens"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "error", "expected"), WORDS.values(), ids=WORDS)
+def test_an_error_has_the_names_and_values_of_its_request(
+    body: dict[str, Any], error: tuple[str, str | None], expected: tuple[str, str | None]
+) -> None:
+    assert in_words_of(body, *error, LENGTHS) == expected
+
+
+def test_an_error_with_a_value_has_at_most_500_characters() -> None:
+    text = f"stop: Input should be {'x' * (MAX_TEXT - 30)}"
+    assert len(in_words_of({"stop": "x" * 10_000}, text, "stop", LENGTHS)[0]) == MAX_TEXT

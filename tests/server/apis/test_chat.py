@@ -66,6 +66,30 @@ def test_a_request_without_messages_is_rejected() -> None:
         parse_chat(raw({"model": "m"}), RequestPolicy(1))
 
 
+NO_MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "no role": ({"content": "a"}, "role is missing: expected a string."),
+    "role": ({"role": 5, "content": "a"}, "role is 5: expected a string."),
+    "name": ({"role": "user", "content": "a", "name": []}, "name is a list: expected a string."),
+    "content": ({"role": "user", "content": {}}, "content is an object: expected a string or a list of parts."),
+    "calls of tools": ({"role": "assistant", "tool_calls": True}, "tool_calls is true: expected a list."),
+}
+
+
+@pytest.mark.parametrize(("message", "problem"), NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_a_field_of_a_message_of_the_wrong_type_is_named(message: dict[str, Any], problem: str) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}, message]}
+    with pytest.raises(errors.InvalidRequest) as error_info:
+        parse_chat(raw(body), RequestPolicy(1))
+    assert str(error_info.value) == f"messages[1].{problem}"
+    assert error_info.value.param == f"messages[1].{problem.split()[0]}"
+
+
+def test_a_token_id_that_no_vocabulary_has_is_named() -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"^tokens\[1\] is 2147483648: expected a token id") as error_info:
+        tokenize.APIS[1].parse(raw({"model": "m", "tokens": [2**31 - 1, 2**31]}), RequestPolicy(1))
+    assert error_info.value.param == "tokens[1]"
+
+
 NO_TEXTS: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"type": "text"}, "text is missing"),
     "null": ({"type": "text", "text": None}, "text is null"),

@@ -44,6 +44,12 @@ def test_what_must_be_an_object_is_named_with_its_value(name: str, value: Any) -
     assert error_info.value.param == name
 
 
+def test_tools_must_be_a_list() -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"^tools is 5: expected a list\.$") as error_info:
+        check_fields({"model": "m", "tools": 5})
+    assert error_info.value.param == "tools"
+
+
 @pytest.mark.parametrize(("name", "hint"), [("messages", "send messages as a field"), ("padding", "omit it")])
 def test_parameters_of_transformers_are_no_variables_of_the_template(name: str, hint: str) -> None:
     with pytest.raises(errors.InvalidRequest, match=f"is not a variable of the chat template: {hint}") as error_info:
