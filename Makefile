@@ -40,7 +40,7 @@ help:
 	@echo "make check      lint, formatting, types and package boundaries; changes no file"
 	@echo "make fix        repair what the linter can, and format"
 	@echo "make test       run the tests; ARGS=… goes to pytest"
-	@echo "make test-long  run the tests that take a minute or more each, which CI runs too"
+	@echo "make test-long  run the tests that take a minute or more each, which CI runs at night"
 	@echo "make test-fast  run the tests that need no vLLM and are not slow: 100 s"
 	@echo "make test-clients  run client libraries (LangChain, LiteLLM, …) against a server: a few minutes"
 	@echo "make coverage   measure the branch coverage of all tests without vLLM; fails below the floor in pyproject.toml"
