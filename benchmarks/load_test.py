@@ -38,6 +38,7 @@ _WARM_UP_RATE, _FIRST_RATE = 1.0, 0.5
 _MAX_DOUBLINGS = 12
 _DRAIN_SECONDS = 120.0
 _MODELS_TIMEOUT_SECONDS = 10
+_TABLE = "load.md"
 _PERCENTILES = (0.5, 0.9, 0.99)
 UNIQUE, REPEATED = "unique images", "repeated images"
 COLOURS = {UNIQUE: "#2462ad", REPEATED: "#d9730d"}
@@ -285,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         parsed.out.mkdir(parents=True, exist_ok=True)
+        (parsed.out / _TABLE).touch()
     except OSError as error:
         print(f"--out {parsed.out}: expected a folder for the results, or a place for one: {error.strerror}", file=sys.stderr)
         return 1
@@ -293,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in COLOURS:
         points += asyncio.run(sweep(options, kind, parsed.rates))
         _write(points, options, parsed.out)
-    print(f"{parsed.out / 'load.md'}, load.json, load.png", file=sys.stderr)
+    print(f"{parsed.out / _TABLE}, load.json, load.png", file=sys.stderr)
     failures = sorted({failure for point in points for failure in point.errors})
     for failure in failures:
         print(f"request failed: {failure}", file=sys.stderr)
@@ -302,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(points: Sequence[Point], options: LoadOptions, folder: Path) -> None:
     """Write `load.md`, `load.json` and `load.png`. The API key is not written."""
-    (folder / "load.md").write_text("\n".join([HEAD, *map(row, points), ""]), encoding="utf-8")
+    (folder / _TABLE).write_text("\n".join([HEAD, *map(row, points), ""]), encoding="utf-8")
     content: dict[str, Any] = {
         "options": {**asdict(options), "key": bool(options.key), "url": redact_url(options.url)},
         "points": [asdict(point) for point in points],

@@ -29,7 +29,7 @@ _INSTANCE = re.compile(r" or an instance of \w+| or object to extract fields fro
 _INTERNAL = re.compile(
     r"pydantic|xgrammar|guidance|outlines|format.?enforcer|transformers|tokenizers?\b.*\bnot support|jinja|torch|tekken|msgspec"
     r"|\bobject (of type|is not|has no)|NoneType|<class|site-packages|Traceback|\.(py|cc|rs|cpp)\b|\wError:|(?-i:VLLM_)"
-    r"|keyword argument",
+    r"|keyword argument|<locals>|multiple values for",
     re.IGNORECASE,
 )
 """Words of libraries, and of Python."""
@@ -38,12 +38,14 @@ _EXPECTED = re.compile(
     re.DOTALL,
 )
 _REQUIRED = re.compile(r"^(?P<loc>\S+): Field required(?P<count> \(\d+ problems in all\))?$")
-_TYPES = {"a valid integer": "an integer", "a valid dictionary": "an object"}
+_TYPES = {"a valid integer": "an integer", "a valid dictionary": "an object", "a dictionary": "an object"}
 """What vLLM's validator calls a type, where it is not enough to leave out that a value should be valid."""
 _FIRST_WORD = re.compile(r"`?([a-z]\w*)`? ")
+_MAX_TOKENS = re.compile(r"\bmax_tokens\b")
 _STEP = re.compile(r"[\w-]+")
 _NOTHING = object()
-_CONSTRAINT = re.compile(r"grammar|regex|schema|structural|structured|choice", re.IGNORECASE)
+_TOOL_CHOICE = re.compile(r"tool[ _-]choice", re.IGNORECASE)
+_CONSTRAINT = re.compile(r"grammar|regex|schema|structural|structured|(?<!tool[ _-])choice", re.IGNORECASE)
 
 
 def is_about_constraint(text: str) -> bool:
@@ -81,15 +83,38 @@ def in_words_of(body: Mapping[str, Any], text: str, param: str | None, length_fi
         param: Its parameter. Without one, a field of the request with which the message begins.
         length_fields: What the request may call the maximum length of its response. vLLM has one name for all of them.
     """
-    if not param and (word := _FIRST_WORD.match(text)) and word[1] in body:
-        param = word[1]
-    if param == "max_tokens" and param not in body and (own := next((name for name in length_fields if name in body), None)):
-        text, param = text.replace(param, own), own
+    param = param or _field_of(text, body)
+    length = next((name for name in length_fields if body.get(name) is not None), "max_tokens")
+    text, param = _MAX_TOKENS.sub(length, text), length if param == "max_tokens" else param
+    if param == "logprobs" and "top_logprobs" in body:  # vLLM's name of both
+        param = "top_logprobs"
+    if text.startswith("[") and (place := _place_of_tool_calls(body)):
+        text, param = f"{place}{text}", f"{place}{param}"
     if match := _REQUIRED.match(text):
         text = f"{match['loc']} is missing{match['count'] or ''}."
     elif match := _EXPECTED.match(text):
         text = _expectation(match["loc"], match["expected"], match["count"] or "", _value_at(body, match["loc"]))
     return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…", param
+
+
+def _field_of(text: str, body: Mapping[str, Any]) -> str | None:
+    """Return the field of a request that a message without a parameter is about, None if it cannot be told."""
+    if (word := _FIRST_WORD.match(text)) and word[1] in body:
+        return word[1]
+    if _TOOL_CHOICE.search(text) and "tools" in body:
+        return "tools"
+    return "prompt" if text.startswith("Token id") and "prompt" in body else None
+
+
+def _place_of_tool_calls(body: Mapping[str, Any]) -> str | None:
+    """Return where the calls of tools are. vLLM reads them later than the rest, and names places in them only."""
+    messages = body.get("messages")
+    places = [
+        f"messages[{i}].tool_calls"
+        for i, message in enumerate(messages if isinstance(messages, list) else ())
+        if isinstance(message, dict) and message.get("tool_calls")
+    ]
+    return places[0] if len(places) == 1 else None
 
 
 def _expectation(location: str, expected: str, count: str, value: Any) -> str:
@@ -98,7 +123,9 @@ def _expectation(location: str, expected: str, count: str, value: Any) -> str:
     if count and isinstance(value, dict | list):  # it names one of several types, which may be the value's own
         return f"{shown}, but in none of the forms that are accepted{count}."
     expected = _TYPES.get(expected, expected.replace("a valid ", "a ").replace("'", '"'))
-    return f"{shown}: expected {'a number ' if expected.startswith(('greater', 'less')) else ''}{expected}{count}."
+    number = "a number " if expected.startswith(("greater", "less")) else ""
+    others = ", or what another accepted form has" if count else ""
+    return f"{shown}: expected {number}{expected}{others}{count}."
 
 
 def _value_at(body: Any, location: str) -> Any:

@@ -18,7 +18,7 @@ from server.apis.image_options import (
     parse_router,
     unexpected_value,
 )
-from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, check_text, check_type, format_path
+from server.apis.request import MEDIA_FIELDS, ImagePart, Path, check_images, check_item, check_text, check_type, format_path
 from server.http import json_body
 
 _PART_TYPES = {"text", "image_url", "video_url", "refusal"}
@@ -66,7 +66,19 @@ def _check_message(message: dict[str, Any], location: str) -> None:
     check_type(message, "role", str, "a string", location)
     check_type(message, "name", str, "a string", location)
     check_type(message, "content", str | list, "a string or a list of parts", location)
+    check_type(message, "tool_call_id", str, "a string", location)
     check_type(message, "tool_calls", list, "a list", location)
+    for i, call in enumerate(message.get("tool_calls") or ()):
+        _check_call(call, f"{location}.tool_calls[{i}]")
+
+
+def _check_call(call: Any, location: str) -> None:
+    """Check the types of a call of a tool. Raises `InvalidRequest`."""
+    check_item(call, dict, "an object", location)
+    if call.get("type", "function") == "function":
+        check_item(call.get("function"), dict, "an object with name and arguments", f"{location}.function")
+        for name, expected in (("name", "a string"), ("arguments", "a string with a JSON object")):
+            check_item(call["function"].get(name), str, expected, f"{location}.function.{name}")
 
 
 def _check_part(part: Any, location: str) -> str:

@@ -26,7 +26,11 @@ def prepare_chat(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert_message(message: Any, _index: int) -> Any:
-    return convert_list(message, "content", _convert_part) if isinstance(message, dict) else message
+    if not isinstance(message, dict):
+        return message
+    if message.get("name", "") is None:  # vLLM takes only its absence for none
+        message = {field: value for field, value in message.items() if field != "name"}
+    return convert_list(message, "content", _convert_part)
 
 
 def _convert_part(part: Any, _index: int) -> Any:

@@ -8,7 +8,7 @@ from common.embedding_ref import EmbeddingRef
 from server.apis.base import Api
 from server.apis.documents import convert_documents
 from server.apis.image_options import OPTION_KEYS, RequestPolicy, check_keys, parse_image_options, parse_router
-from server.apis.request import ImagePart, Path, check_images, format_path, type_of
+from server.apis.request import ImagePart, Path, check_images, check_text, format_path, type_of
 from server.http import json_body
 from server.http.error_format import ANTHROPIC
 
@@ -20,6 +20,8 @@ def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
     router = parse_router(body.get("vir"), policy.router, policy)
     images = []
     for path, block, role in _blocks(body):
+        if type_of(block) == "text":
+            check_text(block, "text", format_path(path))
         if isinstance(block, dict) and block.get("type") == "image":
             location = format_path(path)
             if role != "user":  # vLLM would drop the image silently, or print it as text

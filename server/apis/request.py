@@ -23,7 +23,7 @@ _OBJECT_FIELDS = ("chat_template_kwargs", "structured_outputs")
 
 _TEMPLATE_PARAMETERS = (
     "chat_template", "conversation", "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict",
-    "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation",
+    "return_tensors", "self", "tokenize", "tokenizer_kwargs", "tools", "truncation",
 )  # fmt: skip
 """Parameters of `apply_chat_template` in transformers, which are no variables of a template: vLLM sets them itself."""
 
@@ -166,10 +166,14 @@ def check_type(owner: Mapping[str, Any], name: str, types: type | UnionType, exp
         expected: What they are called in messages.
         location: Where the object is in the body; nothing for the body itself.
     """
-    value = owner.get(name)
-    if value is not None and not isinstance(value, types):
-        param = f"{location}.{name}" if location else name
-        raise errors.InvalidRequest(f"{param} is {json_body.quote(value)}: expected {expected}.", param=param)
+    if (value := owner.get(name)) is not None:
+        check_item(value, types, expected, f"{location}.{name}" if location else name)
+
+
+def check_item(value: Any, types: type | UnionType, expected: str, location: str) -> None:
+    """Check the type of a value that must be there. Raises `InvalidRequest`, see `check_type`."""
+    if not isinstance(value, types):
+        raise errors.InvalidRequest(f"{location} is {json_body.quote(value)}: expected {expected}.", param=location)
 
 
 def check_text(part: Mapping[str, Any], name: str, location: str) -> None:
@@ -192,15 +196,18 @@ def check_fields(body: Mapping[str, Any]) -> None:
         InvalidRequest: `model` is not a string, a field is set that is reserved for the operator, or variables of the chat
             template or constraints are no objects.
     """
-    if not isinstance(body.get("model"), str | None):
-        raise errors.InvalidRequest(f"model must be a string, not {type(body['model']).__name__}.", param="model")
+    check_type(body, "model", str, "a string")
     for name in _OPERATOR_FIELDS:
         if body.get(name) is not None:
             raise errors.InvalidRequest(f"{name} is reserved for the operator: omit it.", param=name)
     for name in _OBJECT_FIELDS:
         check_type(body, name, dict, "an object")
     check_type(body, "tools", list, "a list")
+    stop = body.get("stop")
+    for i, text in enumerate(stop if isinstance(stop, list) else ()):
+        check_item(text, str, "a string", f"stop[{i}]")
     variables = body.get("chat_template_kwargs") or {}
+    check_type(variables, "documents", list, "a list", "chat_template_kwargs")
     if reserved := next((name for name in _TEMPLATE_PARAMETERS if name in variables), None):
         own = f"send {reserved} as a field of the request" if reserved in ("messages", "tools") else "omit it"
         param = f"chat_template_kwargs.{reserved}"

@@ -56,7 +56,7 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     except ValueError as error:  # msgspec's errors are ValueErrors
         raise errors.InvalidRequest(f"The body is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(body, dict):
-        raise errors.InvalidRequest(f"The body must be a JSON object, not {type(body).__name__}.")
+        raise errors.InvalidRequest(f"The body must be a JSON object, not {quote(body)}.")
     return body
 
 
@@ -72,6 +72,12 @@ def quote(value: Any) -> str:
     """Return a value as its sender wrote it, cut to about 100 characters; of objects and lists only the type."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
-    if isinstance(value, str) and len(value) > _MAX_QUOTED_CHARACTERS:
-        value = f"{value[: _MAX_QUOTED_CHARACTERS - 1]}…"
-    return json.dumps(value, ensure_ascii=False)[: _MAX_QUOTED_CHARACTERS + 2]
+    text = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str):
+        return text[:_MAX_QUOTED_CHARACTERS]
+    if len(text) <= _MAX_QUOTED_CHARACTERS + 2:
+        return text
+    cut = value[: _MAX_QUOTED_CHARACTERS - 1]
+    while len(text := json.dumps(cut, ensure_ascii=False)) > _MAX_QUOTED_CHARACTERS + 1:  # escapes are longer
+        cut = cut[: len(cut) // 2]
+    return f'{text[:-1]}…"'

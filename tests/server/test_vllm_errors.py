@@ -36,6 +36,7 @@ TEXTS = {
     ("pydantic says no", "stop"): ("vLLM does not accept the value of stop.", "stop"),
     ("object of type 'bool' has no len()", None): ("vLLM does not accept a value of the request.", None),
     ("'NoneType' object is not iterable", None): ("vLLM does not accept a value of the request.", None),
+    ("a.<locals>.b() got multiple values for argument 'x'", None): ("vLLM does not accept a value of the request.", None),
     ("It failed: [12:20:14] <path>:83: Regex parsing error", None): ("It failed: Regex parsing error", None),
     ("Input should be a dictionary or an instance of StructuredOutputsParams", None): ("Input should be a dictionary", None),
 }  # fmt: skip
@@ -66,7 +67,10 @@ WORDS: dict[str, tuple[dict[str, Any], tuple[str, str | None], tuple[str, str | 
     ),
     "names": (
         {"service_tier": "x"}, ("service_tier: Input should be 'auto' or 'flex' (2 problems in all)", "service_tier"),
-        ('service_tier is "x": expected "auto" or "flex" (2 problems in all).', "service_tier"),
+        (
+            'service_tier is "x": expected "auto" or "flex", or what another accepted form has (2 problems in all).',
+            "service_tier",
+        ),
     ),
     "inside": (
         {"logit_bias": {"5": []}}, ("logit_bias[5]: Input should be a valid number", "logit_bias[5]"),
@@ -95,11 +99,38 @@ WORDS: dict[str, tuple[dict[str, Any], tuple[str, str | None], tuple[str, str | 
     "the field that it begins with": (
         {"min_p": 2}, ("min_p must be in [0, 1], got 2.0.", None), ("min_p must be in [0, 1], got 2.0.", "min_p"),
     ),
-    "a word that is no field": ({"min_p": 2}, ("Token id 9 is unknown", None), ("Token id 9 is unknown", None)),
+    "a word that is no field": ({"min_p": 2}, ("You must pass a prompt", None), ("You must pass a prompt", None)),
     "the length, by its own name": (
         {"max_completion_tokens": 0}, ("max_tokens must be at least 1, got 0.", "max_tokens"),
         ("max_completion_tokens must be at least 1, got 0.", "max_completion_tokens"),
     ),
+    "the length, where another field does not count": (
+        {"max_tokens": 5, "max_completion_tokens": 0}, ("max_tokens must be at least 1, got 0.", "max_tokens"),
+        ("max_completion_tokens must be at least 1, got 0.", "max_completion_tokens"),
+    ),
+    "the length, in another field's error": (
+        {"max_tokens": None, "max_completion_tokens": 1, "min_tokens": 5},
+        ("min_tokens must be less than or equal to max_tokens=1, got 5.", None),
+        ("min_tokens must be less than or equal to max_completion_tokens=1, got 5.", "min_tokens"),
+    ),
+    "inside the only calls of tools": (
+        {"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [{}]}]},
+        ("[0].id: Field required (3 problems in all)", "[0].id"),
+        ("messages[1].tool_calls[0].id is missing (3 problems in all).", "messages[1].tool_calls[0].id"),
+    ),
+    "inside one of several calls of tools": (
+        {"messages": [{"tool_calls": [{}]}, {"tool_calls": [{}]}]}, ("[0].id: Field required", "[0].id"),
+        ("[0].id is missing.", "[0].id"),
+    ),
+    "the number of log probabilities": (
+        {"logprobs": True, "top_logprobs": 99}, ("Requested sample logprobs of 99", "logprobs"),
+        ("Requested sample logprobs of 99", "top_logprobs"),
+    ),
+    "the choice of a tool": (
+        {"tools": [{}], "response_format": {}}, ('"auto" tool choice requires a parser', None),
+        ('"auto" tool choice requires a parser', "tools"),
+    ),
+    "a token id": ({"prompt": [9]}, ("Token id 9 is out of vocabulary", None), ("Token id 9 is out of vocabulary", "prompt")),
     "the length, by vLLM's name": (
         {"max_tokens": 0}, ("max_tokens must be at least 1, got 0.", "max_tokens"),
         ("max_tokens must be at least 1, got 0.", "max_tokens"),

@@ -66,12 +66,27 @@ def test_a_request_without_messages_is_rejected() -> None:
         parse_chat(raw({"model": "m"}), RequestPolicy(1))
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 NO_MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
     "no role": ({"content": "a"}, "role is missing: expected a string."),
     "role": ({"role": 5, "content": "a"}, "role is 5: expected a string."),
     "name": ({"role": "user", "content": "a", "name": []}, "name is a list: expected a string."),
     "content": ({"role": "user", "content": {}}, "content is an object: expected a string or a list of parts."),
     "calls of tools": ({"role": "assistant", "tool_calls": True}, "tool_calls is true: expected a list."),
+    "id of a call": ({"role": "tool", "content": "a", "tool_call_id": 5}, "tool_call_id is 5: expected a string."),
+    "call": ({"role": "assistant", "tool_calls": [5]}, "tool_calls[0] is 5: expected an object."),
+    "function": (
+        {"role": "assistant", "tool_calls": [CALL, {"function": "f"}]},
+        'tool_calls[1].function is "f": expected an object with name and arguments.',
+    ),
+    "name of a function": (
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]},
+        "tool_calls[0].function.name is null: expected a string.",
+    ),
+    "arguments": (
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        "tool_calls[0].function.arguments is an object: expected a string with a JSON object.",
+    ),
 }
 
 
@@ -82,6 +97,18 @@ def test_a_field_of_a_message_of_the_wrong_type_is_named(message: dict[str, Any]
         parse_chat(raw(body), RequestPolicy(1))
     assert str(error_info.value) == f"messages[1].{problem}"
     assert error_info.value.param == f"messages[1].{problem.split()[0]}"
+
+
+def test_a_message_without_a_name_may_say_so() -> None:
+    messages = [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    request = parse_chat(raw({"model": "m", "messages": messages}), RequestPolicy(1))
+    sent = json.loads(request.with_embeddings([], []))["messages"]
+    assert sent == [{"role": "user", "content": "a"}, messages[1]]
+
+
+def test_a_call_of_another_kind_is_left_to_vllm() -> None:
+    messages = [{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom", "custom": {}}]}]
+    parse_chat(raw({"model": "m", "messages": messages}), RequestPolicy(1))
 
 
 def test_a_token_id_that_no_vocabulary_has_is_named() -> None:
@@ -246,7 +273,7 @@ def test_images_are_replaced_in_order_and_nothing_else_changes() -> None:
         "messages": [
             {"role": "system", "content": "be brief"},
             {"role": "user", "content": [images[0], text_part("and"), images[1]], "name": "me"},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
             {"role": "user", "content": ["plain", text_part("then"), images[2]]},
             {"role": "user", "content": [images[3]]},
             {"role": "tool", "tool_call_id": "1"},

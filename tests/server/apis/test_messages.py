@@ -126,3 +126,10 @@ def test_unknown_keys_of_an_image_are_rejected() -> None:
         parse(user(text(), image(max_dynamic_patches=1)))
     assert error_info.value.param == "messages[0].content[1].max_dynamic_patches"
     assert len(parse(user(image(cache_control={"type": "ephemeral"}, vir="off"))).images) == 1
+
+
+def test_a_block_without_its_text_is_named() -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text"}]}]}
+    with pytest.raises(errors.InvalidRequest, match="text is missing: expected a string") as error_info:
+        parse_messages(json.dumps(body).encode(), RequestPolicy(2))
+    assert error_info.value.param == "messages[0].content[0].text"

@@ -44,6 +44,12 @@ def test_what_must_be_an_object_is_named_with_its_value(name: str, value: Any) -
     assert error_info.value.param == name
 
 
+def test_a_text_to_stop_at_is_named() -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"^stop\[1\] is null: expected a string\.$") as error_info:
+        check_fields({"model": "m", "stop": ["a", None]})
+    assert error_info.value.param == "stop[1]"
+
+
 def test_tools_must_be_a_list() -> None:
     with pytest.raises(errors.InvalidRequest, match=r"^tools is 5: expected a list\.$") as error_info:
         check_fields({"model": "m", "tools": 5})
@@ -66,7 +72,7 @@ def test_the_reserved_variables_are_all_parameters_of_transformers() -> None:
     )
     parameters = {argument.arg for argument in function.args.args} - {"self"}
     free = {"documents", "add_generation_prompt", "continue_final_message"}
-    assert parameters - free | {"messages"} == set(_TEMPLATE_PARAMETERS)
+    assert parameters - free | {"messages", "self"} == set(_TEMPLATE_PARAMETERS)
 
 
 def test_a_model_that_is_not_a_string_is_rejected() -> None:

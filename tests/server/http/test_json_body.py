@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common import errors
-from server.http.json_body import count_values, decode_object
+from server.http.json_body import count_values, decode_object, quote
 
 INVALID_BODIES = {
     "empty": b"",
@@ -129,3 +129,28 @@ def test_more_values_than_allowed_are_rejected(separator: bytes) -> None:
 def test_lists_that_are_only_nested_are_left_to_the_decoder() -> None:
     with pytest.raises(errors.InvalidRequest, match="nested too deeply"):
         decode_object(b"[" * 10_000_000)
+
+
+QUOTED: dict[str, tuple[Any, str]] = {
+    "null": (None, "null"),
+    "true": (True, "true"),
+    "number": (1.5, "1.5"),
+    "text": ('a "word"', '"a \\"word\\""'),
+    "letters": ("ä…", '"ä…"'),
+    "long": ("x" * 101, f'"{"x" * 99}…"'),
+    "just short enough": ("x" * 100, f'"{"x" * 100}"'),
+    "list": ([1], "a list"),
+    "object": ({"a": 1}, "an object"),
+}
+
+
+@pytest.mark.parametrize(("value", "expected"), QUOTED.values(), ids=QUOTED)
+def test_a_value_is_quoted_as_json(value: Any, expected: str) -> None:
+    assert quote(value) == expected
+
+
+@pytest.mark.parametrize("character", ['"', "\n", "\x01", "\\"])
+def test_a_text_is_not_cut_inside_an_escape(character: str) -> None:
+    quoted = quote(character * 200)
+    assert len(quoted) <= 102
+    assert set(json.loads(quoted)) == {character, "…"}
