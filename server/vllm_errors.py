@@ -44,7 +44,13 @@ _FIRST_WORD = re.compile(r"`?([a-z]\w*)`? ")
 _MAX_TOKENS = re.compile(r"\bmax_tokens\b")
 _STEP = re.compile(r"[\w-]+")
 _NOTHING = object()
-_TOOL_CHOICE = re.compile(r"tool[ _-]choice", re.IGNORECASE)
+_ABOUT = {
+    "tool choice": ("tools",),
+    "empty conversation": ("messages", "input"),
+    "Token id": ("prompt",),
+    "at least one prompt": ("prompt",),
+}
+"""Parts of messages that vLLM writes without a parameter, and the fields of a request that they may be about."""
 _CONSTRAINT = re.compile(r"grammar|regex|schema|structural|structured|(?<!tool[ _-])choice", re.IGNORECASE)
 
 
@@ -101,9 +107,8 @@ def _field_of(text: str, body: Mapping[str, Any]) -> str | None:
     """Return the field of a request that a message without a parameter is about, None if it cannot be told."""
     if (word := _FIRST_WORD.match(text)) and word[1] in body:
         return word[1]
-    if _TOOL_CHOICE.search(text) and "tools" in body:
-        return "tools"
-    return "prompt" if text.startswith("Token id") and "prompt" in body else None
+    candidates = next((names for part, names in _ABOUT.items() if part in text), ())
+    return next((name for name in candidates if name in body), None)
 
 
 def _place_of_tool_calls(body: Mapping[str, Any]) -> str | None:

@@ -130,6 +130,10 @@ WORDS: dict[str, tuple[dict[str, Any], tuple[str, str | None], tuple[str, str | 
         {"tools": [{}], "response_format": {}}, ('"auto" tool choice requires a parser', None),
         ('"auto" tool choice requires a parser', "tools"),
     ),
+    "no messages": (
+        {"input": []}, ("An empty conversation. Provide at least one message.", None),
+        ("An empty conversation. Provide at least one message.", "input"),
+    ),
     "a token id": ({"prompt": [9]}, ("Token id 9 is out of vocabulary", None), ("Token id 9 is out of vocabulary", "prompt")),
     "the length, by vLLM's name": (
         {"max_tokens": 0}, ("max_tokens must be at least 1, got 0.", "max_tokens"),
