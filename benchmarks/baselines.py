@@ -129,9 +129,7 @@ class _Comparison:
         """Find the best of theirs on each of these mixes, each alone; then measure it side by side with ours."""
         alone = {} if self._options.quick else self._measure_alone(mixes, theirs)
         best = {mix: max(alone, key=lambda name: alone[name][mix], default=REPLICAS) for mix in mixes}
-        measured: dict[str, Measured] = {mix: {} for mix in mixes}
         self._best |= best
-        self._measured |= measured
         self._alone |= {mix: {name: rates[mix] for name, rates in alone.items()} for mix in mixes}
         with ExitStack() as servers:
             # all run at once: an idle one costs memory, and 2 % of a core for each vLLM
@@ -144,7 +142,7 @@ class _Comparison:
                     names = [best[mix], *ours]
                     for name in names[:: 1 if repeat % 2 else -1]:
                         values = self._measure(running[name], mix, f"{mix}, {name}, {repeat}")
-                        measured[mix].setdefault(name, []).append(values)
+                        self._measured.setdefault(mix, {}).setdefault(name, []).append(values)
 
     def result(self) -> Result:
         """Return the result, and forget what an interrupted run would continue with."""

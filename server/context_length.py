@@ -33,7 +33,7 @@ def check_max_tokens(body: Mapping[str, Any], fields: Sequence[str], limit: int)
         ContextLengthExceeded: The maximum exceeds the limit.
         InvalidRequest: It is negative.
     """
-    name = _max_tokens_field(body, fields)
+    name = max_tokens_field(body, fields)
     if name is None or type(body[name]) is not int:
         return
     if body[name] < 0:  # vLLM would name the field that it calls the same; 0 it takes in completions with echo
@@ -46,7 +46,7 @@ def check_max_tokens(body: Mapping[str, Any], fields: Sequence[str], limit: int)
         )
 
 
-def _max_tokens_field(body: Mapping[str, Any], fields: Sequence[str]) -> str | None:
+def max_tokens_field(body: Mapping[str, Any], fields: Sequence[str]) -> str | None:
     """Return which of the fields with the maximum length counts: the first one that is set. None if none is."""
     return next((name for name in fields if body.get(name) is not None), None)
 
@@ -65,7 +65,7 @@ def check_output_tokens(request: ParsedRequest, context: RequestContext, limit: 
     """
     if request.sequences == 1 or not context.max_tokens_fields:
         return
-    name = _max_tokens_field(request.body, context.max_tokens_fields)
+    name = max_tokens_field(request.body, context.max_tokens_fields)
     tokens = request.body[name] if name else context.default_max_tokens
     if type(tokens) is not int or tokens < 1:  # to the end of the context, or vLLM reads it as a number, or rejects it
         tokens = limit or 0

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from server.context_length import max_tokens_field
 from server.http import json_body
 
 MAX_TEXT = 500
@@ -77,7 +78,7 @@ def describe(text: str, param: str | None) -> tuple[str, str | None]:
     text = _REPRESENTATION.sub(".", _INSTANCE.sub("", _SOURCE.sub("", text)))
     if _INTERNAL.search(text):
         text = f"vLLM does not accept {f'the value of {param}' if param else 'a value of the request'}."
-    return (text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"), param
+    return _cut(text), param
 
 
 def in_words_of(body: Mapping[str, Any], text: str, param: str | None, length_fields: Sequence[str]) -> tuple[str, str | None]:
@@ -90,7 +91,7 @@ def in_words_of(body: Mapping[str, Any], text: str, param: str | None, length_fi
         length_fields: What the request may call the maximum length of its response. vLLM has one name for all of them.
     """
     param = param or _field_of(text, body)
-    length = next((name for name in length_fields if body.get(name) is not None), "max_tokens")
+    length = max_tokens_field(body, length_fields) or "max_tokens"
     text, param = _MAX_TOKENS.sub(length, text), length if param == "max_tokens" else param
     if param == "logprobs" and "top_logprobs" in body:  # vLLM's name of both
         param = "top_logprobs"
@@ -100,11 +101,15 @@ def in_words_of(body: Mapping[str, Any], text: str, param: str | None, length_fi
         text = f"{match['loc']} is missing{match['count'] or ''}."
     elif match := _EXPECTED.match(text):
         text = _expectation(match["loc"], match["expected"], match["count"] or "", _value_at(body, match["loc"]))
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…", param
+    return _cut(text), param
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 
 def _field_of(text: str, body: Mapping[str, Any]) -> str | None:
-    """Return the field of a request that a message without a parameter is about, None if it cannot be told."""
+    """Return the field of a request that a message without a parameter is about, None if the message does not show it."""
     if (word := _FIRST_WORD.match(text)) and word[1] in body:
         return word[1]
     candidates = next((names for part, names in _ABOUT.items() if part in text), ())

@@ -85,8 +85,7 @@ def _check_part(part: Any, location: str) -> str:
     """Return the type of a content part. Raises `InvalidRequest` if it is not supported or has fields of another type."""
     if isinstance(part, str):
         return "text"
-    if not isinstance(part, dict):
-        raise errors.InvalidRequest(f"{location} is {json_body.quote(part)}: expected an object with a type.", param=location)
+    check_item(part, dict, "an object with a type", location)
     part_type = part.get("type")
     if not isinstance(part_type, str) or part_type not in _PART_TYPES:
         raise errors.InvalidRequest(

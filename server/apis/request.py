@@ -184,9 +184,10 @@ def check_text(part: Mapping[str, Any], name: str, location: str) -> None:
         name: The field that has its text.
         location: Where the part is in the body.
     """
-    if not isinstance(part.get(name), str):
-        value = f"is {json_body.quote(part[name])}" if name in part else "is missing"
-        raise errors.InvalidRequest(f"{location}.{name} {value}: expected a string.", param=f"{location}.{name}")
+    location = f"{location}.{name}"
+    if name not in part:
+        raise errors.InvalidRequest(f"{location} is missing: expected a string.", param=location)
+    check_item(part[name], str, "a string", location)
 
 
 def check_fields(body: Mapping[str, Any]) -> None:
@@ -206,7 +207,10 @@ def check_fields(body: Mapping[str, Any]) -> None:
     stop = body.get("stop")
     for i, text in enumerate(stop if isinstance(stop, list) else ()):
         check_item(text, str, "a string", f"stop[{i}]")
-    variables = body.get("chat_template_kwargs") or {}
+    _check_template_variables(body.get("chat_template_kwargs") or {})
+
+
+def _check_template_variables(variables: Mapping[str, Any]) -> None:
     check_type(variables, "documents", list, "a list", "chat_template_kwargs")
     if reserved := next((name for name in _TEMPLATE_PARAMETERS if name in variables), None):
         own = f"send {reserved} as a field of the request" if reserved in ("messages", "tools") else "omit it"
