@@ -46,12 +46,11 @@ _MAX_TOKENS = re.compile(r"\bmax_tokens\b")
 _STEP = re.compile(r"[\w-]+")
 _NOTHING = object()
 _ABOUT = {
-    "tool choice": ("tools",),
-    "empty conversation": ("messages", "input"),
-    "Token id": ("prompt",),
-    "at least one prompt": ("prompt",),
+    re.compile("tool[ _-]choice", re.IGNORECASE): ("tools",),
+    re.compile("empty conversation"): ("messages", "input"),
+    re.compile("Token id|at least one prompt"): ("prompt",),
 }
-"""Parts of messages that vLLM writes without a parameter, and the fields of a request that they may be about."""
+"""Patterns of messages that vLLM writes without a parameter, and the fields of a request that they may be about."""
 _CONSTRAINT = re.compile(r"grammar|regex|schema|structural|structured|(?<!tool[ _-])choice", re.IGNORECASE)
 
 
@@ -112,7 +111,7 @@ def _field_of(text: str, body: Mapping[str, Any]) -> str | None:
     """Return the field of a request that a message without a parameter is about, None if the message does not show it."""
     if (word := _FIRST_WORD.match(text)) and word[1] in body:
         return word[1]
-    candidates = next((names for part, names in _ABOUT.items() if part in text), ())
+    candidates = next((names for pattern, names in _ABOUT.items() if pattern.search(text)), ())
     return next((name for name in candidates if name in body), None)
 
 

@@ -130,6 +130,10 @@ WORDS: dict[str, tuple[dict[str, Any], tuple[str, str | None], tuple[str, str | 
         {"tools": [{}], "response_format": {}}, ('"auto" tool choice requires a parser', None),
         ('"auto" tool choice requires a parser', "tools"),
     ),
+    "tools, in the words of responses": (
+        {"tools": []}, ("Tool choice 'required' must be specified with 'tools' parameter.", None),
+        ("Tool choice 'required' must be specified with 'tools' parameter.", "tools"),
+    ),
     "no messages": (
         {"input": []}, ("An empty conversation. Provide at least one message.", None),
         ("An empty conversation. Provide at least one message.", "input"),
