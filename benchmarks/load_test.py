@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import sys
 import time
 import urllib.request
@@ -25,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import load
-from benchmarks.arguments import image_size, positive_integer, positive_number
+from common.arguments import create_results_folder, positive_integer, positive_number
 from common.secrets import redact_url
 from dvd.plan.simulation import percentile
 
@@ -277,19 +278,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 1 if the server does not answer, or if a request failed with anything but status 429.
     """
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
     try:
         options = _load_options(parsed)
     except (OSError, LookupError, ValueError) as error:
         problem = redact_url(f"cannot read the models of {parsed.url}: {error}; is the server running?")
         print(problem, file=sys.stderr)
         return 1
-    try:
-        parsed.out.mkdir(parents=True, exist_ok=True)
-        (parsed.out / _TABLE).touch()
-    except OSError as error:
-        print(f"--out {parsed.out}: expected a folder for the results, or a place for one: {error.strerror}", file=sys.stderr)
-        return 1
+    create_results_folder(parser, "--out", parsed.out)
     print(HEAD)
     points = list[Point]()
     for kind in COLOURS:
@@ -311,6 +308,13 @@ def _write(points: Sequence[Point], options: LoadOptions, folder: Path) -> None:
     }  # fmt: skip
     (folder / "load.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(points, options, folder / "load.png")
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    """Parse `WIDTHxHEIGHT` in pixels. Raises `ArgumentTypeError`."""
+    if match := re.fullmatch("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text.lower(), re.ASCII):
+        return int(match[1]), int(match[2])
+    raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, as in 896x448, not {text!r}")
 
 
 def _load_options(parsed: argparse.Namespace) -> LoadOptions:
@@ -340,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         help="requests per second to offer; default: doubling to saturation",
     )
     parser.add_argument("--seconds", type=positive_number, default=20.0, help="how long each rate is offered")
-    parser.add_argument("--size", type=image_size, default="896x448", help="size of an image, WIDTHxHEIGHT in pixels")
+    parser.add_argument("--size", type=_image_size, default="896x448", help="size of an image, WIDTHxHEIGHT in pixels")
     parser.add_argument("--images", type=positive_integer, default=1, help="images per request")
     parser.add_argument("--tokens", type=positive_integer, default=32, help="tokens of every answer")
     parser.add_argument("--question", default="What do you see?", help="text of every request")

@@ -22,6 +22,7 @@ from typing import Any
 
 import aiohttp
 
+from common.arguments import create_results_folder, positive_integer
 from demo.evaluation.answers import AnswerFile, AnswerRecord
 from demo.evaluation.client import Client, EvaluationError, ask_all
 from demo.evaluation.plan import (
@@ -105,23 +106,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("demo/results"), help="folder of the results (default: %(default)s)")
     add("--images", type=Path, default=Path("demo/images"), help="folder of the plots (default: %(default)s)")
     add("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="parts to run (default: all)")
-    add("--n", type=_positive_integer, default=500, help="questions per task and style (default: %(default)s)")
-    add("--talk", type=_positive_integer, default=100, help="questions without an image (default: %(default)s)")
-    add("--pictures", type=_positive_integer, default=100, help="images of router and curve (default: %(default)s)")
-    add("--in-flight", type=_positive_integer, default=8, help="concurrent requests (default: %(default)s)")
+    add("--n", type=positive_integer, default=500, help="questions per task and style (default: %(default)s)")
+    add("--talk", type=positive_integer, default=100, help="questions without an image (default: %(default)s)")
+    add("--pictures", type=positive_integer, default=100, help="images of router and curve (default: %(default)s)")
+    add("--in-flight", type=positive_integer, default=8, help="concurrent requests (default: %(default)s)")
     return parser
-
-
-def _positive_integer(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for option in ("out", "images"):
+        create_results_folder(parser, f"--{option}", getattr(options, option))
     try:
-        asyncio.run(evaluate(_parser().parse_args(arguments)))
+        asyncio.run(evaluate(options))
     except KeyboardInterrupt:
         print("\nInterrupted. All answers so far are stored; run the same command to resume.", file=sys.stderr)
         return 130

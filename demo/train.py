@@ -7,6 +7,7 @@ there is one.
 import argparse
 from pathlib import Path
 
+from common.arguments import positive_integer
 from demo.model.export import write_checkpoint
 from demo.training.run import TrainingRun
 from demo.training.stages import STAGES
@@ -25,7 +26,7 @@ def main() -> None:
         "--out", type=Path, default=Path("demo/checkpoint"), help="folder of the checkpoint (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=35, help="seed of weights and images (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw images (default: %(default)s)")
+    parser.add_argument("--workers", type=positive_integer, default=2, help="processes that draw images (default: %(default)s)")
     arguments = parser.parse_args()
     run = TrainingRun(arguments.run, arguments.seed, arguments.workers)
     for stage in STAGES:

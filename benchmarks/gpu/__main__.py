@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive_number
 from benchmarks.gpu import copies, heads, kernels, preprocessing, serving, shapes, table, towers, worker
 from benchmarks.gpu.kit import Kit, Measurement
+from common.arguments import create_results_folder, positive_number
 
 _BATCHES = {"300M": (1, 8, 32, 128), "6B": (1, 8, 32, 64)}
 
@@ -23,15 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 1 without a GPU, unless the run is dry; 2 for an option that cannot be used.
     """
-    parsed = _parse(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
     if not parsed.dry and not torch.cuda.is_available():
         print("torch finds no GPU; --dry shows on a CPU that the measurements work")
         return 1
-    try:
-        parsed.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"--out {parsed.out}: expected a folder for the results, or a place for one: {error.strerror}")
-        return 2
+    create_results_folder(parser, "--out", parsed.out)
     device = torch.device("cpu" if parsed.dry else "cuda")
     kit = Kit(parsed.out, parsed.seconds, device, parsed.dry)
     kit.run(each for each in _measurements(kit) if parsed.only in each.name)
@@ -43,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU; the figures mean nothing")
     parser.add_argument("--seconds", type=positive_number, default=480.0, help="what does not fit into this time is skipped")
     parser.add_argument("--only", default="", metavar="TEXT", help="leave out measurements without this text in their name")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the results")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _measurements(kit: Kit) -> Iterator[Measurement]:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import result
-from benchmarks.arguments import positive_number
 from benchmarks.soak import faults, plot, resources, rolling
 from benchmarks.soak.balancer import Balancer
 from benchmarks.soak.fleet import Fleet
 from benchmarks.soak.requests import FAULTS, OUTCOMES, Load, Outcome
+from common.arguments import create_results_folder, positive_number
 
 SENDERS = 6
 _SAMPLE_SECONDS = 5.0
@@ -173,7 +173,7 @@ def main() -> int:
     parsed = parser.parse_args()
     is_rolling = parsed.rolling is not None
     path: Path = parsed.out or _OUT / ("rolling.json" if is_rolling else "soak.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_results_folder(parser, "--out", path.parent)
     disturb = (
         rolling_restart(lambda fleet: rolling.plan(fleet, parsed.rolling or list(rolling.WAYS)))
         if is_rolling

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common.arguments import positive_integer, positive_number
 from dvd.plan import file
 from dvd.plan.measure import measure
 from dvd.plan.model import Costs, Fleet, Load, work
@@ -173,10 +173,14 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--ttft", type=float, metavar="SECONDS", help="limit of the 99th percentile of the time to first token")
     load.add_argument("--itl", type=float, metavar="SECONDS", help="limit of the 99th percentile of the inter-token latency")
     fleet = parser.add_argument_group("fleet (default: search for the cheapest)")
-    fleet.add_argument("--vision-workers", type=_count, metavar="N", help="evaluate this number of vision workers")
-    fleet.add_argument("--language-workers", type=_count, metavar="N", help="evaluate this number of language workers")
+    fleet.add_argument("--vision-workers", type=_worker_count, metavar="N", help="evaluate this number of vision workers")
+    fleet.add_argument("--language-workers", type=_worker_count, metavar="N", help="evaluate this number of language workers")
     fleet.add_argument(
-        "--vision-price", type=_price, default=1.0, metavar="PRICE", help="price of a vision worker; a language worker costs 1"
+        "--vision-price",
+        type=positive_number,
+        default=1.0,
+        metavar="PRICE",
+        help="price of a vision worker; a language worker costs 1",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--plot", type=Path, metavar="PATH", help="plot throughput by number of vision workers, PNG or SVG")
@@ -184,20 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_WORKERS:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MAX_WORKERS}, got {text!r}")
-    return int(text)
-
-
-def _price(text: str) -> float:
-    try:
-        price = float(text)
-    except ValueError:
-        price = 0.0
-    if not 0 < price < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return price
+def _worker_count(text: str) -> int:
+    count = positive_integer(text)
+    if count > MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"expected at most {MAX_WORKERS} workers, not {text!r}")
+    return count
 
 
 if __name__ == "__main__":

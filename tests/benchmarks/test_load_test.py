@@ -45,5 +45,22 @@ async def test_a_folder_that_cannot_be_made_is_named_before_anything_is_measured
 ) -> None:
     (tmp_path / "file").touch()
     server = FakeServer(fails_at=0)
-    assert await run(server, tmp_path / "file" / "results") == 1
-    assert f"--out {tmp_path}/file/results: expected a folder for the results" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        await run(server, tmp_path / "file" / "results")
+    assert f"argument --out: expected a folder for results, or a place for one, not '{tmp_path}/file/results'" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("text", ["", "896", "0x5", "896x", "-1x5", "1e3x5", "100000x5"])
+def test_a_wrong_size_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load_test.main([f"--size={text}"])
+    assert f"argument --size: expected WIDTHxHEIGHT in pixels, as in 896x448, not {text!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--rates", "-1"), ("--tokens", "0")])
+def test_a_number_that_is_not_above_0_is_a_usage_error(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load_test.main([option, value])
+    assert f"argument {option}: expected" in capsys.readouterr().err

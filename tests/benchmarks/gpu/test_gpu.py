@@ -73,8 +73,15 @@ def test_a_text_in_no_name_is_an_error(capsys: pytest.CaptureFixture[str], tmp_p
 def test_results_that_cannot_be_written_are_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    assert main(["--dry", "--out", str(file)]) == 2
-    assert f"--out {file}: expected a folder" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["--dry", "--out", str(file)])
+    assert f"argument --out: expected a folder for results, or a place for one, not '{file}'" in capsys.readouterr().err
+
+
+def test_a_time_that_is_no_number_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--seconds=nan"])
+    assert "argument --seconds: expected a number above 0, not 'nan'" in capsys.readouterr().err
 
 
 @pytest.mark.vllm
