@@ -7,6 +7,7 @@ The header (magic, version, dtype, rows, width, length, fingerprint, key) lets a
 stored: in shared memory or a cache. It is not a pickle: reading untrusted bytes must not run code.
 """
 
+import functools
 import io
 import re
 import struct
@@ -62,7 +63,7 @@ class Header:
     rows: int
     width: int
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
         """Bytes of the payload that follows the header."""
         return payload_bytes(self.dtype, self.rows, self.width)

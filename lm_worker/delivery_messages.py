@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Self
 
 from common import embedding_stream, errors
 from common.transport import base, shared_memory
@@ -27,10 +27,11 @@ async def receive_values(
 ) -> str:
     """Receive values until the sender has no more, or has placed all of them. Returns the name of the transport."""
     async for message in messages:
+        stall.restart()
         part = _parse_values(message)
         if isinstance(part, pb.Placed):
             _check_transport(incoming, part, offers)
-            await _receive_placed(incoming, part, offers[part.transport], stall)
+            await _receive_placed(incoming, part, offers[part.transport])
             if not part.partial:
                 return part.transport
         else:
@@ -54,15 +55,14 @@ def _check_transport(incoming: IncomingFile, placed: pb.Placed, offers: Mapping[
         )
 
 
-async def _receive_placed(incoming: IncomingFile, placed: pb.Placed, offer: base.Offer, stall: "StallTimer") -> None:
+async def _receive_placed(incoming: IncomingFile, placed: pb.Placed, offer: base.Offer) -> None:
     """Wait for values that were placed, and check them."""
     if not placed.partial:
         if placed.length != incoming.header.length:
             raise errors.InvalidRequest(
                 f"{placed.length} bytes of values were placed; the header declares {incoming.header.length}."
             )
-        async with stall.limit():
-            await offer.received()
+        await offer.received()
     incoming.mark_placed(placed.length)
     await _check_placed(incoming)
 
@@ -80,43 +80,32 @@ class StallTimer:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._timeout: asyncio.Timeout | None = None
+        self._end = math.inf
 
     def restart(self) -> None:
         """Note that something has arrived."""
         if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds)
+            self._timeout.reschedule(min(asyncio.get_running_loop().time() + self._seconds, self._end))
 
     @contextlib.asynccontextmanager
-    async def limit(self) -> AsyncIterator[None]:
-        """Raise `DeadlineExceeded` if nothing arrives for so long inside the block."""
+    async def limit(self, most_seconds: float = math.inf, length: int = 0) -> AsyncIterator[None]:
+        """Raise `DeadlineExceeded` if nothing arrives for so long inside the block.
+
+        Args:
+            most_seconds: Time of the block at most, also if something arrives.
+            length: Bytes of the delivery, for the error.
+        """
+        now = asyncio.get_running_loop().time()
+        self._end = now + most_seconds
         try:
-            async with asyncio.timeout(self._seconds) as self._timeout:
+            async with asyncio.timeout_at(min(now + self._seconds, self._end)) as self._timeout:
                 yield
         except TimeoutError:
+            if asyncio.get_running_loop().time() >= self._end:
+                raise errors.DeadlineExceeded(f"The delivery of {length} bytes took longer than {most_seconds:g} s.") from None
             raise errors.DeadlineExceeded(f"The delivery has stalled: no message arrived within {self._seconds:g} s.") from None
         finally:
             self._timeout = None
-
-    def messages(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Return the messages of a delivery. `DeadlineExceeded` is raised if the next one does not arrive in time."""
-        return _TimedMessages(self, aiter(messages))
-
-
-class _TimedMessages:
-    """See `StallTimer.messages`. No generator: one that is not run to its end costs the event loop a task."""
-
-    def __init__(self, timer: StallTimer, messages: AsyncIterator[bytes]) -> None:
-        self._timer, self._messages = timer, messages
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        async with self._timer.limit():
-            message = await anext(self._messages, None)
-        if message is None:
-            raise StopAsyncIteration
-        return message
 
 
 def _parse_values(message: bytes) -> bytes | memoryview | pb.Placed:

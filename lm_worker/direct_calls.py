@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from common import errors, logs, rpc
+from common import embedding_stream, errors, logs, rpc
 from common.embedding import HEADER_SIZE
 from common.security import HEADER, TOKEN_REJECTED, Credentials
 from common.transport import base
 from common.transport.connection import Connection
-from common.transport.direct_call import SINK_KEY, TCP
+from common.transport.direct_call import EAGER_KEY, SINK_KEY, TCP
 from protos import embeddings_pb2 as pb
 
 log = logging.getLogger("dvd.sink")
@@ -31,9 +31,13 @@ _STRANGER_SECONDS = 2.0
 _IDLE_SECONDS = 600.0
 _SEND_SECONDS = 5.0
 """Time for a sender to take an answer, which is short."""
+_DISCARD_SECONDS = 5.0
+"""Time for a sender to send values that are not needed."""
 _ACCEPT_RETRY_SECONDS = 0.1
-_RECEIVE_BYTES = 256 << 10
+_RECEIVE_BYTES = 512 << 10
 """Values are checked in such parts after they were received: they are still in the processor's own cache."""
+_EAGER_BYTES = 4 << 20
+"""Largest embedding that is taken without an offer: one that is refused has to be received, too."""
 _PAUSE_BYTES = 1 << 20
 """Other tasks of the event loop have their turn at least after so many bytes."""
 
@@ -47,8 +51,9 @@ class _ConnectionOffer:
 
     text = ""
 
-    def __init__(self, connection: Connection, slot: base.Slot, on_progress: Callable[[], None]) -> None:
-        self._connection, self._slot, self._on_progress = connection, slot, on_progress
+    def __init__(self, receiver: "_ConnectionReceiver", slot: base.Slot, on_progress: Callable[[], None]) -> None:
+        self._receiver, self._connection = receiver, receiver.connection
+        self._slot, self._on_progress = slot, on_progress
 
     async def received(self) -> None:
         """Receive the values into the slot: all of them, also after a wrong one, since the sender reads no answer before."""
@@ -59,33 +64,39 @@ class _ConnectionOffer:
                     count = await self._connection.receive_into(part, length - start)
                 if not count:
                     raise errors.InvalidRequest(f"The connection ended after {start} of {length} bytes of values.")
-                error = error or self._check(start + count)
+                error = error or self._check(start + count, whole)
                 if start // _PAUSE_BYTES != (start := start + count) // _PAUSE_BYTES:
                     self._on_progress()
                     await asyncio.sleep(0)
+        self._receiver.has_received = True
         if error is not None:
             raise error
 
-    def _check(self, count: int) -> errors.InvalidRequest | None:
+    def _check(self, count: int, whole: memoryview) -> errors.InvalidRequest | None:
         try:
             self._slot.mark_placed(count)
-            self._slot.check_placed()
+            self._slot.check_placed(whole)
         except errors.InvalidRequest as error:
             return error.with_traceback(None)  # it would keep the view
         return None
 
 
 class _ConnectionReceiver:
-    """Implements `base.Receiver` for one call."""
+    """Implements `base.Receiver` for one call.
+
+    Attributes:
+        has_received: Whether all values have come through the connection.
+    """
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
         self.name = connection.kind
+        self.has_received = False
 
     @contextlib.contextmanager
     def offer(self, slot: base.Slot, on_progress: Callable[[], None]) -> Iterator[_ConnectionOffer]:
         """Offer the connection of the call."""
-        yield _ConnectionOffer(self._connection, slot, on_progress)
+        yield _ConnectionOffer(self, slot, on_progress)
 
 
 class _PortOffer:
@@ -104,11 +115,13 @@ class _Context:
 
     Attributes:
         receivers: Receivers of this call alone.
+        is_eager: Whether the values come without an offer.
         has_offered: Whether the values have been requested.
     """
 
     def __init__(self, metadata: Mapping[str, str], connection: Connection) -> None:
         self.receivers = (_ConnectionReceiver(connection),)
+        self.is_eager = EAGER_KEY in metadata
         self.has_offered = False
         self._metadata, self._connection = metadata, connection
 
@@ -117,6 +130,8 @@ class _Context:
 
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
         self.has_offered = True
+        if self.is_eager:
+            return
         try:
             await _send(self._connection, {"offers": base.parse_offers(metadata), "progress": True})
         except OSError as error:  # TimeoutError is one
@@ -253,8 +268,10 @@ class DirectCallServer:
         logs.request_id.set("")  # that of the call before
         context = _Context(metadata, connection)
         answer = await self._answer(_Messages(first, connection), context)
-        await _send(connection, answer)
-        return not (context.has_offered and "error" in answer)
+        if context.is_eager and not context.has_offered:
+            await _discard_values(connection)
+        await _send(connection, {**answer, "eager": _EAGER_BYTES})
+        return "error" not in answer or not context.has_offered or context.receivers[0].has_received
 
     async def _answer(self, messages: AsyncIterator[bytes], context: _Context) -> dict[str, Any]:
         try:
@@ -274,10 +291,24 @@ def call_receivers(context: Any) -> Sequence[base.Receiver]:
     return getattr(context, "receivers", ())
 
 
+async def _discard_values(connection: Connection) -> None:
+    """Receive the values of a call that does not need them. Raises: `InvalidRequest` if they are too many, `TimeoutError`."""
+    async with asyncio.timeout(_DISCARD_SECONDS):
+        message = embedding_stream.parse_message(await connection.receive())
+        length = 0 if isinstance(message, memoryview) else message.placed.length
+        if not 0 < length <= _EAGER_BYTES:
+            raise errors.InvalidRequest(f"{length} bytes of values come without an offer; expected 1 to {_EAGER_BYTES}.")
+        buffer = memoryview(bytearray(min(length, _RECEIVE_BYTES)))
+        with connection.receiving_values(length):
+            while length:
+                if not (count := await connection.receive_into(buffer[:length], length)):
+                    raise EOFError
+                length -= count
+
+
 async def _send(connection: Connection, answer: Mapping[str, Any]) -> None:
     """Send an answer. Raises: `TimeoutError` if the peer does not take it; `OSError`."""
-    async with asyncio.timeout(_SEND_SECONDS):
-        await connection.send(json.dumps(answer).encode())
+    await connection.send(json.dumps(answer).encode(), seconds=_SEND_SECONDS)
 
 
 def _close(connection: Connection, _task: asyncio.Task[None]) -> None:

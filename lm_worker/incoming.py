@@ -77,8 +77,10 @@ class IncomingFile:
             )
         self.bytes_received, self._is_placed = count, True
 
-    def check_placed(self) -> None:
+    def check_placed(self, view: memoryview | None = None) -> None:
         """Check the values that have been placed since the last check, while they are in the processor's cache.
+
+        `view` is one of the whole file, if the caller has one and nobody else can change the file's size.
 
         Raises: `InvalidRequest` if they are not what `add` would have accepted.
         """
@@ -87,9 +89,10 @@ class IncomingFile:
             end -= end % _CHECK_ALIGNMENT
         if end <= self._bytes_checked:
             return
-        self._check_size()
+        if view is None:  # of a file that was cut, a read of the mapping would end the process
+            self._check_size()
         offset = embedding.HEADER_SIZE
-        with self.map() as whole, whole[offset + self._bytes_checked : offset + end] as values:
+        with (view or self.map())[offset + self._bytes_checked : offset + end] as values:
             embedding.check_values(self.header, values, self._bytes_checked)
         self._bytes_checked = end
 

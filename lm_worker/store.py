@@ -167,11 +167,16 @@ class Store:
             raise errors.SinkFull(
                 f"An embedding of {size} bytes exceeds the sink's budget of {self.budget}; raise --sink-bytes."
             )
-        for key, entry in list(self._entries.items()):
-            if self.used + size <= self.budget:
-                return
+        excess = self.used + size - self.budget
+        evicted = list[str]()
+        for key, entry in self._entries.items():
+            if excess <= 0:
+                break
             if self._is_evictable(entry, self._file_status(key)):
-                self._evict(key)
+                evicted.append(key)
+                excess -= entry.size
+        for key in evicted:
+            self._evict(key)
         if self.used + size > self.budget:
             raise errors.SinkFull(
                 f"The sink is full: {self.used} of {self.budget} bytes are in use. Retry, or raise --sink-bytes.",

@@ -71,8 +71,11 @@ class Slot(Protocol):
         """Note that the first `count` bytes of values are in the slot. Raises: `InvalidRequest` if there are too many."""
         ...
 
-    def check_placed(self) -> None:
-        """Check the values that are in the slot and have not been checked yet. Raises: `InvalidRequest`."""
+    def check_placed(self, view: memoryview | None = None) -> None:
+        """Check the values that are in the slot and have not been checked yet. Raises: `InvalidRequest`.
+
+        `view` is one of the whole file, if the caller has one and nobody else can change the file's size.
+        """
         ...
 
 

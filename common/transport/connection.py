@@ -22,10 +22,15 @@ def frame(message: bytes) -> bytes:
 
 
 class Connection:
-    """One end of a connection. A method that is cancelled may lose bytes: close the connection then."""
+    """One end of a connection. A method that is cancelled may lose bytes: close the connection then.
+
+    Attributes:
+        eager_bytes: Largest embedding to send through the connection without an offer.
+    """
 
     def __init__(self, connected: socket.socket) -> None:
         """`connected` belongs to this object from now on."""
+        self.eager_bytes = 0
         self._socket = connected
         self._is_tcp = connected.family != socket.AF_UNIX
         self._received = b""
@@ -56,9 +61,14 @@ class Connection:
             pass
         return False
 
-    async def send(self, *messages: bytes) -> None:
-        """Send messages. Raises: `OSError`."""
-        await asyncio.get_running_loop().sock_sendall(self._socket, b"".join(map(frame, messages)))
+    async def send(self, *messages: bytes, seconds: float | None = None) -> None:
+        """Send messages. Raises: `OSError`; `TimeoutError`, which is one, if the peer does not take them in so many seconds."""
+        data, sent = b"".join(map(frame, messages)), 0
+        with contextlib.suppress(BlockingIOError):
+            sent = self._socket.send(data)
+        if sent < len(data):
+            async with asyncio.timeout(seconds):
+                await asyncio.get_running_loop().sock_sendall(self._socket, data[sent:])
 
     def send_if_possible(self, message: bytes) -> None:
         """Send a short message without waiting, from any thread, while nobody else sends; drop it if there is no room for it.
@@ -122,6 +132,8 @@ class Connection:
         if more < _LOW_WATER_BYTES:
             self._set_low_water(more)
         try:
+            with contextlib.suppress(BlockingIOError):
+                return self._socket.recv_into(values)
             return await asyncio.get_running_loop().sock_recv_into(self._socket, values)
         except ConnectionError:
             return 0

@@ -10,6 +10,10 @@ gRPC's Python API takes longer for a call than a copy of two megabytes. A direct
    messages with the bytes that have been placed so far;
 4. from the sink: as 2, without `offers`.
 
+The round trip for an offer takes longer than sending a small embedding. Each answer has the largest length in bytes, `eager`,
+that the sink takes without it: the sender of such a call names `EAGER_KEY` in its metadata and sends 3 at once, by the
+connection. If the sink does not want the values, it reads them in spite of that, and then answers 4.
+
 A connection serves one call after another. Who gives up a call closes the connection.
 
 A sink that listens on a Unix socket has a second one for these calls. One on a network without TLS has a port, which it offers
@@ -34,9 +38,16 @@ TCP = "tcp"
 """Name of the transport by a TCP connection."""
 SINK_KEY = "dvd-sink"
 """Metadata of a call through a port: the id of the sink that offered the port. Another sink that has it by now closes."""
+EAGER_KEY = "dvd-eager"
+"""Metadata of a call whose values come without an offer, through the connection."""
+_DEFAULTS: tuple[tuple[str, Any], ...] = ("offers", {}), ("eager", 0)
+"""Fields of answers that must have a certain type."""
 _SUFFIX = ".deliver"
 _ANSWER_SECONDS = 30.0
 """Time for each answer of the sink, and to take each block of values: as long as gRPC waits for a peer that hangs."""
+_LARGE_AT_ONCE = 2
+"""Embeddings that are too large for the eager way and are sent through connections to one sink at once. What more of them put
+into the buffers of their sockets would have left the processor's cache before the sink receives it."""
 _CONNECT_SECONDS = 2.0
 _UNREACHABLE_SECONDS = 300.0
 """Time for which a port that cannot be reached is not tried again."""
@@ -153,6 +164,7 @@ class DirectCalls:
         """`sockets` opens new connections."""
         self._sockets = sockets
         self._idle: deque[tuple[float, Connection]] = deque()  # since when; used last is last
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -181,7 +193,8 @@ class DirectCalls:
                     return False
                 call = _Call(connection, header, data, transports)
                 try:
-                    is_delivered = await call.run((*metadata, *self._sockets.metadata), grant)
+                    async with self._large if len(data) > connection.eager_bytes > 0 else contextlib.nullcontext():
+                        is_delivered = await call.run((*metadata, *self._sockets.metadata), grant)
                 finally:
                     if call.is_over:  # otherwise the sink may still wait for the values
                         self._idle.append((time.monotonic(), connection))
@@ -218,26 +231,33 @@ class _Call:
     def __init__(self, connection: Connection, header: Header, data: memoryview, transports: Sequence[base.Transport]) -> None:
         self.error: errors.DvdError | None = None
         self.is_over = False
-        self._has_reported = False
+        self._has_reported = self._uses_connection = False
         self._connection = connection
         self._header, self._data = header, data
         self._transports = [transport for transport in transports if not isinstance(transport, TcpPort)]
 
     async def run(self, metadata: Metadata, grant: bytes) -> bool:
         """Return whether the sink has the embedding. Raises: `OSError`, `EOFError` if the connection fails."""
-        names = [*(transport.name for transport in self._transports), self._connection.kind]
-        metadata = (*metadata, *base.supported_metadata(names))
-        await self._connection.send(json.dumps(metadata).encode(), embedding_stream.header_message(self._header, grant))
-        answer = await self._answer()
-        if has_offers := "offers" in answer:
+        is_eager = 0 < len(self._data) <= self._connection.eager_bytes
+        answer = await self._begin(metadata, grant, is_eager)
+        if has_offers := not is_eager and "offers" in answer:
             if not await self._place(answer["offers"], bool(answer.get("progress"))):
                 return False
             answer = await self._answer()
         if "error" in answer:
             cls = errors.error_class(answer["error"]) or errors.InternalError
             self.error = cls(answer.get("message") or cls.code)
+        if self._uses_connection:
+            self._connection.eager_bytes = answer.get("eager", 0)
         self.is_over = self.error is None or not has_offers
         return "already_here" in answer
+
+    async def _begin(self, metadata: Metadata, grant: bytes, is_eager: bool) -> dict[str, Any]:
+        names = [self._connection.kind] if is_eager else [*(each.name for each in self._transports), self._connection.kind]
+        metadata = (*metadata, *base.supported_metadata(names), *(((EAGER_KEY, ""),) if is_eager else ()))
+        messages = json.dumps(metadata).encode(), embedding_stream.header_message(self._header, grant)
+        await (self._send_values(*messages) if is_eager else self._connection.send(*messages))
+        return await self._answer()
 
     async def _place(self, offers: dict[str, str], takes_progress: bool) -> bool:
         """Place the values, or send them through the connection. Returns False if the sink takes them in neither way."""
@@ -246,12 +266,18 @@ class _Call:
         if name is not None:
             await self._connection.send(embedding_stream.placed_message(name, len(self._data)))
             return True
-        if self._has_reported or (kind := self._connection.kind) not in offers:
+        if self._has_reported or self._connection.kind not in offers:
             return False
-        await self._connection.send(embedding_stream.placed_message(kind, len(self._data)))
+        await self._send_values()
+        return True
+
+    async def _send_values(self, *before: bytes) -> None:
+        """Send messages, and then the values, through the connection."""
+        self._uses_connection = True
+        placed = embedding_stream.placed_message(self._connection.kind, len(self._data))
+        await self._connection.send(*before, placed)
         with _hanging_sink():
             await self._connection.send_values(self._data, _ANSWER_SECONDS)
-        return True
 
     def _send_progress(self, name: str, count: int) -> None:
         self._has_reported = True
@@ -273,7 +299,7 @@ def _parse_answer(message: bytes) -> dict[str, Any]:
         answer = json.loads(message)
     except (ValueError, RecursionError):
         answer = None
-    if not isinstance(answer, dict) or not isinstance(answer.get("offers", {}), dict):
+    if not isinstance(answer, dict) or any(type(answer.get(name, default)) is not type(default) for name, default in _DEFAULTS):
         raise EOFError
     return answer
 

@@ -76,7 +76,9 @@ def direct_calls(sink: SinkOptions) -> DirectCalls:
 
 
 async def answer(reader: asyncio.StreamReader) -> dict[str, Any]:
+    """What the sink answers to the call, without what it says about further calls."""
     parsed: dict[str, Any] = json.loads(await read_message(reader))
+    parsed.pop("eager", None)
     return parsed
 
 

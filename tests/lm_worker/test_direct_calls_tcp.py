@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from common import errors
+from common.embedding import Header
 from common.embedding_stream import header_message, placed_message
 from common.security import OPEN, Credentials
 from common.transport import direct_call
 from common.transport.connection import frame
-from common.transport.direct_call import DirectCalls, TcpPort
+from common.transport.direct_call import EAGER_KEY, DirectCalls, TcpPort
 from lm_worker import direct_calls
 from lm_worker.direct_calls import DirectCallServer
 from lm_worker.shared_memory import create_folder
@@ -262,6 +263,109 @@ async def test_after_a_value_that_is_not_finite_the_rest_is_received_and_the_rea
     await expect_nothing(tmp_path)
 
 
+def eager_call(header: Header, values: memoryview | bytes | bytearray, length: int | None = None) -> bytes:
+    """The messages of a call whose values come without an offer."""
+    metadata = json.dumps([*json.loads(METADATA), [EAGER_KEY, ""]]).encode()
+    placed = placed_message("tcp", len(values) if length is None else length)
+    return frame(metadata) + frame(header_message(header)) + frame(placed) + bytes(values)
+
+
+@contextlib.asynccontextmanager
+async def connect(server: DirectCallServer) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    async with asyncio.timeout(20):
+        yield reader, writer
+    writer.close()
+
+
+async def test_a_sender_waits_for_no_offer_once_it_knows_the_sink(
+    server: DirectCallServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_calls, "_EAGER_BYTES", values_of(header_of(0, 1000)).nbytes)
+    answers, send = list[list[str]](), direct_calls._send
+
+    async def record(connection: Any, answer: Any) -> None:
+        answers.append(sorted(answer))
+        await send(connection, answer)
+
+    monkeypatch.setattr(direct_calls, "_send", record)
+    calls = DirectCalls(await port_of(server))
+    for number, rows in enumerate((1000, 1000, 1001, 1)):
+        assert await deliver(calls, number, rows)
+        header = header_of(number, rows)
+        assert (tmp_path / "store" / header.key).read_bytes() == header.pack() + values_of(header)
+    offer, end = ["offers", "progress"], ["already_here", "eager"]
+    assert answers == [offer, end, end, offer, end, end]
+    await calls.close()
+
+
+async def test_values_that_are_not_needed_are_read_and_the_connection_goes_on(server: DirectCallServer, tmp_path: Path) -> None:
+    stranger = Header("another", "0" * 64, "float32", 5, 128)
+    larger = header_of(4, 9 * 2048)  # than the sink's budget
+    async with connect(server) as (reader, writer):
+        writer.write(eager_call(HEADER, values_of(HEADER)) * 2)
+        writer.write(eager_call(stranger, bytes(stranger.length)) + eager_call(larger, bytes(4)))
+        writer.write(eager_call(header_of(5, 7), values_of(header_of(5, 7))))
+        answers = [await answer(reader) for _ in range(5)]
+    assert [reply.get("error", reply.get("already_here")) for reply in answers] == [
+        False, True, "checkpoint_mismatch", answers[3]["error"], False,
+    ]  # fmt: skip
+    assert answers[3]["error"] in ("sink_full", "context_length_exceeded")
+    assert stored(tmp_path) == sorted([HEADER.key, "n-5-7"])
+
+
+async def test_an_eager_value_that_is_not_finite_costs_only_its_own_call(server: DirectCallServer, tmp_path: Path) -> None:
+    values = bytearray(values_of(HEADER))
+    values[100:104] = b"\xff\xff\xff\xff"
+    async with connect(server) as (reader, writer):
+        writer.write(eager_call(HEADER, values) + eager_call(HEADER, values_of(HEADER)))
+        assert (await answer(reader))["error"] == "invalid_request"
+        assert (await answer(reader))["already_here"] is False
+    assert (tmp_path / "store" / HEADER.key).read_bytes() == HEADER.pack() + values_of(HEADER)
+
+
+@pytest.mark.parametrize("length", [0, HEADER.length - 4, HEADER.length + 4])
+async def test_eager_values_of_another_length_end_the_connection(server: DirectCallServer, tmp_path: Path, length: int) -> None:
+    async with connect(server) as (reader, writer):
+        writer.write(eager_call(HEADER, b"", length))
+        assert (await answer(reader))["error"] == "invalid_request"
+        assert await reader.read() == b""
+    await expect_nothing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rest", [placed_message("tcp", 0), placed_message("tcp", direct_calls._EAGER_BYTES + 1), header_message(HEADER), b"\x12\1x"]
+)
+async def test_values_that_are_not_needed_are_bounded(server: DirectCallServer, rest: bytes) -> None:
+    stranger = Header("another", "0" * 64, "float32", 5, 128)
+    begin = eager_call(stranger, b"").removesuffix(frame(placed_message("tcp", 0)))
+    async with connect(server) as (reader, writer):
+        writer.write(begin + frame(rest))
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+
+
+async def test_values_that_are_not_needed_and_do_not_come_end_the_connection(
+    server: DirectCallServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_calls, "_DISCARD_SECONDS", 0.2)
+    stranger = Header("another", "0" * 64, "float32", 5, 128)
+    async with connect(server) as (reader, writer):
+        writer.write(eager_call(stranger, b"", stranger.length))
+        assert await reader.read() == b""
+
+
+async def test_an_eager_sender_that_stalls_gives_back_budget_and_key(
+    server: DirectCallServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server._sink, "_stall_seconds", 0.5)
+    async with connect(server) as (reader, writer):
+        writer.write(eager_call(HEADER, values_of(HEADER)[:-1], HEADER.length))
+        assert (await answer(reader))["error"] == "deadline_exceeded"
+        assert await reader.read() == b""
+    await expect_nothing(tmp_path)
+
+
 @pytest.mark.parametrize("length", [0, HEADER.length - 4, HEADER.length + 4])
 async def test_values_of_another_length_are_not_received(server: DirectCallServer, tmp_path: Path, length: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -291,7 +395,16 @@ async def test_a_port_that_refuses_is_learned_anew(server: DirectCallServer) -> 
 
 
 @pytest.mark.parametrize(
-    "reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", frame(b"{"), frame(b"[]"), frame(b'{"offers": [1]}'), frame(b'"text"'), b""]
+    "reply",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        frame(b"{"),
+        frame(b"[]"),
+        frame(b'{"offers": [1]}'),
+        frame(b'"text"'),
+        b"",
+        frame(b'{"already_here": false, "eager": "all"}'),
+    ],
 )
 async def test_another_server_at_the_port_gets_no_embedding_and_is_no_error(reply: bytes) -> None:
     async with serve_one(reply, then_close=True) as port:

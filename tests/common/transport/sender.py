@@ -28,6 +28,8 @@ async def _send(transport: str, address: str, first: int) -> None:
                     await sinks.deliver(address, header, values_of(header), 60)
                     if number == first:
                         print(flush=True)
+                if number % 2 and (calls := sinks._sinks[address].direct_calls):
+                    await calls.close()  # the first embedding of a connection waits for an offer
 
         await asyncio.gather(*(repeat() for _ in range(AT_ONCE)))
 

@@ -38,9 +38,18 @@ first_numbers = itertools.count(1_000_000)
 """Of embeddings by which a sender learns the port for direct calls."""
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
+EAGER = "tcp-eager"
+"""The senders' connections are known to take small embeddings without an offer."""
+
+
+@pytest.fixture(scope="module", params=[*TRANSPORTS, EAGER])
+def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def transport(case: str) -> str:
+    return "tcp" if case == EAGER else case
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +65,12 @@ def sink(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 
 
 @pytest.fixture
-async def sinks(transport: str, sink: RunningSink) -> AsyncIterator[SinkChannels]:
+async def sinks(case: str, transport: str, sink: RunningSink) -> AsyncIterator[SinkChannels]:
     """A sender's channels, which live as long as a vision worker, and have delivered already."""
     async with SinkChannels(transports=TRANSPORTS[transport]) as channels:
         await send(channels, sink, header_of(next(first_numbers), 1))
+        if case == EAGER:  # as many connections as tests have deliveries at the same time
+            await asyncio.gather(*(send(channels, sink, header_of(next(first_numbers), 1)) for _ in range(8)))
         yield channels
 
 
@@ -264,7 +275,7 @@ class Hanging:
         pass
 
 
-@pytest.mark.parametrize("transport", ["tcp"], indirect=True)
+@pytest.mark.parametrize("case", ["tcp"], indirect=True)
 async def test_a_sender_gives_up_placing_when_the_call_ends(sink: RunningSink) -> None:
     """The sink ends it, since nothing arrives; the sender's own deadline is far."""
 
