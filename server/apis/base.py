@@ -10,7 +10,7 @@ from server.apis.budgets import check_budgets, count_sequences
 from server.apis.constraint_budgets import check_constraints
 from server.apis.engine_limits import check_integers
 from server.apis.image_options import RequestPolicy
-from server.apis.request import ImagePart, ParsedRequest, Placeholder, check_fields, embedding_part
+from server.apis.request import ImagePart, ParsedRequest, Placeholder, check_fields, embedding_part, without_nulls
 from server.http import json_body
 from server.http.error_format import OPENAI, ErrorFormat
 from server.pipeline import Pipeline
@@ -68,7 +68,8 @@ class Api:
 
     def parse(self, raw: bytes, policy: RequestPolicy) -> ParsedRequest:
         """Parse a request body. Raises `InvalidRequest`, `BudgetExceeded` or `TooManyImages`, with the location."""
-        body = json_body.decode_object(raw)
+        received = json_body.decode_object(raw)
+        body = without_nulls(received)
         check_fields(body)
         check_integers(body)
         check_budgets(body)
@@ -76,6 +77,6 @@ class Api:
         sequences = count_sequences(body, policy.max_sequences) if self.generates_text else 1
         prepared = self.prepare(body)
         images = self.find_images(prepared, policy)
-        if prepared is not body and not images:  # with images the body is encoded when they have been replaced
+        if prepared is not received and not images:  # with images the body is encoded when they have been replaced
             raw = json_body.encode(prepared)
         return ParsedRequest(raw, prepared, images, self.placeholder, sequences)

@@ -51,7 +51,7 @@ def find_images(body: dict[str, Any], policy: RequestPolicy) -> list[ImagePart]:
 def _content_parts(messages: list[Any]) -> Iterator[tuple[Path, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise errors.InvalidRequest(f"messages[{i}] must be an object with role and content.", param="messages")
+            raise errors.InvalidRequest(f"messages[{i}] must be an object with role and content.", param=f"messages[{i}]")
         _check_message(message, f"messages[{i}]")
         content = message.get("content")
         if isinstance(content, list):

@@ -44,9 +44,8 @@ def _blocks(body: dict[str, Any]) -> Iterator[tuple[Path, Any, Any]]:
         yield path, block, "system"
     for message_path, message in _elements(("messages",), body.get("messages")):
         if not isinstance(message, dict):
-            raise errors.InvalidRequest(
-                f"{format_path(message_path)} must be an object with role and content.", param="messages"
-            )
+            location = format_path(message_path)
+            raise errors.InvalidRequest(f"{location} must be an object with role and content.", param=location)
         for path, block in _elements((*message_path, "content"), message.get("content")):
             yield path, block, message.get("role")
             if isinstance(block, dict) and block.get("type") == "tool_result":

@@ -190,6 +190,11 @@ def check_text(part: Mapping[str, Any], name: str, location: str) -> None:
     check_item(part[name], str, "a string", location)
 
 
+def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the body without fields that are null, or the same body: some of vLLM's fields are optional, but not nullable."""
+    return {name: value for name, value in body.items() if value is not None} if None in body.values() else body
+
+
 def check_fields(body: Mapping[str, Any]) -> None:
     """Check the fields that all APIs share.
 

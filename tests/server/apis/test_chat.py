@@ -58,7 +58,7 @@ INVALID_MESSAGES: dict[str, Any] = {
 def test_invalid_messages_are_rejected(messages: Any) -> None:
     with pytest.raises(errors.InvalidRequest) as error_info:
         parse_chat(raw({"model": "m", "messages": messages}), RequestPolicy(1))
-    assert error_info.value.param == "messages"
+    assert error_info.value.param == ("messages[0]" if isinstance(messages, list) and messages else "messages")
 
 
 def test_a_request_without_messages_is_rejected() -> None:

@@ -105,7 +105,7 @@ def test_image_options_are_fields_of_the_block() -> None:
 def test_an_invalid_message_is_rejected() -> None:
     with pytest.raises(errors.InvalidRequest) as error_info:
         parse("a")
-    assert error_info.value.param == "messages"
+    assert error_info.value.param == "messages[0]"
 
 
 def test_images_are_counted() -> None:

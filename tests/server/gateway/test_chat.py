@@ -1,7 +1,9 @@
 """Chat completions: what reaches the workers, and what the client receives."""
 
 import base64
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +85,14 @@ async def test_a_response_that_is_not_json_passes_unchanged(stack: Stack) -> Non
     stack.engine.respond = respond_with(b"\xff\x00 not JSON", Content_Type="application/json")
     response = await stack.chat("a")
     assert (response.status, response.body) == (200, b"\xff\x00 not JSON")
+
+
+@pytest.mark.parametrize("content", [["a"], [image_part(A), "a"]], ids=["text", "image"])
+async def test_fields_that_are_null_are_absent_for_vllm(stack: Stack, content: list[Any]) -> None:
+    assert (await stack.chat(*content, n=None, min_tokens=None, vir=None, top_p=0.5)).status == 200
+    forwarded = json.loads(stack.engine.requests[-1].raw)
+    assert None not in forwarded.values()
+    assert forwarded["top_p"] == 0.5
 
 
 async def test_a_large_image_is_delivered_completely(stack: Stack) -> None:
