@@ -53,10 +53,9 @@ def test_a_slow_phase_says_again_what_it_does_and_why(monkeypatch: pytest.Monkey
 
 def test_a_phase_that_fails_sends_no_more_reminders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phases, "_REMINDER_SECONDS", 600)
-    before = threading.active_count()
     with pytest.raises(ValueError, match="damaged"), Phases(LOG).phase("reading weights"):
         raise ValueError("damaged")
-    for thread in threading.enumerate():
-        if "_remind" in thread.name:
-            thread.join(30)
-    assert threading.active_count() == before
+    reminders = [thread for thread in threading.enumerate() if "_remind" in thread.name]
+    for thread in reminders:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in reminders)
