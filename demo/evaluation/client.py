@@ -1,6 +1,7 @@
 """HTTP client of the evaluation."""
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,8 @@ from demo.evaluation.plan import (
 from demo.evaluation.progress import Progress
 
 RETRY_DELAYS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
+BUSY_DELAY_SECONDS, BUSY_SECONDS = 1.0, 600.0
+"""Shortest time between two attempts, and time of them all, of a request that the server has no room for (429)."""
 _MAX_RETRY_AFTER_SECONDS = 30.0
 _RETRIED_STATUSES = (429, 502, 503, 504)
 _MAX_ANSWER_TOKENS = 64
@@ -79,9 +82,10 @@ class Client:
         return record
 
     async def _request(self, method: str, path: str, body: Json | None = None) -> tuple[Any, Mapping[str, str]]:
-        """Return JSON and headers of a successful response. Busy and unreachable servers are retried."""
-        for delay in (*RETRY_DELAYS_SECONDS, None):
-            wait = delay
+        """Return JSON and headers of a successful response. Busy and unreachable servers are retried, busy ones for longer."""
+        delays, busy_until = iter(RETRY_DELAYS_SECONDS), time.monotonic() + BUSY_SECONDS
+        while True:
+            retry_after, is_busy = 0.0, False
             try:
                 async with self._session.request(method, self._url + path, json=body) as response:
                     if response.status == 200:
@@ -89,13 +93,15 @@ class Client:
                     problem = f"{response.status}: {(await response.text())[:_MAX_ERROR_CHARACTERS]}"
                     if response.status not in _RETRIED_STATUSES:
                         break
+                    is_busy = response.status == 429 and time.monotonic() < busy_until
                     with suppress(ValueError):
                         retry_after = float(response.headers.get("Retry-After", ""))
-                        wait = min(_MAX_RETRY_AFTER_SECONDS, retry_after) if delay else None
             except (aiohttp.ClientError, TimeoutError) as error:
                 problem = f"{type(error).__name__}: {error}"
-            if wait is not None:
-                await asyncio.sleep(wait)
+            delay = BUSY_DELAY_SECONDS if is_busy else next(delays, None)
+            if delay is None:
+                break
+            await asyncio.sleep(min(_MAX_RETRY_AFTER_SECONDS, max(delay, retry_after)))
         raise EvaluationError(redact_url(f"{method} {self._url}{path} failed with {problem}"))
 
 

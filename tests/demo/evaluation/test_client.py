@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from demo.evaluation import client
 from demo.evaluation.client import EvaluationError
 from demo.evaluation.plan import ROUTER_MODES, THRESHOLDS, QuestionGroup
 from demo.evaluation.scores import setting_scores
@@ -57,6 +58,18 @@ def test_a_busy_server_is_retried(gateway: FakeGateway, tmp_path: Path, status: 
     gateway.failures = [web.Response(status=status, headers={"Retry-After": "0"}), web.Response(status=status)]
     assert len(ask_groups(gateway, make_groups(1, ("a", "yes")), tmp_path / "a")) == 1
     assert len(gateway.bodies) == 3
+
+
+def test_a_server_without_room_is_asked_until_it_has_some(
+    gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.failures = [web.Response(status=429, headers={"Retry-After": "soon"}) for _ in range(20)]
+    assert len(ask_groups(gateway, make_groups(1, ("a", "yes")), tmp_path / "a")) == 1
+    assert len(gateway.bodies) == 21
+    monkeypatch.setattr(client, "BUSY_SECONDS", 0.0)
+    gateway.failures = [web.Response(status=429, text="no room") for _ in range(20)]
+    with pytest.raises(EvaluationError, match="429: no room"):
+        ask_groups(gateway, make_groups(2, ("a", "yes")), tmp_path / "a")
 
 
 @pytest.mark.parametrize(("status", "attempts"), [(400, 1), (500, 1), (503, 3)])
