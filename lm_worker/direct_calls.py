@@ -31,7 +31,7 @@ _STRANGER_SECONDS = 2.0
 _IDLE_SECONDS = 600.0
 _SEND_SECONDS = 5.0
 """Time for a sender to take an answer, which is short."""
-_DISCARD_SECONDS = 5.0
+_DISCARD_SECONDS = 20.0
 """Time for a sender to send values that are not needed."""
 _ACCEPT_RETRY_SECONDS = 0.1
 _RECEIVE_BYTES = 512 << 10

@@ -80,7 +80,7 @@ class IncomingFile:
     def check_placed(self, view: memoryview | None = None) -> None:
         """Check the values that have been placed since the last check, while they are in the processor's cache.
 
-        `view` is one of the whole file, if the caller has one and nobody else can change the file's size.
+        `view` is one of the whole file, if the caller has one.
 
         Raises: `InvalidRequest` if they are not what `add` would have accepted.
         """
@@ -89,8 +89,7 @@ class IncomingFile:
             end -= end % _CHECK_ALIGNMENT
         if end <= self._bytes_checked:
             return
-        if view is None:  # of a file that was cut, a read of the mapping would end the process
-            self._check_size()
+        self._check_size()  # of a file that was cut, a read of the mapping would end the process
         offset = embedding.HEADER_SIZE
         with (view or self.map())[offset + self._bytes_checked : offset + end] as values:
             embedding.check_values(self.header, values, self._bytes_checked)

@@ -74,7 +74,7 @@ class Slot(Protocol):
     def check_placed(self, view: memoryview | None = None) -> None:
         """Check the values that are in the slot and have not been checked yet. Raises: `InvalidRequest`.
 
-        `view` is one of the whole file, if the caller has one and nobody else can change the file's size.
+        `view` is one of the whole file, if the caller has one.
         """
         ...
 

@@ -10,9 +10,10 @@ gRPC's Python API takes longer for a call than a copy of two megabytes. A direct
    messages with the bytes that have been placed so far;
 4. from the sink: as 2, without `offers`.
 
-The round trip for an offer takes longer than sending a small embedding. Each answer has the largest length in bytes, `eager`,
-that the sink takes without it: the sender of such a call names `EAGER_KEY` in its metadata and sends 3 at once, by the
-connection. If the sink does not want the values, it reads them in spite of that, and then answers 4.
+The round trip for an offer takes longer than sending a small embedding. The last answer of a call has the largest length in
+bytes, `eager`, that the sink takes without it: the sender of such a call names `EAGER_KEY` in its metadata and sends 3 at
+once, by the connection. It does so where the sink has offered no transport that the sender knows but the connection. If the
+sink does not want the values, it reads them in spite of that, and then answers 4.
 
 A connection serves one call after another. Who gives up a call closes the connection.
 
@@ -26,7 +27,7 @@ import json
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 from common import embedding_stream, errors
@@ -45,9 +46,12 @@ _DEFAULTS: tuple[tuple[str, Any], ...] = ("offers", {}), ("eager", 0)
 _SUFFIX = ".deliver"
 _ANSWER_SECONDS = 30.0
 """Time for each answer of the sink, and to take each block of values: as long as gRPC waits for a peer that hangs."""
+_LARGE_BYTES = 4 << 20
 _LARGE_AT_ONCE = 2
-"""Embeddings that are too large for the eager way and are sent through connections to one sink at once. What more of them put
+"""Embeddings above `_LARGE_BYTES` whose values are sent through connections to one sink at the same time. What more of them put
 into the buffers of their sockets would have left the processor's cache before the sink receives it."""
+_TURN_SECONDS = 1.0
+"""Longest wait of a large embedding for others: they may be slow for reasons of their own, and its slot is taken already."""
 _CONNECT_SECONDS = 2.0
 _UNREACHABLE_SECONDS = 300.0
 """Time for which a port that cannot be reached is not tried again."""
@@ -191,10 +195,9 @@ class DirectCalls:
             async with asyncio.timeout(timeout):
                 if (connection := await self._connection()) is None:
                     return False
-                call = _Call(connection, header, data, transports)
+                call = _Call(connection, header, data, transports, self._large)
                 try:
-                    async with self._large if len(data) > connection.eager_bytes > 0 else contextlib.nullcontext():
-                        is_delivered = await call.run((*metadata, *self._sockets.metadata), grant)
+                    is_delivered = await call.run((*metadata, *self._sockets.metadata), grant)
                 finally:
                     if call.is_over:  # otherwise the sink may still wait for the values
                         self._idle.append((time.monotonic(), connection))
@@ -228,10 +231,18 @@ class _Call:
         is_over: Whether both sides expect another call on this connection.
     """
 
-    def __init__(self, connection: Connection, header: Header, data: memoryview, transports: Sequence[base.Transport]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        header: Header,
+        data: memoryview,
+        transports: Sequence[base.Transport],
+        large: asyncio.Semaphore,
+    ) -> None:
         self.error: errors.DvdError | None = None
         self.is_over = False
-        self._has_reported = self._uses_connection = False
+        self._has_reported = False
+        self._large = large
         self._connection = connection
         self._header, self._data = header, data
         self._transports = [transport for transport in transports if not isinstance(transport, TcpPort)]
@@ -240,15 +251,18 @@ class _Call:
         """Return whether the sink has the embedding. Raises: `OSError`, `EOFError` if the connection fails."""
         is_eager = 0 < len(self._data) <= self._connection.eager_bytes
         answer = await self._begin(metadata, grant, is_eager)
-        if has_offers := not is_eager and "offers" in answer:
-            if not await self._place(answer["offers"], bool(answer.get("progress"))):
+        if has_offers := "offers" in answer:
+            if is_eager:
+                raise EOFError
+            offers = answer["offers"]
+            if not await self._place(offers, bool(answer.get("progress"))):
                 return False
             answer = await self._answer()
+            if not any(transport.name in offers for transport in self._transports):
+                self._connection.eager_bytes = answer.get("eager", 0)
         if "error" in answer:
             cls = errors.error_class(answer["error"]) or errors.InternalError
             self.error = cls(answer.get("message") or cls.code)
-        if self._uses_connection:
-            self._connection.eager_bytes = answer.get("eager", 0)
         self.is_over = self.error is None or not has_offers
         return "already_here" in answer
 
@@ -273,11 +287,11 @@ class _Call:
 
     async def _send_values(self, *before: bytes) -> None:
         """Send messages, and then the values, through the connection."""
-        self._uses_connection = True
         placed = embedding_stream.placed_message(self._connection.kind, len(self._data))
-        await self._connection.send(*before, placed)
-        with _hanging_sink():
-            await self._connection.send_values(self._data, _ANSWER_SECONDS)
+        async with _turn(self._large) if len(self._data) > _LARGE_BYTES else contextlib.nullcontext():
+            await self._connection.send(*before, placed)
+            with _hanging_sink():
+                await self._connection.send_values(self._data, _ANSWER_SECONDS)
 
     def _send_progress(self, name: str, count: int) -> None:
         self._has_reported = True
@@ -302,6 +316,20 @@ def _parse_answer(message: bytes) -> dict[str, Any]:
     if not isinstance(answer, dict) or any(type(answer.get(name, default)) is not type(default) for name, default in _DEFAULTS):
         raise EOFError
     return answer
+
+
+@contextlib.asynccontextmanager
+async def _turn(turns: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Have one of the turns inside the block, or none after a wait of `_TURN_SECONDS`."""
+    has_turn = False
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_TURN_SECONDS):
+            has_turn = await turns.acquire()
+    try:
+        yield
+    finally:
+        if has_turn:
+            turns.release()
 
 
 @contextlib.contextmanager

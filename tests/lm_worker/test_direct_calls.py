@@ -114,6 +114,21 @@ async def test_one_connection_serves_one_call_after_another(sink: SinkOptions) -
     await calls.close()
 
 
+async def test_shared_memory_that_failed_once_is_used_again(sink: SinkOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, placed, place = direct_calls(sink), list[str](), SharedMemoryTransport.place
+
+    async def fail_once(*arguments: Any) -> bool:
+        placed.append(arguments[2].key)
+        return len(placed) > 1 and await place(*arguments)
+
+    monkeypatch.setattr(SharedMemoryTransport, "place", fail_once)
+    headers = [header_of(number, 100) for number in range(3)]
+    for header in headers:
+        assert await calls.deliver(header, values_of(header), 20, (), b"", [SharedMemoryTransport()])
+    assert placed == [header.key for header in headers]
+    await calls.close()
+
+
 async def test_it_needs_token_and_grant(guarded: SinkOptions) -> None:
     async with rpc.open_channel(guarded.listen) as channel:
         stub = embeddings_pb2_grpc.EmbeddingSinkStub(channel)

@@ -16,7 +16,7 @@ from common.embedding import Header
 from common.embedding_stream import header_message, placed_message
 from common.security import OPEN, Credentials
 from common.transport import direct_call
-from common.transport.connection import frame
+from common.transport.connection import Connection, frame
 from common.transport.direct_call import EAGER_KEY, DirectCalls, TcpPort
 from lm_worker import direct_calls
 from lm_worker.direct_calls import DirectCallServer
@@ -297,6 +297,42 @@ async def test_a_sender_waits_for_no_offer_once_it_knows_the_sink(
     offer, end = ["offers", "progress"], ["already_here", "eager"]
     assert answers == [offer, end, end, offer, end, end]
     await calls.close()
+
+
+@pytest.mark.parametrize(("at_once", "turn_seconds", "most"), [(1, 60, 1), (2, 60, 2), (1, 0.001, 5)])
+async def test_large_embeddings_are_sent_a_few_at_a_time_unless_they_have_waited(
+    server: DirectCallServer, monkeypatch: pytest.MonkeyPatch, at_once: int, turn_seconds: float, most: int
+) -> None:
+    sending, counts = [0], list[int]()
+    send_values = Connection.send_values
+
+    async def count(*arguments: Any) -> None:
+        sending[0] += 1
+        counts.append(sending[0])
+        await asyncio.sleep(0.05)
+        await send_values(*arguments)
+        sending[0] -= 1
+
+    monkeypatch.setattr(Connection, "send_values", count)
+    monkeypatch.setattr(direct_call, "_LARGE_BYTES", 1000)
+    monkeypatch.setattr(direct_call, "_LARGE_AT_ONCE", at_once)
+    monkeypatch.setattr(direct_call, "_TURN_SECONDS", turn_seconds)
+    calls = DirectCalls(await port_of(server))
+    assert all(await asyncio.gather(*(deliver(calls, number, 100) for number in range(5))))
+    assert max(counts) == most
+    await calls.close()
+
+
+async def test_a_sink_that_offers_what_came_unasked_is_not_understood() -> None:
+    offer = frame(json.dumps({"offers": {"tcp": ""}}).encode())
+    async with serve_one(offer, then_close=False) as port:
+        connection = await port.connect()
+        assert connection is not None
+        calls = DirectCalls(port)
+        calls._idle.append((time.monotonic(), Connection(connection)))
+        calls._idle[0][1].eager_bytes = 1 << 20
+        assert not await deliver(calls)
+        assert not calls._idle
 
 
 async def test_values_that_are_not_needed_are_read_and_the_connection_goes_on(server: DirectCallServer, tmp_path: Path) -> None:
