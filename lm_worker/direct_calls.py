@@ -64,7 +64,7 @@ class _ConnectionOffer:
                     count = await self._connection.receive_into(part, length - start)
                 if not count:
                     raise errors.InvalidRequest(f"The connection ended after {start} of {length} bytes of values.")
-                error = error or self._check(start + count, whole)
+                error = error or self._check(start + count)
                 if start // _PAUSE_BYTES != (start := start + count) // _PAUSE_BYTES:
                     self._on_progress()
                     await asyncio.sleep(0)
@@ -72,10 +72,10 @@ class _ConnectionOffer:
         if error is not None:
             raise error
 
-    def _check(self, count: int, whole: memoryview) -> errors.InvalidRequest | None:
+    def _check(self, count: int) -> errors.InvalidRequest | None:
         try:
             self._slot.mark_placed(count)
-            self._slot.check_placed(whole)
+            self._slot.check_placed()
         except errors.InvalidRequest as error:
             return error.with_traceback(None)  # it would keep the view
         return None

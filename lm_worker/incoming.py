@@ -77,10 +77,8 @@ class IncomingFile:
             )
         self.bytes_received, self._is_placed = count, True
 
-    def check_placed(self, view: memoryview | None = None) -> None:
+    def check_placed(self) -> None:
         """Check the values that have been placed since the last check, while they are in the processor's cache.
-
-        `view` is one of the whole file, if the caller has one.
 
         Raises: `InvalidRequest` if they are not what `add` would have accepted.
         """
@@ -91,7 +89,7 @@ class IncomingFile:
             return
         self._check_size()  # of a file that was cut, a read of the mapping would end the process
         offset = embedding.HEADER_SIZE
-        with (view or self.map())[offset + self._bytes_checked : offset + end] as values:
+        with self.map() as whole, whole[offset + self._bytes_checked : offset + end] as values:
             embedding.check_values(self.header, values, self._bytes_checked)
         self._bytes_checked = end
 

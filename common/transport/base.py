@@ -71,11 +71,8 @@ class Slot(Protocol):
         """Note that the first `count` bytes of values are in the slot. Raises: `InvalidRequest` if there are too many."""
         ...
 
-    def check_placed(self, view: memoryview | None = None) -> None:
-        """Check the values that are in the slot and have not been checked yet. Raises: `InvalidRequest`.
-
-        `view` is one of the whole file, if the caller has one.
-        """
+    def check_placed(self) -> None:
+        """Check the values that are in the slot and have not been checked yet. Raises: `InvalidRequest`."""
         ...
 
 

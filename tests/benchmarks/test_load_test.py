@@ -59,6 +59,10 @@ def test_a_wrong_size_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[
     assert f"argument --size: expected WIDTHxHEIGHT in pixels, as in 896x448, not {text!r}" in capsys.readouterr().err
 
 
+def test_a_size_has_width_and_height() -> None:
+    assert load_test._image_size("896X448") == (896, 448)
+
+
 @pytest.mark.parametrize(("option", "value"), [("--rates", "-1"), ("--tokens", "0")])
 def test_a_number_that_is_not_above_0_is_a_usage_error(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

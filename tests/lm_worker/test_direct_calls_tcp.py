@@ -28,6 +28,8 @@ from tests.ports import free_port
 
 TOKEN = "a-token-of-this-cluster"
 HEADER = header_of(3, 1000)
+FOREIGN = Header("another", "0" * 64, "float32", 5, 128)
+"""Of another checkpoint: it is refused before a slot is taken."""
 METADATA = json.dumps([["dvd-transports", "tcp"], *Credentials(TOKEN).metadata]).encode()
 
 
@@ -203,15 +205,21 @@ async def test_idle_connections_are_bounded(server: DirectCallServer, monkeypatc
 
 
 @contextlib.asynccontextmanager
+async def connect(server: DirectCallServer) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    async with asyncio.timeout(20):
+        yield reader, writer
+    writer.close()
+
+
+@contextlib.asynccontextmanager
 async def announce_values(server: DirectCallServer) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A call whose values are to follow."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(frame(METADATA) + frame(header_message(HEADER)))
-    async with asyncio.timeout(20):
+    async with connect(server) as (reader, writer):
+        writer.write(frame(METADATA) + frame(header_message(HEADER)))
         assert "tcp" in (await answer(reader))["offers"]
         writer.write(frame(placed_message("tcp", HEADER.length)))
         yield reader, writer
-    writer.close()
 
 
 async def answer(reader: asyncio.StreamReader) -> dict[str, Any]:
@@ -268,14 +276,6 @@ def eager_call(header: Header, values: memoryview | bytes | bytearray, length: i
     metadata = json.dumps([*json.loads(METADATA), [EAGER_KEY, ""]]).encode()
     placed = placed_message("tcp", len(values) if length is None else length)
     return frame(metadata) + frame(header_message(header)) + frame(placed) + bytes(values)
-
-
-@contextlib.asynccontextmanager
-async def connect(server: DirectCallServer) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    async with asyncio.timeout(20):
-        yield reader, writer
-    writer.close()
 
 
 async def test_a_sender_waits_for_no_offer_once_it_knows_the_sink(
@@ -336,11 +336,10 @@ async def test_a_sink_that_offers_what_came_unasked_is_not_understood() -> None:
 
 
 async def test_values_that_are_not_needed_are_read_and_the_connection_goes_on(server: DirectCallServer, tmp_path: Path) -> None:
-    stranger = Header("another", "0" * 64, "float32", 5, 128)
     larger = header_of(4, 9 * 2048)  # than the sink's budget
     async with connect(server) as (reader, writer):
         writer.write(eager_call(HEADER, values_of(HEADER)) * 2)
-        writer.write(eager_call(stranger, bytes(stranger.length)) + eager_call(larger, bytes(4)))
+        writer.write(eager_call(FOREIGN, bytes(FOREIGN.length)) + eager_call(larger, bytes(4)))
         writer.write(eager_call(header_of(5, 7), values_of(header_of(5, 7))))
         answers = [await answer(reader) for _ in range(5)]
     assert [reply.get("error", reply.get("already_here")) for reply in answers] == [
@@ -373,8 +372,7 @@ async def test_eager_values_of_another_length_end_the_connection(server: DirectC
     "rest", [placed_message("tcp", 0), placed_message("tcp", direct_calls._EAGER_BYTES + 1), header_message(HEADER), b"\x12\1x"]
 )
 async def test_values_that_are_not_needed_are_bounded(server: DirectCallServer, rest: bytes) -> None:
-    stranger = Header("another", "0" * 64, "float32", 5, 128)
-    begin = eager_call(stranger, b"").removesuffix(frame(placed_message("tcp", 0)))
+    begin = eager_call(FOREIGN, b"").removesuffix(frame(placed_message("tcp", 0)))
     async with connect(server) as (reader, writer):
         writer.write(begin + frame(rest))
         with contextlib.suppress(ConnectionResetError):
@@ -385,9 +383,8 @@ async def test_values_that_are_not_needed_and_do_not_come_end_the_connection(
     server: DirectCallServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_calls, "_DISCARD_SECONDS", 0.2)
-    stranger = Header("another", "0" * 64, "float32", 5, 128)
     async with connect(server) as (reader, writer):
-        writer.write(eager_call(stranger, b"", stranger.length))
+        writer.write(eager_call(FOREIGN, b"", FOREIGN.length))
         assert await reader.read() == b""
 
 
